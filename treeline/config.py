@@ -1,0 +1,166 @@
+"""Configuration of a whole deployment: one YAML file, every field with a sane default.
+
+`treeline config` prints the defaults; `load_config` turns any mistake into one clear line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from treeline.errors import ConfigError
+
+DEFAULT_MODEL = "default"
+"""Stands for the embedded default model (see `lm/store.py`)."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ResourcesConfig(Section):
+    """What Ray reserves for one replica."""
+
+    num_cpus: float = Field(default=0.5, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    accelerator_type: str | None = None
+    replicas: int = Field(default=1, ge=1)
+
+
+class ModelConfig(Section):
+    """A language model: "default", a Hugging Face id, a folder, or a .gguf file."""
+
+    model: str = DEFAULT_MODEL
+    name: str | None = Field(default=None, description="name under which it is served; the model's own by default")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves it to torch")
+
+
+class LimitsConfig(Section):
+    """Nothing is unbounded."""
+
+    max_running_requests: int = Field(default=16, ge=1, le=1024)
+    max_waiting_requests: int = Field(default=64, ge=0)
+    max_context_tokens: int = Field(default=2048, ge=16, description="prompt and output together")
+    max_output_tokens: int = Field(default=1024, ge=1)
+    max_tree_nodes: int = Field(default=64, ge=0, le=256, description="per request and step")
+    max_tree_depth: int = Field(default=8, ge=0, le=32)
+    max_stop_strings: int = Field(default=16, ge=0)
+    max_stop_string_chars: int = Field(default=256, ge=1)
+    max_logprobs: int = Field(default=20, ge=0)
+    max_message_bytes: int = Field(default=4 << 20, ge=1 << 16)
+
+
+class VerifierConfig(Section):
+    target: ModelConfig = ModelConfig()
+    resources: ResourcesConfig = ResourcesConfig(num_cpus=1)
+    kv_cache_tokens: int = Field(default=16384, ge=64)
+    kv_block_tokens: int = Field(default=16, ge=1, le=256)
+    prefill_chunk_tokens: int = Field(default=256, ge=16, description="most prompt tokens in one step")
+    draft_timeout_s: float = Field(default=1.0, gt=0)
+    default_policy: str = "smart"
+    allowed_policies: list[str] = Field(
+        default=["off", "chain:", "static:", "eagle2:", "smart-paper", "smart"],
+        description='what requests may ask for; an entry ending in ":" admits any parameters',
+    )
+
+
+class DrafterConfig(Section):
+    kind: Literal["ngram", "model", "model+ngram"] = "ngram"
+    model: ModelConfig | None = Field(default=None, description="the draft model; needs the target's vocabulary")
+    resources: ResourcesConfig = ResourcesConfig(num_cpus=0.5)
+    max_sessions: int = Field(default=256, ge=1)
+    kv_cache_tokens: int = Field(default=16384, ge=64)
+
+    @model_validator(mode="after")
+    def _model_given(self) -> DrafterConfig:
+        if self.kind != "ngram" and self.model is None:
+            raise ValueError(f"kind '{self.kind}' needs a draft model: set drafter.model.model")
+        return self
+
+
+class PlannerConfig(Section):
+    resources: ResourcesConfig = ResourcesConfig(num_cpus=0.1)
+    interval_s: float = Field(default=0.25, gt=0)
+    plan_lifetime_s: float = Field(default=10.0, gt=0)
+    prometheus_url: str | None = Field(
+        default=None, description="query API; without it the services' own pages are read"
+    )
+    signal_max_age_s: float = Field(default=10.0, gt=0)
+
+
+class TlsConfig(Section):
+    certificate: Path
+    private_key: Path
+
+
+class ServerConfig(Section):
+    """The clients' port."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=50051, ge=0, le=65535)
+    tls: TlsConfig | None = None
+    token_file: Path | None = Field(default=None, description="one accepted bearer token a line")
+    allow_insecure: bool = Field(default=False, description="admit a non-loopback host without TLS or tokens")
+    resources: ResourcesConfig = ResourcesConfig(num_cpus=0.1)
+
+    @model_validator(mode="after")
+    def _secure(self) -> ServerConfig:
+        loopback = self.host in ("127.0.0.1", "localhost", "::1")
+        if not loopback and not self.allow_insecure and (self.tls is None or self.token_file is None):
+            raise ValueError(
+                f"host {self.host} leaves the machine: set server.tls and server.token_file, or server.allow_insecure"
+            )
+        return self
+
+
+class MetricsConfig(Section):
+    """Each replica serves /metrics on its own port: base_port plus its place among this node's replicas."""
+
+    host: str = "127.0.0.1"
+    base_port: int = Field(default=9400, ge=0, le=65535, description="0 takes any free port")
+
+
+class InternalConfig(Section):
+    """Ports between the services. On one machine they stay on loopback."""
+
+    host: str = "127.0.0.1"
+    token_file: Path | None = Field(default=None, description="shared secret the services show each other")
+    tls: TlsConfig | None = None
+
+
+class Config(Section):
+    server: ServerConfig = ServerConfig()
+    verifier: VerifierConfig = VerifierConfig()
+    drafter: DrafterConfig = DrafterConfig()
+    planner: PlannerConfig = PlannerConfig()
+    limits: LimitsConfig = LimitsConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    internal: InternalConfig = InternalConfig()
+
+
+def load_config(path: Path | None) -> Config:
+    """The configuration in `path`, or the defaults.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or a field is unknown or wrong; the message is one line.
+    """
+    if path is None:
+        return Config()
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if data is not None and not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected sections such as 'server:' at the top")
+    try:
+        return Config.model_validate(data or {})
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"{path}: {problems}") from None

@@ -1,0 +1,187 @@
+"""The plan: all that the fast path needs to price a node, published by the planner and good for a limited time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+SOURCES = 3
+DEPTHS = 8
+PROB_BINS = 16
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Measured seconds of one verification pass over tokens, for one region of batch and context.
+
+    Attributes:
+        sequences: sequences in the pass.
+        context_tokens: mean committed tokens per sequence.
+        tokens: increasing token counts.
+        seconds: non-decreasing seconds, one per token count; steps are kept, not smoothed.
+    """
+
+    sequences: int
+    context_tokens: int
+    tokens: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PaperFit:
+    """SMART's own cost fit (arXiv 2604.09731): draft = lambda * n, verify = gamma * (exp(delta * n ** rho) - 1)."""
+
+    lambda_s: float
+    gamma_s: float
+    delta: float
+    rho: float
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What a step costs, in seconds.
+
+    Attributes:
+        verify: curves of the profile, at least one.
+        verify_scale: online correction, multiplies every curve.
+        draft_round_trip_s: r, the way to the drafter and back, once per layerless exchange.
+        draft_layer_s: d0, one more tree layer.
+        draft_node_s: d1, one more node in a layer.
+        step_overhead_s: C_step, all of a step that is neither drafting nor verification.
+        paper: the fit used by the `smart-paper` policy, if there is one.
+    """
+
+    verify: tuple[CostCurve, ...]
+    verify_scale: float = 1.0
+    draft_round_trip_s: float = 0.0
+    draft_layer_s: float = 0.0
+    draft_node_s: float = 0.0
+    step_overhead_s: float = 0.0
+    paper: PaperFit | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """From a drafter's probability to the probability that the target accepts.
+
+    Attributes:
+        acceptance: float32 [SOURCES, 2, DEPTHS, PROB_BINS]: P(accepted | parent accepted), by source, sampled or
+            greedy (0 greedy), depth - 1 (the last one holds all deeper) and draft-probability bin.
+        kappa: float32 [2, DEPTHS]: total acceptance of the children that one would keep under an accepted node, by
+            sampled and the node's depth (0 is the root).
+    """
+
+    acceptance: NDArray[np.float32]
+    kappa: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One published decision basis for one verifier and its drafter.
+
+    Attributes:
+        version: grows by one with each plan of a planner.
+        created_unix_s: when it was made.
+        lifetime_s: after this long without a newer plan, the built-in conservative plan takes over.
+        price: R + mu * Q in tokens per second: a node must bring this many tokens per second of its cost.
+        max_nodes: most draft nodes per request.
+        max_depth: deepest draft layer.
+        reason: one line for people: why the plan is as it is.
+    """
+
+    version: int
+    created_unix_s: float
+    lifetime_s: float
+    cost: CostModel
+    calibration: Calibration
+    price: float
+    max_nodes: int
+    max_depth: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class NodeOutcomes:
+    """Verified nodes whose parent was accepted: the only ones whose acceptance was observed. Columns of equal length.
+
+    Attributes:
+        sources, depths, ranks: uint8 [k].
+        sampled, accepted: bool [k].
+        draft_probs: float32 [k].
+    """
+
+    sources: NDArray[np.uint8]
+    depths: NDArray[np.uint8]
+    ranks: NDArray[np.uint8]
+    sampled: NDArray[np.bool_]
+    draft_probs: NDArray[np.float32]
+    accepted: NDArray[np.bool_]
+
+    @staticmethod
+    def empty() -> NodeOutcomes:
+        def column(dtype: type) -> NDArray:
+            return np.zeros(0, dtype)
+
+        return NodeOutcomes(*map(column, (np.uint8, np.uint8, np.uint8, np.bool_, np.float32, np.bool_)))
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one engine step did and cost; the planner learns from nothing else.
+
+    Attributes:
+        sequences: decoding requests verified in the step.
+        tokens: tokens of the verification pass, prefill included.
+        prefill_tokens: prompt tokens among them; such a step does not teach the cost model.
+        context_tokens: committed tokens of all sequences together.
+        drafted_nodes, verified_nodes, accepted_nodes: draft nodes at each stage, over the batch.
+        emitted_tokens: tokens given to requests.
+        running, waiting: requests when the step began.
+        free_slots: sequences that could still be admitted (slots and blocks).
+        draft_s: seconds waited for the drafter, round trip included.
+        drafter_s: seconds the drafter itself worked.
+        draft_layer_nodes: nodes run per layer of the draft model.
+        verify_s: seconds of the verification pass and sampling.
+        predicted_verify_s: what the plan's cost model had said, 0 if there was none.
+        step_s: seconds of the whole step.
+        goodput: weighted tokens per second this step was expected to bring (R at the chosen size).
+    """
+
+    step_id: int
+    unix_s: float
+    plan_version: int
+    sequences: int
+    tokens: int
+    prefill_tokens: int
+    context_tokens: int
+    drafted_nodes: int
+    verified_nodes: int
+    accepted_nodes: int
+    emitted_tokens: int
+    running: int
+    waiting: int
+    free_slots: int
+    draft_s: float
+    drafter_s: float
+    draft_layer_nodes: tuple[int, ...]
+    verify_s: float
+    predicted_verify_s: float
+    step_s: float
+    goodput: float
+    outcomes: NodeOutcomes = field(default_factory=NodeOutcomes.empty)
+
+
+@dataclass(frozen=True)
+class VerifierProfile:
+    """Measured at start, before the first request: what passes of several sizes take on this device.
+
+    Attributes:
+        verify: curves over tokens, one per region of batch and context.
+        draft_layer_s, draft_node_s: the drafter's own measurement of d0 and d1; zero if it runs no model.
+    """
+
+    verify: tuple[CostCurve, ...]
+    draft_layer_s: float = 0.0
+    draft_node_s: float = 0.0

@@ -1,0 +1,113 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DraftSampling(_message.Message):
+    __slots__ = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+    seed: int
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class DraftSequence(_message.Message):
+    __slots__ = ("session_id", "start", "token_ids", "sampling", "policy", "max_nodes", "max_depth", "weight")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    MAX_NODES_FIELD_NUMBER: _ClassVar[int]
+    MAX_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    session_id: int
+    start: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    sampling: DraftSampling
+    policy: str
+    max_nodes: int
+    max_depth: int
+    weight: float
+    def __init__(self, session_id: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[DraftSampling, _Mapping]] = ..., policy: _Optional[str] = ..., max_nodes: _Optional[int] = ..., max_depth: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class DraftRequest(_message.Message):
+    __slots__ = ("step_id", "sequences", "released")
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
+    step_id: int
+    sequences: _containers.RepeatedCompositeFieldContainer[DraftSequence]
+    released: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step_id: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[DraftSequence, _Mapping]]] = ..., released: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Tree(_message.Message):
+    __slots__ = ("session_id", "token_ids", "parents", "draft_probs", "ranks", "sources")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PARENTS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_PROBS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    session_id: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    parents: _containers.RepeatedScalarFieldContainer[int]
+    draft_probs: _containers.RepeatedScalarFieldContainer[float]
+    ranks: bytes
+    sources: bytes
+    def __init__(self, session_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., parents: _Optional[_Iterable[int]] = ..., draft_probs: _Optional[_Iterable[float]] = ..., ranks: _Optional[bytes] = ..., sources: _Optional[bytes] = ...) -> None: ...
+
+class HeldTokens(_message.Message):
+    __slots__ = ("session_id", "tokens")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    session_id: int
+    tokens: int
+    def __init__(self, session_id: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class DraftResponse(_message.Message):
+    __slots__ = ("step_id", "trees", "held", "draft_s", "layer_nodes", "catch_up_tokens", "plan_version", "layer_s")
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    TREES_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_S_FIELD_NUMBER: _ClassVar[int]
+    LAYER_NODES_FIELD_NUMBER: _ClassVar[int]
+    CATCH_UP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PLAN_VERSION_FIELD_NUMBER: _ClassVar[int]
+    LAYER_S_FIELD_NUMBER: _ClassVar[int]
+    step_id: int
+    trees: _containers.RepeatedCompositeFieldContainer[Tree]
+    held: _containers.RepeatedCompositeFieldContainer[HeldTokens]
+    draft_s: float
+    layer_nodes: _containers.RepeatedScalarFieldContainer[int]
+    catch_up_tokens: int
+    plan_version: int
+    layer_s: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, step_id: _Optional[int] = ..., trees: _Optional[_Iterable[_Union[Tree, _Mapping]]] = ..., held: _Optional[_Iterable[_Union[HeldTokens, _Mapping]]] = ..., draft_s: _Optional[float] = ..., layer_nodes: _Optional[_Iterable[int]] = ..., catch_up_tokens: _Optional[int] = ..., plan_version: _Optional[int] = ..., layer_s: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class GetDrafterInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetDrafterInfoResponse(_message.Message):
+    __slots__ = ("drafter", "vocab_size", "vocabulary_sha256", "layer_s", "node_s")
+    DRAFTER_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    VOCABULARY_SHA256_FIELD_NUMBER: _ClassVar[int]
+    LAYER_S_FIELD_NUMBER: _ClassVar[int]
+    NODE_S_FIELD_NUMBER: _ClassVar[int]
+    drafter: str
+    vocab_size: int
+    vocabulary_sha256: str
+    layer_s: float
+    node_s: float
+    def __init__(self, drafter: _Optional[str] = ..., vocab_size: _Optional[int] = ..., vocabulary_sha256: _Optional[str] = ..., layer_s: _Optional[float] = ..., node_s: _Optional[float] = ...) -> None: ...
