@@ -1,0 +1,132 @@
+"""What goes into the engine and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from treeline.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A checked, tokenised request.
+
+    Attributes:
+        max_tokens: output tokens at most; prompt and output together fit the context.
+        stop: the text ends before the first of these.
+        logprobs: None for no log-probabilities, else how many top tokens to give beside the chosen one.
+        policy: spelling understood by `planner.policies.parse_policy`.
+        max_nodes, max_depth: the request's own tree limits; None leaves the deployment's.
+        priority: -4 to 4; higher is admitted first and its tokens weigh more.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    explain: bool = False
+    policy: str = "smart"
+    max_nodes: int | None = None
+    max_depth: int | None = None
+    priority: int = 0
+
+    @property
+    def weight(self) -> float:
+        """Value of one of this request's tokens: doubles with every two steps of priority."""
+        return 2.0 ** (self.priority / 2)
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probability of the chosen token under the raw distribution, and of the top tokens as (id, logprob)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class StepExplanation:
+    """Why one step's tokens came as they did. The first three are this request's, the rest the whole batch's."""
+
+    drafted_nodes: int
+    verified_nodes: int
+    accepted_nodes: int
+    price: float
+    plan_version: int
+    batch_sequences: int
+    batch_tokens: int
+    draft_s: float
+    verify_s: float
+    step_s: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """All tokens of one step. `text` may lag behind `token_ids`: half a character, or half a stop string, waits."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    explanation: StepExplanation | None
+
+
+@dataclass(frozen=True)
+class SpeculationTotals:
+    """Over a request's verification steps."""
+
+    steps: int = 0
+    drafted_nodes: int = 0
+    verified_nodes: int = 0
+    accepted_nodes: int = 0
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens per verification step, bonus token included."""
+        return 1 + self.accepted_nodes / self.steps if self.steps else 0.0
+
+    @property
+    def mean_tree_nodes(self) -> float:
+        return self.verified_nodes / self.steps if self.steps else 0.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The last output of a request. `matched_stop` is the stop token id or the stop string, if one ended it."""
+
+    finish_reason: FinishReason
+    matched_stop: int | str | None
+    prompt_tokens: int
+    completion_tokens: int
+    queue_s: float
+    time_to_first_token_s: float
+    total_s: float
+    speculation: SpeculationTotals
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy an engine is. Rates are over the last seconds."""
+
+    num_requests_running: int
+    num_requests_waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    tokens_per_s: float
+    mean_accepted_length: float
+    mean_tree_nodes: float
+    plan_version: int
+    price: float
+    drafter_ready: bool
