@@ -1,0 +1,171 @@
+import asyncio
+import subprocess
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from treeline.config import InternalConfig, TlsConfig
+from treeline.errors import ConfigError
+from treeline.rpc import bind, connect, new_server, read_tokens
+
+METHODS = ("UnaryUnary", "UnaryStream", "StreamUnary", "StreamStream")
+
+
+def echo_handlers() -> grpc.GenericRpcHandler:
+    async def one(request, context):
+        return request
+
+    async def many(request, context):
+        yield request
+
+    async def last(requests, context):
+        return [r async for r in requests][-1]
+
+    async def each(requests, context):
+        async for request in requests:
+            yield request
+
+    return grpc.method_handlers_generic_handler(
+        "test.Echo",
+        {
+            "UnaryUnary": grpc.unary_unary_rpc_method_handler(one),
+            "UnaryStream": grpc.unary_stream_rpc_method_handler(many),
+            "StreamUnary": grpc.stream_unary_rpc_method_handler(last),
+            "StreamStream": grpc.stream_stream_rpc_method_handler(each),
+        },
+    )
+
+
+async def call_all(channel: grpc.aio.Channel) -> list[bytes]:
+    async def requests():
+        yield b"a"
+
+    return [
+        await channel.unary_unary("/test.Echo/UnaryUnary")(b"a", timeout=5),
+        *[m async for m in channel.unary_stream("/test.Echo/UnaryStream")(b"a", timeout=5)],
+        await channel.stream_unary("/test.Echo/StreamUnary")(requests(), timeout=5),
+        *[m async for m in channel.stream_stream("/test.Echo/StreamStream")(requests(), timeout=5)],
+    ]
+
+
+def run_against_echo(server_side: InternalConfig, client_side: InternalConfig, use, max_message_bytes: int = 1 << 20):
+    async def scenario():
+        server = new_server(server_side, max_message_bytes)
+        server.add_generic_rpc_handlers((echo_handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
+        endpoint = bind(server, server_side)
+        await server.start()
+        try:
+            async with connect(endpoint, client_side, 1 << 20) as channel:
+                return await use(channel)
+        finally:
+            await server.stop(None)
+
+    return asyncio.run(scenario())
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens"
+    path.write_text("# services\nalpha\n\nbeta\n")
+    return path
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> TlsConfig:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = (
+        f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {certificate} -days 1 "
+        "-subj /CN=localhost -addext subjectAltName=IP:127.0.0.1,DNS:localhost"
+    )
+    subprocess.run(command.split(), check=True, capture_output=True)
+    return TlsConfig(certificate=certificate, private_key=key)
+
+
+def test_every_kind_of_call_carries_the_token(token_file):
+    internal = InternalConfig(token_file=token_file)
+    assert run_against_echo(internal, internal, call_all) == [b"a"] * 4
+
+
+def test_every_accepted_token_opens_the_door(token_file, tmp_path):
+    other = tmp_path / "other"
+    other.write_text("beta")
+    got = run_against_echo(InternalConfig(token_file=token_file), InternalConfig(token_file=other), call_all)
+    assert got == [b"a"] * 4
+
+
+@pytest.mark.parametrize("token", [None, "alph", "alphaa", "gamma"])
+@pytest.mark.parametrize("method", METHODS)
+def test_calls_without_an_accepted_token_are_refused(token_file, tmp_path, token, method):
+    client = InternalConfig()
+    if token:
+        (tmp_path / "given").write_text(token)
+        client = InternalConfig(token_file=tmp_path / "given")
+
+    async def use(channel):
+        async def requests():
+            yield b"a"
+
+        call = {
+            "UnaryUnary": lambda: channel.unary_unary("/test.Echo/UnaryUnary")(b"a", timeout=5),
+            "UnaryStream": lambda: channel.unary_stream("/test.Echo/UnaryStream")(b"a", timeout=5),
+            "StreamUnary": lambda: channel.stream_unary("/test.Echo/StreamUnary")(requests(), timeout=5),
+            "StreamStream": lambda: channel.stream_stream("/test.Echo/StreamStream")(requests(), timeout=5),
+        }[method]()
+        return await call.code()
+
+    assert run_against_echo(InternalConfig(token_file=token_file), client, use) == grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_health_checks_need_no_token(token_file):
+    async def use(channel):
+        reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        return reply.status
+
+    got = run_against_echo(InternalConfig(token_file=token_file), InternalConfig(), use)
+    assert got == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_tls_with_token(token_file, tls):
+    internal = InternalConfig(token_file=token_file, tls=tls)
+    assert run_against_echo(internal, internal, call_all) == [b"a"] * 4
+
+
+def test_plain_client_does_not_get_into_a_tls_server(tls):
+    async def use(channel):
+        return await channel.unary_unary("/test.Echo/UnaryUnary")(b"a", timeout=2).code()
+
+    got = run_against_echo(InternalConfig(tls=tls), InternalConfig(), use)
+    assert got in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+def test_oversized_messages_are_refused():
+    async def use(channel):
+        return await channel.unary_unary("/test.Echo/UnaryUnary")(b"x" * 200_000, timeout=5).code()
+
+    got = run_against_echo(InternalConfig(), InternalConfig(), use, max_message_bytes=1 << 16)
+    assert got == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_taken_port_is_one_clear_error():
+    async def scenario():
+        first, second = (new_server(InternalConfig(), 1 << 20) for _ in range(2))
+        port = int(bind(first, InternalConfig()).rpartition(":")[2])
+        await first.start()
+        try:
+            with pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
+                bind(second, InternalConfig(), port)
+        finally:
+            await first.stop(None)
+
+    asyncio.run(scenario())
+
+
+def test_token_files_that_hold_nothing_are_refused(tmp_path):
+    (tmp_path / "empty").write_text("# nothing\n")
+    with pytest.raises(ConfigError, match="holds no token"):
+        read_tokens(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_tokens(tmp_path / "missing")

@@ -1,0 +1,190 @@
+"""gRPC channels and servers as every service uses them: TLS, bearer tokens, keepalive and limits in one place."""
+
+from __future__ import annotations
+
+import hmac
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from treeline.config import InternalConfig, ServerConfig, TlsConfig
+from treeline.errors import ConfigError
+
+Discover = Callable[[], Awaitable[list[str]]]
+"""Finds the live "host:port" endpoints of a service; called again whenever they may have changed."""
+
+HEALTH_PREFIX = "/grpc.health.v1.Health/"
+"""Health checks need no token, so that orchestrators can make them."""
+
+MAX_INTERNAL_RPCS = 1024
+
+_KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
+
+
+def message_limits(max_message_bytes: int) -> list[tuple[str, int]]:
+    """Channel options that bound a message in both directions."""
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+    ]
+
+
+def client_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """Options of every client channel; a lost peer is tried again within 0.1 to 2 s."""
+    backoff = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 2_000)]
+    return [*message_limits(max_message_bytes), *_KEEPALIVE, *backoff]
+
+
+def connect(endpoint: str, internal: InternalConfig, max_message_bytes: int) -> grpc.aio.Channel:
+    """A channel from one service to another, with the deployment's certificate and token if there are any.
+
+    Raises:
+        ConfigError: a certificate or token file cannot be read.
+    """
+    options = [*client_options(max_message_bytes), ("grpc.enable_http_proxy", 0)]
+    interceptors = bearer_interceptors(read_tokens(internal.token_file)[0]) if internal.token_file else None
+    if internal.tls is None:
+        return grpc.aio.insecure_channel(endpoint, options, interceptors=interceptors)
+    credentials = grpc.ssl_channel_credentials(_read(internal.tls.certificate))
+    return grpc.aio.secure_channel(endpoint, credentials, options, interceptors=interceptors)
+
+
+def new_server(
+    access: ServerConfig | InternalConfig,
+    max_message_bytes: int,
+    *,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    max_concurrent_rpcs: int = MAX_INTERNAL_RPCS,
+) -> grpc.aio.Server:
+    """A server that asks for `access`'s token (if any) before `interceptors` see the call. Not yet listening.
+
+    Calls beyond `max_concurrent_rpcs` get RESOURCE_EXHAUSTED.
+
+    Raises:
+        ConfigError: the token file cannot be read or holds no token.
+    """
+    guards = [TokenInterceptor(read_tokens(access.token_file))] if access.token_file else []
+    options = [
+        *message_limits(max_message_bytes),
+        *_KEEPALIVE,
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.so_reuseport", 0),
+    ]
+    return grpc.aio.server(
+        interceptors=[*guards, *interceptors], options=options, maximum_concurrent_rpcs=max_concurrent_rpcs
+    )
+
+
+def bind(server: grpc.aio.Server, access: ServerConfig | InternalConfig, port: int = 0) -> str:
+    """Let `server` listen on `access.host`; port 0 takes any free one. Returns "host:port" as others reach it.
+
+    Raises:
+        ConfigError: the port is taken, or a TLS file cannot be read.
+    """
+    address = f"{_bracketed(access.host)}:{port}"
+    try:
+        if access.tls is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, _server_credentials(access.tls))
+    except RuntimeError:
+        raise ConfigError(f"cannot listen on {address}: is the port taken?") from None
+    return f"{_bracketed(reachable_host(access.host))}:{bound}"
+
+
+def reachable_host(host: str) -> str:
+    """`host`, or this machine's own address if `host` stands for all interfaces."""
+    if host not in ("0.0.0.0", "::", "[::]"):
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: only asks which interface leads out
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def read_tokens(path: Path) -> list[str]:
+    """The bearer tokens in a file, one a line; empty lines and lines that begin with # do not count.
+
+    Raises:
+        ConfigError: the file cannot be read or holds none.
+    """
+    lines = [line.strip() for line in _read(path).decode("ascii", "replace").splitlines()]
+    tokens = [line for line in lines if line and not line.startswith("#")]
+    if not tokens:
+        raise ConfigError(f"{path} holds no token")
+    return tokens
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses calls without one of the accepted bearer tokens (UNAUTHENTICATED), health checks excepted."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self._expected = [f"Bearer {token}".encode() for token in tokens]
+
+    async def intercept_service(self, continuation: Callable, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        details = handler_call_details
+        if details.method.startswith(HEALTH_PREFIX) or self._accepts(details.invocation_metadata or ()):
+            return await continuation(details)
+        return grpc.stream_stream_rpc_method_handler(_refuse)
+
+    def _accepts(self, metadata: Sequence[tuple[str, str | bytes]]) -> bool:
+        given = next((value for key, value in metadata if key == "authorization"), "")
+        given = given.encode() if isinstance(given, str) else given
+        # Every token is compared, so that the time taken says nothing about which one came close.
+        return sum(hmac.compare_digest(given, expected) for expected in self._expected) > 0
+
+
+async def _refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a valid bearer token is needed (metadata 'authorization')")
+
+
+def bearer_interceptors(token: str) -> list[grpc.aio.ClientInterceptor]:
+    """Interceptors that show `token` on every call of a channel, of whatever kind (grpc.aio wants one class a kind)."""
+
+    def authorized(details: grpc.aio.ClientCallDetails) -> grpc.aio.ClientCallDetails:
+        metadata = grpc.aio.Metadata(*(details.metadata or ()))
+        metadata["authorization"] = f"Bearer {token}"
+        return details._replace(metadata=metadata)
+
+    class UnaryUnary(grpc.aio.UnaryUnaryClientInterceptor):
+        async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+            return await continuation(authorized(client_call_details), request)
+
+    class UnaryStream(grpc.aio.UnaryStreamClientInterceptor):
+        async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+            return await continuation(authorized(client_call_details), request)
+
+    class StreamUnary(grpc.aio.StreamUnaryClientInterceptor):
+        async def intercept_stream_unary(
+            self, continuation: Any, client_call_details: Any, request_iterator: Any
+        ) -> Any:
+            return await continuation(authorized(client_call_details), request_iterator)
+
+    class StreamStream(grpc.aio.StreamStreamClientInterceptor):
+        async def intercept_stream_stream(
+            self, continuation: Any, client_call_details: Any, request_iterator: Any
+        ) -> Any:
+            return await continuation(authorized(client_call_details), request_iterator)
+
+    return [UnaryUnary(), UnaryStream(), StreamUnary(), StreamStream()]
+
+
+def _server_credentials(tls: TlsConfig) -> grpc.ServerCredentials:
+    return grpc.ssl_server_credentials([(_read(tls.private_key), _read(tls.certificate))])
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _bracketed(host: str) -> str:
+    """IPv6 addresses need brackets before a port."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
