@@ -1,0 +1,201 @@
+"""The engine: one `step()` schedules, drafts, verifies, commits and reports. Single-threaded on purpose."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from lm.model import LanguageModel
+from lm.packed import PackedSequence
+from lm.sampling import Row, choose_tokens
+from planner.policies import parse_policy
+
+from treeline.config import Config
+from treeline.drafting import DraftLink
+from treeline.errors import FieldViolation, InvalidRequestError
+from treeline.plan import Plan, StepRecord
+from treeline.tree import ROOT, DraftTree
+from verifier_svc.draft_stage import Drafts, DraftStage
+from verifier_svc.output import Detokenizer
+from verifier_svc.report import explanation, step_record, token_logprobs
+from verifier_svc.request import Chunk, FinishReason, GenerationRequest, TokenLogprobs
+from verifier_svc.scheduler import Batch, Scheduler
+from verifier_svc.sequence import Output, Sequence
+from verifier_svc.walk import Walk, target_walk
+
+
+class Advance(NamedTuple):
+    """What one step brought one sequence."""
+
+    sequence: Sequence
+    walk: Walk
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+
+
+class Engine:
+    """Continuous batching with speculative trees over one target model.
+
+    Args:
+        link: the way to the drafter; None never drafts.
+        plan: gives the plan in force; called once a step.
+    """
+
+    def __init__(self, model: LanguageModel, link: DraftLink | None, plan: Callable[[], Plan], config: Config) -> None:
+        self.model = model
+        self.cache = model.new_cache(config.verifier.kv_cache_tokens, config.verifier.kv_block_tokens)
+        self.scheduler = Scheduler(self.cache, config.limits, config.verifier.prefill_chunk_tokens)
+        self.draft_stage = DraftStage(link, self.scheduler, config.limits, config.verifier.draft_timeout_s)
+        self._plan = plan
+        self._sequences: dict[str, Sequence] = {}
+        self._session_ids = count(1)
+        self._step_ids = count(1)
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequestError: its id is in use, or it could never fit the KV cache.
+        """
+        if request.request_id in self._sequences:
+            raise InvalidRequestError(FieldViolation("request_id", "a request with this id is running"))
+        sequence = Sequence(
+            request,
+            next(self._session_ids),
+            parse_policy(request.policy),
+            Detokenizer(self.model.tokenizer.backend_tokenizer, request.stop),
+            list(request.prompt_token_ids),
+            arrived_s=time.monotonic(),
+        )
+        needed, held = self.scheduler.reservation_tokens(sequence), self.cache.total_blocks * self.cache.block_tokens
+        if needed > held:
+            problem = f"needs {needed} KV cache tokens (prompt, max_tokens and tree); the cache holds {held}"
+            raise InvalidRequestError(FieldViolation("stopping.max_tokens", problem))
+        self._sequences[request.request_id] = sequence
+        self.scheduler.add(sequence)
+
+    def abort(self, request_ids: Iterable[str]) -> list[Output]:
+        """End these requests; unknown ids are ignored. Their memory is free when this returns."""
+        sequences = [s for request_id in request_ids if (s := self._sequences.get(request_id)) is not None]
+        for sequence in sequences:
+            sequence.finish_reason = FinishReason.ABORTED
+        return [self._finish(sequence) for sequence in sequences]
+
+    @property
+    def has_work(self) -> bool:
+        """True while requests wait or run, or the drafter has still to be told of ended ones."""
+        return bool(self._sequences) or bool(self.draft_stage.unreleased)
+
+    def step(self) -> tuple[list[Output], StepRecord | None]:
+        """One step of the whole batch. The record is None if there was nothing to run."""
+        started_s = time.perf_counter()
+        batch = self.scheduler.schedule()
+        if batch.sequences == 0:
+            self.draft_stage.release()
+            return [], None
+        plan, context_tokens = self._plan(), batch.context_tokens
+        drafts = self.draft_stage.run(batch, plan)
+        drafted_s = time.perf_counter()
+        logits = self._forward(batch, drafts)
+        walks = self._walk(batch, drafts, logits)
+        verified_s = time.perf_counter()
+        self._commit(batch, walks)
+        advances = self._accept(batch, drafts, walks, logits)
+        finished_s = time.perf_counter()
+        record = step_record(
+            step_id=next(self._step_ids),
+            batch=batch,
+            drafts=drafts,
+            walks=walks,
+            plan=plan,
+            scheduler=self.scheduler,
+            context_tokens=context_tokens,
+            verify_s=verified_s - drafted_s,
+            step_s=finished_s - started_s,
+        )
+        return self._outputs(advances, drafts, record), record
+
+    def _forward(self, batch: Batch, drafts: Drafts) -> torch.Tensor:
+        """Logits float32 [rows, vocab]: root and nodes of each decoding sequence, then one row per finished prompt."""
+        packed = []
+        for sequence in batch.decoding:
+            tree = drafts.tree(sequence)
+            parents = np.concatenate(([ROOT], tree.parents + 1)).astype(np.int32)
+            token_ids = [sequence.token_ids[-1], *tree.token_ids.tolist()]
+            packed.append(PackedSequence(sequence.kv, token_ids, parents, "all"))
+        for sequence, tokens in batch.prefilling:
+            start = sequence.kv.length
+            wanted = "last" if tokens == sequence.uncomputed_tokens else "none"
+            packed.append(PackedSequence(sequence.kv, sequence.token_ids[start : start + tokens], None, wanted))
+        return self.model.forward(packed, self.cache)
+
+    def _walk(self, batch: Batch, drafts: Drafts, logits: torch.Tensor) -> list[Walk]:
+        """One walk per decoding sequence, then one per finished prompt: its first token."""
+        sequences = batch.decoding + batch.finished_prompts
+        trees = [drafts.tree(sequence) for sequence in sequences]
+        rows = [row for sequence, tree in zip(sequences, trees, strict=True) for row in _rows(sequence, tree)]
+        if not rows:
+            return []
+        own_tokens = choose_tokens(logits, rows).tolist()
+        walks, first_row = [], 0
+        for tree in trees:
+            walks.append(target_walk(tree, own_tokens[first_row : first_row + 1 + len(tree)]))
+            first_row += 1 + len(tree)
+        return walks
+
+    def _commit(self, batch: Batch, walks: list[Walk]) -> None:
+        """Keep the KV of the root and of what was accepted, and of prompt chunks; drop the rest."""
+        decoded = zip(batch.decoding, walks[: len(batch.decoding)], strict=True)
+        moves = [(sequence.kv, [0, *(1 + node for node in walk.accepted)]) for sequence, walk in decoded]
+        moves += [(sequence.kv, list(range(tokens))) for sequence, tokens in batch.prefilling]
+        self.cache.commit(moves)
+
+    def _accept(self, batch: Batch, drafts: Drafts, walks: list[Walk], logits: torch.Tensor) -> list[Advance]:
+        """Give every walked sequence its tokens."""
+        now = time.monotonic()
+        advances, first_row = [], 0
+        for sequence, walk in zip(batch.decoding + batch.finished_prompts, walks, strict=True):
+            tree = drafts.tree(sequence)
+            if sequence.first_token_s is None:
+                sequence.first_token_s = now
+            else:
+                drafted = drafts.drafted_nodes.get(sequence.session_id, 0)
+                sequence.count_step(drafted, len(tree), len(walk.accepted))
+            text, taken = sequence.accept(walk.tokens, self.model.eos_token_ids)
+            token_logprobs_ = token_logprobs(sequence, walk, taken, logits, first_row)
+            advances.append(Advance(sequence, walk, text, walk.tokens[:taken], token_logprobs_))
+            first_row += 1 + len(tree)
+        return advances
+
+    def _outputs(self, advances: list[Advance], drafts: Drafts, record: StepRecord) -> list[Output]:
+        outputs = []
+        for sequence, walk, text, token_ids, logprobs in advances:
+            why = explanation(sequence, drafts, len(walk.accepted), record)
+            outputs.append(Output(sequence.request.request_id, Chunk(text, token_ids, logprobs, why), None))
+            if sequence.finish_reason is not None:
+                outputs.append(self._finish(sequence))
+        return outputs
+
+    def _finish(self, sequence: Sequence) -> Output:
+        """End a sequence and free all it holds."""
+        self.scheduler.remove(sequence)
+        self.draft_stage.forget(sequence)
+        del self._sequences[sequence.request.request_id]
+        return Output(sequence.request.request_id, None, sequence.completion())
+
+
+def _rows(sequence: Sequence, tree: DraftTree) -> list[Row]:
+    """The root's row and each node's: what is drawn there is the token that follows it."""
+    params, length = sequence.request.sampling, len(sequence.token_ids)
+    rows = [Row(params, length, sequence.history([]))]
+    paths: list[list[int]] = []
+    for token, parent in zip(tree.token_ids.tolist(), tree.parents.tolist(), strict=True):
+        path = [*(paths[parent] if parent != ROOT else []), token]
+        paths.append(path)
+        rows.append(Row(params, length + len(path), sequence.history(path)))
+    return rows

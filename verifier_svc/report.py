@@ -1,0 +1,104 @@
+"""What a step tells: its record for the planner, and its explanation for the stream."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from lm.sampling import logprobs
+
+from treeline.plan import Plan, StepRecord
+from verifier_svc.draft_stage import Drafts
+from verifier_svc.request import StepExplanation, TokenLogprobs
+from verifier_svc.scheduler import Batch, Scheduler
+from verifier_svc.sequence import Sequence
+from verifier_svc.walk import Walk, concatenate, observed
+
+
+def step_record(
+    step_id: int,
+    batch: Batch,
+    drafts: Drafts,
+    walks: list[Walk],
+    plan: Plan,
+    scheduler: Scheduler,
+    context_tokens: int,
+    verify_s: float,
+    step_s: float,
+) -> StepRecord:
+    """The record of a step whose first walks are those of `batch.decoding`, in order."""
+    decoded = list(zip(batch.decoding, walks[: len(batch.decoding)], strict=True))
+    outcomes = [
+        observed(drafts.tree(s), walk, not s.request.sampling.greedy) for s, walk in decoded if len(drafts.tree(s))
+    ]
+    verified_nodes = sum(map(len, drafts.trees.values()))
+    return StepRecord(
+        step_id=step_id,
+        unix_s=time.time(),
+        plan_version=plan.version,
+        sequences=len(batch.decoding),
+        tokens=len(batch.decoding) + verified_nodes + batch.prefill_tokens,
+        prefill_tokens=batch.prefill_tokens,
+        context_tokens=context_tokens,
+        drafted_nodes=sum(drafts.drafted_nodes.values()),
+        verified_nodes=verified_nodes,
+        accepted_nodes=sum(len(walk.accepted) for _, walk in decoded),
+        emitted_tokens=sum(len(walk.tokens) for walk in walks),
+        running=len(scheduler.running),
+        waiting=len(scheduler.waiting),
+        free_slots=scheduler.free_slots,
+        draft_s=drafts.draft_s,
+        drafter_s=drafts.stats.draft_s,
+        draft_layer_nodes=drafts.stats.layer_nodes,
+        verify_s=verify_s,
+        predicted_verify_s=drafts.pruning.predicted_verify_s if drafts.pruning else 0.0,
+        step_s=step_s,
+        goodput=drafts.pruning.goodput if drafts.pruning else 0.0,
+        outcomes=concatenate(outcomes),
+    )
+
+
+def explanation(sequence: Sequence, drafts: Drafts, accepted_nodes: int, record: StepRecord) -> StepExplanation | None:
+    """For a request that asked for it, why this step's tokens came as they did."""
+    if not sequence.request.explain:
+        return None
+    return StepExplanation(
+        drafted_nodes=drafts.drafted_nodes.get(sequence.session_id, 0),
+        verified_nodes=len(drafts.tree(sequence)),
+        accepted_nodes=accepted_nodes,
+        price=drafts.pruning.price if drafts.pruning else 0.0,
+        plan_version=record.plan_version,
+        batch_sequences=record.sequences,
+        batch_tokens=record.tokens,
+        draft_s=record.draft_s,
+        verify_s=record.verify_s,
+        step_s=record.step_s,
+        reason=_reason(sequence, drafts),
+    )
+
+
+def _reason(sequence: Sequence, drafts: Drafts) -> str:
+    if sequence.output_tokens <= 1:
+        return "first token, from the prompt's own pass"
+    if sequence.policy.max_depth == 0:
+        return "policy off"
+    if drafts.pruning is not None and sequence.session_id in drafts.trees:
+        return drafts.pruning.reason
+    return drafts.refusal or "no token but the last one is left to come"
+
+
+def token_logprobs(
+    sequence: Sequence, walk: Walk, taken: int, logits: torch.Tensor, first_row: int
+) -> list[TokenLogprobs]:
+    """Log-probabilities of the first `taken` tokens of `walk`, whose root has row `first_row` of `logits`."""
+    top = sequence.request.logprobs
+    if top is None:
+        return []
+    rows = [first_row, *(first_row + 1 + node for node in walk.accepted)][:taken]
+    chosen, top_ids, top_values = logprobs(logits[rows], walk.tokens[:taken], top)
+    return [
+        TokenLogprobs(token, value, tuple(zip(ids, values, strict=True)))
+        for token, value, ids, values in zip(
+            walk.tokens[:taken], chosen.tolist(), top_ids.tolist(), top_values.tolist(), strict=True
+        )
+    ]

@@ -1,0 +1,119 @@
+"""Who runs: continuous batching over slots and KV blocks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from lm.kv_cache import KVCache
+
+from treeline.config import LimitsConfig
+from verifier_svc.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's work.
+
+    Attributes:
+        decoding: sequences whose root is to be verified, with a tree or without.
+        prefilling: (sequence, tokens) chunks of prompts.
+        finished_prompts: those of `prefilling` whose prompt ends with this chunk; they get their first token.
+    """
+
+    decoding: list[Sequence]
+    prefilling: list[tuple[Sequence, int]]
+    finished_prompts: list[Sequence]
+
+    @property
+    def sequences(self) -> int:
+        return len(self.decoding) + len(self.prefilling)
+
+    @property
+    def prefill_tokens(self) -> int:
+        return sum(tokens for _, tokens in self.prefilling)
+
+    @property
+    def context_tokens(self) -> int:
+        """Committed tokens of all sequences together."""
+        return sum(s.kv.length for s in self.decoding) + sum(s.kv.length for s, _ in self.prefilling)
+
+
+class Scheduler:
+    """Owns the waiting queue, the running set and the KV blocks' reservation.
+
+    A request's blocks are reserved whole when it is admitted, so that a running request never has to be preempted.
+    """
+
+    def __init__(self, cache: KVCache, limits: LimitsConfig, prefill_chunk_tokens: int) -> None:
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._cache = cache
+        self._limits = limits
+        self._prefill_chunk_tokens = prefill_chunk_tokens
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue behind all of the same or higher priority."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].request.priority < sequence.request.priority:
+            place -= 1
+        self.waiting.insert(place, sequence)
+
+    def reservation_tokens(self, sequence: Sequence) -> int:
+        """KV entries the request may need at most: all its tokens, and the largest tree behind them."""
+        return sequence.prompt_tokens + sequence.request.max_tokens + self.tree_nodes(sequence)
+
+    def tree_nodes(self, sequence: Sequence) -> int:
+        """The most draft nodes any step of this request may verify."""
+        if sequence.policy.max_depth == 0:
+            return 0
+        own = sequence.request.max_nodes
+        return self._limits.max_tree_nodes if own is None else min(own, self._limits.max_tree_nodes)
+
+    def schedule(self) -> Batch:
+        """Admit what fits, then take every decoding sequence and prompt chunks up to the chunk budget."""
+        self._admit()
+        decoding = [s for s in self.running if s.output_tokens]
+        budget = self._prefill_chunk_tokens
+        prefilling, finished_prompts = [], []
+        for sequence in self.running:
+            tokens = 0 if sequence.output_tokens else min(sequence.uncomputed_tokens, budget)
+            if tokens:
+                prefilling.append((sequence, tokens))
+                budget -= tokens
+                if tokens == sequence.uncomputed_tokens:
+                    finished_prompts.append(sequence)
+        return Batch(decoding, prefilling, finished_prompts)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, waiting or running, and free its blocks."""
+        if sequence.cache is None:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            self._cache.free(sequence.cache)
+            sequence.cache = None
+
+    @property
+    def free_slots(self) -> int:
+        """How many of the waiting requests could start now, slots and blocks considered."""
+        slots = self._limits.max_running_requests - len(self.running)
+        blocks = self._cache.free_blocks
+        startable = 0
+        for sequence in self.waiting[:slots]:
+            blocks -= -(-self.reservation_tokens(sequence) // self._cache.block_tokens)
+            if blocks < 0:
+                break
+            startable += 1
+        return startable
+
+    def _admit(self) -> None:
+        # In order: a large request at the head is not starved by small ones behind it.
+        while self.waiting and len(self.running) < self._limits.max_running_requests:
+            sequence = self.waiting[0]
+            cache = self._cache.allocate(self.reservation_tokens(sequence))
+            if cache is None:
+                return
+            sequence.cache = cache
+            sequence.admitted_s = time.monotonic()
+            self.running.append(self.waiting.pop(0))
