@@ -32,7 +32,7 @@ class Drafts:
     trees: dict[int, DraftTree] = field(default_factory=dict)
     drafted_nodes: dict[int, int] = field(default_factory=dict)
     pruning: Pruning | None = None
-    stats: DraftStats = DraftStats()
+    stats: DraftStats = field(default_factory=DraftStats)
     draft_s: float = 0.0
     refusal: str = ""
 
@@ -101,7 +101,7 @@ class DraftStage:
         """(nodes, depth) this request may use now. The last token to come needs no draft: it is the bonus token."""
         request, policy = sequence.request, sequence.policy
         depth = min(policy.max_depth, self._limits.max_tree_depth, sequence.remaining_tokens - 1)
-        nodes = self._scheduler.tree_nodes(sequence)
+        nodes = self._scheduler.tree_nodes(sequence.request)
         if policy.prunes:
             depth, nodes = min(depth, plan.max_depth), min(nodes, plan.max_nodes)
         if request.max_depth is not None:

@@ -51,19 +51,18 @@ class Engine:
         self.cache = model.new_cache(config.verifier.kv_cache_tokens, config.verifier.kv_block_tokens)
         self.scheduler = Scheduler(self.cache, config.limits, config.verifier.prefill_chunk_tokens)
         self.draft_stage = DraftStage(link, self.scheduler, config.limits, config.verifier.draft_timeout_s)
-        self._plan = plan
+        self.plan = plan
         self._sequences: dict[str, Sequence] = {}
         self._session_ids = count(1)
         self._step_ids = count(1)
 
     def add(self, request: GenerationRequest) -> None:
-        """Queue a request.
+        """Queue a request whose id is not in use.
 
         Raises:
-            InvalidRequestError: its id is in use, or it could never fit the KV cache.
+            InvalidRequestError: it could never fit the KV cache.
         """
-        if request.request_id in self._sequences:
-            raise InvalidRequestError(FieldViolation("request_id", "a request with this id is running"))
+        self.check_fits(request)
         sequence = Sequence(
             request,
             next(self._session_ids),
@@ -72,12 +71,15 @@ class Engine:
             list(request.prompt_token_ids),
             arrived_s=time.monotonic(),
         )
-        needed, held = self.scheduler.reservation_tokens(sequence), self.cache.total_blocks * self.cache.block_tokens
+        self._sequences[request.request_id] = sequence
+        self.scheduler.add(sequence)
+
+    def check_fits(self, request: GenerationRequest) -> None:
+        """Raise InvalidRequestError if the KV cache could never hold this request."""
+        needed, held = self.scheduler.reservation_tokens(request), self.cache.total_blocks * self.cache.block_tokens
         if needed > held:
             problem = f"needs {needed} KV cache tokens (prompt, max_tokens and tree); the cache holds {held}"
             raise InvalidRequestError(FieldViolation("stopping.max_tokens", problem))
-        self._sequences[request.request_id] = sequence
-        self.scheduler.add(sequence)
 
     def abort(self, request_ids: Iterable[str]) -> list[Output]:
         """End these requests; unknown ids are ignored. Their memory is free when this returns."""
@@ -98,7 +100,7 @@ class Engine:
         if batch.sequences == 0:
             self.draft_stage.release()
             return [], None
-        plan, context_tokens = self._plan(), batch.context_tokens
+        plan, context_tokens = self.plan(), batch.context_tokens
         drafts = self.draft_stage.run(batch, plan)
         drafted_s = time.perf_counter()
         logits = self._forward(batch, drafts)
@@ -176,7 +178,7 @@ class Engine:
         outputs = []
         for sequence, walk, text, token_ids, logprobs in advances:
             why = explanation(sequence, drafts, len(walk.accepted), record)
-            outputs.append(Output(sequence.request.request_id, Chunk(text, token_ids, logprobs, why), None))
+            outputs.append(Output(sequence.request.request_id, Chunk(text, token_ids, logprobs, why)))
             if sequence.finish_reason is not None:
                 outputs.append(self._finish(sequence))
         return outputs
@@ -186,7 +188,7 @@ class Engine:
         self.scheduler.remove(sequence)
         self.draft_stage.forget(sequence)
         del self._sequences[sequence.request.request_id]
-        return Output(sequence.request.request_id, None, sequence.completion())
+        return Output(sequence.request.request_id, sequence.completion())
 
 
 def _rows(sequence: Sequence, tree: DraftTree) -> list[Row]:

@@ -6,8 +6,10 @@ import time
 from dataclasses import dataclass
 
 from lm.kv_cache import KVCache
+from planner.policies import parse_policy
 
 from treeline.config import LimitsConfig
+from verifier_svc.request import GenerationRequest
 from verifier_svc.sequence import Sequence
 
 
@@ -59,16 +61,16 @@ class Scheduler:
             place -= 1
         self.waiting.insert(place, sequence)
 
-    def reservation_tokens(self, sequence: Sequence) -> int:
+    def reservation_tokens(self, request: GenerationRequest) -> int:
         """KV entries the request may need at most: all its tokens, and the largest tree behind them."""
-        return sequence.prompt_tokens + sequence.request.max_tokens + self.tree_nodes(sequence)
+        return len(request.prompt_token_ids) + request.max_tokens + self.tree_nodes(request)
 
-    def tree_nodes(self, sequence: Sequence) -> int:
+    def tree_nodes(self, request: GenerationRequest) -> int:
         """The most draft nodes any step of this request may verify."""
-        if sequence.policy.max_depth == 0:
+        if parse_policy(request.policy).max_depth == 0:
             return 0
-        own = sequence.request.max_nodes
-        return self._limits.max_tree_nodes if own is None else min(own, self._limits.max_tree_nodes)
+        limit = self._limits.max_tree_nodes
+        return limit if request.max_nodes is None else min(request.max_nodes, limit)
 
     def schedule(self) -> Batch:
         """Admit what fits, then take every decoding sequence and prompt chunks up to the chunk budget."""
@@ -101,7 +103,7 @@ class Scheduler:
         blocks = self._cache.free_blocks
         startable = 0
         for sequence in self.waiting[:slots]:
-            blocks -= -(-self.reservation_tokens(sequence) // self._cache.block_tokens)
+            blocks -= -(-self.reservation_tokens(sequence.request) // self._cache.block_tokens)
             if blocks < 0:
                 break
             startable += 1
@@ -111,7 +113,7 @@ class Scheduler:
         # In order: a large request at the head is not starved by small ones behind it.
         while self.waiting and len(self.running) < self._limits.max_running_requests:
             sequence = self.waiting[0]
-            cache = self._cache.allocate(self.reservation_tokens(sequence))
+            cache = self._cache.allocate(self.reservation_tokens(sequence.request))
             if cache is None:
                 return
             sequence.cache = cache

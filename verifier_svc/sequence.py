@@ -128,5 +128,4 @@ class Output:
     """What a step, or its end, brought one request."""
 
     request_id: str
-    chunk: Chunk | None
-    completion: Completion | None
+    item: Chunk | Completion
