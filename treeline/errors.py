@@ -1,4 +1,4 @@
-"""Errors a caller can act on. Each maps to one gRPC status code at the border (see `verifier_svc/status.py`)."""
+"""Errors a caller can act on. Each maps to one gRPC status code at the border (see `treeline/status.py`)."""
 
 from __future__ import annotations
 
@@ -33,8 +33,24 @@ class UnknownModelError(TreelineError):
     """NOT_FOUND: no such model is served here."""
 
 
-class DrainingError(TreelineError):
+class DuplicateRequestError(TreelineError):
+    """ALREADY_EXISTS: a request with this id is running or waiting."""
+
+
+class UnavailableError(TreelineError):
+    """UNAVAILABLE: nothing can take the request right now; try again later."""
+
+
+class DrainingError(UnavailableError):
     """UNAVAILABLE: this replica is shutting down; another one will take the request."""
+
+
+class RequestFailedError(TreelineError):
+    """Any other way a call can fail, as a client sees it; `code` is the gRPC status code's name."""
+
+    def __init__(self, code: str, message: str) -> None:
+        self.code = code
+        super().__init__(f"{code}: {message}" if message else code)
 
 
 class ConfigError(TreelineError):

@@ -6,12 +6,15 @@ import hmac
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from treeline.config import InternalConfig, ServerConfig, TlsConfig
 from treeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from grpc_health.v1 import health
 
 Discover = Callable[[], Awaitable[list[str]]]
 """Finds the live "host:port" endpoints of a service; called again whenever they may have changed."""
@@ -93,6 +96,22 @@ def bind(server: grpc.aio.Server, access: ServerConfig | InternalConfig, port: i
     except RuntimeError:
         raise ConfigError(f"cannot listen on {address}: is the port taken?") from None
     return f"{_bracketed(reachable_host(access.host))}:{bound}"
+
+
+async def add_standard_services(server: grpc.aio.Server, service: str) -> health.aio.HealthServicer:
+    """Put the standard health and reflection services beside `service` (its full name) on a server.
+
+    Returns the health service, whose statuses (of "" and of `service`) begin as SERVING.
+    """
+    # Imported here because a client installs without them.
+    from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+    from grpc_reflection.v1alpha import reflection
+
+    health_servicer = health.aio.HealthServicer()
+    await health_servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection((service, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    return health_servicer
 
 
 def reachable_host(host: str) -> str:

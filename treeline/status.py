@@ -1,0 +1,96 @@
+"""TreelineErrors as gRPC statuses with details (google.rpc.Status), and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from treeline.errors import (
+    DrainingError,
+    DuplicateRequestError,
+    FieldViolation,
+    InvalidRequestError,
+    QueueFullError,
+    RequestFailedError,
+    TreelineError,
+    UnavailableError,
+    UnknownModelError,
+)
+
+DETAILS_KEY = "grpc-status-details-bin"
+DOMAIN = "treeline"
+RETRY_DELAY_S = 1
+MAX_MESSAGE_CHARS = 1_000
+"""A status travels in HTTP/2 trailers, which peers bound to a few kilobytes."""
+
+_Code = grpc.StatusCode
+# The first class that fits an error gives its code and reason, so subclasses come first.
+_ERRORS: list[tuple[type[TreelineError], grpc.StatusCode, str]] = [
+    (InvalidRequestError, _Code.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    (QueueFullError, _Code.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    (UnknownModelError, _Code.NOT_FOUND, "UNKNOWN_MODEL"),
+    (DuplicateRequestError, _Code.ALREADY_EXISTS, "DUPLICATE_REQUEST"),
+    (DrainingError, _Code.UNAVAILABLE, "DRAINING"),
+    (UnavailableError, _Code.UNAVAILABLE, "UNAVAILABLE"),
+    (TreelineError, _Code.INTERNAL, "INTERNAL"),
+]
+_BY_REASON = {reason: error for error, _, reason in _ERRORS if error is not TreelineError}
+_RETRYABLE = (_Code.RESOURCE_EXHAUSTED, _Code.UNAVAILABLE)
+
+
+def code_of(error: TreelineError) -> grpc.StatusCode:
+    """The gRPC code that `error` becomes."""
+    return next(code for kind, code, _ in _ERRORS if isinstance(error, kind))
+
+
+def to_status(error: TreelineError) -> Status:
+    """google.rpc.Status of an error: ErrorInfo always, field violations and a retry delay where they apply."""
+    code, reason = next((code, reason) for kind, code, reason in _ERRORS if isinstance(error, kind))
+    status = Status(code=code.value[0], message=_shortened(str(error)))
+    status.details.add().Pack(ErrorInfo(reason=reason, domain=DOMAIN))
+    if isinstance(error, InvalidRequestError):
+        violations = [
+            BadRequest.FieldViolation(field=v.field, description=_shortened(v.description)) for v in error.violations
+        ]
+        status.details.add().Pack(BadRequest(field_violations=violations))
+    if code in _RETRYABLE:
+        status.details.add().Pack(RetryInfo(retry_delay=Duration(seconds=RETRY_DELAY_S)))
+    return status
+
+
+async def abort_with(context: grpc.aio.ServicerContext, error: TreelineError) -> None:
+    """End a call with `error`'s status. Raises grpc.aio.AbortError, as `context.abort` does."""
+    status = to_status(error)
+    await context.abort(code_of(error), status.message, ((DETAILS_KEY, status.SerializeToString()),))
+
+
+async def abort_as(context: grpc.aio.ServicerContext, error: grpc.aio.AioRpcError) -> None:
+    """End a call exactly as an upstream call ended: same code, message and details."""
+    details = tuple((key, value) for key, value in error.trailing_metadata() or () if key == DETAILS_KEY)
+    await context.abort(error.code(), error.details() or "", details)
+
+
+def from_rpc_error(
+    code: grpc.StatusCode, message: str, trailing_metadata: Iterable[tuple[str, str | bytes]] | None
+) -> TreelineError:
+    """The error behind a failed call; RequestFailedError if it is not one of ours."""
+    packed = next((value for key, value in trailing_metadata or () if key == DETAILS_KEY), None)
+    status = Status.FromString(packed) if isinstance(packed, bytes) else Status()
+    info, bad_request = ErrorInfo(), BadRequest()
+    for detail in status.details:
+        if detail.Is(ErrorInfo.DESCRIPTOR):
+            detail.Unpack(info)
+        elif detail.Is(BadRequest.DESCRIPTOR):
+            detail.Unpack(bad_request)
+    kind = _BY_REASON.get(info.reason) if info.domain == DOMAIN else None
+    if kind is InvalidRequestError:
+        return InvalidRequestError(*(FieldViolation(v.field, v.description) for v in bad_request.field_violations))
+    return kind(message) if kind else RequestFailedError(code.name, message)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_MESSAGE_CHARS else text[:MAX_MESSAGE_CHARS] + "…"

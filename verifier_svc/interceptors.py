@@ -1,0 +1,98 @@
+"""What happens to every generation call whatever its method: malformed messages, errors to statuses, counting."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from treeline.errors import FieldViolation, InvalidRequestError, TreelineError
+from treeline.status import abort_as, abort_with, code_of
+
+logger = logging.getLogger(__name__)
+
+OnCallEnd = Callable[[str, str], None]
+"""Told of each call's end: method ("Generate") and gRPC code name ("OK")."""
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Gives every call of `service` its right status.
+
+    - A message that protobuf cannot parse (text that is not UTF-8, say) becomes INVALID_ARGUMENT.
+    - A TreelineError becomes its own status with details; a failed upstream call's status goes through unchanged.
+    - Anything else becomes INTERNAL: logged here, with nothing of it shown to the client.
+
+    Handlers must be unary-unary coroutines or unary-stream async generators, which are closed when the call ends.
+    """
+
+    def __init__(self, service: str, on_call_end: OnCallEnd = lambda method, code: None) -> None:
+        self._prefix = f"/{service}/"
+        self._on_call_end = on_call_end
+
+    async def intercept_service(self, continuation: Callable, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith(self._prefix):
+            return handler
+        name = method.removeprefix(self._prefix)
+        parse = handler.request_deserializer or bytes
+
+        def guarded_parse(data: bytes) -> Any:
+            try:
+                return parse(data)
+            except DecodeError:
+                # Returned, because grpc would turn an exception here into INTERNAL.
+                return InvalidRequestError(FieldViolation("", "not a valid message, or text in it is not UTF-8"))
+
+        if handler.response_streaming:
+
+            async def stream(request: Any, context: grpc.aio.ServicerContext) -> None:
+                async def answer() -> None:
+                    async with aclosing(handler.unary_stream(_parsed(request), context)) as responses:
+                        async for response in responses:
+                            await context.write(response)
+
+                await self._finish(name, context, answer)
+
+            return grpc.unary_stream_rpc_method_handler(stream, guarded_parse, handler.response_serializer)
+
+        async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            async def answer() -> Any:
+                return await handler.unary_unary(_parsed(request), context)
+
+            return await self._finish(name, context, answer)
+
+        return grpc.unary_unary_rpc_method_handler(unary, guarded_parse, handler.response_serializer)
+
+    async def _finish(self, method: str, context: grpc.aio.ServicerContext, answer: Callable[[], Any]) -> Any:
+        code = grpc.StatusCode.OK
+        try:
+            return await answer()
+        except asyncio.CancelledError:
+            left_s = context.time_remaining()
+            out_of_time = left_s is not None and left_s <= 0
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if out_of_time else grpc.StatusCode.CANCELLED
+            raise
+        except TreelineError as error:
+            code = code_of(error)
+            await abort_with(context, error)
+        except grpc.aio.AioRpcError as error:
+            code = error.code()
+            await abort_as(context, error)
+        except Exception:
+            code = grpc.StatusCode.INTERNAL
+            logger.exception("%s failed", method)
+            await context.abort(code, "internal error")
+        finally:
+            self._on_call_end(method, code.name)
+
+
+def _parsed(request: Any) -> Any:
+    if isinstance(request, InvalidRequestError):
+        raise request
+    return request
