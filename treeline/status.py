@@ -89,6 +89,8 @@ def from_rpc_error(
     kind = _BY_REASON.get(info.reason) if info.domain == DOMAIN else None
     if kind is InvalidRequestError:
         return InvalidRequestError(*(FieldViolation(v.field, v.description) for v in bad_request.field_violations))
+    if kind is None and code is _Code.UNAVAILABLE:
+        return UnavailableError(message)
     return kind(message) if kind else RequestFailedError(code.name, message)
 
 

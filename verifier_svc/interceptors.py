@@ -13,15 +13,19 @@ from google.protobuf.message import DecodeError
 
 from treeline.errors import FieldViolation, InvalidRequestError, TreelineError
 from treeline.status import abort_as, abort_with, code_of
+from treeline.v1 import generation_pb2 as pb
 
 logger = logging.getLogger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+_PREFIX = f"/{SERVICE}/"
 
 OnCallEnd = Callable[[str, str], None]
 """Told of each call's end: method ("Generate") and gRPC code name ("OK")."""
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Gives every call of `service` its right status.
+    """Gives every call of the generation service its right status.
 
     - A message that protobuf cannot parse (text that is not UTF-8, say) becomes INVALID_ARGUMENT.
     - A TreelineError becomes its own status with details; a failed upstream call's status goes through unchanged.
@@ -30,16 +34,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     Handlers must be unary-unary coroutines or unary-stream async generators, which are closed when the call ends.
     """
 
-    def __init__(self, service: str, on_call_end: OnCallEnd = lambda method, code: None) -> None:
-        self._prefix = f"/{service}/"
+    def __init__(self, on_call_end: OnCallEnd = lambda method, code: None) -> None:
         self._on_call_end = on_call_end
 
     async def intercept_service(self, continuation: Callable, handler_call_details: grpc.HandlerCallDetails) -> Any:
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or not method.startswith(self._prefix):
+        if handler is None or not method.startswith(_PREFIX):
             return handler
-        name = method.removeprefix(self._prefix)
+        name = method.removeprefix(_PREFIX)
         parse = handler.request_deserializer or bytes
 
         def guarded_parse(data: bytes) -> Any:

@@ -22,8 +22,6 @@ from verifier_svc.validation import Prompt, ServedModel, parse_generate, parse_t
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
-
 _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,

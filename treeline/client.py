@@ -1,0 +1,156 @@
+"""A small client of the generation service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from treeline.errors import ConfigError
+from treeline.rpc import client_options
+from treeline.status import from_rpc_error
+from treeline.v1 import generation_pb2 as pb
+from treeline.v1.generation_pb2_grpc import GenerationServiceStub
+
+MAX_MESSAGE_BYTES = 4 << 20
+CALL_TIMEOUT_S = 10.0
+
+
+class TreelineClient:
+    """Talks to a front door, or to a verifier directly. Failed calls raise TreelineErrors.
+
+    Args:
+        target: "host:port".
+        token: bearer token, if the server asks for one.
+        tls_ca: certificate file to trust; without it the connection is not encrypted.
+    """
+
+    def __init__(self, target: str, token: str | None = None, tls_ca: Path | None = None) -> None:
+        self.target = target
+        options = client_options(MAX_MESSAGE_BYTES)
+        if tls_ca is None:
+            self._channel = grpc.insecure_channel(target, options)
+        else:
+            try:
+                credentials = grpc.ssl_channel_credentials(tls_ca.read_bytes())
+            except OSError as error:
+                raise ConfigError(f"cannot read {tls_ca}: {error.strerror}") from None
+            self._channel = grpc.secure_channel(target, credentials, options)
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._stub = GenerationServiceStub(self._channel)
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        token_ids: Sequence[int] | None = None,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        explain: bool = False,
+        policy: str | None = None,
+        max_nodes: int | None = None,
+        max_depth: int | None = None,
+        priority: int = 0,
+        model: str = "",
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> Iterator[pb.GenerateChunk | pb.GenerateComplete]:
+        """Stream an answer: chunks as they are produced, then one GenerateComplete.
+
+        Exactly one of `prompt`, `messages` ({"role", "content"} each) and `token_ids` is needed; the other arguments
+        are the fields of GenerateRequest, left to the server's defaults where None. Closing the iterator (or leaving
+        its loop) aborts the request.
+
+        Raises:
+            ValueError: none or several inputs are given, or a value does not fit its field.
+            InvalidRequestError, QueueFullError, UnknownModelError, DuplicateRequestError, UnavailableError: as named.
+            RequestFailedError: any other failure; `.code` is "DEADLINE_EXCEEDED", "CANCELLED", "UNAUTHENTICATED", ...
+        """
+        if sum(given is not None for given in (prompt, messages, token_ids)) != 1:
+            raise ValueError("give exactly one of prompt, messages and token_ids")
+        request = pb.GenerateRequest(
+            request_id=request_id,
+            model=model,
+            prompt=prompt,
+            token_ids=None if token_ids is None else pb.TokenIds(ids=token_ids),
+            chat=None if messages is None else _chat(messages),
+            sampling=pb.SamplingParams(
+                temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed
+            ),
+            stopping=pb.StoppingParams(
+                max_tokens=max_tokens, stop=stop, stop_token_ids=stop_token_ids, ignore_eos=ignore_eos
+            ),
+            output=pb.OutputOptions(logprobs=logprobs, explain=explain),
+            speculation=pb.SpeculationOptions(policy=policy, max_nodes=max_nodes, max_depth=max_depth),
+            priority=priority,
+        )
+        return self._stream(request, timeout_s)
+
+    def abort(self, *request_ids: str) -> int:
+        """End requests by id; returns how many of them were open."""
+        return self._call(self._stub.Abort, pb.AbortRequest(request_ids=request_ids)).aborted
+
+    def load(self) -> pb.GetLoadResponse:
+        """How busy the service is."""
+        return self._call(self._stub.GetLoad, pb.GetLoadRequest())
+
+    def model_info(self) -> pb.GetModelInfoResponse:
+        """What is served."""
+        return self._call(self._stub.GetModelInfo, pb.GetModelInfoRequest())
+
+    def tokenize(self, prompt: str | None = None, *, messages: Sequence[Mapping[str, str]] | None = None) -> list[int]:
+        """The token ids of a text or a chat, as `generate` would see them."""
+        chat = None if messages is None else _chat(messages)
+        return list(self._call(self._stub.Tokenize, pb.TokenizeRequest(prompt=prompt, chat=chat)).token_ids)
+
+    def close(self) -> None:
+        """Ends open streams too."""
+        self._channel.close()
+
+    def __enter__(self) -> TreelineClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _stream(
+        self, request: pb.GenerateRequest, timeout_s: float | None
+    ) -> Iterator[pb.GenerateChunk | pb.GenerateComplete]:
+        call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
+        try:
+            for response in call:
+                yield response.chunk if response.WhichOneof("response") == "chunk" else response.complete
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+        finally:
+            call.cancel()
+
+    def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return method(request, timeout=CALL_TIMEOUT_S, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+
+    def _error(self, error: Any) -> Exception:
+        code, details, trailers = error.code(), error.details() or "", error.trailing_metadata()
+        if code is grpc.StatusCode.UNAVAILABLE and not trailers:  # not an answer: the transport itself failed
+            details = f"cannot reach {self.target} ({details})"
+        return from_rpc_error(code, details, trailers)
+
+
+def _chat(messages: Sequence[Mapping[str, str]]) -> pb.Chat:
+    return pb.Chat(messages=[pb.ChatMessage(role=m["role"], content=m["content"]) for m in messages])
