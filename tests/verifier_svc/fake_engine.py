@@ -1,0 +1,137 @@
+"""A verifier without a model: a real gRPC server over an engine that counts. For tests of the service's borders."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import grpc
+from jinja2 import TemplateError
+
+from treeline.config import Config
+from treeline.errors import QueueFullError
+from treeline.rpc import add_standard_services, bind, new_server
+from treeline.v1 import generation_pb2_grpc as pb_grpc
+from verifier_svc.interceptors import SERVICE, CallInterceptor
+from verifier_svc.request import (
+    Chunk,
+    Completion,
+    FinishReason,
+    GenerationRequest,
+    Load,
+    SpeculationTotals,
+    StepExplanation,
+    TokenLogprobs,
+)
+from verifier_svc.service import GenerationServicer
+from verifier_svc.validation import ServedModel
+
+INFO = ServedModel("fake", "FakeForCausalLM", "float32", 256, 128, frozenset({0}), has_chat_template=True)
+
+
+class FakeTokenizer:
+    """One token a byte."""
+
+    def __call__(self, text: str, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=list(text.encode()))
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> str:
+        if messages[0]["role"] == "assistant":
+            raise TemplateError("the assistant may not begin")
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+
+
+class FakeEngine:
+    """Answers each request with `name` and a count, one word a step, two tokens a word.
+
+    Attributes:
+        requests: all that were accepted, in order.
+        open: ids of requests that have not ended; the test's proof that nothing is left behind.
+    """
+
+    def __init__(
+        self, name: str = "a", step_s: float = 0.0, capacity: int = 100, fail: Exception | None = None
+    ) -> None:
+        self.name, self.step_s, self.capacity, self.fail = name, step_s, capacity, fail
+        self.requests: list[GenerationRequest] = []
+        self.open: set[str] = set()
+        self.elsewhere = 0
+        self._aborted: set[str] = set()
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk | Completion]:
+        if len(self.open) >= self.capacity:
+            raise QueueFullError("the queue is full")
+        self.requests.append(request)
+        self.open.add(request.request_id)
+        reason = FinishReason.LENGTH
+        try:
+            for step in range(request.max_tokens // 2):
+                await asyncio.sleep(self.step_s)
+                if self.fail and step == 1:
+                    raise self.fail
+                if request.request_id in self._aborted:
+                    reason = FinishReason.ABORTED
+                    break
+                yield Chunk(f"{self.name}{step} ", [65, 66], _logprobs(request), _explanation(request))
+            steps = request.max_tokens // 2
+            totals = SpeculationTotals(steps, drafted_nodes=4 * steps, verified_nodes=3 * steps, accepted_nodes=steps)
+            prompt_tokens = len(request.prompt_token_ids)
+            yield Completion(reason, None, prompt_tokens, 2 * steps, 0.01, 0.02, 0.03, totals)
+        finally:
+            self.open.discard(request.request_id)
+
+    def abort(self, request_ids: Iterable[str]) -> int:
+        known = self.open & set(request_ids)
+        self._aborted |= known
+        return len(known)
+
+    def load(self) -> Load:
+        return Load(len(self.open) + self.elsewhere, 0, 8, 64, 10.0, 2.0, 3.0, 7, 1.5, True)
+
+
+def _logprobs(request: GenerationRequest) -> list[TokenLogprobs]:
+    if request.logprobs is None:
+        return []
+    return [TokenLogprobs(token, -0.5, ((token, -0.5), (1, -1.5))[: request.logprobs]) for token in (65, 66)]
+
+
+def _explanation(request: GenerationRequest) -> StepExplanation | None:
+    return StepExplanation(4, 3, 1, 1.5, 7, 2, 8, 0.001, 0.002, 0.004, "paid") if request.explain else None
+
+
+@dataclass
+class FakeVerifier:
+    """A listening one."""
+
+    endpoint: str
+    engine: FakeEngine
+    server: grpc.aio.Server
+    health: object
+
+    async def kill(self) -> None:
+        await self.server.stop(None)
+
+
+@asynccontextmanager
+async def fake_verifier(engine: FakeEngine, config: Config = Config()) -> AsyncIterator[FakeVerifier]:  # noqa: B008
+    server = new_server(config.internal, config.limits.max_message_bytes, interceptors=[CallInterceptor()])
+    servicer = GenerationServicer(engine, FakeTokenizer(), INFO, config.limits, config.verifier)
+    pb_grpc.add_GenerationServiceServicer_to_server(servicer, server)
+    health = await add_standard_services(server, SERVICE)
+    endpoint = bind(server, config.internal)
+    await server.start()
+    try:
+        yield FakeVerifier(endpoint, engine, server, health)
+    finally:
+        await server.stop(None)
+
+
+async def until(condition, timeout_s: float = 3.0) -> None:
+    """Wait for `condition()`; fails the test if it does not come true."""
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while not condition():
+        assert asyncio.get_running_loop().time() < deadline, "did not happen in time"
+        await asyncio.sleep(0.005)
