@@ -1,0 +1,92 @@
+"""From what a drafter believes to what the target accepts, learnt online."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treeline.plan import DEPTHS, PROB_BINS, SOURCES, Calibration, NodeOutcomes
+from treeline.tree import Source
+
+DECAY = 0.99
+"""Per update: evidence of 70 steps ago counts half."""
+POOLED_WEIGHT = 4.0
+PRIOR_WEIGHT = 4.0
+NGRAM_PRIOR = 0.8
+KAPPA_PRIOR = 0.6
+KAPPA_WEIGHT = 8.0
+
+
+def accepts(
+    calibration: Calibration,
+    sources: NDArray[np.uint8],
+    depths: NDArray[np.int32],
+    draft_probs: NDArray[np.float32],
+    sampled: bool | NDArray[np.bool_],
+) -> NDArray[np.float32]:
+    """float32 [n]: c(v), the calibrated probability that the target accepts each node once its parent was accepted."""
+    rows = np.minimum(depths, DEPTHS) - 1
+    return calibration.acceptance[sources, np.asarray(sampled, np.intp), rows, prob_bins(draft_probs)]
+
+
+def prob_bins(draft_probs: NDArray[np.float32]) -> NDArray[np.intp]:
+    """Bin of each probability. Bins are even in its square root, so that small ones are told apart."""
+    return np.minimum(np.sqrt(draft_probs) * PROB_BINS, PROB_BINS - 1).astype(np.intp)
+
+
+def prior() -> Calibration:
+    """Before anything was seen: the drafter is believed, a lookup a little less."""
+    middles = ((np.arange(PROB_BINS, dtype=np.float32) + 0.5) / PROB_BINS) ** 2
+    acceptance = np.broadcast_to(middles, (SOURCES, 2, DEPTHS, PROB_BINS)).astype(np.float32)
+    acceptance[Source.NGRAM] *= NGRAM_PRIOR
+    return Calibration(acceptance, np.full((2, DEPTHS), KAPPA_PRIOR, np.float32))
+
+
+class Calibrator:
+    """Decayed counts per (source, sampled, depth, bin), shrunk to all depths together, and these to the prior."""
+
+    def __init__(self) -> None:
+        shape = (SOURCES, 2, DEPTHS, PROB_BINS)
+        self._seen, self._accepted = np.zeros(shape), np.zeros(shape)
+        self._parents, self._continued = np.zeros((2, DEPTHS)), np.zeros((2, DEPTHS))
+        self._prior = prior()
+        self._calibration = self._prior
+        # Reliability of the predictions in force when each outcome came: predicted, accepted and seen by predicted bin.
+        self._reliability = np.zeros((3, PROB_BINS))
+
+    def update(self, outcomes: NodeOutcomes) -> None:
+        """Learn from one step."""
+        if not len(outcomes.accepted):
+            return
+        predicted = accepts(
+            self._calibration, outcomes.sources, outcomes.depths, outcomes.draft_probs, outcomes.sampled
+        )
+        accepted, sampled = outcomes.accepted.astype(np.float64), outcomes.sampled.astype(np.intp)
+        rows = np.minimum(outcomes.depths, DEPTHS).astype(np.intp) - 1
+        cells = (outcomes.sources, sampled, rows, prob_bins(outcomes.draft_probs))
+        for counts in (self._seen, self._accepted, self._parents, self._continued, self._reliability):
+            counts *= DECAY
+        np.add.at(self._seen, cells, 1.0)
+        np.add.at(self._accepted, cells, accepted)
+        # Siblings share one reached parent: the one of rank 0 stands for it.
+        np.add.at(self._parents, (sampled, rows), outcomes.ranks == 0)
+        np.add.at(self._continued, (sampled, rows), accepted)
+        bins = prob_bins(predicted)
+        for row, values in zip(self._reliability, (predicted, accepted, np.ones_like(accepted)), strict=True):
+            np.add.at(row, bins, values)
+        self._calibration = self._estimate()
+
+    def calibration(self) -> Calibration:
+        return self._calibration
+
+    def ece(self) -> float:
+        """Expected calibration error of the recent predictions: mean |predicted - accepted| over bins, by weight."""
+        predicted, accepted, seen = self._reliability
+        return float(np.abs(predicted - accepted).sum() / seen.sum()) if seen.sum() else 0.0
+
+    def _estimate(self) -> Calibration:
+        pooled_seen, pooled_accepted = self._seen.sum(2, keepdims=True), self._accepted.sum(2, keepdims=True)
+        pooled = (pooled_accepted + PRIOR_WEIGHT * self._prior.acceptance) / (pooled_seen + PRIOR_WEIGHT)
+        acceptance = (self._accepted + POOLED_WEIGHT * pooled) / (self._seen + POOLED_WEIGHT)
+        kappa = (self._continued + KAPPA_WEIGHT * self._prior.kappa) / (self._parents + KAPPA_WEIGHT)
+        return Calibration(acceptance.astype(np.float32), np.minimum(kappa, 1).astype(np.float32))
