@@ -29,7 +29,7 @@ from verifier_svc.request import (
 from verifier_svc.service import GenerationServicer
 from verifier_svc.validation import ServedModel
 
-INFO = ServedModel("fake", "FakeForCausalLM", "float32", 256, 128, frozenset({0}), has_chat_template=True)
+INFO = ServedModel("fake", "FakeForCausalLM", "float32", 256, 1024, frozenset({0}), has_chat_template=True)
 
 
 class FakeTokenizer:

@@ -121,7 +121,7 @@ def test_wrong_fields_are_refused_at_the_door():
 
 def test_what_only_the_verifier_can_see_comes_back_with_details():
     async def scenario(s):
-        return await failure(s.stub.Generate(request("x" * 500)))
+        return await failure(s.stub.Generate(request("x" * 1024)))
 
     error = with_front_door(scenario, FakeEngine())
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -127,8 +127,8 @@ def test_violations_arrive_as_details():
 
 BAD = [
     (request(model="other"), grpc.StatusCode.NOT_FOUND),
-    (request("x" * 128), grpc.StatusCode.INVALID_ARGUMENT),
-    (request("x" * 100, max_tokens=29), grpc.StatusCode.INVALID_ARGUMENT),
+    (request("x" * 1024), grpc.StatusCode.INVALID_ARGUMENT),
+    (request("x" * 1000, max_tokens=25), grpc.StatusCode.INVALID_ARGUMENT),
     (
         pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role="assistant", content="x")])),
         grpc.StatusCode.INVALID_ARGUMENT,
@@ -229,7 +229,7 @@ def test_load_and_model_info():
     load, info = with_verifier(scenario, config=config)
     assert (load.max_requests_running, load.max_requests_waiting, load.kv_blocks_total) == (3, 5, 64)
     assert (load.price, load.plan_version, load.drafter_ready) == (1.5, 7, True)
-    assert (info.model, info.vocab_size, info.max_context_tokens) == ("fake", 256, 128)
+    assert (info.model, info.vocab_size, info.max_context_tokens) == ("fake", 256, 1024)
     assert (info.default_policy, "eagle2:" in info.allowed_policies) == ("smart", True)
 
 
