@@ -148,7 +148,7 @@ class TreelineClient:
     def _error(self, error: Any) -> Exception:
         code, details, trailers = error.code(), error.details() or "", error.trailing_metadata()
         if code is grpc.StatusCode.UNAVAILABLE and not trailers:  # not an answer: the transport itself failed
-            details = f"cannot reach {self.target} ({details})"
+            details = f"cannot reach {self.target}: {details.rpartition(': ')[2]}"
         return from_rpc_error(code, details, trailers)
 
 

@@ -1,0 +1,209 @@
+"""`treeline demo`: the whole service on real prompts, with and without speculation, in one go."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cli.options import ConfigFile
+from cli.serve import check_startable
+from treeline.client import TreelineClient
+from treeline.config import load_config
+from treeline.rpc import read_tokens
+from treeline.v1 import generation_pb2 as pb
+
+LINE_CHARS = 88
+PASSAGE = (
+    "The harbour of Kilmory was built in 1823 for the herring fleet. At its height, two hundred boats landed their "
+    "catch there each week, and the curing yards employed half of the town. When the herring left in 1911, the boats "
+    "left with them, and the yards closed one by one. Today the harbour shelters eleven sailing boats and one ferry, "
+    "and the last curing yard is a museum."
+)
+CODE = """def mean(values):
+    total = 0
+    for value in values:
+        total = total + value
+    return total / len(values)
+"""
+
+
+@dataclass(frozen=True)
+class DemoPrompt:
+    label: str
+    text: str
+    temperature: float = 0.0
+
+
+PROMPTS = (
+    DemoPrompt("chat", "What makes the sky blue? Answer in three sentences."),
+    DemoPrompt("advice", "Give me four short tips for sleeping better."),
+    DemoPrompt("summary", f"Summarise this text in two sentences, in its own words:\n\n{PASSAGE}"),
+    DemoPrompt("repeat", f"Repeat this text word for word:\n\n{PASSAGE}"),
+    DemoPrompt("code", f"Rename the variable total to result in this function and print the whole function:\n\n{CODE}"),
+    DemoPrompt("list", "Count from one to thirty in words, separated by commas."),
+    DemoPrompt("story", "Begin a story about a lighthouse keeper who finds a letter.", temperature=0.8),
+)
+SEED = 7
+TIMEOUT_S = 300.0
+
+
+@dataclass
+class Outcome:
+    """One stream as its client saw it: seconds to the first text, and to the end."""
+
+    first_s: float
+    total_s: float
+    text: str
+    complete: pb.GenerateComplete
+
+    @property
+    def tokens(self) -> int:
+        return self.complete.usage.completion_tokens
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.total_s
+
+
+def demo(
+    config: ConfigFile = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of each answer.")] = 64,
+) -> None:
+    """Start the service, send concurrent prompts through its port, show the text and what speculation brought, stop."""
+    console = Console()
+    checked = load_config(config)
+    check_startable(checked)
+    console.print("starting the services on Ray Serve ...")
+    from deploy.app import run
+
+    app = run(checked, block=False)
+    try:
+        server = checked.server
+        token = read_tokens(server.token_file)[0] if server.token_file else None
+        with TreelineClient(app.endpoint, token, server.tls.certificate if server.tls else None) as client:
+            show_demo(client, console, max_tokens)
+    finally:
+        app.stop()
+
+
+def show_demo(client: TreelineClient, console: Console, max_tokens: int) -> None:
+    """Both rounds and the table."""
+    info = client.model_info()
+    policy = info.default_policy
+    console.print(f"{info.model} ({info.architecture}, {info.dtype}) at {client.target}, policy {policy}\n")
+    for prompt in PROMPTS:
+        console.print(f"[bold]{prompt.label:>8}[/] > {escape(prompt.text.splitlines()[0])}")
+    console.print()
+    with_trees, trees_s = run_round(client, max_tokens, None, Narrator(console))
+    console.print("\nthe same prompts with policy=off ...")
+    plain, plain_s = run_round(client, max_tokens, "off", lambda label, text: None)
+    console.print(comparison(policy, with_trees, plain))
+    rates = [sum(o.tokens for o in outcomes) / s for outcomes, s in ((with_trees, trees_s), (plain, plain_s))]
+    same = sum(a.text == b.text for a, b in zip(with_trees, plain, strict=True))
+    console.print(
+        f"all streams together: {rates[0]:.1f} tokens/s with {policy}, {rates[1]:.1f} without: "
+        f"[bold]{rates[0] / rates[1]:.2f}x[/]; {same} of {len(plain)} texts identical"
+    )
+
+
+def run_round(
+    client: TreelineClient, max_tokens: int, policy: str | None, show: Callable[[str, str], None]
+) -> tuple[list[Outcome], float]:
+    """All prompts at once. Returns the outcomes in order, and the seconds until the last one ended."""
+    started_s = time.perf_counter()
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        outcomes = list(pool.map(lambda prompt: follow(client, prompt, max_tokens, policy, show), PROMPTS))
+    return outcomes, time.perf_counter() - started_s
+
+
+def follow(
+    client: TreelineClient, prompt: DemoPrompt, max_tokens: int, policy: str | None, show: Callable[[str, str], None]
+) -> Outcome:
+    """One stream from its request to its end."""
+    started_s = time.perf_counter()
+    first_s, text, complete = 0.0, "", pb.GenerateComplete()
+    answer = client.generate(
+        messages=[{"role": "user", "content": prompt.text}],
+        max_tokens=max_tokens,
+        temperature=prompt.temperature,
+        seed=SEED,
+        policy=policy,
+        timeout_s=TIMEOUT_S,
+    )
+    for message in answer:
+        if isinstance(message, pb.GenerateComplete):
+            complete = message
+        else:
+            first_s = first_s or time.perf_counter() - started_s
+            text += message.text
+            show(prompt.label, message.text)
+    show(prompt.label, "\n")
+    return Outcome(first_s, time.perf_counter() - started_s, text, complete)
+
+
+class Narrator:
+    """Prints several streams at once so that each can be read: a labelled line whenever one of them has filled it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._pending: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, label: str, text: str) -> None:
+        with self._lock:
+            text = self._pending.get(label, "") + text
+            while cut := line_end(text):
+                line, text = text[:cut].rstrip(), text[cut:]
+                if line:
+                    self._console.print(f"[bold]{label:>8}[/] | {escape(line)}", highlight=False, soft_wrap=True)
+            self._pending[label] = text
+
+
+def line_end(text: str) -> int:
+    """How many characters to print as one line; 0 while there is no whole line yet."""
+    newline = text.find("\n", 0, LINE_CHARS + 1)
+    if newline >= 0:
+        return newline + 1
+    if len(text) > LINE_CHARS:
+        return text.rfind(" ", 0, LINE_CHARS) + 1 or LINE_CHARS
+    return 0
+
+
+def comparison(policy: str, with_trees: list[Outcome], plain: list[Outcome]) -> Table:
+    """A row a prompt: what its client saw with trees, and without."""
+    table = Table(title=f"policy {policy}, and off")
+    table.add_column("request")
+    for heading in (
+        "tokens",
+        "first token",
+        "tokens/s",
+        "mean tree",
+        "accepted",
+        "off: first",
+        "off: tokens/s",
+        "ratio",
+    ):
+        table.add_column(heading, justify="right")
+    for prompt, tree, off in zip(PROMPTS, with_trees, plain, strict=True):
+        speculation = tree.complete.speculation
+        table.add_row(
+            prompt.label + (f" (T={prompt.temperature:g})" if prompt.temperature else ""),
+            str(tree.tokens),
+            f"{tree.first_s:.2f} s",
+            f"{tree.tokens_per_s:.1f}",
+            f"{speculation.mean_tree_nodes:.1f}",
+            f"{speculation.mean_accepted_length:.2f}",
+            f"{off.first_s:.2f} s",
+            f"{off.tokens_per_s:.1f}",
+            f"{tree.tokens_per_s / off.tokens_per_s:.2f}x",
+        )
+    return table

@@ -1,0 +1,85 @@
+"""`treeline doctor`: is this machine fit to serve, and with what."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import typer
+
+import treeline
+from cli.options import ConfigFile
+from treeline.config import Config, load_config
+
+PACKAGES = ("torch", "transformers", "ray", "grpcio", "protobuf", "numpy", "scipy", "prometheus-client", "gguf")
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
+CACHE_BYTES_NEEDED = 2e9
+
+
+def doctor(config: ConfigFile = None) -> None:
+    """Show versions, processor, GPUs, model cache and ports; exit 1 if something needed is missing."""
+    checked = load_config(config)
+    findings = list(examine(checked))
+    for fine, subject, finding in findings:
+        typer.echo(f"{'ok  ' if fine else 'FAIL'}  {subject:<12} {finding}")
+    if not all(fine for fine, _, _ in findings):
+        raise typer.Exit(1)
+
+
+def examine(config: Config) -> Iterator[tuple[bool, str, str]]:
+    """(is it fine, subject, what was found) for each thing that serving needs."""
+    yield True, "treeline", f"{treeline.__version__} on Python {platform.python_version()}, {platform.platform()}"
+    for package in PACKAGES:
+        try:
+            yield True, package, version(package)
+        except PackageNotFoundError:
+            yield False, package, "not installed: pip install 'treeline[serve]'"
+    yield True, "cpu", f"{os.cpu_count()} cores; {', '.join(_cpu_flags()) or 'no vector extensions that matter'}"
+    yield _gpus()
+    yield _models()
+    for name, host, port in (
+        ("port", config.server.host, config.server.port),
+        ("metrics", config.metrics.host, config.metrics.base_port),
+    ):
+        yield _port(name, host, port)
+
+
+def _cpu_flags() -> list[str]:
+    try:
+        known = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return []
+    return [flag for flag in CPU_FLAGS if flag in known]
+
+
+def _gpus() -> tuple[bool, str, str]:
+    try:
+        import torch
+    except ImportError:
+        return True, "gpu", "unknown without torch"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return True, "gpu", ", ".join(names) or "none; the CPU serves"
+
+
+def _models() -> tuple[bool, str, str]:
+    try:
+        from lm.store import cache_folder, cached_models
+    except ImportError:
+        return True, "models", "unknown without transformers"
+    folder = cache_folder()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    names = ", ".join(path.name for path in cached_models()) or "none yet"
+    return free_bytes > CACHE_BYTES_NEEDED, "models", f"{names} in {folder} ({free_bytes / 1e9:.0f} GB free)"
+
+
+def _port(name: str, host: str, port: int) -> tuple[bool, str, str]:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.settimeout(0.5)
+        taken = port != 0 and probe.connect_ex((host, port)) == 0
+    return True, name, f"{host}:{port} is {'in use (is the service running?)' if taken else 'free'}"

@@ -1,0 +1,103 @@
+"""`treeline generate`: one answer, streamed to the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+from google.protobuf.json_format import MessageToDict
+
+from cli.options import DEFAULT_SERVER, Server, TlsCa, Token
+from treeline.client import TreelineClient
+from treeline.v1 import generation_pb2 as pb
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to say; - reads it from standard input.")],
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of the answer.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy, the default.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus mass, in (0, 1].")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    policy: Annotated[str | None, typer.Option(help="off, chain:4, eagle2:5,4,16, smart-paper, smart, ...")] = None,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Show each step: its text, its tree, and why.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each message as one line of JSON.")] = False,
+    timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds the whole answer may take.")] = None,
+    server: Server = DEFAULT_SERVER,
+    token: Token = None,
+    tls_ca: TlsCa = None,
+) -> None:
+    """Stream an answer from a running service (see `treeline serve`).
+
+    Ctrl-C ends the request on the service too.
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if raw and system is not None:
+        raise typer.BadParameter("--system needs a chat: leave --raw away")
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    with TreelineClient(server, token, tls_ca) as client:
+        answer = client.generate(
+            text if raw else None,
+            messages=None if raw else messages,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=stop or (),
+            policy=policy,
+            explain=explain,
+            timeout_s=timeout,
+        )
+        show = show_json if as_json else show_steps if explain else show_text
+        show(answer)
+
+
+def show_text(answer: Iterator[pb.GenerateChunk | pb.GenerateComplete]) -> None:
+    """The text alone, as it comes."""
+    for message in answer:
+        if isinstance(message, pb.GenerateChunk):
+            typer.echo(message.text, nl=False)
+        else:
+            typer.echo()
+
+
+def show_json(answer: Iterator[pb.GenerateChunk | pb.GenerateComplete]) -> None:
+    """{"chunk": ...} lines, then one {"complete": ...} line, fields as in generation.proto."""
+    for message in answer:
+        kind = "chunk" if isinstance(message, pb.GenerateChunk) else "complete"
+        fields = MessageToDict(message, preserving_proto_field_name=True)
+        typer.echo(json.dumps({kind: fields}, ensure_ascii=False))
+
+
+def show_steps(answer: Iterator[pb.GenerateChunk | pb.GenerateComplete]) -> None:
+    """One line a step, then a summary."""
+    for message in answer:
+        if isinstance(message, pb.GenerateChunk):
+            step = message.speculation
+            typer.echo(
+                f"{message.text!r:<32} drafted {step.drafted_nodes:>2}, verified {step.verified_nodes:>2}, "
+                f"accepted {step.accepted_nodes:>2} | {step.step_s * 1e3:.1f} ms, price {step.price:.0f} tokens/s, "
+                f"plan {step.plan_version} | {step.reason}"
+            )
+        else:
+            typer.echo(summary(message))
+
+
+def summary(complete: pb.GenerateComplete) -> str:
+    """One line: how an answer came about."""
+    tokens, timings, speculation = complete.usage.completion_tokens, complete.timings, complete.speculation
+    rate = tokens / timings.total_s if timings.total_s else 0.0
+    return (
+        f"{tokens} tokens in {timings.total_s:.2f} s ({rate:.1f} tokens/s), first after "
+        f"{timings.time_to_first_token_s:.2f} s; policy {complete.policy}: {speculation.mean_tree_nodes:.1f} nodes and "
+        f"{speculation.mean_accepted_length:.2f} tokens a step; seed {complete.seed}"
+    )

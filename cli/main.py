@@ -1,0 +1,53 @@
+"""The `treeline` command. Each command lives in a file of its own and imports what is heavy only when it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from cli.config import config
+from cli.demo import demo
+from cli.doctor import doctor
+from cli.generate import generate
+from cli.models import models
+from cli.profile import profile
+from cli.serve import serve
+from cli.top import top
+from treeline.errors import ConfigError, TreelineError
+
+
+class ErrorGroup(TyperGroup):
+    """Shows expected errors as one line: exit 2 for what the operator must change, 1 for a failed call."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except TreelineError as error:
+            typer.echo(f"treeline: {error}", err=True)
+            raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+app = typer.Typer(
+    name="treeline",
+    cls=ErrorGroup,
+    help="Serves large language models with speculative trees that know when to stop growing.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate)
+app.command()(serve)
+app.add_typer(models, name="models")
+app.command()(profile)
+app.command()(top)
+app.command()(doctor)
+app.command()(config)
+app.command()(demo)
+
+
+def main() -> None:
+    app()

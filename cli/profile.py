@@ -1,0 +1,39 @@
+"""`treeline profile`: what verification passes cost on this device."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from cli.options import ConfigFile
+from treeline.config import load_config
+
+
+def profile(
+    config: ConfigFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the curves as JSON.")] = False,
+) -> None:
+    """Time the target's forward passes, as a verifier does at its start; run it on an otherwise idle machine."""
+    verifier = load_config(config).verifier
+    from lm.model import LanguageModel
+    from verifier_svc.profile import profile_verification
+
+    model = LanguageModel.load(verifier.target)
+    curves = profile_verification(model, model.new_cache(verifier.kv_cache_tokens, verifier.kv_block_tokens))
+    if as_json:
+        typer.echo(json.dumps([asdict(curve) for curve in curves]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{model.name}, {verifier.target.dtype}, {model.device}: milliseconds a pass")
+    table.add_column("tokens", justify="right")
+    for curve in curves:
+        table.add_column(f"{curve.sequences} sequences\ncontext {curve.context_tokens}", justify="right")
+    columns = [dict(zip(curve.tokens, curve.seconds, strict=True)) for curve in curves]
+    for tokens in sorted(set().union(*columns)):
+        table.add_row(str(tokens), *(f"{column[tokens] * 1e3:.1f}" if tokens in column else "" for column in columns))
+    Console().print(table)

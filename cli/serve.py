@@ -1,0 +1,71 @@
+"""`treeline serve`: the whole service on this machine or cluster."""
+
+from __future__ import annotations
+
+import socket
+
+import typer
+
+from cli.options import ConfigFile
+from treeline.config import Config, load_config
+from treeline.errors import ConfigError
+from treeline.rpc import read_tokens
+
+
+def serve(config: ConfigFile = None) -> None:
+    """Start all services on Ray Serve and keep them running until Ctrl-C.
+
+    Whatever is wrong with the configuration or the models is said in one line before anything starts (exit 2).
+    """
+    checked = load_config(config)
+    check_startable(checked)
+    typer.echo("starting the services ...", err=True)
+    from deploy.app import run
+
+    run(checked, block=True)
+
+
+def check_startable(config: Config) -> None:
+    """Find out, without starting anything, what would keep the services from starting. Fetches missing models.
+
+    Raises:
+        ConfigError: with what is wrong first.
+    """
+    check_policies(config)
+    for path in (config.server.token_file, config.internal.token_file):
+        if path is not None:
+            read_tokens(path)
+    for tls in (config.server.tls, config.internal.tls):
+        for file in (tls.certificate, tls.private_key) if tls else ():
+            if not file.is_file():
+                raise ConfigError(f"no such TLS file: {file}")
+    check_port_free(config.server.host, config.server.port)
+    from lm.store import load_tokenizer, resolve_model
+
+    for model in (config.verifier.target, config.drafter.model):
+        if model is not None:
+            load_tokenizer(resolve_model(model.model))
+
+
+def check_policies(config: Config) -> None:
+    """Raises ConfigError if a policy of the configuration is unknown, or the default is not allowed."""
+    from planner.policies import parse_policy
+
+    verifier = config.verifier
+    named = [entry for entry in verifier.allowed_policies if not entry.endswith(":")]
+    for spec in (verifier.default_policy, *named):
+        try:
+            parse_policy(spec)
+        except ValueError as error:
+            raise ConfigError(f"verifier policies: {error}") from None
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Raises ConfigError if nothing can listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; see server.port") from None

@@ -1,0 +1,52 @@
+"""`treeline top`: how busy a running service is, live."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from cli.options import DEFAULT_SERVER, Server, TlsCa, Token
+from treeline.client import TreelineClient
+from treeline.v1 import generation_pb2 as pb
+
+
+def top(
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between updates.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print once and exit.")] = False,
+    server: Server = DEFAULT_SERVER,
+    token: Token = None,
+    tls_ca: TlsCa = None,
+) -> None:
+    """Show load, speed and speculation of a running service until Ctrl-C."""
+    console = Console()
+    with TreelineClient(server, token, tls_ca) as client:
+        info = client.model_info()
+        title = f"{info.model} at {server}"
+        if once:
+            console.print(load_table(title, client.load()))
+            return
+        with Live(load_table(title, client.load()), console=console, auto_refresh=False) as live:
+            while True:
+                time.sleep(interval)
+                live.update(load_table(title, client.load()), refresh=True)
+
+
+def load_table(title: str, load: pb.GetLoadResponse) -> Table:
+    table = Table(title=title, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_row("running", f"{load.num_requests_running} of {load.max_requests_running}")
+    table.add_row("waiting", f"{load.num_requests_waiting} of {load.max_requests_waiting}")
+    table.add_row("KV blocks", f"{load.kv_blocks_used} of {load.kv_blocks_total}")
+    table.add_row("tokens per second", f"{load.tokens_per_s:.1f}")
+    table.add_row("mean accepted length", f"{load.mean_accepted_length:.2f}")
+    table.add_row("mean tree nodes", f"{load.mean_tree_nodes:.1f}")
+    table.add_row("plan", f"{load.plan_version}")
+    table.add_row("price", f"{load.price:.1f} tokens/s")
+    table.add_row("drafter", "ready" if load.drafter_ready else "away")
+    return table

@@ -1,0 +1,189 @@
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import lm.store
+from cli.main import app
+from cli.serve import check_startable
+from treeline.config import Config, ServerConfig, VerifierConfig
+from treeline.errors import ConfigError
+
+
+def treeline(*arguments: str, **options):
+    return CliRunner().invoke(app, list(arguments), **options)
+
+
+def test_generate_streams_the_text(service):
+    engine, endpoint = service
+    result = treeline("generate", "hi", "--server", endpoint, "--max-tokens", "6")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "a0 a1 a2 \n", "")
+    assert bytes(engine.requests[0].prompt_token_ids) == b"<user>hi<assistant>"
+
+
+def test_generate_passes_every_option_on(service):
+    engine, endpoint = service
+    options = "--max-tokens 4 --temperature 0.5 --top-p 0.9 --top-k 7 --seed 3 --stop x --stop yy --policy chain:2"
+    result = treeline("generate", "hi", "--system", "be brief", *options.split(), "--server", endpoint)
+    assert result.exit_code == 0, result.stderr
+    request = engine.requests[0]
+    assert bytes(request.prompt_token_ids) == b"<system>be brief<user>hi<assistant>"
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.5, 0.9, 7, 3)
+    assert (request.max_tokens, request.stop, request.policy) == (4, ("x", "yy"), "chain:2")
+
+
+def test_raw_text_from_standard_input(service):
+    engine, endpoint = service
+    result = treeline("generate", "-", "--raw", "--server", endpoint, input="from a pipe")
+    assert result.exit_code == 0
+    assert bytes(engine.requests[0].prompt_token_ids) == b"from a pipe"
+
+
+def test_json_lines(service):
+    _, endpoint = service
+    result = treeline("generate", "hi", "--json", "--seed", "5", "--max-tokens", "4", "--server", endpoint)
+    messages = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [message["chunk"]["text"] for message in messages[:-1]] == ["a0 ", "a1 "]
+    complete = messages[-1]["complete"]
+    assert (complete["finish_reason"], complete["seed"]) == ("FINISH_REASON_LENGTH", "5")
+    assert complete["usage"]["completion_tokens"] == 4
+
+
+def test_explain_shows_each_step_and_a_summary(service):
+    _, endpoint = service
+    result = treeline("generate", "hi", "--explain", "--max-tokens", "4", "--server", endpoint)
+    first, second, summary = result.stdout.splitlines()
+    assert "'a0 '" in first
+    assert "drafted  4, verified  3, accepted  1" in second
+    assert "paid" in second
+    assert "4 tokens" in summary
+    assert "2.00 tokens a step" in summary
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--max-tokens", "0"], "stopping.max_tokens"),
+        (["--top-p", "3"], "sampling.top_p"),
+        (["--policy", "none-such"], "speculation.policy"),
+    ],
+)
+def test_refused_requests_are_one_line(service, arguments, named):
+    _, endpoint = service
+    result = treeline("generate", "hi", "--server", endpoint, *arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert named in result.stderr
+
+
+def test_a_timeout_is_one_line_and_frees_the_request(service):
+    engine, endpoint = service
+    engine.step_s = 0.05
+    result = treeline("generate", "hi", "--server", endpoint, "--max-tokens", "100", "--timeout", "0.3")
+    assert result.exit_code == 1
+    assert "DEADLINE_EXCEEDED" in result.stderr
+    time.sleep(0.3)
+    assert not engine.open
+
+
+def test_no_service_is_one_line():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    result = treeline("generate", "hi", "--server", endpoint)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [f"treeline: cannot reach {endpoint}: Connection refused"]
+
+
+def test_ctrl_c_ends_the_request_and_exits_130(service):
+    engine, endpoint = service
+    engine.step_s = 0.05
+    command = [sys.executable, "-c", "from cli.main import main; main()"]
+    arguments = ["generate", "hi", "--server", endpoint, "--max-tokens", "100"]
+    process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.read(3) == "a0 "  # streamed while the answer is still being made
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=10)
+    time.sleep(0.3)
+    assert (process.returncode, "Traceback" in stderr, engine.open) == (130, False, set())
+
+
+def test_top_shows_the_load(service):
+    _, endpoint = service
+    result = treeline("top", "--once", "--server", endpoint)
+    assert result.exit_code == 0
+    assert "fake" in result.stdout
+    assert "0 of 16" in result.stdout
+    assert "8 of 64" in result.stdout
+
+
+def test_config_prints_defaults_that_load_again(tmp_path):
+    printed = treeline("config").stdout
+    assert Config.model_validate(yaml.safe_load(printed)) == Config()
+    (tmp_path / "mine.yaml").write_text("server: {port: 6000}\n")
+    result = treeline("config", str(tmp_path / "mine.yaml"))
+    assert yaml.safe_load(result.stdout)["server"]["port"] == 6000
+
+
+@pytest.mark.parametrize("command", [["config"], ["serve", "--config"], ["demo", "--config"]])
+@pytest.mark.parametrize("text", ["server: {prot: 1}", "server: [", "limits: {max_running_requests: 0}"])
+def test_a_wrong_file_is_one_line_and_exit_2(tmp_path, command, text):
+    (tmp_path / "wrong.yaml").write_text(text)
+    result = treeline(*command, str(tmp_path / "wrong.yaml"))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert "wrong.yaml" in result.stderr
+
+
+def test_serve_stops_before_anything_starts_if_something_is_missing(tmp_path):
+    free, taken = ServerConfig(port=0), socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    wrong = [
+        (Config(server=free, verifier=VerifierConfig(default_policy="sharp")), "sharp"),
+        (Config(server=free, verifier=VerifierConfig(target={"model": "/no/such/model"})), "/no/such/model"),
+        (Config(server=ServerConfig(port=port)), str(port)),
+        (Config(server=ServerConfig(port=0, token_file=tmp_path / "none")), "none"),
+        (Config(server=ServerConfig(port=0, tls={"certificate": "c.pem", "private_key": "k.pem"})), "c.pem"),
+    ]
+    with taken:
+        for config, named in wrong:
+            with pytest.raises(ConfigError, match=named):
+                check_startable(config)
+
+
+def test_models_lists_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TREELINE_CACHE", str(tmp_path))
+    assert "no models" in treeline("models", "list").stdout
+    folder = lm.store.cache_folder() / "models" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert str(folder) in treeline("models", "list").stdout
+    assert treeline("models", "pull", str(folder)).stdout.strip() == str(folder)
+    missing = treeline("models", "pull", "/no/such")
+    assert (missing.exit_code, len(missing.stderr.splitlines())) == (2, 1)
+
+
+def test_doctor_looks_at_everything(tmp_path, monkeypatch):
+    monkeypatch.setenv("TREELINE_CACHE", str(tmp_path))
+    result = treeline("doctor")
+    assert result.exit_code == 0, result.stdout
+    for subject in ("treeline", "torch", "ray", "cpu", "gpu", "models", "port"):
+        assert f"ok    {subject}" in result.stdout
+
+
+def test_help_and_clients_need_no_torch():
+    code = (
+        "import sys, cli.main\n"
+        "from typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(cli.main.app, ['generate', '--help']).exit_code == 0\n"
+        "print([m for m in ('torch', 'transformers', 'ray', 'scipy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
