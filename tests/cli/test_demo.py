@@ -24,7 +24,7 @@ def test_streams_are_told_apart_line_by_line():
         ("two", "other line"),
         ("one", "sec"),
     ]
-    assert "".join(text for _, text in lines[3:]).split() == ["word"] * 40
+    assert " ".join(text for _, text in lines[3:]).split() == ["word"] * 40
     assert max(len(text) for _, text in lines) <= 88
 
 
