@@ -78,8 +78,8 @@ class VerifierMetrics:
         for reason in ("stop", "length", "aborted"):
             self._finished.labels(reason)
 
-    def observe_step(self, record: StepRecord, price: float) -> None:
-        """One engine step, decided at `price`."""
+    def observe_step(self, record: StepRecord) -> None:
+        """One engine step."""
         self._steps.inc()
         self._plan_version.set(record.plan_version)
         self._prompt_tokens.inc(record.prefill_tokens)
@@ -91,7 +91,7 @@ class VerifierMetrics:
         self._phase.labels("verify").observe(record.verify_s)
         self._phase.labels("other").observe(max(0.0, record.step_s - record.draft_s - record.verify_s))
         if record.goodput:
-            self._price.set(price)
+            self._price.set(record.price)
             self._goodput.set(record.goodput)
         if record.verified_nodes:
             self._drafts.inc(record.sequences)

@@ -146,7 +146,8 @@ class StepRecord:
         verify_s: seconds of the verification pass and sampling.
         predicted_verify_s: what the plan's cost model had said, 0 if there was none.
         step_s: seconds of the whole step.
-        goodput: weighted tokens per second this step was expected to bring (R at the chosen size).
+        goodput: weighted tokens per second this step was expected to bring at the chosen size, 0 if undrafted.
+        price: R + mu * Q of this step, tokens per second, 0 if undrafted.
     """
 
     step_id: int
@@ -170,6 +171,7 @@ class StepRecord:
     predicted_verify_s: float
     step_s: float
     goodput: float
+    price: float
     outcomes: NodeOutcomes = field(default_factory=NodeOutcomes.empty)
 
 

@@ -30,7 +30,7 @@ class AsyncEngine:
 
     Args:
         on_step: called in the engine's thread after each step.
-        on_completion: called in the engine's thread when a request ends.
+        on_output: called in the engine's thread for everything a request is given.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class AsyncEngine:
         max_running: int,
         max_waiting: int,
         on_step: Callable[[StepRecord], None] = lambda record: None,
-        on_completion: Callable[[Completion], None] = lambda completion: None,
+        on_output: Callable[[Chunk | Completion], None] = lambda output: None,
     ) -> None:
         self.engine = engine
         self._max_running, self._max_waiting = max_running, max_waiting
-        self._on_step, self._on_completion = on_step, on_completion
+        self._on_step, self._on_output = on_step, on_output
         self._loop = asyncio.get_running_loop()
         self._streams: dict[str, asyncio.Queue[Chunk | Completion | TreelineError]] = {}
         self._wake = threading.Condition()
@@ -173,8 +173,7 @@ class AsyncEngine:
         if outputs:
             self._loop.call_soon_threadsafe(self._dispatch, outputs)
             for output in outputs:
-                if isinstance(output.item, Completion):
-                    self._on_completion(output.item)
+                self._on_output(output.item)
 
     def _dispatch(self, outputs: list[Output]) -> None:
         for output in outputs:

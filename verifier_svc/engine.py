@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import count
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from treeline.tree import ROOT, DraftTree
 from verifier_svc.draft_stage import Drafts, DraftStage
 from verifier_svc.output import Detokenizer
 from verifier_svc.report import explanation, step_record, token_logprobs
-from verifier_svc.request import Chunk, FinishReason, GenerationRequest, TokenLogprobs
+from verifier_svc.request import Chunk, FinishReason, GenerationRequest
 from verifier_svc.scheduler import Batch, Scheduler
 from verifier_svc.sequence import Output, Sequence
 from verifier_svc.walk import Walk, target_walk
@@ -32,10 +33,8 @@ class Advance(NamedTuple):
     """What one step brought one sequence."""
 
     sequence: Sequence
-    walk: Walk
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs]
+    accepted_nodes: int
+    chunk: Chunk
 
 
 class Engine:
@@ -163,22 +162,26 @@ class Engine:
         advances, first_row = [], 0
         for sequence, walk in zip(batch.decoding + batch.finished_prompts, walks, strict=True):
             tree = drafts.tree(sequence)
-            if sequence.first_token_s is None:
+            first = sequence.first_token_s is None
+            waited_s = now - (sequence.last_token_s or sequence.arrived_s)
+            sequence.last_token_s = now
+            if first:
                 sequence.first_token_s = now
             else:
                 drafted = drafts.drafted_nodes.get(sequence.session_id, 0)
                 sequence.count_step(drafted, len(tree), len(walk.accepted))
             text, taken = sequence.accept(walk.tokens, self.model.eos_token_ids)
-            token_logprobs_ = token_logprobs(sequence, walk, taken, logits, first_row)
-            advances.append(Advance(sequence, walk, text, walk.tokens[:taken], token_logprobs_))
+            logprobs = token_logprobs(sequence, walk, taken, logits, first_row)
+            chunk = Chunk(text, walk.tokens[:taken], logprobs, waited_s=waited_s, first=first)
+            advances.append(Advance(sequence, len(walk.accepted), chunk))
             first_row += 1 + len(tree)
         return advances
 
     def _outputs(self, advances: list[Advance], drafts: Drafts, record: StepRecord) -> list[Output]:
         outputs = []
-        for sequence, walk, text, token_ids, logprobs in advances:
-            why = explanation(sequence, drafts, len(walk.accepted), record)
-            outputs.append(Output(sequence.request.request_id, Chunk(text, token_ids, logprobs, why)))
+        for sequence, accepted_nodes, chunk in advances:
+            why = explanation(sequence, drafts, accepted_nodes, record)
+            outputs.append(Output(sequence.request.request_id, replace(chunk, explanation=why)))
             if sequence.finish_reason is not None:
                 outputs.append(self._finish(sequence))
         return outputs

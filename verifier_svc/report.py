@@ -54,6 +54,7 @@ def step_record(
         predicted_verify_s=drafts.pruning.predicted_verify_s if drafts.pruning else 0.0,
         step_s=step_s,
         goodput=drafts.pruning.goodput if drafts.pruning else 0.0,
+        price=drafts.pruning.price if drafts.pruning else 0.0,
         outcomes=concatenate(outcomes),
     )
 
@@ -66,7 +67,7 @@ def explanation(sequence: Sequence, drafts: Drafts, accepted_nodes: int, record:
         drafted_nodes=drafts.drafted_nodes.get(sequence.session_id, 0),
         verified_nodes=len(drafts.tree(sequence)),
         accepted_nodes=accepted_nodes,
-        price=drafts.pruning.price if drafts.pruning else 0.0,
+        price=record.price,
         plan_version=record.plan_version,
         batch_sequences=record.sequences,
         batch_tokens=record.tokens,

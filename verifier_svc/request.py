@@ -75,12 +75,20 @@ class StepExplanation:
 
 @dataclass(frozen=True)
 class Chunk:
-    """All tokens of one step. `text` may lag behind `token_ids`: half a character, or half a stop string, waits."""
+    """All tokens of one step.
+
+    Attributes:
+        text: may lag behind `token_ids`: half a character, or half a stop string, waits.
+        waited_s: seconds since the request's previous tokens, or since its arrival.
+        first: whether these are the request's first tokens.
+    """
 
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
-    explanation: StepExplanation | None
+    explanation: StepExplanation | None = None
+    waited_s: float = 0.0
+    first: bool = False
 
 
 @dataclass(frozen=True)

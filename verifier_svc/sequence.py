@@ -35,6 +35,7 @@ class Sequence:
     drafter_tokens: int = 0
     admitted_s: float | None = None
     first_token_s: float | None = None
+    last_token_s: float | None = None
     totals: SpeculationTotals = field(default_factory=SpeculationTotals)
     finish_reason: FinishReason | None = None
     matched_stop: int | str | None = None
