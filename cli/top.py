@@ -37,7 +37,7 @@ def top(
 
 
 def load_table(title: str, load: pb.GetLoadResponse) -> Table:
-    table = Table(title=title, show_header=False)
+    table = Table(title=title, show_header=False, min_width=len(title))
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_row("running", f"{load.num_requests_running} of {load.max_requests_running}")

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 
 import grpc
 from grpc_health.v1 import health, health_pb2
+from prometheus_client import CollectorRegistry
 
 from treeline.config import Config
 from treeline.errors import DrainingError, DuplicateRequestError, UnavailableError
+from treeline.metrics import FrontDoorMetrics, serve_metrics
 from treeline.rpc import Discover, add_standard_services, bind, new_server
 from treeline.v1 import generation_pb2 as pb
 from verifier_svc.interceptors import SERVICE, CallInterceptor
@@ -34,9 +36,14 @@ class FrontDoorServer:
     """
 
     def __init__(
-        self, server: grpc.aio.Server, endpoint: str, door: FrontDoor, health_servicer: health.aio.HealthServicer
+        self,
+        server: grpc.aio.Server,
+        endpoint: str,
+        metrics_port: int,
+        door: FrontDoor,
+        health_servicer: health.aio.HealthServicer,
     ) -> None:
-        self.endpoint = endpoint
+        self.endpoint, self.metrics_port = endpoint, metrics_port
         self._server, self._door, self._health = server, door, health_servicer
 
     @classmethod
@@ -46,16 +53,19 @@ class FrontDoorServer:
         Raises:
             ConfigError: the port is taken, or a certificate or token file cannot be read.
         """
+        registry = CollectorRegistry()
+        metrics = FrontDoorMetrics(registry)
         generating = config.limits.max_running_requests + config.limits.max_waiting_requests
         server = new_server(
             config.server,
             config.limits.max_message_bytes,
-            interceptors=[CallInterceptor()],
+            interceptors=[CallInterceptor(metrics)],
             max_concurrent_rpcs=generating * config.verifier.resources.replicas + EXTRA_RPCS,
         )
         health_servicer = await add_standard_services(server, SERVICE)
 
-        async def show_health(serving: bool) -> None:
+        async def show_health(serving: int) -> None:
+            metrics.verifiers.set(serving)
             status = health_pb2.HealthCheckResponse
             for service in ("", SERVICE):
                 await health_servicer.set(service, status.SERVING if serving else status.NOT_SERVING)
@@ -64,7 +74,7 @@ class FrontDoorServer:
         door = FrontDoor(config, await VerifierPool.start(config, verifiers, show_health))
         server.add_generic_rpc_handlers((door.handlers(),))
         await server.start()
-        return cls(server, endpoint, door, health_servicer)
+        return cls(server, endpoint, serve_metrics(registry, config.metrics), door, health_servicer)
 
     async def check(self) -> None:
         """Raise RuntimeError if this front door cannot forward any more (being without verifiers is no such reason)."""

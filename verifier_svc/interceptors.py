@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -20,8 +21,13 @@ logger = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 _PREFIX = f"/{SERVICE}/"
 
-OnCallEnd = Callable[[str, str], None]
-"""Told of each call's end: method ("Generate") and gRPC code name ("OK")."""
+
+class CallObserver(Protocol):
+    """Told of each call: its method ("Generate"), at its end also its gRPC code name ("OK") and how long it took."""
+
+    def started(self, method: str) -> None: ...
+
+    def handled(self, method: str, code: str, seconds: float) -> None: ...
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -34,8 +40,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     Handlers must be unary-unary coroutines or unary-stream async generators, which are closed when the call ends.
     """
 
-    def __init__(self, on_call_end: OnCallEnd = lambda method, code: None) -> None:
-        self._on_call_end = on_call_end
+    def __init__(self, observer: CallObserver | None = None) -> None:
+        self._observer = observer
 
     async def intercept_service(self, continuation: Callable, handler_call_details: grpc.HandlerCallDetails) -> Any:
         handler = await continuation(handler_call_details)
@@ -73,7 +79,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(unary, guarded_parse, handler.response_serializer)
 
     async def _finish(self, method: str, context: grpc.aio.ServicerContext, answer: Callable[[], Any]) -> Any:
-        code = grpc.StatusCode.OK
+        code, started_s = grpc.StatusCode.OK, time.perf_counter()
+        if self._observer:
+            self._observer.started(method)
         try:
             return await answer()
         except asyncio.CancelledError:
@@ -92,7 +100,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             logger.exception("%s failed", method)
             await context.abort(code, "internal error")
         finally:
-            self._on_call_end(method, code.name)
+            if self._observer:
+                self._observer.handled(method, code.name, time.perf_counter() - started_s)
 
 
 def _parsed(request: Any) -> Any:

@@ -22,6 +22,10 @@ POLL_TIMEOUT_S = 2.0
 """Generous, as a verifier's event loop shares its CPUs with forward passes."""
 
 
+OnPoll = Callable[[int], Awaitable[None]]
+"""Told after each round how many verifiers serve."""
+
+
 @dataclass(eq=False)
 class Verifier:
     """One verifier as this front door knows it.
@@ -69,16 +73,13 @@ class Verifier:
 class VerifierPool:
     """Follows discovery, health and load of all verifiers in a background task."""
 
-    def __init__(self, config: Config, discover: Discover, on_poll: Callable[[bool], Awaitable[None]]) -> None:
-        """`on_poll` is told after each round whether any verifier serves."""
+    def __init__(self, config: Config, discover: Discover, on_poll: OnPoll) -> None:
         self._config, self._discover, self._on_poll = config, discover, on_poll
         self._verifiers: dict[str, Verifier] = {}
         self._task: asyncio.Task[None] | None = None
 
     @classmethod
-    async def start(
-        cls, config: Config, discover: Discover, on_poll: Callable[[bool], Awaitable[None]]
-    ) -> VerifierPool:
+    async def start(cls, config: Config, discover: Discover, on_poll: OnPoll) -> VerifierPool:
         """A pool that has looked around once."""
         pool = cls(config, discover, on_poll)
         await pool._refresh()
@@ -113,13 +114,14 @@ class VerifierPool:
     async def _keep_fresh(self) -> None:
         while True:
             await asyncio.sleep(POLL_INTERVAL_S)
-            try:
-                await self._refresh()
-            except Exception:  # discovery asks another system, which may fail in its own ways
-                logger.exception("could not look for verifiers; the known ones stay")
+            await self._refresh()
 
     async def _refresh(self) -> None:
-        found = set(await self._discover())
+        try:
+            found = set(await self._discover())
+        except Exception:  # discovery asks another system, which may fail in its own ways
+            logger.exception("could not look for verifiers; the known ones stay")
+            found = set(self._verifiers)
         for endpoint in found - self._verifiers.keys():
             channel = connect(endpoint, self._config.internal, self._config.limits.max_message_bytes)
             self._verifiers[endpoint] = Verifier(endpoint, channel)
@@ -128,4 +130,4 @@ class VerifierPool:
             if endpoint not in found and not verifier.in_flight:
                 del self._verifiers[endpoint]
                 await verifier.channel.close()
-        await self._on_poll(bool(self.serving))
+        await self._on_poll(len(self.serving))

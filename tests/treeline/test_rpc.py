@@ -89,6 +89,20 @@ def test_every_kind_of_call_carries_the_token(token_file):
     assert run_against_echo(internal, internal, call_all) == [b"a"] * 4
 
 
+def test_streams_that_are_written_to_carry_the_token_too(token_file):
+    async def use(channel):
+        stream = channel.stream_stream("/test.Echo/StreamStream")()
+        echoed = []
+        for message in (b"a", b"b"):
+            await stream.write(message)
+            echoed.append(await stream.read())
+        await stream.done_writing()
+        return echoed
+
+    internal = InternalConfig(token_file=token_file)
+    assert run_against_echo(internal, internal, use) == [b"a", b"b"]
+
+
 def test_every_accepted_token_opens_the_door(token_file, tmp_path):
     other = tmp_path / "other"
     other.write_text("beta")

@@ -1,6 +1,7 @@
 import asyncio
 import subprocess
 import sys
+import urllib.request
 from contextlib import AsyncExitStack
 
 import grpc
@@ -11,13 +12,14 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tests.verifier_svc.fake_engine import FakeEngine, FakeVerifier, fake_verifier, until
 from tests.verifier_svc.test_service import collect, details, failure, request
-from treeline.config import Config, InternalConfig, LimitsConfig, ServerConfig, TlsConfig
+from treeline.config import Config, InternalConfig, LimitsConfig, MetricsConfig, ServerConfig, TlsConfig
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
 from verifier_svc.front_door import FrontDoorServer
 from verifier_svc.interceptors import SERVICE
 
-CONFIG = Config(server=ServerConfig(port=0))
+METRICS = MetricsConfig(base_port=0)
+CONFIG = Config(server=ServerConfig(port=0), metrics=METRICS)
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -43,6 +45,8 @@ def with_front_door(scenario, *engines: FakeEngine, config: Config = CONFIG, cre
             found = [verifier.endpoint for verifier in verifiers]
 
             async def discover():
+                if None in found:
+                    raise ConnectionError("the controller is away")
                 return list(found)
 
             door = await FrontDoorServer.start(config, discover)
@@ -226,6 +230,16 @@ def test_without_verifiers_calls_are_unavailable_until_one_appears():
     assert details(error, RetryInfo).retry_delay.seconds > 0
 
 
+def test_failing_discovery_keeps_the_known_verifiers():
+    async def scenario(s):
+        s.found.append(None)  # makes discover() raise
+        await asyncio.sleep(0.8)
+        await collect(s.stub.Generate(request()))
+        await s.door.check()
+
+    with_front_door(scenario, FakeEngine())
+
+
 def test_a_draining_verifier_gets_no_new_streams():
     async def scenario(s):
         await s.verifiers[0].health.enter_graceful_shutdown()
@@ -269,7 +283,7 @@ def test_aborts_go_to_all_and_load_adds_up():
         reasons = [(await task)[1].finish_reason for task in tasks]
         return load, aborted, reasons
 
-    config = Config(server=ServerConfig(port=0), limits=LimitsConfig(max_running_requests=3))
+    config = Config(server=ServerConfig(port=0), metrics=METRICS, limits=LimitsConfig(max_running_requests=3))
     load, aborted, reasons = with_front_door(scenario, FakeEngine(step_s=0.02), FakeEngine(step_s=0.02), config=config)
     assert (load.num_requests_running, load.max_requests_running, load.kv_blocks_total) == (2, 6, 128)
     assert (load.tokens_per_s, load.mean_accepted_length, load.price) == (20.0, 2.0, 1.5)
@@ -289,6 +303,33 @@ def test_model_info_tokenize_and_reflection():
     assert SERVICE in services
 
 
+def test_calls_are_counted_by_code():
+    async def scenario(s):
+        await collect(s.stub.Generate(request()))
+        await failure(s.stub.Generate(request(max_tokens=0)))
+        s.engines[0].step_s = 0.05
+        await failure(s.stub.Generate(request(max_tokens=100), timeout=0.2))
+        cancelled, running = (s.stub.Generate(request(max_tokens=100)) for _ in range(2))
+        await cancelled.read()
+        cancelled.cancel()
+        await running.read()
+        await until(lambda: len(s.engines[0].open) == 1)
+        url = f"http://127.0.0.1:{s.door.metrics_port}/metrics"
+        page = (await asyncio.to_thread(urllib.request.urlopen, url)).read().decode()
+        running.cancel()
+        return {
+            name: float(value)
+            for name, _, value in (line.rpartition(" ") for line in page.splitlines())
+            if "Generate" in name or name.startswith("treeline")
+        }
+
+    values = with_front_door(scenario, FakeEngine())
+    for code in ("OK", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "CANCELLED"):
+        assert values[f'grpc_server_handled_total{{grpc_code="{code}",grpc_method="Generate"}}'] == 1, code
+    assert values['grpc_server_in_flight{grpc_method="Generate"}'] == 1
+    assert values["treeline_front_door_verifiers"] == 1
+
+
 def test_tls_and_tokens_outside_and_inside(tmp_path):
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     subprocess.run(
@@ -301,6 +342,7 @@ def test_tls_and_tokens_outside_and_inside(tmp_path):
     (tmp_path / "services").write_text("inner\n")
     tls = TlsConfig(certificate=certificate, private_key=key)
     config = Config(
+        metrics=METRICS,
         server=ServerConfig(port=0, tls=tls, token_file=tmp_path / "clients"),
         internal=InternalConfig(tls=tls, token_file=tmp_path / "services"),
     )
