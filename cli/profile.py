@@ -32,7 +32,7 @@ def profile(
     table = Table(title=f"{model.name}, {verifier.target.dtype}, {model.device}: milliseconds a pass")
     table.add_column("tokens", justify="right")
     for curve in curves:
-        table.add_column(f"{curve.sequences} sequences\ncontext {curve.context_tokens}", justify="right")
+        table.add_column(f"sequences {curve.sequences}\ncontext {curve.context_tokens}", justify="right")
     columns = [dict(zip(curve.tokens, curve.seconds, strict=True)) for curve in curves]
     for tokens in sorted(set().union(*columns)):
         table.add_row(str(tokens), *(f"{column[tokens] * 1e3:.1f}" if tokens in column else "" for column in columns))
