@@ -83,7 +83,7 @@ def demo(
     checked = load_config(config)
     check_startable(checked)
     console.print("starting the services on Ray Serve ...")
-    from deploy.app import run
+    from deploy.run import run
 
     app = run(checked, block=False)
     try:

@@ -20,7 +20,7 @@ def serve(config: ConfigFile = None) -> None:
     checked = load_config(config)
     check_startable(checked)
     typer.echo("starting the services ...", err=True)
-    from deploy.app import run
+    from deploy.run import run
 
     run(checked, block=True)
 

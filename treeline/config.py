@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -123,6 +124,10 @@ class MetricsConfig(Section):
 
     host: str = "127.0.0.1"
     base_port: int = Field(default=9400, ge=0, le=65535, description="0 takes any free port")
+    targets_file: Path = Field(
+        default=Path(tempfile.gettempdir()) / "treeline" / "prometheus-targets.json",
+        description="where the running application lists its pages for Prometheus (file_sd)",
+    )
 
 
 class InternalConfig(Section):
