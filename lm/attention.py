@@ -1,120 +1,186 @@
-"""Tree attention over the paged KV cache, registered with transformers under the name "treeline"."""
+"""Tree attention over the block KV cache, plugged into transformers' attention interface.
+
+Every decoder layer of transformers calls the registered function with its queries, keys and values; the context that
+the forward pass hands through as a keyword argument does the rest. Each sequence reads only its own live entries, as
+views of the storage. Query heads that share a key/value head are folded into the query length, so nothing is repeated.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
 
-from lm.kv_cache import KVCache
-from lm.packed import PackedPass, Span
+from lm.kv_cache import KVCache, LayerShape
+from lm.packed import PackedBatch, Span
 
-NAME = "treeline"
+IMPLEMENTATION = "treeline"
+"""Name in transformers' attention interface."""
+CONTEXT = "treeline_context"
+"""Keyword argument that carries the AttentionContext through transformers' modules."""
+
+_BEYOND_PLAIN = ("s_aux", "position_bias", "head_mask")
+"""Keyword arguments by which layers ask for attention sinks, learned biases or head masks."""
 
 
-def tree_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
+class AttentionContext(Protocol):
+    """What one forward pass gives each layer's attention."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        """query [tokens, heads, key_dim], key and value [tokens, kv_heads, dim] -> [tokens, heads, value_dim]."""
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How a layer attends.
+
+    Attributes:
+        scale: multiplies the scores.
+        softcap: scores become softcap * tanh(score / softcap), if set.
+        window: a token sees only positions greater than its own minus this, if set.
+    """
+
+    scale: float
+    softcap: float | None
+    window: int | None
+
+
+class UnsupportedAttentionError(Exception):
+    """A layer asks for something that this attention does not do."""
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
-    *,
-    packed_pass: PackedPass,
-    kv_cache: KVCache,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Write this layer's new keys and values, then let each sequence attend to its own live entries.
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function registered with transformers: [1, heads, tokens, dim] in, [1, tokens, heads, dim] out."""
+    context: AttentionContext | None = kwargs.get(CONTEXT)
+    if context is None:
+        raise UnsupportedAttentionError("its modules do not hand keyword arguments through to attention")
+    beyond = [name for name in _BEYOND_PLAIN if kwargs.get(name) is not None]
+    if beyond:
+        raise UnsupportedAttentionError(f"its attention needs '{beyond[0]}'")
+    if not getattr(module, "is_causal", True):
+        raise UnsupportedAttentionError("its attention is not causal")
+    options = AttentionOptions(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return context.attend(layer, q, k, v, options).unsqueeze(0), None
 
-    Args:
-        query: [1, heads, N, head_dim].
-        key, value: [1, kv_heads, N, head_dim].
 
-    Returns:
-        [1, N, heads, head_dim], and no weights.
+# No mask function is registered on purpose: for an unknown implementation transformers then builds no mask at all.
+AttentionInterface.register(IMPLEMENTATION, _attention)
+
+
+class Probe:
+    """Learns from a forward pass what each layer stores."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+        self.windows: dict[int, int | None] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        self.shapes[layer] = LayerShape(key.shape[1], key.shape[2], value.shape[2])
+        self.windows[layer] = options.window
+        return query.new_zeros(*query.shape[:2], value.shape[2])
+
+
+@dataclass(frozen=True)
+class _View:
+    """What one sequence's new tokens read: runs of slots, and an additive mask [n * group, entries] if need be."""
+
+    span: Span
+    runs: list[slice]
+    mask: Tensor | None
+
+
+class TreeAttention:
+    """Attention of one packed forward pass. Views and masks are made once and serve all layers alike."""
+
+    def __init__(self, batch: PackedBatch, cache: KVCache) -> None:
+        self._spans = batch.spans
+        self._cache = cache
+        self._slots = torch.from_numpy(batch.slots).to(cache.keys[0].device)
+        self._views: dict[tuple[int | None, int], list[_View]] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys.index_copy_(0, self._slots, key)
+        values.index_copy_(0, self._slots, value)
+        tokens, heads, key_dim = query.shape
+        kv_heads, group = key.shape[1], heads // key.shape[1]
+        grouped = query.reshape(tokens, kv_heads, group, key_dim)
+        output = query.new_empty(tokens, kv_heads, group, values.shape[2])
+        for view in self._views_for(options.window, group):
+            place = slice(view.span.start, view.span.stop)
+            folded = grouped[place].transpose(0, 1).reshape(kv_heads, -1, key_dim)
+            runs = [(keys[run].transpose(0, 1), values[run].transpose(0, 1)) for run in view.runs]
+            attend = _attend_to_run if len(runs) == 1 and options.softcap is None else _attend_over_runs
+            mixed = attend(folded, runs, view.mask, options)
+            output[place] = mixed.view(kv_heads, -1, group, values.shape[2]).transpose(0, 1)
+        return output.view(tokens, heads, -1)
+
+    def _views_for(self, window: int | None, group: int) -> list[_View]:
+        views = self._views.get((window, group))
+        if views is None:
+            dtype, device = self._cache.keys[0].dtype, self._cache.keys[0].device
+            views = [_view(span, window, group, dtype, device) for span in self._spans]
+            self._views[window, group] = views
+        return views
+
+
+def _view(span: Span, window: int | None, group: int, dtype: torch.dtype, device: torch.device) -> _View:
+    length = span.cache.length
+    new, entries = span.visible.shape
+    positions = length + span.depths[entries - new :]
+    # Committed entries before the earliest token's window are not even read.
+    first = 0 if window is None else min(length, max(0, int(positions.min()) - window + 1))
+    runs = span.cache.runs(first, length + entries)
+    visible = np.concatenate([np.ones((new, length - first), np.bool_), span.visible], axis=1)
+    if window is not None:
+        entry_positions = np.concatenate([np.arange(first, length), length + span.depths])
+        visible &= entry_positions > positions[:, None] - window
+    if visible.all():
+        return _View(span, runs, None)
+    hidden = torch.from_numpy(~visible).to(device).repeat_interleave(group, dim=0)
+    return _View(span, runs, torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf))
+
+
+def _attend_to_run(
+    query: Tensor, runs: list[tuple[Tensor, Tensor]], mask: Tensor | None, options: AttentionOptions
+) -> Tensor:
+    """The common case of `_attend_over_runs`, one run and no softcap, by torch's fused kernel."""
+    ((keys, values),) = runs
+    return F.scaled_dot_product_attention(query[None], keys[None], values[None], mask, scale=options.scale)[0]
+
+
+def _attend_over_runs(
+    query: Tensor, runs: list[tuple[Tensor, Tensor]], mask: Tensor | None, options: AttentionOptions
+) -> Tensor:
+    """Attention over keys and values in several pieces: only the scores are joined, in float32.
+
+    query [kv_heads, n, key_dim], each run's keys and values [kv_heads, entries, dim] -> [kv_heads, n, value_dim].
     """
-    keys, values = kv_cache.storage[module.layer_idx].unbind(0)  # [kv_heads, slots, head_dim]
-    keys[:, packed_pass.slots] = key[0]
-    values[:, packed_pass.slots] = value[0]
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    biases = _biases(packed_pass, sliding_window, query)
-    out = torch.empty_like(query[0])  # [heads, N, head_dim]
-    kv_heads = key.shape[1]
-    for span, bias in zip(packed_pass.spans, biases, strict=True):
-        # The heads that share a key head are folded into the query rows, so nothing is repeated.
-        rows = query[0, :, span.start : span.end].reshape(kv_heads, -1, query.shape[-1])
-        folded = rows.shape[1] // (span.end - span.start)
-        mask = bias if bias is None or folded == 1 else bias.repeat(folded, 1)
-        if len(span.runs) == 1 and softcap is None:
-            first, count = span.runs[0]
-            run = slice(first, first + count)
-            attended = scaled_dot_product_attention(
-                rows[None], keys[None, :, run], values[None, :, run], attn_mask=mask, scale=scaling
-            )[0]
-        else:
-            attended = _attend_runs(rows, keys, values, span.runs, mask, scaling, softcap)
-        out[:, span.start : span.end] = attended.reshape(-1, span.end - span.start, query.shape[-1])
-    return out.transpose(0, 1)[None], None
-
-
-def _attend_runs(
-    rows: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    runs: list[tuple[int, int]],
-    mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Attention over several stretches of the cache, in fp32, without bringing them together first.
-
-    Each stretch gives exp-weighted sums relative to a running maximum (online softmax).
-    """
-    rows = rows.float() * scaling
-    top = torch.full(rows.shape[:2], -torch.inf, device=rows.device)
-    total = torch.zeros_like(top)
-    summed = torch.zeros_like(rows)
-    seen = 0
-    for first, count in runs:
-        scores = rows @ keys[:, first : first + count].float().transpose(1, 2)  # [kv_heads, rows, count]
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        if mask is not None:
-            scores = scores + mask[:, seen : seen + count]
-        new_top = torch.maximum(top, scores.amax(-1))
-        safe_top = new_top.masked_fill(new_top == -torch.inf, 0.0)
-        weights = torch.exp(scores - safe_top[..., None])
-        shrink = torch.exp(top - safe_top)
-        total = total * shrink + weights.sum(-1)
-        summed = summed * shrink[..., None] + weights @ values[:, first : first + count].float()
-        top = new_top
-        seen += count
-    return (summed / total[..., None]).to(values.dtype)
-
-
-def _biases(packed_pass: PackedPass, window: int | None, like: torch.Tensor) -> list[torch.Tensor | None]:
-    """Additive masks [n, live] of every span for layers with this sliding window; None where all is visible."""
-    if window not in packed_pass.biases:
-        packed_pass.biases[window] = [_bias(span, window, like) for span in packed_pass.spans]
-    return packed_pass.biases[window]
-
-
-def _bias(span: Span, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
-    visible = span.visible
-    if window is not None and span.query_positions.max() >= window:
-        near = span.query_positions[:, None] - span.key_positions[None, :] < window
-        visible = near if visible is None else visible & near
-    if visible is None:
-        return None
-    bias = np.where(visible, 0.0, -np.inf).astype(np.float32)
-    return torch.from_numpy(bias).to(like.device, like.dtype)
-
-
-AttentionInterface.register(NAME, tree_attention)
-# Masks are ours and differ by sequence: transformers must not build any.
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    scores = torch.cat([query @ keys.transpose(1, 2) for keys, _ in runs], dim=2).float() * options.scale
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    if mask is not None:
+        scores += mask
+    weights = torch.softmax(scores, dim=2).to(query.dtype)
+    pieces = weights.split([values.shape[1] for _, values in runs], dim=2)
+    mixed = pieces[0] @ runs[0][1]
+    for piece, (_, values) in zip(pieces[1:], runs[1:], strict=True):
+        mixed = torch.baddbmm(mixed, piece, values)
+    return mixed

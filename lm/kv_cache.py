@@ -1,133 +1,162 @@
-"""The paged KV cache: one storage for all sequences, block tables, and scratch entries behind each sequence.
+"""Block KV cache shared by many sequences. Storage never moves; a sequence owns a table of blocks.
 
-Blocks of one sequence are handed out as one contiguous run where there is one, so that attention can read them as a
-view. A block table may have any number of runs all the same.
+A block is `block_tokens` consecutive slots of the storage. Blocks that follow each other form a run, which attention
+reads as one view; the allocator therefore hands out the tightest single run that fits, and several only if it must.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 
-@dataclass
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer stores per token: keys [kv_heads, key_dim] and values [kv_heads, value_dim]."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(eq=False)
 class SequenceCache:
-    """One sequence's part of the cache.
+    """One sequence's place in the cache.
 
     Attributes:
-        blocks: block table; entry i holds tokens i * block_tokens and following.
-        slots: int64 [capacity]; storage slot of each entry.
+        blocks: indices of its blocks, in token order; empty once freed.
         length: committed tokens.
-        scratch: entries behind them, written by forward passes since the last commit.
+        scratch: entries behind them, from forward passes since the last commit.
     """
 
     blocks: list[int]
-    slots: NDArray[np.int64]
+    block_tokens: int
     length: int = 0
     scratch: int = 0
-    runs: list[tuple[int, int]] = field(default_factory=list)
+    _slots: NDArray[np.int64] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        first_slots = np.asarray(self.blocks, np.int64) * self.block_tokens
+        self._slots = (first_slots[:, None] + np.arange(self.block_tokens)).ravel()
 
     @property
     def capacity(self) -> int:
-        return len(self.slots)
+        """Entries that fit, committed and scratch together."""
+        return len(self._slots)
 
     def truncate(self, length: int) -> None:
-        """Forget committed tokens from `length` on, and all scratch."""
-        self.length = min(self.length, length)
+        """Keep only the first `length` committed tokens and no scratch.
+
+        Raises:
+            ValueError: fewer are committed.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate {self.length} committed tokens to {length}")
+        self.length = length
         self.scratch = 0
+
+    def slots(self, start: int, stop: int) -> NDArray[np.int64]:
+        """int64 [stop - start]: storage slots of these entries.
+
+        Raises:
+            ValueError: they exceed the capacity.
+        """
+        if stop > self.capacity:
+            raise ValueError(f"{stop} KV entries exceed the sequence's {self.capacity}")
+        return self._slots[start:stop]
+
+    def runs(self, start: int, stop: int) -> list[slice]:
+        """The storage slots of these entries as maximal runs of consecutive slots, in order."""
+        slots = self.slots(start, stop)
+        breaks = np.flatnonzero(np.diff(slots) != 1) + 1
+        return [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(slots, breaks)] if len(slots) else []
 
 
 class KVCache:
-    """Keys and values of all layers.
+    """Keys and values of all layers for `total_blocks * block_tokens` tokens.
 
-    Attributes:
-        storage: [layers, 2, kv_heads, slots, head_dim]; index 1 of the second dimension holds values.
+    Args:
+        layers: one shape per layer.
+        num_tokens: rounded down to whole blocks, at least one.
     """
 
     def __init__(
-        self,
-        layers: int,
-        kv_heads: int,
-        head_dim: int,
-        num_tokens: int,
-        block_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, layers: list[LayerShape], num_tokens: int, block_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.block_tokens = block_tokens
-        self.total_blocks = -(-num_tokens // block_tokens)
+        self.total_blocks = max(1, num_tokens // block_tokens)
+        self._is_free = np.ones(self.total_blocks, np.bool_)
+        # One storage [tensors, slots, kv_heads, head_dim] per distinct shape: a plain model has one for all its layers.
+        shapes = [(s.kv_heads, dim) for s in layers for dim in (s.key_dim, s.value_dim)]
         slots = self.total_blocks * block_tokens
-        self.storage = torch.zeros(layers, 2, kv_heads, slots, head_dim, dtype=dtype, device=device)
-        self._free = list(range(self.total_blocks))  # sorted
+        storages = {
+            shape: torch.zeros(count, slots, *shape, dtype=dtype, device=device)
+            for shape, count in Counter(shapes).items()
+        }
+        tensors = {shape: iter(storage.unbind(0)) for shape, storage in storages.items()}
+        views = [next(tensors[shape]) for shape in shapes]
+        self._storages = list(storages.values())
+        self.keys, self.values = views[::2], views[1::2]
+        """Per layer [slots, kv_heads, head_dim], views of the storage."""
 
     @property
     def free_blocks(self) -> int:
-        return len(self._free)
+        return int(self._is_free.sum())
 
     @property
     def used_blocks(self) -> int:
-        return self.total_blocks - len(self._free)
+        return self.total_blocks - self.free_blocks
 
     def allocate(self, tokens: int) -> SequenceCache | None:
-        """Reserve blocks for `tokens` entries; None if too few are free."""
+        """Reserve blocks for `tokens` entries; None if they are not free."""
         needed = -(-tokens // self.block_tokens)
-        if needed > len(self._free):
+        if needed > self.free_blocks:
             return None
-        blocks = self._take(needed)
-        offsets = np.arange(self.block_tokens, dtype=np.int64)
-        slots = (np.asarray(blocks, np.int64)[:, None] * self.block_tokens + offsets).reshape(-1)
-        runs = [(start * self.block_tokens, count * self.block_tokens) for start, count in _runs(blocks)]
-        return SequenceCache(blocks, slots, runs=runs)
+        blocks: list[int] = []
+        while len(blocks) < needed:
+            missing = needed - len(blocks)
+            free = np.flatnonzero(self._is_free)
+            runs = np.split(free, np.flatnonzero(np.diff(free) != 1) + 1)
+            fitting = [run for run in runs if len(run) >= missing]
+            run = min(fitting, key=len) if fitting else max(runs, key=len)
+            taken = run[:missing]
+            self._is_free[taken] = False
+            blocks += taken.tolist()
+        return SequenceCache(blocks, self.block_tokens)
 
     def free(self, sequence: SequenceCache) -> None:
-        """Give a sequence's blocks back. It must not be used afterwards."""
-        self._free = sorted(self._free + sequence.blocks)
-        sequence.blocks, sequence.slots, sequence.runs = [], np.zeros(0, np.int64), []
-        sequence.length = sequence.scratch = 0
+        """Give all blocks of `sequence` back; it can hold nothing afterwards. Freeing twice is harmless."""
+        self._is_free[sequence.blocks] = True
+        sequence.__init__([], self.block_tokens)  # type: ignore[misc]
 
+    @torch.inference_mode()
     def commit(self, moves: list[tuple[SequenceCache, list[int]]]) -> None:
-        """Keep these scratch entries (indices into each one's scratch, root first), in order; drop all other scratch.
+        """For each sequence keep these scratch entries (increasing), in order, behind its committed ones.
 
-        Only entries that are not yet in place are copied, those of all sequences and layers in one go.
+        All other scratch is dropped. One gather and one scatter for all layers and sequences.
+
+        Raises:
+            ValueError: an entry is not in the scratch, or they do not increase.
         """
         sources, targets = [], []
-        for sequence, path in moves:
+        for sequence, kept in moves:
+            entries = np.asarray(kept, np.int64)
+            if len(entries) and (entries[0] < 0 or entries[-1] >= sequence.scratch or (np.diff(entries) <= 0).any()):
+                raise ValueError(f"not increasing indices into {sequence.scratch} scratch entries: {kept}")
             start = sequence.length
-            source = sequence.slots[start + np.asarray(path, np.int64)]
-            target = sequence.slots[start : start + len(path)]
-            moved = source != target
-            sources.append(source[moved])
-            targets.append(target[moved])
-            sequence.length += len(path)
+            moved = entries != np.arange(len(entries))
+            if moved.any():
+                sources.append(sequence.slots(start, start + sequence.scratch)[entries[moved]])
+                targets.append(sequence.slots(start, start + len(entries))[moved])
+            sequence.length += len(entries)
             sequence.scratch = 0
-        if sum(map(len, sources)):
-            device = self.storage.device
-            source_slots = torch.from_numpy(np.concatenate(sources)).to(device)
-            target_slots = torch.from_numpy(np.concatenate(targets)).to(device)
-            self.storage[:, :, :, target_slots] = self.storage[:, :, :, source_slots]
-
-    def _take(self, needed: int) -> list[int]:
-        """Remove `needed` blocks from the free list: the smallest run that holds them all, else the longest runs."""
-        runs = sorted(_runs(self._free), key=lambda run: run[1])
-        fitting = next(((start, needed) for start, count in runs if count >= needed), None)
-        if fitting is not None:
-            taken = list(range(fitting[0], fitting[0] + needed))
-        else:
-            taken = []
-            for start, count in reversed(runs):
-                taken += range(start, start + min(count, needed - len(taken)))
-                if len(taken) == needed:
-                    break
-        gone = set(taken)
-        self._free = [block for block in self._free if block not in gone]
-        return taken
-
-
-def _runs(blocks: list[int]) -> list[tuple[int, int]]:
-    """(first, count) of each stretch of consecutive block numbers, in order."""
-    stretches = groupby(enumerate(blocks), key=lambda pair: pair[1] - pair[0])
-    return [(members[0][1], len(members)) for _, group in stretches if (members := list(group))]
+        if not sources:
+            return
+        for storage in self._storages:
+            source = torch.from_numpy(np.concatenate(sources)).to(storage.device)
+            target = torch.from_numpy(np.concatenate(targets)).to(storage.device)
+            storage.index_copy_(1, target, storage.index_select(1, source))

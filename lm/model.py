@@ -1,135 +1,168 @@
-"""A decoder-only language model of transformers, run over packed sequences and our own KV cache."""
+"""A decoder-only language model of transformers, run over our KV cache with our attention."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from lm.attention import NAME as ATTENTION
-from lm.kv_cache import KVCache
+from lm.attention import CONTEXT, IMPLEMENTATION, Probe, TreeAttention, UnsupportedAttentionError
+from lm.kv_cache import KVCache, LayerShape
 from lm.packed import PackedSequence, pack
-from lm.store import load_tokenizer, resolve_model
+from lm.store import load_tokenizer, model_name, one_line, resolve_model
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
 
-UNBOUNDED_CONTEXT_TOKENS = 1 << 20
-
 
 class LanguageModel:
-    """Attributes:
-    name: name under which it is served.
-    hf: the transformers model, with our attention in place of its own.
-    vocab_size: width of the logits.
-    max_context_tokens: positions the model was made for.
-    eos_token_ids: tokens that end an answer.
+    """Weights, tokenizer and the packed forward pass. Stateless between calls: all state is in the KV cache.
+
+    Attributes:
+        name: under which it is served.
+        hf: the model of transformers.
+        tokenizer: None only for models built by `from_hf` without one.
+        vocab_size: width of the logits; at least the tokenizer's size.
+        max_context_tokens: longest sequence it can attend over.
+        eos_token_ids: tokens that end a text.
+        architecture: its class in transformers.
     """
 
-    def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-        self.hf = hf.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+    def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, name: str) -> None:
         self.name = name
-        config = hf.config.get_text_config()
-        self.device, self.dtype = hf.device, hf.dtype
+        self.hf = hf.eval()
+        self.tokenizer = tokenizer
         self.architecture = type(hf).__name__
-        self.vocab_size: int = hf.get_output_embeddings().weight.shape[0]
-        self.max_context_tokens: int = getattr(config, "max_position_embeddings", None) or UNBOUNDED_CONTEXT_TOKENS
+        self.device = hf.device
+        self.dtype = hf.dtype
+        self.layers, self.vocab_size = _probe(hf)
+        self.max_context_tokens = _max_context_tokens(hf.config.get_text_config())
         self.eos_token_ids = _eos_token_ids(hf, tokenizer)
-        self._layers: int = config.num_hidden_layers
-        self._kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self._head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     @classmethod
     def load(cls, config: ModelConfig) -> LanguageModel:
-        """Resolve, load and place a model.
+        """Find, fetch if need be, and load a model.
 
         Raises:
-            ConfigError: it cannot be had, or is not a decoder that tree attention can serve.
+            ConfigError: it cannot be found, read or run; one line that says why.
         """
-        if config.threads:
-            torch.set_num_threads(config.threads)
         device = _device(config.device)
         folder = resolve_model(config.model)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        torch.set_float32_matmul_precision("highest")
         tokenizer = load_tokenizer(folder)
-        _check_supported(_read_config(folder))
         try:
             hf = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, config.dtype),
-                attn_implementation=ATTENTION,
+                attn_implementation=IMPLEMENTATION,
                 use_safetensors=True,
-                local_files_only=True,
                 trust_remote_code=False,
+                local_files_only=True,
             )
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot load {config.model}: {' '.join(str(error).split())[:300]}") from None
-        return cls(hf.to(device), tokenizer, config.name or folder.name)
+            hf.to(device)  # type: ignore[arg-type]
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise ConfigError(f"cannot load model '{config.model}': {one_line(error)}") from error
+        return cls(hf, tokenizer, config.name or model_name(config.model))
 
     @classmethod
-    def from_hf(cls, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str = "model") -> LanguageModel:
-        """Wrap a model that is loaded already; its attention is replaced."""
-        _check_supported(hf.config)
-        hf.set_attn_implementation(ATTENTION)
-        return cls(hf, tokenizer, name)
+    def from_hf(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None) -> LanguageModel:
+        """Wrap a model that is already in memory; switches its attention to ours."""
+        model.set_attn_implementation(IMPLEMENTATION)
+        return cls(model, tokenizer, model.config.model_type)
 
     def new_cache(self, num_tokens: int, block_tokens: int) -> KVCache:
-        """An empty KV cache of this model's shape, for `num_tokens` tokens of all sequences together."""
-        return KVCache(self._layers, self._kv_heads, self._head_dim, num_tokens, block_tokens, self.dtype, self.device)
+        """An empty KV cache for this model."""
+        return KVCache(self.layers, num_tokens, block_tokens, self.dtype, self.device)
 
     @torch.inference_mode()
     def forward(self, sequences: list[PackedSequence], cache: KVCache) -> torch.Tensor:
-        """Run all sequences' new tokens in one pass; they become scratch.
+        """One pass over all sequences' new tokens, whose KV is appended to each one's scratch.
 
         Returns:
-            Logits float32 [rows, vocab], in order of sequences, then of each one's wanted tokens.
+            Logits float32 [rows, vocab_size]: in order of the sequences, then of each one's wanted tokens.
+
+        Raises:
+            ValueError: a sequence has no new token, no room for them, or parents that are not a tree.
         """
-        packed = pack(sequences, self.device)
-        logits = self.hf(
-            input_ids=packed.token_ids[None],
-            position_ids=packed.positions[None],
+        if not sequences:
+            return torch.empty(0, self.vocab_size, device=self.device)
+        batch = pack(sequences)
+        token_ids, positions, rows = (
+            torch.from_numpy(column).to(self.device) for column in (batch.token_ids, batch.positions, batch.rows)
+        )
+        output = self.hf(
+            input_ids=token_ids[None],
+            position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=packed.rows,
-            packed_pass=packed,
-            kv_cache=cache,
-        ).logits[0]
+            logits_to_keep=rows,
+            **{CONTEXT: TreeAttention(batch, cache)},
+        )
         for sequence in sequences:
             sequence.cache.scratch += len(sequence.token_ids)
-        return logits.float()
+        return output.logits[0].float()
 
 
-def _device(wanted: str) -> torch.device:
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' is configured, but this machine has no CUDA device")
-    return torch.device(wanted)
+@torch.inference_mode()
+def _probe(hf: PreTrainedModel) -> tuple[list[LayerShape], int]:
+    """What each layer stores, and the width of the logits, from a pass over two tokens.
 
+    Raises:
+        ConfigError: this architecture's state is more than plain keys and values, or it is not decoder-only.
+    """
 
-def _read_config(folder: Path) -> PreTrainedConfig:
+    def refuse(why: object) -> ConfigError:
+        return ConfigError(f"{type(hf).__name__} is not supported: {why}")
+
+    config = hf.config.get_text_config()
+    if hf.config.is_encoder_decoder:
+        raise refuse("it is not decoder-only")
+    if hf._is_stateful:
+        raise refuse("it keeps recurrent state, which a tree cannot share")
+    if hf.config._attn_implementation != IMPLEMENTATION:
+        raise refuse("it does not use the attention interface of transformers")
+    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if other:
+        raise refuse(f"it has layers of type {', '.join(sorted(other))}")
+    probe = Probe()
+    tokens, last = torch.tensor([[0, 1]], device=hf.device), torch.tensor([1], device=hf.device)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the model in {folder}: {' '.join(str(error).split())[:300]}") from None
-
-
-def _check_supported(config: PreTrainedConfig) -> None:
-    """Refuse what a KV cache with tree masks cannot serve."""
-    text = config.get_text_config()
-    kind = getattr(config, "model_type", "model")
-    layer_types = set(getattr(text, "layer_types", None) or [])
-    if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(f"'{kind}' is an encoder-decoder; only decoder-only models can be served")
-    if layer_types - {"full_attention", "sliding_attention"} or not hasattr(text, "num_attention_heads"):
-        raise ConfigError(f"'{kind}' has layers that are not plain attention; they cannot be speculated with trees")
-
-
-def _eos_token_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    found: set[int] = set()
-    for value in (
-        hf.config.eos_token_id,
-        hf.generation_config and hf.generation_config.eos_token_id,
-        tokenizer.eos_token_id,
+        logits = hf(
+            input_ids=tokens, position_ids=tokens, use_cache=False, logits_to_keep=last, **{CONTEXT: probe}
+        ).logits
+    except (UnsupportedAttentionError, AttributeError, TypeError, ValueError) as error:
+        raise refuse(one_line(error)) from error
+    if sorted(probe.shapes) != list(range(config.num_hidden_layers)):
+        raise refuse(f"{len(probe.shapes)} of its {config.num_hidden_layers} layers keep keys and values")
+    if logits.shape[:2] != (1, 1):
+        raise refuse("it cannot give the logits of chosen tokens alone")
+    if any(
+        kind == "sliding_attention" and probe.windows[layer] is None
+        for layer, kind in enumerate(getattr(config, "layer_types", None) or ())
     ):
-        found.update([value] if isinstance(value, int) else value or [])
+        raise refuse("its sliding layers do not tell their window")
+    return [probe.shapes[layer] for layer in range(config.num_hidden_layers)], logits.shape[2]
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("device 'cuda' is not available on this machine")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def _max_context_tokens(config: PretrainedConfig) -> int:
+    rope = getattr(config, "rope_parameters", None) or {}
+    # These change every frequency once any sequence of the batch is longer than this, so we stay below it.
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        original = rope.get("original_max_position_embeddings")
+        return original or getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
+    return config.max_position_embeddings
+
+
+def _eos_token_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None) -> frozenset[int]:
+    found: set[int] = set()
+    generation = getattr(hf, "generation_config", None)
+    for owner in (generation, hf.config, hf.config.get_text_config(), tokenizer):
+        ids = getattr(owner, "eos_token_id", None)
+        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
     return frozenset(found)

@@ -1,44 +1,49 @@
-"""Position-keyed noise: counter-based, so that one seed gives the same token on any path, batch and device."""
+"""Position-keyed Gumbel noise: a pure function of (seed, position, token id), whatever is batched with it.
+
+Counter-based: output i of SplitMix64 (Steele, Lea and Flood, 2014) started at a key mixed from seed and position. The
+integers are exact everywhere; the logarithms are taken in float64 and rounded once, so devices agree.
+"""
 
 from __future__ import annotations
 
 import torch
 
-GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15
+_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
-def gumbel_noise(seed: int, position: int, token_ids: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise float32, of `token_ids`' shape (int64), keyed by (seed, position, token id).
+def gumbel_noise(seed: int, position: int, vocab_size: int, device: torch.device | str) -> torch.Tensor:
+    """Standard Gumbel noise float32 [vocab_size] on `device`.
 
-    SplitMix64 (Steele, Lea, Flood 2014) over a counter: state = key + (token + 1) * golden. `position` is the absolute
-    index of the token to be placed. The upper tail, which decides who wins, has the full resolution of 32 bits.
+    g = -log(-log(1 - v)), v = (upper 32 bits + 1/2) / 2^32: v near 0 gives the largest g, with all 32 bits to tell
+    them apart.
+
+    Args:
+        seed: any integer; its lower 64 bits count.
+        position: absolute index, in the whole sequence, of the token to be placed.
     """
-    key = splitmix64(splitmix64(seed & _MASK) ^ (position & _MASK))
-    state = (token_ids + 1) * _signed(GOLDEN) + _signed(key)
-    state = (state ^ _shift(state, 30)) * _signed(_MIX_1)
-    state = (state ^ _shift(state, 27)) * _signed(_MIX_2)
-    bits = _shift(state ^ _shift(state, 31), 32)
-    uniform = (bits.to(torch.float32) + 0.5) * 2.0**-32
-    exponential = -torch.log1p(-uniform.clamp(max=1 - 2.0**-24))
-    return -torch.log(exponential)
+    key = _finalise(_finalise(seed & _MASK) + (position + 1) * _GAMMA & _MASK)
+    counters = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=device)
+    state = counters * _signed(_GAMMA) + _signed(key)
+    state = (state ^ _shifted(state, 30)) * _signed(_FACTORS[0])
+    state = (state ^ _shifted(state, 27)) * _signed(_FACTORS[1])
+    uniform = (_shifted(state ^ _shifted(state, 31), 32).double() + 0.5) * 2.0**-32
+    return uniform.neg_().log1p_().neg_().log_().neg_().float()
 
 
-def splitmix64(value: int) -> int:
-    """One SplitMix64 output of `value` as state, on plain integers."""
-    value = (value + GOLDEN) & _MASK
-    value = ((value ^ (value >> 30)) * _MIX_1) & _MASK
-    value = ((value ^ (value >> 27)) * _MIX_2) & _MASK
-    return value ^ (value >> 31)
+def _finalise(state: int) -> int:
+    """SplitMix64's finaliser on 64 bits."""
+    state = (state ^ (state >> 30)) * _FACTORS[0] & _MASK
+    state = (state ^ (state >> 27)) * _FACTORS[1] & _MASK
+    return state ^ (state >> 31)
 
 
-def _shift(value: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift of int64, which torch shifts arithmetically."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
+def _shifted(state: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift; torch's own carries the sign."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _signed(value: int) -> int:
-    """The int64 with the same bits."""
-    return value - (1 << 64) if value >= 1 << 63 else value
+    """The int64 with the same 64 bits."""
+    return value - (1 << 64) if value >> 63 else value

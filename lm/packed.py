@@ -1,4 +1,4 @@
-"""One forward pass's work: ragged sequences side by side, each with its own tree mask. No padding anywhere."""
+"""A ragged batch packed into one row of tokens: no padding, every sequence with its own tree."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from lm.kv_cache import SequenceCache
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackedSequence:
-    """One sequence's new tokens.
+    """New tokens of one sequence in one forward pass; they are appended to its scratch.
+
+    A token sees the committed context, its ancestors and itself. Its position is the committed length plus its depth.
 
     Attributes:
-        cache: where its keys and values live.
-        token_ids: the n new tokens, n >= 1; they become scratch.
-        parents: None for a causal run behind the committed tokens (only with no scratch). Otherwise int32
-            [scratch + n]: for each scratch entry and new token the index, in that numbering, of its parent; -1 follows
-            the committed tokens.
+        token_ids: the n >= 1 new tokens.
+        parents: None for a causal run, which needs an empty scratch. Otherwise int32 [scratch + n]: for every scratch
+            entry and each new token the index, in that same numbering, of its parent; -1 follows the committed context.
         logits: which of the new tokens get a row of logits.
     """
 
@@ -33,122 +32,91 @@ class PackedSequence:
 
 @dataclass(frozen=True)
 class Span:
-    """What attention needs to know of one sequence.
+    """Where one sequence's new tokens are in the packed row, and what they see.
 
     Attributes:
-        start, end: its rows in the packed pass.
-        runs: (first slot, count) of each contiguous stretch of its live entries, new ones included.
-        live: entries it may read: committed, scratch and new.
-        visible: bool [n, live], or None if every new token sees every entry.
-        query_positions: int64 [n].
-        key_positions: int64 [live].
+        start, stop: their place in the packed row.
+        cache: where their sequence's KV is; `length` and `scratch` are those before this pass.
+        depths: int64 [scratch + n], 0-based.
+        visible: bool [n, scratch + n]: which scratch entries and new tokens each new token sees.
     """
 
     start: int
-    end: int
-    runs: list[tuple[int, int]]
-    live: int
-    visible: NDArray[np.bool_] | None
-    query_positions: NDArray[np.int64]
-    key_positions: NDArray[np.int64]
+    stop: int
+    cache: SequenceCache
+    depths: NDArray[np.int64]
+    visible: NDArray[np.bool_]
 
 
-@dataclass
-class PackedPass:
-    """Everything of one forward pass over N tokens that does not depend on the layer.
+@dataclass(frozen=True)
+class PackedBatch:
+    """All sequences' new tokens.
 
     Attributes:
-        token_ids, positions, slots: int64 [N].
-        rows: int64 [rows]; packed index of each token that gets logits.
-        spans: one per sequence.
-        biases: additive masks by sliding window, made when a layer first asks for one.
+        token_ids, positions, slots: int64 [tokens]; slots are where their KV goes.
+        rows: int64 [rows]: indices of the tokens whose logits are wanted.
     """
 
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    rows: torch.Tensor
     spans: list[Span]
-    biases: dict[int | None, list[torch.Tensor | None]]
+    token_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    rows: NDArray[np.int64]
 
 
-def pack(sequences: list[PackedSequence], device: torch.device) -> PackedPass:
-    """Lay the sequences out one behind the other.
+def pack(sequences: list[PackedSequence]) -> PackedBatch:
+    """Lay the sequences' new tokens one behind the other.
 
     Raises:
-        ValueError: a sequence has no new token, does not fit its reservation, or its parents are malformed.
+        ValueError: a sequence has no new token, no room for them, or parents that are not a tree.
     """
-    token_ids: list[int] = []
-    positions, slots, rows, spans = [], [], [], []
+    spans, positions, slots, rows = [], [], [], []
+    start = 0
     for sequence in sequences:
-        span = _span(sequence, start=len(token_ids))
-        cache = sequence.cache
-        first = cache.length + cache.scratch
-        token_ids += sequence.token_ids
-        positions.append(span.query_positions)
-        slots.append(cache.slots[first : span.live])
+        span = _span(sequence, start)
+        cache, first = span.cache, span.cache.length + span.cache.scratch
         spans.append(span)
-        if sequence.logits != "none":
-            rows += range(span.start if sequence.logits == "all" else span.end - 1, span.end)
-    return PackedPass(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
-        positions=torch.from_numpy(np.concatenate(positions)).to(device),
-        slots=torch.from_numpy(np.concatenate(slots)).to(device),
-        rows=torch.tensor(rows, dtype=torch.int64, device=device),
-        spans=spans,
-        biases={},
-    )
+        positions.append(cache.length + span.depths[cache.scratch :])
+        slots.append(cache.slots(first, first + span.stop - start))
+        wanted = {"all": start, "last": span.stop - 1, "none": span.stop}[sequence.logits]
+        rows.append(np.arange(wanted, span.stop))
+        start = span.stop
+    token_ids = [token for sequence in sequences for token in sequence.token_ids]
+    columns = (np.concatenate(column) for column in (positions, slots, rows))
+    return PackedBatch(spans, np.asarray(token_ids, np.int64), *columns)
 
 
 def _span(sequence: PackedSequence, start: int) -> Span:
-    cache, n = sequence.cache, len(sequence.token_ids)
-    live = cache.length + cache.scratch + n
-    if n == 0 or live > cache.capacity:
-        raise ValueError(f"{n} new tokens do not fit: {live} entries of {cache.capacity} reserved")
+    new, scratch = len(sequence.token_ids), sequence.cache.scratch
+    if new == 0:
+        raise ValueError("a sequence without new tokens")
     if sequence.parents is None:
-        if cache.scratch:
-            raise ValueError("a causal run cannot follow scratch entries")
-        depths = np.arange(n)
-        seen = np.tri(n, dtype=np.bool_)
+        if scratch:
+            raise ValueError(f"a causal run behind {scratch} scratch entries")
+        depths, visible = np.arange(new), np.tri(new, dtype=np.bool_)
     else:
-        if len(sequence.parents) != cache.scratch + n:
-            raise ValueError("parents must cover scratch and new tokens")
-        depths, seen = _ancestors(sequence.parents)
-    tail_positions = cache.length + depths
-    visible = seen[-n:]
-    if not visible.all():
-        visible = np.concatenate([np.ones((n, cache.length), np.bool_), visible], axis=1)
-    return Span(
-        start=start,
-        end=start + n,
-        runs=_live_runs(cache.runs, live),
-        live=live,
-        visible=None if visible.all() else visible,
-        query_positions=tail_positions[-n:].astype(np.int64),
-        key_positions=np.concatenate([np.arange(cache.length), tail_positions]).astype(np.int64),
-    )
+        if len(sequence.parents) != scratch + new:
+            raise ValueError(f"{len(sequence.parents)} parents for {scratch} scratch entries and {new} new tokens")
+        depths, visible = ancestry(sequence.parents)
+        visible = visible[scratch:]
+    return Span(start, start + new, sequence.cache, depths, visible)
 
 
-def _ancestors(parents: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """(depths [m], seen [m, m]): 0-based depth of each entry, and whom it sees: its ancestors and itself."""
-    m = len(parents)
-    depths = np.zeros(m, np.int64)
-    seen = np.eye(m, dtype=np.bool_)
-    for entry, parent in enumerate(parents.tolist()):
-        if parent >= entry or parent < -1:
-            raise ValueError("a parent must come before its child")
-        if parent >= 0:
-            depths[entry] = depths[parent] + 1
-            seen[entry, :entry] |= seen[parent, :entry]
-    return depths, seen
+def ancestry(parents: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Depths int64 [m], 0-based, and ancestors bool [m, m] (row: node, column: ancestor or itself).
 
-
-def _live_runs(runs: list[tuple[int, int]], live: int) -> list[tuple[int, int]]:
-    """The first `live` entries of a block table's runs."""
-    cut = []
-    for first, count in runs:
-        cut.append((first, min(count, live)))
-        live -= count
-        if live <= 0:
-            break
-    return cut
+    Raises:
+        ValueError: a parent does not come before its child.
+    """
+    size = len(parents)
+    if (parents >= np.arange(size)).any() or (parents < -1).any():
+        raise ValueError("a parent does not come before its child")
+    depths, visible = np.zeros(size, np.int64), np.eye(size, dtype=np.bool_)
+    parents = parents.astype(np.int64)
+    nodes, ancestors = np.arange(size), parents
+    while (inside := ancestors >= 0).any():
+        nodes, ancestors = nodes[inside], ancestors[inside]
+        visible[nodes, ancestors] = True
+        depths[nodes] += 1
+        ancestors = parents[ancestors]
+    return depths, visible

