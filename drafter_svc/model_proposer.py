@@ -1,0 +1,285 @@
+"""Drafts by a language model: all requests of a step together, one tree layer a forward pass."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from drafter_svc.proposer import Children
+from drafter_svc.sessions import Session
+from lm.kv_cache import KVCache, SequenceCache
+from lm.model import LanguageModel
+from lm.packed import PackedSequence
+from lm.sampling import Row, top_drafts
+from treeline.tree import ROOT, Source
+
+if TYPE_CHECKING:
+    from drafter_svc.growth import GrowingTree
+
+CATCH_UP_TOKENS = 512
+"""Most tokens per step for sessions that are far behind, all of them together."""
+SHORT_RUN_TOKENS = 40
+"""What an ordinary step may leave to run (a path and its root). Sessions no further behind are always served."""
+GROWTH_TOKENS = 256
+"""Least room for new tokens when a session's cache is reserved."""
+
+PROFILE_NODES = 16
+PROFILE_CONTEXT_TOKENS = 128
+PROFILE_S = 2.0
+
+
+@dataclass
+class LayerStats:
+    """What one step ran through the draft model, tree layer by tree layer (see `DraftStats`)."""
+
+    nodes: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    catch_up_tokens: int = 0
+
+
+@dataclass
+class _Followed:
+    """A session's place in the draft model's cache.
+
+    Attributes:
+        kv: committed up to and including the root once the session has caught up; the tree's nodes in scratch.
+        parents: scratch index of each scratch entry's parent, ROOT for children of the root.
+        entries: scratch index by (parent's scratch index, token): finds the accepted path in the next step.
+        nodes: scratch index by node of the growing tree.
+        root_logits: float32 [vocab] below the root, None until the session has caught up.
+    """
+
+    kv: SequenceCache
+    parents: list[int] = field(default_factory=list)
+    entries: dict[tuple[int, int], int] = field(default_factory=dict)
+    nodes: dict[int, int] = field(default_factory=dict)
+    root_logits: torch.Tensor | None = None
+
+    def accepted(self, tokens: list[int], unchanged: int) -> list[int]:
+        """Scratch entries whose tokens turned out to be those behind the committed ones, the new root excepted."""
+        path: list[int] = []
+        if unchanged < self.kv.length:
+            return path
+        for token_id in tokens[self.kv.length : -1]:
+            entry = self.entries.get((path[-1] if path else ROOT, token_id))
+            if entry is None:
+                break
+            path.append(entry)
+        return path
+
+    def forget_tree(self) -> None:
+        self.parents, self.entries, self.nodes, self.root_logits = [], {}, {ROOT: ROOT}, None
+
+
+class ModelProposer:
+    """Proposes a language model's top tokens, under the target's own noise where a request samples.
+
+    Its cache follows each session: of the last step's tree the accepted path stays, and only what is missing is run.
+    When the cache is full, the sessions used least recently lose their place in it and are rebuilt when they return.
+
+    Attributes:
+        stats: of the current step.
+    """
+
+    source = Source.MODEL
+
+    def __init__(self, model: LanguageModel, cache: KVCache, max_nodes: int) -> None:
+        """`max_nodes`: most draft nodes of one tree."""
+        self.stats = LayerStats()
+        self._model = model
+        self._cache = cache
+        self._max_nodes = max_nodes
+        self._followed: OrderedDict[int, _Followed] = OrderedDict()
+
+    def begin(self, sessions: list[Session]) -> None:
+        started_s = time.perf_counter()
+        self.stats = LayerStats()
+        self._keep_accepted(sessions)
+        self._run_missing(self._reserve(sessions))
+        self._begin_s = time.perf_counter() - started_s
+
+    def propose(self, wanted: list[tuple[GrowingTree, list[int]]]) -> list[Children]:
+        started_s = time.perf_counter()
+        rows, logits = self._root_rows(wanted) if wanted[0][1] == [ROOT] else self._run_layer(wanted)
+        children = {id(tree): Children() for tree, _ in wanted}
+        if rows:
+            limit = min(max(tree.policy.max_children for tree, _ in rows), self._model.vocab_size)
+            ids, probs = top_drafts(logits, [_sampling_row(tree, node) for tree, node in rows], limit)
+            for (tree, node), row_ids, row_probs in zip(rows, ids.tolist(), probs.tolist(), strict=True):
+                count, columns = min(tree.policy.max_children, len(row_ids)), children[id(tree)]
+                columns.parents.extend([node] * count)
+                columns.token_ids.extend(row_ids[:count])
+                columns.probs.extend(row_probs[:count])
+                columns.ranks.extend(range(count))
+        self.stats.seconds[-1:] = [self.stats.seconds[-1] + time.perf_counter() - started_s] if rows else []
+        return [children[id(tree)] for tree, _ in wanted]
+
+    def release(self, session_id: int) -> None:
+        followed = self._followed.pop(session_id, None)
+        if followed is not None:
+            self._cache.free(followed.kv)
+
+    def measure(self) -> tuple[float, float]:
+        """(seconds of a tree layer, seconds of each node in it), from a few passes over scratch nodes.
+
+        Takes at most a few seconds beyond its first passes; called before any session.
+        """
+        kv = self._cache.allocate(min(PROFILE_CONTEXT_TOKENS + PROFILE_NODES, self._capacity_tokens))
+        assert kv is not None
+        self._model.forward([PackedSequence(kv, [0] * (kv.capacity - PROFILE_NODES), logits="none")], self._cache)
+        self._cache.commit([(kv, list(range(kv.scratch)))])
+        seconds: dict[int, list[float]] = {1: [], PROFILE_NODES: []}
+        deadline_s = time.perf_counter() + PROFILE_S
+        for repeat in range(6):
+            for count, taken_s in seconds.items():
+                started_s = time.perf_counter()
+                siblings = np.full(count, ROOT, np.int32)
+                self._model.forward([PackedSequence(kv, [0] * count, siblings)], self._cache)[0, 0].item()
+                if repeat:  # the first passes only warm up
+                    taken_s.append(time.perf_counter() - started_s)
+                self._cache.commit([(kv, [])])
+            if repeat and time.perf_counter() > deadline_s:
+                break
+        self._cache.free(kv)
+        one_s, many_s = median(seconds[1]), median(seconds[PROFILE_NODES])
+        node_s = max(0.0, many_s - one_s) / (PROFILE_NODES - 1)
+        return max(0.0, one_s - node_s), node_s
+
+    @property
+    def _capacity_tokens(self) -> int:
+        return self._cache.total_blocks * self._cache.block_tokens
+
+    def _keep_accepted(self, sessions: list[Session]) -> None:
+        """Commit what was drafted and accepted; drop what the tokens contradict, and the root, which runs again."""
+        moves, lengths = [], []
+        for session in sessions:
+            followed = self._followed.get(session.session_id)
+            if followed is None:
+                continue
+            self._followed.move_to_end(session.session_id)
+            path = followed.accepted(session.tokens, session.unchanged)
+            moves.append((followed.kv, path))
+            valid = min(followed.kv.length, session.unchanged) + len(path)
+            lengths.append((followed, min(valid, len(session.tokens) - 1)))
+        self._cache.commit(moves)
+        for followed, length in lengths:
+            followed.forget_tree()
+            if followed.kv.length > length:
+                followed.kv.truncate(length)
+
+    def _reserve(self, sessions: list[Session]) -> list[tuple[Session, _Followed]]:
+        """The sessions that have room for their tokens and a tree."""
+        current = {session.session_id for session in sessions}
+        reserved = []
+        for session in sessions:
+            if len(session.tokens) > self._model.max_context_tokens:
+                self.release(session.session_id)
+                continue
+            followed = self._followed.get(session.session_id)
+            needed = len(session.tokens) + self._max_nodes
+            if followed is None or followed.kv.capacity < needed:
+                self.release(session.session_id)  # a place that is too small is given up and rebuilt elsewhere
+                room = [max(len(session.tokens), GROWTH_TOKENS), GROWTH_TOKENS // 4]
+                followed = self._place(session, [needed + tokens for tokens in room], current)
+            if followed is not None:
+                reserved.append((session, followed))
+        return reserved
+
+    def _place(self, session: Session, sizes: list[int], current: set[int]) -> _Followed | None:
+        """A place of the first of these sizes that fits once sessions outside this step have made room."""
+        for size in sizes:
+            while size <= self._capacity_tokens:
+                kv = self._cache.allocate(size)
+                if kv is not None:
+                    followed = self._followed[session.session_id] = _Followed(kv, nodes={ROOT: ROOT})
+                    return followed
+                oldest = next(iter(self._followed), None)
+                if oldest is None or oldest in current:
+                    break
+                self.release(oldest)
+        return None
+
+    def _run_missing(self, sessions: list[tuple[Session, _Followed]]) -> None:
+        """Run the tokens that are not in the cache, root included; those far behind go a bounded way."""
+        budget = CATCH_UP_TOKENS
+        runs: list[tuple[_Followed, PackedSequence]] = []
+        for session, followed in sessions:
+            missing = session.tokens[followed.kv.length :]
+            if len(missing) > SHORT_RUN_TOKENS:
+                caught_up = len(missing) <= budget
+                missing = missing[:budget]
+                budget -= len(missing)
+            else:
+                caught_up = True
+            if missing:
+                run = PackedSequence(followed.kv, missing, logits="last" if caught_up else "none")
+                runs.append((followed, run))
+                self.stats.catch_up_tokens += len(missing) - caught_up
+        if not runs:
+            return
+        logits = iter(self._model.forward([run for _, run in runs], self._cache))
+        self._cache.commit([(followed.kv, list(range(len(run.token_ids)))) for followed, run in runs])
+        for followed, run in runs:
+            if run.logits == "last":
+                followed.root_logits = next(logits)
+
+    def _root_rows(
+        self, wanted: list[tuple[GrowingTree, list[int]]]
+    ) -> tuple[list[tuple[GrowingTree, int]], torch.Tensor]:
+        rows, logits = [], []
+        for tree, _ in wanted:
+            followed = self._followed.get(tree.session.session_id)
+            if followed is not None and followed.root_logits is not None:
+                rows.append((tree, ROOT))
+                logits.append(followed.root_logits)
+        if rows:
+            self.stats.nodes.append(len(rows))
+            self.stats.seconds.append(self._begin_s)
+        return rows, torch.stack(logits) if logits else torch.empty(0)
+
+    def _run_layer(
+        self, wanted: list[tuple[GrowingTree, list[int]]]
+    ) -> tuple[list[tuple[GrowingTree, int]], torch.Tensor]:
+        """Run nodes, and those of their ancestors that only a lookup had proposed."""
+        packed, rows, row_indices, total = [], [], [], 0
+        for tree, nodes in wanted:
+            followed = self._followed[tree.session.session_id]
+            position = followed.kv.length - 1 + tree.depth
+            if position >= self._model.max_context_tokens:
+                continue
+            first, new = followed.kv.scratch, list[int]()
+            for node in nodes:
+                missing = [n for n in tree.path(node) if n not in followed.nodes]
+                if followed.kv.length + first + len(new) + len(missing) > followed.kv.capacity:
+                    break
+                for n in missing:
+                    parent, entry = followed.nodes[tree.parents[n]], first + len(new)
+                    followed.nodes[n] = followed.entries[parent, tree.token_ids[n]] = entry
+                    followed.parents.append(parent)
+                    new.append(n)
+                rows.append((tree, node))
+                row_indices.append(total + len(new) - 1)
+            if new:
+                parents = np.asarray(followed.parents, np.int32)
+                packed.append(PackedSequence(followed.kv, [tree.token_ids[n] for n in new], parents))
+                total += len(new)
+        if not packed:
+            return [], torch.empty(0)
+        self.stats.nodes.append(total)
+        self.stats.seconds.append(0.0)
+        return rows, self._model.forward(packed, self._cache)[row_indices]
+
+
+def _sampling_row(tree: GrowingTree, node: int) -> Row:
+    """How the token below `node` is chosen."""
+    path, params = tree.path(node), tree.sequence.sampling
+    history = None
+    if params.repetition_penalty != 1.0:
+        history = np.asarray(tree.session.tokens + [tree.token_ids[n] for n in path], np.int64)
+    return Row(params, len(tree.session.tokens) + len(path), history)

@@ -1,0 +1,181 @@
+"""The drafting service: one stream per verifier, one thread that drafts for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health
+from planner.client import PlanWatcher
+from prometheus_client import CollectorRegistry
+
+from drafter_svc.drafter import TreeDrafter, build_drafter
+from drafter_svc.wire import map_sessions, reply_to_proto, request_from_proto, unmap_sessions
+from lm.store import load_tokenizer, resolve_model, vocabulary_sha256
+from planner.policies import parse_policy
+from treeline.config import DEFAULT_MODEL, Config, LimitsConfig
+from treeline.drafting import DraftReply, DraftRequest
+from treeline.metrics import DrafterMetrics, serve_metrics
+from treeline.rpc import Discover, add_standard_services, bind, new_server
+from treeline.tree import Source
+from treeline.v1 import drafting_pb2 as pb
+from treeline.v1 import drafting_pb2_grpc as pb_grpc
+
+logger = logging.getLogger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["DraftingService"].full_name
+SESSION_BITS = 64
+"""Session ids are unique per verifier; the stream's number goes in front of them."""
+
+
+class DrafterServer:
+    """One drafter replica.
+
+    Attributes:
+        endpoint: "host:port" of the drafting service.
+        metrics_port: port of /metrics.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        metrics_port: int,
+        server: grpc.aio.Server,
+        health_servicer: health.aio.HealthServicer,
+        service: DraftingService,
+        watcher: PlanWatcher,
+    ) -> None:
+        self.endpoint = endpoint
+        self.metrics_port = metrics_port
+        self._server, self._health, self._service, self._watcher = server, health_servicer, service, watcher
+
+    @classmethod
+    async def start(cls, config: Config, planner: Discover) -> DrafterServer:
+        """A drafter that listens, its model loaded and measured.
+
+        Raises:
+            ConfigError: the draft model cannot be used, or a certificate, token or port is wrong.
+        """
+        watcher = PlanWatcher(planner, "", config.limits, config.internal)
+        worker = ThreadPoolExecutor(1, thread_name_prefix="drafter")
+        drafter = await asyncio.get_running_loop().run_in_executor(worker, _build, config, watcher)
+        registry = CollectorRegistry()
+        service = DraftingService(drafter, config.limits, worker, DrafterMetrics(registry))
+        server = new_server(config.internal, config.limits.max_message_bytes)
+        pb_grpc.add_DraftingServiceServicer_to_server(service, server)
+        health_servicer = await add_standard_services(server, SERVICE)
+        endpoint = bind(server, config.internal)
+        metrics_port = serve_metrics(registry, config.metrics)
+        await server.start()
+        logger.info("drafter %s listens on %s", drafter.info.name, endpoint)
+        return cls(endpoint, metrics_port, server, health_servicer, service, watcher)
+
+    async def check(self) -> None:
+        """Raise RuntimeError if this replica cannot draft any more."""
+        await self._service.check()
+
+    async def stop(self, grace_s: float = 5) -> None:
+        """Say NOT_SERVING, end the streams within `grace_s`, free everything."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+        await self._watcher.close()
+        await self._service.close()
+
+
+class DraftingService(pb_grpc.DraftingServiceServicer):
+    """Streams in front of one drafter. Drafting, and all else that touches it, happens in the worker's one thread."""
+
+    def __init__(
+        self, drafter: TreeDrafter, limits: LimitsConfig, worker: ThreadPoolExecutor, metrics: DrafterMetrics
+    ) -> None:
+        self._drafter = drafter
+        self._limits = limits
+        self._worker = worker
+        self._metrics = metrics
+        self._stream_numbers = itertools.count(1)
+
+    async def Draft(
+        self, request_iterator: AsyncIterator[pb.DraftRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.DraftResponse]:
+        loop = asyncio.get_running_loop()
+        stream = next(self._stream_numbers)
+        try:
+            async for message in request_iterator:
+                try:
+                    request = request_from_proto(message)
+                    check_request(request, self._limits, self._drafter.info.vocab_size)
+                except ValueError as error:
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                yield await loop.run_in_executor(self._worker, self._draft, request, stream << SESSION_BITS)
+        finally:
+            # Not awaited, as this may be a cancellation; behind a step that still runs, since there is one worker.
+            self._worker.submit(self._release_stream, stream)
+
+    async def GetDrafterInfo(
+        self, request: pb.GetDrafterInfoRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetDrafterInfoResponse:
+        info = self._drafter.info
+        return pb.GetDrafterInfoResponse(
+            drafter=info.name,
+            vocab_size=info.vocab_size,
+            vocabulary_sha256=info.vocabulary_sha256,
+            layer_s=info.layer_s,
+            node_s=info.node_s,
+        )
+
+    async def check(self) -> None:
+        """Raise RuntimeError if the drafter's thread takes no more work."""
+        await asyncio.get_running_loop().run_in_executor(self._worker, lambda: None)
+
+    async def close(self) -> None:
+        """Free everything; the streams have ended."""
+        await asyncio.get_running_loop().run_in_executor(self._worker, self._drafter.close)
+        self._worker.shutdown(wait=False)
+
+    def _draft(self, request: DraftRequest, offset: int) -> pb.DraftResponse:
+        reply = unmap_sessions(self._drafter.draft(map_sessions(request, offset)), offset)
+        self._measure(reply)
+        return reply_to_proto(reply)
+
+    def _release_stream(self, stream: int) -> None:
+        ended = [session_id for session_id in self._drafter.session_ids if session_id >> SESSION_BITS == stream]
+        self._drafter.draft(DraftRequest(0, [], ended))
+        self._metrics.sessions.set(len(self._drafter.session_ids))
+
+    def _measure(self, reply: DraftReply) -> None:
+        metrics, stats = self._metrics, reply.stats
+        metrics.steps.inc()
+        metrics.sessions.set(len(self._drafter.session_ids))
+        metrics.step_seconds.observe(stats.draft_s)
+        metrics.catch_up_tokens.inc(stats.catch_up_tokens)
+        for seconds in stats.layer_s:
+            metrics.layer_seconds.observe(seconds)
+        for source in Source:
+            nodes = sum(int((tree.sources == source).sum()) for tree in reply.trees.values())
+            metrics.nodes.labels(source.name.lower()).inc(nodes)
+
+
+def check_request(request: DraftRequest, limits: LimitsConfig, vocab_size: int) -> None:
+    """Raise ValueError unless `request` stays within the deployment's limits. `vocab_size` 0 admits any token."""
+    for sequence in request.sequences:
+        where = f"session {sequence.session_id}"
+        if sequence.length > limits.max_context_tokens:
+            raise ValueError(f"{where}: {sequence.length} tokens, at most {limits.max_context_tokens} are served")
+        if sequence.max_nodes > limits.max_tree_nodes or sequence.max_depth > limits.max_tree_depth:
+            raise ValueError(f"{where}: a tree beyond {limits.max_tree_nodes} nodes or depth {limits.max_tree_depth}")
+        if vocab_size and max(sequence.token_ids) >= vocab_size:
+            raise ValueError(f"{where}: token id outside the vocabulary")
+        parse_policy(sequence.policy)
+
+
+def _build(config: Config, watcher: PlanWatcher) -> TreeDrafter:
+    """A target on a model hub is not fetched just for its tokenizer: the verifier compares when it connects."""
+    target, target_sha256 = config.verifier.target.model, None
+    if config.drafter.kind != "ngram" and (target == DEFAULT_MODEL or Path(target).expanduser().exists()):
+        target_sha256 = vocabulary_sha256(load_tokenizer(resolve_model(target)))
+    return build_drafter(config.drafter, config.limits, lambda: watcher.plan, target_sha256)

@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+
+from drafter_svc.growth import GrowingTree, grow, merge
+from drafter_svc.proposer import Children
+from drafter_svc.sessions import Session
+from planner.policies import parse_policy
+from tests.drafter_svc.doubles import ScriptedProposer, grown, paths, plan, sequence
+from treeline.tree import ROOT, Source
+
+TOKENS = [1, 2, 3]
+
+
+def full_table(depth: int, probs: list[float], prefix: tuple[int, ...] = ()) -> dict:
+    """Under every path the tokens 0, 1, .. with these probabilities."""
+    if depth == 0:
+        return {}
+    table = {prefix: list(enumerate(probs))}
+    for token in range(len(probs)):
+        table |= full_table(depth - 1, probs, (*prefix, token))
+    return table
+
+
+def grow_one(policy: str, model=None, lookup=None, max_nodes: int = 32, a_plan=None, **more):
+    return grown(lookup, model, Session(1, TOKENS), sequence(policy, TOKENS, max_nodes, **more), a_plan)
+
+
+def test_chain_takes_first_choices_and_runs_the_model_once_a_layer():
+    model = ScriptedProposer(full_table(6, [0.6, 0.3]))
+    tree = grow_one("chain:4", model)
+    assert paths(tree) == {(0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)}
+    assert model.asked == [[()], [(0,)], [(0, 0)], [(0, 0, 0)]]
+
+
+def test_static_has_its_shape():
+    tree = grow_one("static:3-2-1", ScriptedProposer(full_table(4, [0.5, 0.3, 0.1])))
+    assert np.bincount(tree.depths).tolist() == [0, 3, 6, 6]
+    assert tree.ranks.max() == 2
+
+
+def test_eagle2_expands_the_best_and_keeps_the_best():
+    model = ScriptedProposer(full_table(4, [0.6, 0.3, 0.05]))
+    tree = grow_one("eagle2:3,2,5", model)
+    assert [len(asked) for asked in model.asked] == [1, 2, 2]
+    assert len(tree) == 5
+    assert {(0,), (0, 0), (1,)} <= paths(tree)
+
+
+@pytest.mark.parametrize("policy", ["smart", "smart-paper"])
+def test_policies_that_price_grow_within_limits(policy):
+    tree = grow_one(policy, ScriptedProposer(full_table(8, [0.7, 0.2, 0.05])), max_nodes=12)
+    tree.check(vocab_size=3)
+    assert 0 < len(tree) <= 12
+    assert (0,) in paths(tree)
+
+
+def test_smart_does_not_keep_what_does_not_pay():
+    free = grow_one("smart", ScriptedProposer(full_table(8, [0.9, 0.05])), a_plan=plan(price=0.0))
+    dear = grow_one("smart", ScriptedProposer(full_table(8, [0.9, 0.05])), a_plan=plan(price=1e9, layer_s=1.0))
+    assert len(dear) < len(free)
+
+
+def test_off_and_exhausted_allowances_grow_nothing():
+    model = ScriptedProposer(full_table(3, [0.9]))
+    assert len(grow_one("off", model)) == 0
+    assert len(grow_one("chain:3", model, max_nodes=0)) == 0
+    assert len(grow_one("chain:3", model, max_depth=0)) == 0
+    assert model.asked == []
+
+
+def test_depth_limit_of_the_request():
+    assert grow_one("chain:6", ScriptedProposer(full_table(6, [0.9])), max_depth=2).depths.max() == 2
+
+
+def test_node_limit_keeps_the_best_paths():
+    tree = grow_one("static:2-2-2", ScriptedProposer(full_table(4, [0.9, 0.05])), max_nodes=3)
+    assert paths(tree) == {(0,), (0, 0), (0, 0, 0)}
+
+
+def test_a_full_chain_stops_running_the_model():
+    model = ScriptedProposer(full_table(6, [0.9]))
+    assert len(grow_one("chain:6", model, max_nodes=3)) == 3
+    assert len(model.asked) == 3
+
+
+def test_both_sources_become_one_tree():
+    model = ScriptedProposer({(): [(5, 0.6), (6, 0.2)], (5,): [(7, 0.5)]})
+    lookup = ScriptedProposer({(): [(6, 0.9), (8, 0.4)], (6,): [(9, 0.9)]}, Source.NGRAM)
+    tree = grow_one("static:4-4", model, lookup)
+    assert paths(tree) == {(5,), (6,), (8,), (5, 7), (6, 9)}
+    by_token = dict(zip(tree.token_ids.tolist(), tree.sources.tolist(), strict=True))
+    assert by_token == {5: Source.MODEL, 6: Source.NGRAM, 8: Source.NGRAM, 7: Source.MODEL, 9: Source.NGRAM}
+    ranks = {t: r for t, r, p in zip(tree.token_ids.tolist(), tree.ranks, tree.parents, strict=True) if p == ROOT}
+    assert ranks == {6: 0, 5: 1, 8: 2}
+
+
+def test_a_chain_of_both_sources_stays_a_chain():
+    model = ScriptedProposer({(): [(5, 0.6)], (5,): [(7, 0.5)], (6,): [(1, 0.9)]})
+    lookup = ScriptedProposer({(): [(6, 0.9)], (6,): [(9, 0.3)]}, Source.NGRAM)
+    assert paths(grow_one("chain:2", model, lookup)) == {(6,), (6, 1)}
+
+
+def test_merge_keeps_the_higher_calibrated_acceptance_not_the_higher_probability():
+    a_plan = plan()
+    acceptance = a_plan.calibration.acceptance.copy()
+    acceptance[Source.NGRAM] *= 0.1
+    calibration = plan(acceptance=acceptance).calibration
+    merged = merge(
+        [
+            (Source.MODEL, Children([ROOT, ROOT], [4, 5], [0.5, 0.3], [0, 1])),
+            (Source.NGRAM, Children([ROOT], [4], [0.9], [0])),
+        ],
+        1,
+        False,
+        calibration,
+    )
+    assert merged.token_ids.tolist() == [4, 5]
+    assert merged.sources.tolist() == [Source.MODEL, Source.MODEL]
+    assert merged.probs.tolist() == pytest.approx([0.5, 0.3])
+
+
+def test_lookups_go_on_alone_when_the_model_has_nothing():
+    model = ScriptedProposer({(): [(5, 0.9)]})
+    lookup = ScriptedProposer({(): [(5, 0.8)], (5,): [(6, 0.8)], (5, 6): [(7, 0.8)]}, Source.NGRAM)
+    tree = grow_one("chain:4", model, lookup)
+    assert paths(tree) == {(5,), (5, 6), (5, 6, 7)}
+    assert len(model.asked) == 2
+
+
+def test_one_tree_out_of_many_ends_without_the_others():
+    model = ScriptedProposer({(): [(5, 0.9)], (5,): [(6, 0.9)]})
+    trees = [GrowingTree(Session(i, TOKENS), sequence(p, TOKENS), parse_policy(p)) for i, p in enumerate(POLICIES)]
+    grow(trees, plan(), [], model)
+    assert [len(tree.finish()) for tree in trees] == [1, 0, 2, 2]
+    assert [len(asked) for asked in model.asked] == [3, 2, 2]
+
+
+POLICIES = ["chain:1", "off", "chain:4", "eagle2:3,1,8"]
+
+
+def test_probabilities_too_small_for_float32_still_make_a_valid_tree():
+    tree = grow_one("chain:1", ScriptedProposer({(): [(5, 1e-60)]}))
+    tree.check(vocab_size=6)
