@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from planner.policies import parse_policy
 from treeline.config import DEFAULT_MODEL, Config, LimitsConfig
 from treeline.drafting import DraftReply, DraftRequest
 from treeline.metrics import DrafterMetrics, serve_metrics
+from treeline.plan import Plan
 from treeline.rpc import Discover, add_standard_services, bind, new_server
 from treeline.tree import Source
 from treeline.v1 import drafting_pb2 as pb
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["DraftingService"].full_name
 SESSION_BITS = 64
 """Session ids are unique per verifier; the stream's number goes in front of them."""
+STREAM_GRACE_S = 0.2
+"""For a step that is being drafted: the streams themselves have no end to wait for."""
 
 
 class DrafterServer:
@@ -61,9 +64,8 @@ class DrafterServer:
         Raises:
             ConfigError: the draft model cannot be used, or a certificate, token or port is wrong.
         """
-        watcher = PlanWatcher(planner, "", config.limits, config.internal)
         worker = ThreadPoolExecutor(1, thread_name_prefix="drafter")
-        drafter = await asyncio.get_running_loop().run_in_executor(worker, _build, config, watcher)
+        drafter = await asyncio.get_running_loop().run_in_executor(worker, _build, config, lambda: watcher.plan)
         registry = CollectorRegistry()
         service = DraftingService(drafter, config.limits, worker, DrafterMetrics(registry))
         server = new_server(config.internal, config.limits.max_message_bytes)
@@ -71,6 +73,7 @@ class DrafterServer:
         health_servicer = await add_standard_services(server, SERVICE)
         endpoint = bind(server, config.internal)
         metrics_port = serve_metrics(registry, config.metrics)
+        watcher = PlanWatcher(planner, "", config.limits, config.internal)
         await server.start()
         logger.info("drafter %s listens on %s", drafter.info.name, endpoint)
         return cls(endpoint, metrics_port, server, health_servicer, service, watcher)
@@ -80,9 +83,9 @@ class DrafterServer:
         await self._service.check()
 
     async def stop(self, grace_s: float = 5) -> None:
-        """Say NOT_SERVING, end the streams within `grace_s`, free everything."""
+        """Say NOT_SERVING, end the streams, free everything. Verifiers go on unspeculated."""
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_s)
+        await self._server.stop(min(grace_s, STREAM_GRACE_S))
         await self._watcher.close()
         await self._service.close()
 
@@ -173,9 +176,9 @@ def check_request(request: DraftRequest, limits: LimitsConfig, vocab_size: int) 
         parse_policy(sequence.policy)
 
 
-def _build(config: Config, watcher: PlanWatcher) -> TreeDrafter:
+def _build(config: Config, plan: Callable[[], Plan]) -> TreeDrafter:
     """A target on a model hub is not fetched just for its tokenizer: the verifier compares when it connects."""
     target, target_sha256 = config.verifier.target.model, None
     if config.drafter.kind != "ngram" and (target == DEFAULT_MODEL or Path(target).expanduser().exists()):
         target_sha256 = vocabulary_sha256(load_tokenizer(resolve_model(target)))
-    return build_drafter(config.drafter, config.limits, lambda: watcher.plan, target_sha256)
+    return build_drafter(config.drafter, config.limits, plan, target_sha256)
