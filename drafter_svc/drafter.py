@@ -130,6 +130,7 @@ def build_drafter(
         return TreeDrafter(DrafterInfo("ngram"), config.max_sessions, plan, lookups)
     assert config.model is not None
     model = LanguageModel.load(config.model)
+    assert model.tokenizer is not None
     sha256 = sha256_of(model.tokenizer)
     if vocabulary_sha256 is not None and sha256 != vocabulary_sha256:
         raise ConfigError(

@@ -52,14 +52,12 @@ class _Followed:
         parents: scratch index of each scratch entry's parent, ROOT for children of the root.
         entries: scratch index by (parent's scratch index, token): finds the accepted path in the next step.
         nodes: scratch index by node of the growing tree.
-        root_logits: float32 [vocab] below the root, None until the session has caught up.
     """
 
     kv: SequenceCache
     parents: list[int] = field(default_factory=list)
     entries: dict[tuple[int, int], int] = field(default_factory=dict)
     nodes: dict[int, int] = field(default_factory=dict)
-    root_logits: torch.Tensor | None = None
 
     def accepted(self, tokens: list[int], unchanged: int) -> list[int]:
         """Scratch entries whose tokens turned out to be those behind the committed ones, the new root excepted."""
@@ -74,7 +72,7 @@ class _Followed:
         return path
 
     def forget_tree(self) -> None:
-        self.parents, self.entries, self.nodes, self.root_logits = [], {}, {ROOT: ROOT}, None
+        self.parents, self.entries, self.nodes = [], {}, {ROOT: ROOT}
 
 
 class ModelProposer:
@@ -96,6 +94,8 @@ class ModelProposer:
         self._cache = cache
         self._max_nodes = max_nodes
         self._followed: OrderedDict[int, _Followed] = OrderedDict()
+        self._root_logits: dict[int, torch.Tensor] = {}
+        """float32 [vocab] below the root of each session of this step that has caught up."""
 
     def begin(self, sessions: list[Session]) -> None:
         started_s = time.perf_counter()
@@ -208,7 +208,7 @@ class ModelProposer:
     def _run_missing(self, sessions: list[tuple[Session, _Followed]]) -> None:
         """Run the tokens that are not in the cache, root included; those far behind go a bounded way."""
         budget = CATCH_UP_TOKENS
-        runs: list[tuple[_Followed, PackedSequence]] = []
+        runs: list[tuple[int, PackedSequence]] = []
         for session, followed in sessions:
             missing = session.tokens[followed.kv.length :]
             if len(missing) > SHORT_RUN_TOKENS:
@@ -219,29 +219,22 @@ class ModelProposer:
                 caught_up = True
             if missing:
                 run = PackedSequence(followed.kv, missing, logits="last" if caught_up else "none")
-                runs.append((followed, run))
+                runs.append((session.session_id, run))
                 self.stats.catch_up_tokens += len(missing) - caught_up
-        if not runs:
-            return
-        logits = iter(self._model.forward([run for _, run in runs], self._cache))
-        self._cache.commit([(followed.kv, list(range(len(run.token_ids)))) for followed, run in runs])
-        for followed, run in runs:
-            if run.logits == "last":
-                followed.root_logits = next(logits)
+        logits = self._model.forward([run for _, run in runs], self._cache)
+        self._cache.commit([(run.cache, list(range(run.cache.scratch))) for _, run in runs])
+        caught_up_ids = [session_id for session_id, run in runs if run.logits == "last"]
+        self._root_logits = dict(zip(caught_up_ids, logits, strict=True))
 
     def _root_rows(
         self, wanted: list[tuple[GrowingTree, list[int]]]
     ) -> tuple[list[tuple[GrowingTree, int]], torch.Tensor]:
-        rows, logits = [], []
-        for tree, _ in wanted:
-            followed = self._followed.get(tree.session.session_id)
-            if followed is not None and followed.root_logits is not None:
-                rows.append((tree, ROOT))
-                logits.append(followed.root_logits)
-        if rows:
-            self.stats.nodes.append(len(rows))
-            self.stats.seconds.append(self._begin_s)
-        return rows, torch.stack(logits) if logits else torch.empty(0)
+        rows = [(tree, ROOT) for tree, _ in wanted if tree.session.session_id in self._root_logits]
+        if not rows:
+            return [], torch.empty(0)
+        self.stats.nodes.append(len(rows))
+        self.stats.seconds.append(self._begin_s)
+        return rows, torch.stack([self._root_logits[tree.session.session_id] for tree, _ in rows])
 
     def _run_layer(
         self, wanted: list[tuple[GrowingTree, list[int]]]

@@ -64,6 +64,7 @@ class DrafterServer:
         Raises:
             ConfigError: the draft model cannot be used, or a certificate, token or port is wrong.
         """
+        watcher: PlanWatcher
         worker = ThreadPoolExecutor(1, thread_name_prefix="drafter")
         drafter = await asyncio.get_running_loop().run_in_executor(worker, _build, config, lambda: watcher.plan)
         registry = CollectorRegistry()

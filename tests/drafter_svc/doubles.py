@@ -63,7 +63,7 @@ def grown(
 
 def tiny_language_model(seed: int = 0) -> LanguageModel:
     """A model of its own, so that replacing its attention touches no other one's configuration."""
-    return LanguageModel.from_hf(deepcopy(tiny_llama(seed)), tiny_tokenizer(), "tiny")
+    return LanguageModel.from_hf(deepcopy(tiny_llama(seed)), tiny_tokenizer())
 
 
 class ScriptedProposer:

@@ -141,3 +141,14 @@ POLICIES = ["chain:1", "off", "chain:4", "eagle2:3,1,8"]
 def test_probabilities_too_small_for_float32_still_make_a_valid_tree():
     tree = grow_one("chain:1", ScriptedProposer({(): [(5, 1e-60)]}))
     tree.check(vocab_size=6)
+
+
+def test_lookups_go_on_alone_when_another_layer_does_not_pay():
+    table = full_table(5, [0.9, 0.05])
+    lookup = ScriptedProposer({(): [(0, 0.9)], (0,): [(0, 0.9)], (0, 0): [(0, 0.9)]}, Source.NGRAM)
+    model = ScriptedProposer(table)
+    tree = grow_one("smart", model, lookup, a_plan=plan(price=1.0, layer_s=1e6))
+    assert model.asked == [[()]]
+    assert paths(tree) == {(0,), (1,), (0, 0), (0, 0, 0)}
+    # A fixed policy beside it makes the layers run anyway.
+    assert len(grow_one("chain:4", model, a_plan=plan(price=1.0, layer_s=1e6))) == 4
