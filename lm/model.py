@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from lm.attention import CONTEXT, IMPLEMENTATION, Probe, TreeAttention, UnsupportedAttentionError
 from lm.kv_cache import KVCache, LayerShape
 from lm.packed import PackedSequence, pack
-from lm.store import load_tokenizer, model_name, one_line, resolve_model
+from lm.store import load_tokenizer, model_name, one_line, progress_bars, resolve_model
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
 
@@ -51,14 +51,15 @@ class LanguageModel:
         torch.set_float32_matmul_precision("highest")
         tokenizer = load_tokenizer(folder)
         try:
-            hf = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=getattr(torch, config.dtype),
-                attn_implementation=IMPLEMENTATION,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-            )
+            with progress_bars(False):
+                hf = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=getattr(torch, config.dtype),
+                    attn_implementation=IMPLEMENTATION,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    local_files_only=True,
+                )
             hf.to(device)  # type: ignore[arg-type]
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise ConfigError(f"cannot load model '{config.model}': {one_line(error)}") from error

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from treeline.config import DEFAULT_MODEL
 from treeline.errors import ConfigError
@@ -95,6 +97,18 @@ def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0])):
         digest.update(f"{index}\0{token}\0".encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[None]:
+    """Show or hide transformers' own progress bars meanwhile."""
+    before = transformers_logging.is_progress_bar_enabled()
+    switch = {True: transformers_logging.enable_progress_bar, False: transformers_logging.disable_progress_bar}
+    switch[shown]()
+    try:
+        yield
+    finally:
+        switch[before]()
 
 
 def one_line(error: BaseException) -> str:
@@ -175,7 +189,8 @@ def _convert_gguf(path: Path, folder: Path, progress: bool) -> None:
     if progress:
         Console(stderr=True).print(f"Converting {path.name} (once)")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        with progress_bars(progress):
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # The reader of a damaged file raises anything.
         raise ConfigError(f"cannot read '{path}': {one_line(error)}") from error
