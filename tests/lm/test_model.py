@@ -1,0 +1,155 @@
+"""Which models are served, what is refused, and the real default model against transformers' own generate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from lm.kv_cache import LayerShape
+from lm.model import LanguageModel
+from lm.packed import PackedSequence
+from lm.store import resolve_model
+from tests.lm.helpers import reference_logits
+from tests.lm.tiny import CONFIGS, VOCAB_SIZE, tiny_llama, tiny_model, tiny_tokenizer
+from treeline.config import ModelConfig
+from treeline.errors import ConfigError
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "reason"),
+    [
+        ("mamba", {}, "recurrent state"),
+        ("qwen3_next", {}, "recurrent state"),
+        ("falcon_h1", {}, "recurrent state"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of type conv"),
+        ("llama4_text", {"head_dim": 8, "num_local_experts": 2}, "chunked_attention"),
+        ("gpt_oss", {"head_dim": 8, "num_local_experts": 4}, "s_aux"),
+        ("bloom", {"n_head": 4}, "attention interface"),
+        ("stablelm", {}, "keyword arguments"),
+        ("bart", {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 32, "decoder_attention_heads": 4}, "layers"),
+        ("gemma", {"head_dim": 8, "use_bidirectional_attention": True}, "not causal"),
+    ],
+)
+def test_what_a_tree_cannot_share_is_refused_in_one_line(kind: str, more: dict[str, Any], reason: str) -> None:
+    config = AutoConfig.for_model(kind, **{**SMALL, **more})
+    hf = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with pytest.raises(ConfigError, match=f"{type(hf).__name__} is not supported.*{reason}") as caught:
+        LanguageModel.from_hf(hf)
+    assert "\n" not in str(caught.value)
+
+
+def test_layers_of_different_head_shapes_are_served() -> None:
+    config = AutoConfig.for_model("gemma4_text", **{**SMALL, "head_dim": 8, "global_head_dim": 16})
+    model = LanguageModel.from_hf(tiny_model(config))
+    assert set(model.layers) == {LayerShape(2, 8, 8), LayerShape(2, 16, 16)}
+    tokens = np.random.default_rng(0).integers(0, 64, 20).tolist()
+    cache = model.new_cache(64, 4)
+    sequence = cache.allocate(20)
+    logits = [model.forward([PackedSequence(sequence, tokens[:12])], cache)]
+    cache.commit([(sequence, list(range(12)))])
+    logits.append(model.forward([PackedSequence(sequence, tokens[12:])], cache))
+    torch.testing.assert_close(torch.cat(logits), reference_logits(model.hf, tokens), rtol=1e-4, atol=5e-5)
+
+
+def test_facts_about_a_model() -> None:
+    model = LanguageModel.from_hf(tiny_llama(), tiny_tokenizer())
+    assert (model.vocab_size, model.max_context_tokens, model.architecture) == (VOCAB_SIZE, 512, "LlamaForCausalLM")
+    assert model.eos_token_ids == {256}
+    assert (model.device.type, model.dtype) == ("cpu", torch.float32)
+    hf = tiny_llama()
+    hf.generation_config.eos_token_id = [7, 9]
+    assert LanguageModel.from_hf(hf).eos_token_ids == {7, 9, 256}
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_the_context_ends_where_one_sequence_would_change_the_frequencies_of_all(rope_type: str) -> None:
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config = LlamaConfig(**{**SMALL, "max_position_embeddings": 128}, rope_parameters=rope)
+    assert LanguageModel.from_hf(tiny_model(config)).max_context_tokens == 32
+
+
+def test_two_models_and_caches_do_not_share_anything() -> None:
+    """Nothing is global: passes over two models interleave freely."""
+    models = [LanguageModel.from_hf(tiny_model(kind)) for kind in ("llama", "gemma2-softcap")]
+    caches = [model.new_cache(32, 4) for model in models]
+    sequences = [cache.allocate(8) for cache in caches]
+    tokens = [3, 1, 4, 1, 5]
+    for index, token in enumerate(tokens):
+        for model, cache, sequence in zip(models, caches, sequences, strict=True):
+            logits = model.forward([PackedSequence(sequence, [token])], cache)
+            cache.commit([(sequence, [0])])
+            expected = reference_logits(model.hf, tokens[: index + 1])[-1:]
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_cuda_that_is_not_there_is_one_clear_line() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(ConfigError, match="cuda"):
+        LanguageModel.load(ModelConfig(device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_cuda_equals_cpu(kind: str) -> None:
+    tokens, parents = [5, 6, 7, 8], np.array([-1, 0, 0, 1], np.int32)
+    rows = []
+    for device in ("cpu", "cuda"):
+        model = LanguageModel.from_hf(tiny_model(kind).to(device))
+        cache = model.new_cache(64, 4)
+        sequence = cache.allocate(32)
+        model.forward([PackedSequence(sequence, list(range(20)))], cache)
+        cache.commit([(sequence, list(range(20)))])
+        rows.append(model.forward([PackedSequence(sequence, tokens, parents)], cache).cpu())
+    torch.testing.assert_close(rows[0], rows[1], rtol=1e-3, atol=1e-3)
+
+
+def test_the_default_model_writes_what_transformers_writes() -> None:
+    try:
+        folder = resolve_model("default", progress=False)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    model = LanguageModel.load(ModelConfig(dtype="float32", device="cpu"))
+    questions = ["What is the capital of France?", "Write one sentence about the sea."]
+    prompts = [
+        model.tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        )
+        for question in questions
+    ]
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    expected = [
+        reference.generate(torch.tensor([prompt]), min_new_tokens=16, max_new_tokens=16, do_sample=False)[0].tolist()
+        for prompt in prompts
+    ]
+    cache = model.new_cache(256, 16)
+    texts = [list(prompt) for prompt in prompts]
+    sequences = [cache.allocate(len(text) + 16) for text in texts]
+    for _ in range(16):
+        new = [text[sequence.length :] for text, sequence in zip(texts, sequences, strict=True)]
+        logits = model.forward([PackedSequence(s, n, None, "last") for s, n in zip(sequences, new, strict=True)], cache)
+        logits[:, list(model.eos_token_ids)] = -torch.inf  # As min_new_tokens does.
+        cache.commit([(sequence, list(range(len(n)))) for sequence, n in zip(sequences, new, strict=True)])
+        for text, token in zip(texts, logits.argmax(-1).tolist(), strict=True):
+            text.append(token)
+    assert texts == expected
