@@ -168,6 +168,11 @@ class PlannerMetrics:
         self.steps = Counter(f"{PREFIX}_planner_steps", "Step records received", ("verifier",), registry=registry)
         self.plans = Counter(f"{PREFIX}_planner_plans", "Plans published", ("verifier",), registry=registry)
 
+    def forget(self, verifier: str) -> None:
+        """A verifier is gone for good."""
+        for metric in vars(self).values():
+            metric.remove_by_labels({"verifier": verifier})
+
 
 class FrontDoorMetrics:
     """Calls at the clients' port, in the shapes of the gRPC ecosystem."""
