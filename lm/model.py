@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -61,7 +63,7 @@ class LanguageModel:
                     local_files_only=True,
                 )
             hf.to(device)  # type: ignore[arg-type]
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except Exception as error:  # The reader of damaged weights raises anything.
             raise ConfigError(f"cannot load model '{config.model}': {one_line(error)}") from error
         return cls(hf, tokenizer, config.name or model_name(config.model))
 
@@ -121,6 +123,8 @@ def _probe(hf: PreTrainedModel) -> tuple[list[LayerShape], int]:
         raise refuse("it keeps recurrent state, which a tree cannot share")
     if hf.config._attn_implementation != IMPLEMENTATION:
         raise refuse("it does not use the attention interface of transformers")
+    if "position_ids" not in inspect.signature(hf.forward).parameters:
+        raise refuse("it does not let positions be given")
     other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if other:
         raise refuse(f"it has layers of type {', '.join(sorted(other))}")

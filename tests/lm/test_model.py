@@ -43,7 +43,11 @@ SMALL: dict[str, Any] = {
         ("gpt_oss", {"head_dim": 8, "num_local_experts": 4}, "s_aux"),
         ("bloom", {"n_head": 4}, "attention interface"),
         ("stablelm", {}, "keyword arguments"),
-        ("bart", {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 32, "decoder_attention_heads": 4}, "layers"),
+        (
+            "bart",
+            {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 32, "decoder_attention_heads": 4},
+            "positions",
+        ),
         ("gemma", {"head_dim": 8, "use_bidirectional_attention": True}, "not causal"),
     ],
 )
@@ -148,7 +152,7 @@ def test_the_default_model_writes_what_transformers_writes() -> None:
     for _ in range(16):
         new = [text[sequence.length :] for text, sequence in zip(texts, sequences, strict=True)]
         logits = model.forward([PackedSequence(s, n, None, "last") for s, n in zip(sequences, new, strict=True)], cache)
-        logits[:, list(model.eos_token_ids)] = -torch.inf  # As min_new_tokens does.
+        logits = logits.index_fill(1, torch.tensor([*model.eos_token_ids]), -torch.inf)  # As min_new_tokens does.
         cache.commit([(sequence, list(range(len(n)))) for sequence, n in zip(sequences, new, strict=True)])
         for text, token in zip(texts, logits.argmax(-1).tolist(), strict=True):
             text.append(token)

@@ -56,7 +56,7 @@ def _add_tokenizer(writer: GGUFWriter, eos_token_id: int) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(sorted(pre_tokenizers.ByteLevel.alphabet()) + specials)
     writer.add_token_types([TokenType.NORMAL] * 256 + [TokenType.CONTROL] * len(specials))
-    writer.add_token_merges([])
+    writer.add_token_scores([0.0] * (256 + len(specials)))  # Merges are derived from them: there are none.
     writer.add_eos_token_id(eos_token_id)
 
 
