@@ -57,7 +57,7 @@ class Replica:
 
 
 class PlannerReplica(Replica):
-    async def __init__(self, config: dict[str, Any]) -> None:
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
         from planner.server import PlannerServer
 
         self.metrics_host = (checked := Config.model_validate(config)).metrics.host
@@ -65,7 +65,7 @@ class PlannerReplica(Replica):
 
 
 class DrafterReplica(Replica):
-    async def __init__(self, config: dict[str, Any], planner: DeploymentHandle) -> None:
+    async def __init__(self, config: dict[str, Any], planner: DeploymentHandle) -> None:  # type: ignore[misc]
         from drafter_svc.server import DrafterServer
 
         self.metrics_host = (checked := Config.model_validate(config)).metrics.host
@@ -73,7 +73,7 @@ class DrafterReplica(Replica):
 
 
 class VerifierReplica(Replica):
-    async def __init__(self, config: dict[str, Any], drafter: DeploymentHandle, planner: DeploymentHandle) -> None:
+    async def __init__(self, config: dict[str, Any], drafter: DeploymentHandle, planner: DeploymentHandle) -> None:  # type: ignore[misc]
         from verifier_svc.server import VerifierServer
 
         self.metrics_host = (checked := Config.model_validate(config)).metrics.host
@@ -81,7 +81,7 @@ class VerifierReplica(Replica):
 
 
 class FrontDoorReplica(Replica):
-    async def __init__(self, config: dict[str, Any], verifier: DeploymentHandle) -> None:
+    async def __init__(self, config: dict[str, Any], verifier: DeploymentHandle) -> None:  # type: ignore[misc]
         from verifier_svc.front_door import FrontDoorServer
 
         self.metrics_host = (checked := Config.model_validate(config)).metrics.host
@@ -128,8 +128,7 @@ def _deployment(replica: type[Replica], name: str, resources: ResourcesConfig, t
     }
     if resources.accelerator_type:
         actor_options["accelerator_type"] = resources.accelerator_type
-    return serve.deployment(
-        replica,
+    wrap = serve.deployment(
         name=name,
         num_replicas=resources.replicas,
         ray_actor_options=actor_options,
@@ -137,3 +136,4 @@ def _deployment(replica: type[Replica], name: str, resources: ResourcesConfig, t
         graceful_shutdown_timeout_s=SHUTDOWN_GRACE_S + 5,
         max_constructor_retry_count=MAX_START_ATTEMPTS,
     )
+    return wrap(replica)

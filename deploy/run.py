@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
@@ -104,18 +105,17 @@ def write_targets(path: Path, targets: dict[str, list[str]]) -> None:
 
 def _start_ray(config: Config) -> None:
     """Join the cluster of $RAY_ADDRESS, or start one on this machine with enough (logical) CPUs for all replicas."""
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": APP}
+    init = partial(ray.init, log_to_driver=False, logging_level=logging.ERROR, namespace=APP)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+        init()
         return
     parts = (config.planner, config.drafter, config.verifier, config.server)
     wanted = sum(part.resources.num_cpus * part.resources.replicas for part in parts)
-    ray.init(
+    init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, int(wanted) + 1),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
-        **quiet,
     )
 
 

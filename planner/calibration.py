@@ -20,7 +20,7 @@ KAPPA_WEIGHT = 8.0
 def accepts(
     calibration: Calibration,
     sources: NDArray[np.uint8],
-    depths: NDArray[np.int32],
+    depths: NDArray[np.integer],
     draft_probs: NDArray[np.float32],
     sampled: bool | NDArray[np.bool_],
 ) -> NDArray[np.float32]:
@@ -72,8 +72,9 @@ class Calibrator:
         np.add.at(self._parents, (sampled, rows), outcomes.ranks == 0)
         np.add.at(self._continued, (sampled, rows), accepted)
         bins = prob_bins(predicted)
-        for row, values in zip(self._reliability, (predicted, accepted, np.ones_like(accepted)), strict=True):
-            np.add.at(row, bins, values)
+        np.add.at(self._reliability[0], bins, predicted)
+        np.add.at(self._reliability[1], bins, accepted)
+        np.add.at(self._reliability[2], bins, 1.0)
         self._calibration = self._estimate()
 
     def calibration(self) -> Calibration:

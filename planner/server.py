@@ -111,9 +111,7 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
             if plan is not None:
                 yield pb.WatchPlanResponse(plan=plan_to_proto(plan))
 
-    async def GetPlan(
-        self, request: pb.GetPlanRequest, context: grpc.aio.ServicerContext
-    ) -> pb.GetPlanResponse:
+    async def GetPlan(self, request: pb.GetPlanRequest, context: grpc.aio.ServicerContext) -> pb.GetPlanResponse:
         plan = self._plan(request.verifier_id)
         if plan is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no plan yet for this verifier")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from treeline.plan import (
@@ -152,7 +154,7 @@ def _curves_to_proto(curves: tuple[CostCurve, ...]) -> list[pb.CostCurve]:
     return [pb.CostCurve(**vars(curve)) for curve in curves]
 
 
-def _curves_from_proto(messages) -> tuple[CostCurve, ...]:  # noqa: ANN001
+def _curves_from_proto(messages: Iterable[pb.CostCurve]) -> tuple[CostCurve, ...]:
     curves = tuple(CostCurve(m.sequences, m.context_tokens, tuple(m.tokens), tuple(m.seconds)) for m in messages)
     for curve in curves:
         if not curve.tokens or len(curve.tokens) != len(curve.seconds):

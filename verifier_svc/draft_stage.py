@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass, field
 
 from planner.rule import BatchState, Candidate, Pruning, prune_batch, worth_drafting
-
 from treeline.config import LimitsConfig
 from treeline.drafting import DraftLink, DraftReply, DraftRequest, DraftSequence, DraftStats
 from treeline.plan import Plan

@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import count
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from lm.sampling import Row, choose_tokens
 from planner.policies import parse_policy
-
 from treeline.config import Config
 from treeline.drafting import DraftLink
 from treeline.errors import FieldViolation, InvalidRequestError
@@ -131,7 +131,7 @@ class Engine:
             packed.append(PackedSequence(sequence.kv, token_ids, parents, "all"))
         for sequence, tokens in batch.prefilling:
             start = sequence.kv.length
-            wanted = "last" if tokens == sequence.uncomputed_tokens else "none"
+            wanted: Literal["last", "none"] = "last" if tokens == sequence.uncomputed_tokens else "none"
             packed.append(PackedSequence(sequence.kv, sequence.token_ids[start : start + tokens], None, wanted))
         return self.model.forward(packed, self.cache)
 

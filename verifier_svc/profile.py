@@ -27,7 +27,7 @@ def profile_verification(model: LanguageModel, cache: KVCache) -> tuple[CostCurv
     Regions that do not fit the cache or the model's context are left out; the first one always fits.
     """
     capacity = cache.total_blocks * cache.block_tokens
-    curves = []
+    curves: list[CostCurve] = []
     for sequences, context_tokens in REGIONS:
         room = sequences * (context_tokens + max(TOKENS)) <= capacity
         if curves and not (room and context_tokens + max(TOKENS) <= model.max_context_tokens):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import torch
-from lm.sampling import logprobs
 
+from lm.sampling import logprobs
 from treeline.plan import Plan, StepRecord
 from verifier_svc.draft_stage import Drafts
 from verifier_svc.request import StepExplanation, TokenLogprobs

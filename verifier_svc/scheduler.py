@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from lm.kv_cache import KVCache
 from planner.policies import parse_policy
-
 from treeline.config import LimitsConfig
 from verifier_svc.request import GenerationRequest
 from verifier_svc.sequence import Sequence

@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from lm.kv_cache import SequenceCache
 from numpy.typing import NDArray
-from planner.policies import Policy
 
+from lm.kv_cache import SequenceCache
+from planner.policies import Policy
 from verifier_svc.output import Detokenizer
 from verifier_svc.request import Chunk, Completion, FinishReason, GenerationRequest, SpeculationTotals
 

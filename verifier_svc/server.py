@@ -31,7 +31,7 @@ from verifier_svc.validation import ServedModel
 logger = logging.getLogger(__name__)
 
 DRAFTER_WAIT_S = 3.0
-"""A drafter that starts beside us gets this long to show its costs for the profile; later it is welcome all the same."""
+"""A drafter starting beside us gets this long to tell its costs for the profile; later it is welcome all the same."""
 LOAD_INTERVAL_S = 0.5
 
 

@@ -102,9 +102,7 @@ def test_two_tokens_follow_the_targets_distribution(model, case):
         while started < DRAWS and len(engine.scheduler.running) + len(engine.scheduler.waiting) < 64:
             sampling = SamplingParams(params.temperature, params.top_p, params.top_k, seed=started)
             # Three tokens, so that the second one still has a tree before it.
-            engine.add(
-                GenerationRequest(str(started), PROMPT, sampling, 3, ignore_eos=True, policy="eagle2:2,4,12")
-            )
+            engine.add(GenerationRequest(str(started), PROMPT, sampling, 3, ignore_eos=True, policy="eagle2:2,4,12"))
             started += 1
         for output in engine.step()[0]:
             if isinstance(output.item, Chunk):

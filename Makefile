@@ -1,0 +1,48 @@
+# Treeline's commands. `make demo` and `make test` set up what they need.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## Make .venv with the locked dependencies, and fetch the default model
+	$(BIN)/treeline models pull default
+
+# torch goes first and alone, so that pip takes a CPU build where one is at hand.
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --progress-bar on --quiet "torch==2.13.0"
+	$(BIN)/pip install --progress-bar on --quiet -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $(STAMP)
+
+demo: setup ## The main job: start everything, stream answers, compare with plain decoding, stop
+	$(BIN)/treeline demo
+
+serve: setup ## Start everything and keep it running; Ctrl-C stops
+	$(BIN)/treeline serve
+
+test: setup ## The whole test suite
+	$(BIN)/python -m pytest
+
+test-slow: setup ## Tests that take minutes: every policy against transformers on the default model
+	$(BIN)/python -m pytest -m slow --override-ini addopts="-q -s"
+
+lint: $(STAMP) ## Style, types, contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	$(BIN)/buf format -d --exit-code
+
+proto: $(STAMP) ## Regenerate the code of the contracts
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. proto/treeline/v1/*.proto
+
+clean: ## Remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+
+.PHONY: help setup demo serve test test-slow lint proto clean
