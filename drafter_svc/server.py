@@ -14,12 +14,12 @@ from grpc_health.v1 import health
 from prometheus_client import CollectorRegistry
 
 from drafter_svc.drafter import TreeDrafter, build_drafter
-from drafter_svc.wire import map_sessions, reply_to_proto, request_from_proto, unmap_sessions
 from lm.store import load_tokenizer, resolve_model, vocabulary_sha256
 from planner.client import PlanWatcher
 from planner.policies import parse_policy
 from treeline.config import DEFAULT_MODEL, Config, LimitsConfig
 from treeline.drafting import DraftReply, DraftRequest
+from treeline.drafting_wire import map_sessions, reply_to_proto, request_from_proto, unmap_sessions
 from treeline.metrics import DrafterMetrics, serve_metrics
 from treeline.plan import Plan
 from treeline.rpc import Discover, add_standard_services, bind, new_server

@@ -10,9 +10,9 @@ import time
 
 import grpc
 
-from drafter_svc.wire import reply_from_proto, request_to_proto
 from treeline.config import Config
 from treeline.drafting import Drafter, DraftReply, DraftRequest
+from treeline.drafting_wire import reply_from_proto, request_to_proto
 from treeline.errors import ConfigError
 from treeline.rpc import Discover, connect
 from treeline.v1 import drafting_pb2 as pb

@@ -8,12 +8,12 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from drafter_svc.drafter import build_drafter
 from drafter_svc.server import DrafterServer
-from drafter_svc.wire import reply_from_proto, request_to_proto
 from lm.store import vocabulary_sha256
 from tests.drafter_svc.doubles import GREEDY, plan
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from treeline.config import Config, DrafterConfig, LimitsConfig, MetricsConfig, ModelConfig, VerifierConfig
 from treeline.drafting import DraftReply, DraftRequest, DraftSequence
+from treeline.drafting_wire import reply_from_proto, request_to_proto
 from treeline.errors import ConfigError
 from treeline.rpc import connect
 from treeline.v1 import drafting_pb2 as pb

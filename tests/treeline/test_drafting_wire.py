@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from drafter_svc.wire import (
+from treeline.drafting import DraftReply, DraftRequest, DraftSequence, DraftStats
+from treeline.drafting_wire import (
     map_sessions,
     reply_from_proto,
     reply_to_proto,
@@ -11,7 +12,6 @@ from drafter_svc.wire import (
     request_to_proto,
     unmap_sessions,
 )
-from treeline.drafting import DraftReply, DraftRequest, DraftSequence, DraftStats
 from treeline.sampling import SamplingParams
 from treeline.tree import DraftTree, Source
 from treeline.v1 import drafting_pb2 as pb
