@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from planner.policies import Layer, parse_policy
+from tests.planner.builders import linear_cost, plan_with
+from treeline.plan import PaperFit
+
+
+def layer(probs: list[float], ranks: list[int] | None = None, **changes) -> Layer:
+    m = len(probs)
+    values = {
+        "depth": 1,
+        "parent_scores": np.ones(m, np.float32),
+        "probs": np.asarray(probs, np.float32),
+        "path_probs": np.asarray(probs, np.float32),
+        "accepts": np.asarray(probs, np.float32),
+        "ranks": np.asarray(ranks if ranks is not None else range(m), np.uint8),
+        "sources": np.zeros(m, np.uint8),
+        "nodes_so_far": 0,
+        "paths": 1,
+        "path_probs_so_far": 0.0,
+        "weight": 1.0,
+        "sampled": False,
+        "batch": 1,
+    }
+    return Layer(**{**values, **changes})
+
+
+PLAN = plan_with(linear_cost(), price=30.0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "depth", "children"),
+    [
+        ("off", 0, 0),
+        ("chain:5", 5, 1),
+        ("static:4-2-1", 3, 4),
+        ("eagle2:5,4,16", 5, 4),
+        ("smart-paper", 8, 8),
+        ("smart", 32, 6),
+    ],
+)
+def test_spellings(spec, depth, children):
+    policy = parse_policy(spec)
+    assert (policy.spec, policy.max_depth, policy.max_children) == (spec, depth, children)
+    assert policy.prunes == (spec == "smart")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["", "on", "chain", "chain:", "chain:0", "chain:x", "chain:99", "static:", "static:4-0", "eagle2:1,2",
+     "eagle2:5,4,9999", "smart:3", "smart:", "off:1", "SMART"],
+)  # fmt: skip
+def test_what_is_no_policy_is_refused_with_the_spellings(spec):
+    with pytest.raises(ValueError, match="eagle2:DEPTH,TOPK,NODES"):
+        parse_policy(spec)
+
+
+def test_a_chain_keeps_the_best_of_a_layer():
+    assert parse_policy("chain:3").keep(layer([0.2, 0.5, 0.3]), PLAN).tolist() == [False, True, False]
+
+
+def test_a_static_tree_keeps_its_shape_by_rank():
+    policy = parse_policy("static:2-1")
+    assert policy.keep(layer([0.5, 0.3, 0.1]), PLAN).tolist() == [True, True, False]
+    assert policy.keep(layer([0.5, 0.3, 0.6, 0.2], [0, 1, 0, 1], depth=2), PLAN).tolist() == [True, False, True, False]
+
+
+def test_eagle2_expands_the_best_of_the_layer_and_reranks_all_at_the_end():
+    policy = parse_policy("eagle2:3,2,3")
+    candidates = layer([0.5, 0.3, 0.6, 0.1], [0, 1, 0, 1], parent_scores=np.asarray([0.7, 0.7, 0.2, 0.2], np.float32))
+    kept = policy.keep(candidates, PLAN)
+    assert kept.all()
+    assert policy.expand(candidates, kept, PLAN).tolist() == [0, 1]  # 0.35 and 0.21, against 0.12 and 0.02
+    scores = np.asarray([0.7, 0.2, 0.35, 0.21, 0.12], np.float32)
+    assert policy.finish(scores, np.asarray([-1, -1, 0, 0, 1], np.int32)).tolist() == [True, False, True, True, False]
+
+
+def test_smart_keeps_what_could_be_worth_the_cheapest_node():
+    # One more token costs 1 ms at least; at 30 tokens/s a node must be accepted with more than 0.03.
+    assert parse_policy("smart").keep(layer([0.5, 0.031, 0.029]), PLAN).tolist() == [True, True, False]
+    heavy = layer([0.016, 0.014], weight=2.0)
+    assert parse_policy("smart").keep(heavy, PLAN).tolist() == [True, False]
+
+
+def test_smart_paper_is_the_papers_formula():
+    fit = PaperFit(lambda_s=0.0001, gamma_s=0.02, delta=0.1, rho=0.7)
+    cost = linear_cost()
+    plan = plan_with(type(cost)(cost.verify, paper=fit))
+    probs = [0.9, 0.75, 0.5, 0.05]
+    tree = {"nodes_so_far": 3, "paths": 2, "path_probs_so_far": 0.8}
+    token_s = 0.031
+    n = 4
+    spent = fit.lambda_s * n + fit.gamma_s * (math.exp(fit.delta * n**fit.rho) - 1)
+    slope = fit.lambda_s + fit.gamma_s * fit.delta * fit.rho * n ** (fit.rho - 1) * math.exp(fit.delta * n**fit.rho)
+    target = token_s * (1 + 0.8 / 2)
+    expected = [0.8 * (token_s * p / 2) / slope > target / spent for p in probs]
+    assert parse_policy("smart-paper").keep(layer(probs, **tree), plan).tolist() == expected
+    assert any(expected)
+    assert not all(expected)
+
+
+def test_smart_paper_splits_its_budget_evenly_over_the_batch():
+    fit = PaperFit(lambda_s=0.0, gamma_s=1e-3, delta=1e-3, rho=1.0)  # nodes cost next to nothing
+    cost = linear_cost()
+    plan = plan_with(type(cost)(cost.verify, paper=fit))
+    probs = [0.9] * 8
+    assert parse_policy("smart-paper").keep(layer(probs, batch=100), plan).sum() <= 2

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+from itertools import product
+from zlib import crc32
+
+import numpy as np
+import pytest
+
+from planner.calibration import accepts
+from planner.cost import verify_seconds
+from planner.policies import parse_policy
+from planner.rule import BatchState, Candidate, Frontier, another_layer, prune_batch, worth_drafting
+from tests.planner.builders import linear_cost, plan_with, random_tree
+from treeline.plan import CostCurve, CostModel
+from treeline.tree import ROOT, DraftTree
+
+SMART, CHAIN, OFF = parse_policy("smart"), parse_policy("chain:4"), parse_policy("off")
+INSTANCES_PER_SHAPE = 800
+
+
+def closed_subsets(tree: DraftTree) -> list[tuple[int, ...]]:
+    """Every set of nodes that holds the parents of all its nodes."""
+    found = []
+    parents = tree.parents.tolist()
+    for bits in product((False, True), repeat=len(tree)):
+        if all(not kept or parents[node] == ROOT or bits[parents[node]] for node, kept in enumerate(bits)):
+            found.append(tuple(node for node, kept in enumerate(bits) if kept))
+    return found
+
+
+def path_scores(candidate: Candidate, plan) -> np.ndarray:
+    tree = candidate.tree
+    edges = accepts(plan.calibration, tree.sources, tree.depths, tree.draft_probs, candidate.sampled)
+    return tree.path_products(edges).astype(np.float64)
+
+
+def curve(random: np.random.Generator, shape: str) -> CostCurve:
+    tokens = np.arange(1, 40)
+    if shape == "convex":
+        seconds = 0.02 + 0.0004 * tokens + random.uniform(1e-6, 4e-5) * tokens**2
+    elif shape == "staircase":
+        width = int(random.integers(2, 7))
+        seconds = 0.01 + random.uniform(0.002, 0.01) * np.ceil(tokens / width)
+    else:
+        seconds = 0.02 + random.uniform(0.0, 0.01, len(tokens)).cumsum() / 3 + random.uniform(0, 0.02, len(tokens))
+    return CostCurve(1, 64, tuple(tokens.tolist()), tuple(seconds.tolist()))
+
+
+@pytest.mark.parametrize("shape", ["convex", "staircase", "non-monotone"])
+def test_the_rule_equals_brute_force_over_all_closed_forests(shape):
+    random = np.random.default_rng(crc32(shape.encode()))
+    for _ in range(INSTANCES_PER_SHAPE):
+        candidates = [
+            Candidate(
+                random_tree(random, 4 if count == 3 else 5),
+                SMART if random.random() < 0.8 else CHAIN,
+                float(random.choice([0.5, 1.0, 2.0])),
+                bool(random.integers(2)),
+            )
+            for count in [int(random.integers(1, 4))]
+            for _ in range(count)
+        ]
+        plan = plan_with(CostModel((curve(random, shape),), step_overhead_s=0.001))
+        state = BatchState(len(candidates) + int(random.integers(0, 5)), 64, 0.002, int(random.integers(0, 3)))
+        check_against_brute_force(candidates, state, plan)
+
+
+def check_against_brute_force(candidates: list[Candidate], state: BatchState, plan) -> None:
+    scores = [path_scores(c, plan) for c in candidates]
+    base = sum(c.weight for c in candidates)
+    choices = [closed_subsets(c.tree) if c.policy.prunes else [tuple(range(len(c.tree)))] for c in candidates]
+    seconds = verify_seconds(plan.cost, len(candidates), state.context_tokens, 64) + state.draft_s + 0.001
+    forests = []
+    for forest in product(*choices):
+        gain = sum(c.weight * s[list(kept)].sum() for c, s, kept in zip(candidates, scores, forest, strict=True))
+        forests.append((base + gain, seconds[state.base_tokens + sum(map(len, forest))]))
+    best_goodput = max(gain / cost for gain, cost in forests)
+    price = best_goodput * (1 + state.waiting_startable / len(candidates))
+    best_value = max(gain - price * cost for gain, cost in forests)
+
+    pruning = prune_batch(candidates, state, plan)
+    assert pruning.price == pytest.approx(price, rel=1e-5)
+    kept_gain, kept_nodes = base, 0
+    for candidate, keep, score in zip(candidates, pruning.keep, scores, strict=True):
+        candidate.tree.select(keep)  # raises unless closed under parents
+        kept_gain += candidate.weight * score[keep].sum()
+        kept_nodes += int(keep.sum())
+        if not candidate.policy.prunes:
+            assert keep.all()
+    value = kept_gain - price * seconds[state.base_tokens + kept_nodes]
+    assert value == pytest.approx(best_value, rel=1e-5, abs=1e-5)
+    assert pruning.expected_tokens == pytest.approx(kept_gain, rel=1e-5)
+
+
+def test_a_staircase_is_climbed_past_a_node_that_does_not_pay_by_itself():
+    # 1 to 8 tokens cost the same, the ninth costs a lot; each node alone is worth little.
+    tokens = tuple(range(1, 17))
+    cost = CostModel((CostCurve(1, 64, tokens, tuple(0.03 if n <= 8 else 0.06 for n in tokens)),))
+    tree = DraftTree.build(list(range(12)), [-1] * 12, [0.05] * 12)
+    pruning = prune_batch([Candidate(tree, SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan_with(cost))
+    assert int(pruning.keep[0].sum()) == 7
+
+
+def test_waiting_requests_raise_the_price_and_shrink_the_tree():
+    plan = plan_with(linear_cost())
+    tree = DraftTree.build(list(range(8)), [-1, 0, 1, 2, 3, 4, 5, 6], [0.8] * 8)
+    candidates = [Candidate(tree, SMART, 1.0, False)]
+    alone = prune_batch(candidates, BatchState(1, 64, 0.0, 0), plan)
+    queued = prune_batch(candidates, BatchState(1, 64, 0.0, 8), plan)
+    assert queued.price > alone.price
+    assert queued.keep[0].sum() < alone.keep[0].sum()
+
+
+def test_a_step_that_is_dear_enough_verifies_nothing():
+    tree = DraftTree.build([1, 2], [-1, 0], [0.3, 0.3])
+    plan = plan_with(linear_cost(fixed_s=0.001, token_s=0.05))
+    pruning = prune_batch([Candidate(tree, SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan)
+    assert not pruning.keep[0].any()
+    assert "kept 0 of 2" in pruning.reason
+
+
+def test_higher_weight_takes_nodes_from_lower():
+    tree = DraftTree.build(list(range(6)), [-1, 0, 1, 2, 3, 4], [0.7] * 6)
+    plan = plan_with(linear_cost(token_s=0.004))
+    heavy, light = prune_batch(
+        [Candidate(tree, SMART, 4.0, False), Candidate(tree, SMART, 0.25, False)], BatchState(2, 64, 0.0, 0), plan
+    ).keep
+    assert heavy.sum() > light.sum()
+
+
+def test_nothing_drafted_is_plain_decoding():
+    plan = plan_with(linear_cost())
+    pruning = prune_batch([Candidate(DraftTree.empty(), SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan)
+    assert pruning.expected_tokens == 1.0
+    assert pruning.predicted_verify_s == pytest.approx(0.031)
+
+
+def test_drafting_pays_when_it_is_cheap_and_not_when_it_is_dear():
+    state = BatchState(1, 64, 0.0, 0)
+    assert worth_drafting([SMART], [1.0], state, plan_with(linear_cost(draft_round_trip_s=0.001)))
+    assert not worth_drafting([SMART], [1.0], state, plan_with(linear_cost(draft_round_trip_s=0.1)))
+    assert worth_drafting([CHAIN], [1.0], state, plan_with(linear_cost(draft_round_trip_s=0.1)))
+    assert not worth_drafting([OFF], [1.0], state, plan_with(linear_cost()))
+
+
+def frontier(policy, scores: list[float], depth: int = 1) -> Frontier:
+    return Frontier(policy, 1.0, np.asarray(scores, np.float32), depth, False)
+
+
+def test_another_layer_is_run_while_it_brings_more_than_its_price():
+    plan = plan_with(linear_cost(draft_layer_s=0.005, draft_node_s=0.0005), price=60.0)
+    kappa = float(plan.calibration.kappa[0, 1])
+    enough = 60.0 * (0.005 + 0.0005) / kappa
+    assert another_layer([frontier(SMART, [enough * 1.01])], plan)
+    assert not another_layer([frontier(SMART, [enough * 0.99])], plan)
+
+
+def test_fixed_policies_grow_to_their_own_depth():
+    plan = plan_with(linear_cost(draft_layer_s=10.0), price=60.0)
+    assert another_layer([frontier(CHAIN, [0.01], depth=3)], plan)
+    assert not another_layer([frontier(CHAIN, [0.01], depth=4)], plan)
