@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from treeline.config import Config, ResourcesConfig
-from treeline.rpc import Discover
+from treeline.rpc import Discover, reachable_host
 
 APP = "treeline"
 DISCOVERY_TIMEOUT_S = 5.0
@@ -45,8 +45,8 @@ class Replica:
         return self.server.endpoint
 
     async def metrics_target(self) -> str:
-        """ "host:port" of this replica's metrics page."""
-        return f"{self.metrics_host}:{self.server.metrics_port}"
+        """ "host:port" of this replica's metrics page, as others reach it."""
+        return f"{reachable_host(self.metrics_host)}:{self.server.metrics_port}"
 
     async def check_health(self) -> None:
         await self.server.check()
