@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from lm.attention import CONTEXT, IMPLEMENTATION, Probe, TreeAttention, UnsupportedAttentionError
 from lm.kv_cache import KVCache, LayerShape
 from lm.packed import PackedSequence, pack
+from lm.packed_linear import pack_linear_layers
 from lm.store import load_tokenizer, model_name, one_line, progress_bars, resolve_model
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
@@ -54,15 +56,19 @@ class LanguageModel:
         tokenizer = load_tokenizer(folder)
         try:
             with progress_bars(False):
-                hf = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
                     folder,
                     dtype=getattr(torch, config.dtype),
                     attn_implementation=IMPLEMENTATION,
                     use_safetensors=True,
                     trust_remote_code=False,
                     local_files_only=True,
+                    output_loading_info=True,
                 )
-            hf.to(device)  # type: ignore[arg-type]
+            hf, report = loaded
+            hf.to(device)
+            _check_weights(hf, report["missing_keys"])
+            pack_linear_layers(hf)
         except Exception as error:  # The reader of damaged weights raises anything.
             raise ConfigError(f"cannot load model '{config.model}': {one_line(error)}") from error
         return cls(hf, tokenizer, config.name or model_name(config.model))
@@ -146,6 +152,18 @@ def _probe(hf: PreTrainedModel) -> tuple[list[LayerShape], int]:
     ):
         raise refuse("its sliding layers do not tell their window")
     return [probe.shapes[layer] for layer in range(config.num_hidden_layers)], logits.shape[2]
+
+
+def _check_weights(hf: PreTrainedModel, missing: set[str]) -> None:
+    """transformers would fill missing weights at random.
+
+    Raises:
+        ValueError: weights are missing or not finite.
+    """
+    broken = [name for name, weight in hf.named_parameters() if not weight.isfinite().all()]
+    for names, fault in ((sorted(missing), "missing from the files"), (broken, "not finite")):
+        if names:
+            raise ValueError(f"{len(names)} weights are {fault}, the first is {names[0]}")
 
 
 def _device(name: str) -> torch.device:

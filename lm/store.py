@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,8 +114,8 @@ def progress_bars(shown: bool) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks, or its type if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An error's message without line breaks and not too long, or its type if it has none."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
 
 
 def _checked(folder: Path, spec: str) -> Path:
@@ -133,8 +135,12 @@ def _cached(name: str, build: Callable[[Path], None]) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f".{name}.lock"):
+            for abandoned in cache.glob(
+                f".{glob.escape(name)}.build-*"
+            ):  # By a process that was killed: the lock is ours.
+                shutil.rmtree(abandoned)
             if not target.is_dir():
-                with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=cache) as building:
+                with tempfile.TemporaryDirectory(prefix=f".{name}.build-", dir=cache) as building:
                     build(Path(building) / "model")
                     (Path(building) / "model").rename(target)
     except OSError as error:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lm import store
 from lm.model import LanguageModel
@@ -157,6 +163,63 @@ def test_incomplete_or_damaged_models_are_refused(folder: Path, tmp_path: Path) 
     (folder / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"no config\.json"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(None, "1 weights are missing"), (float("nan"), "1 weights are not finite")]
+)
+def test_missing_or_broken_weights_are_refused(folder: Path, value: float | None, message: str) -> None:
+    file, name = folder / "model.safetensors", "model.layers.1.self_attn.k_proj.weight"
+    weights = load_file(file)
+    if value is None:
+        del weights[name]
+    else:
+        weights[name][3, 4] = value
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=f"{message}.*{name}") as caught:
+        LanguageModel.load(ModelConfig(model=str(folder), device="cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_encoder_decoder_is_refused_in_one_line(folder: Path) -> None:
+    sizes = {"vocab_size": 260, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(folder)
+    with pytest.raises(ConfigError, match="T5") as caught:
+        LanguageModel.load(ModelConfig(model=str(folder), device="cpu"))
+    assert len(str(caught.value)) < 500
+    assert "\n" not in str(caught.value)
+
+
+def test_loading_prints_no_progress_bars(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    LanguageModel.load(ModelConfig(model=str(folder), device="cpu"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_conversion_killed_half_way_leaves_nothing_to_the_next(tmp_path: Path, cache: Path) -> None:
+    file = tmp_path / "Tiny[1].gguf"
+    write_gguf(tiny_llama(), file)
+    program = f"""
+import os, signal
+from pathlib import Path
+from transformers import PreTrainedModel
+from lm.store import resolve_model
+
+def die(model, folder):
+    (Path(folder)).mkdir()
+    (Path(folder) / "config.json").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+PreTrainedModel.save_pretrained = die
+resolve_model({str(file)!r}, progress=False)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.getcwd()}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert cached_models() == []
+    assert len(list(cache.glob("*.build-*"))) == 1
+    converted = resolve_model(str(file), progress=False)
+    assert cached_models() == [converted]
+    assert list(cache.glob("*.build-*")) == []
 
 
 def test_remote_code_is_never_run(folder: Path) -> None:
