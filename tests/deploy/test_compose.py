@@ -1,0 +1,151 @@
+"""The Compose file, the image and the example configurations fit together."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+import yaml
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from deploy.app import Replica
+from planner.policies import parse_policy
+from treeline.config import load_config
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES = COMPOSE["services"]
+EXAMPLES = sorted((ROOT / "deploy/config").glob("*.yaml"))
+CONFIG = load_config(ROOT / "deploy/config/compose.yaml")
+CHECKER = shutil.which("check-jsonschema", path=Path(sys.executable).parent)
+DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text()
+
+
+def mounts(service: str) -> dict[str, str]:
+    """Source by path in the container."""
+    split = [volume.split(":") for volume in SERVICES[service]["volumes"]]
+    return {path: source for source, path, *_ in split}
+
+
+@pytest.mark.skipif(
+    not (checker := shutil.which("check-jsonschema", path=Path(sys.executable).parent)), reason="absent"
+)
+def test_the_file_follows_the_compose_specification():
+    command = [CHECKER, "--builtin-schema", "vendor.compose-spec", ROOT / "docker-compose.yml"]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_every_service_is_watched_and_pinned():
+    assert SERVICES.keys() == {"treeline", "prometheus", "grafana"}
+    for name, service in SERVICES.items():
+        assert service["healthcheck"]["test"][0] == "CMD", name
+        assert re.fullmatch(r"[\w/]+:v?\d+\.\d+\.\d+", service["image"]), name
+        assert set(service.get("depends_on", [])) <= SERVICES.keys(), name
+
+
+def test_ports_are_published_on_loopback_only():
+    published = {name: service["ports"] for name, service in SERVICES.items()}
+    for port in (port for ports in published.values() for port in ports):
+        assert re.fullmatch(r"127\.0\.0\.1:(\d+):\1", port)
+    assert published["treeline"] == [f"127.0.0.1:{CONFIG.server.port}:{CONFIG.server.port}"]
+
+
+def test_mounted_files_exist_and_volumes_are_declared():
+    for name in SERVICES:
+        for source in mounts(name).values():
+            assert (ROOT / source).exists() if source.startswith("./") else source in COMPOSE["volumes"], source
+
+
+def test_the_services_find_each_other():
+    assert mounts("treeline")["/etc/treeline/config.yaml"] == "./deploy/config/compose.yaml"
+    targets = str(CONFIG.metrics.targets_file.parent)
+    assert mounts("treeline")[targets] == mounts("prometheus")["/etc/prometheus/targets"]
+    scrape = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["scrape_configs"][0]
+    assert CONFIG.metrics.targets_file.match(scrape["file_sd_configs"][0]["files"][0])
+    provisioning = ROOT / mounts("grafana")["/etc/grafana/provisioning"]
+    source = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())["datasources"][0]
+    assert source["url"] == "http://prometheus:9090"
+    provider = yaml.safe_load((provisioning / "dashboards/treeline.yml").read_text())["providers"][0]
+    dashboards = ROOT / mounts("grafana")[provider["options"]["path"]]
+    home = Path(SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert str(home.parent) == provider["options"]["path"]
+    assert (dashboards / home.name).is_file()
+
+
+def test_the_image_fits_the_compose_file():
+    assert (ROOT / SERVICES["treeline"]["build"]["dockerfile"]).read_text() == DOCKERFILE
+    assert 'ENTRYPOINT ["treeline"]\nCMD ["serve", "--config", "/etc/treeline/config.yaml"]' in DOCKERFILE
+    assert DOCKERFILE.index("USER treeline") < DOCKERFILE.index("ENTRYPOINT")
+    owned = re.search(r"install -d -o treeline (.*)", DOCKERFILE)
+    assert owned
+    volumes = {path for path, source in mounts("treeline").items() if source in COMPOSE["volumes"]}
+    assert set(owned[1].split()) == volumes  # a fresh volume takes its owner from the image
+    assert "torch==2.13.0" in DOCKERFILE
+    assert "torch==2.13.0" in (ROOT / "requirements.lock").read_text().splitlines()
+
+
+def test_the_build_context_holds_every_package():
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert kept == packages | {"LICENSE", "README.md", "pyproject.toml", "requirements.lock"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_are_right(path):
+    config = load_config(path)
+    parse_policy(config.verifier.default_policy)
+    limits = config.limits
+    for tokens in (config.verifier.kv_cache_tokens, config.drafter.kv_cache_tokens):
+        assert tokens >= limits.max_context_tokens + limits.max_tree_nodes
+    assert config.drafter.max_sessions >= limits.max_running_requests
+
+
+def test_the_cluster_example_uses_two_classes_of_gpus():
+    config = load_config(ROOT / "deploy/config/cluster.yaml")
+    classes = [config.verifier.resources.accelerator_type, config.drafter.resources.accelerator_type]
+    assert None not in classes
+    assert len(set(classes)) == 2
+    assert config.server.tls
+    assert config.server.token_file
+    assert config.internal.token_file
+
+
+def test_pages_on_all_interfaces_are_listed_by_an_address_that_others_reach():
+    replica = Replica()
+    replica.server = type("Server", (), {"metrics_port": 9400})()
+    for host, listed in (("127.0.0.1", r"127\.0\.0\.1:9400"), ("0.0.0.0", r"(?!0\.0\.0\.0)\d+\.\d+\.\d+\.\d+:9400")):
+        replica.metrics_host = host
+        assert re.fullmatch(listed, asyncio.run(replica.metrics_target()))
+
+
+@pytest.mark.parametrize(
+    ("status", "healthy"),
+    [
+        (health_pb2.HealthCheckResponse.SERVING, True),
+        (health_pb2.HealthCheckResponse.NOT_SERVING, False),
+        (None, False),
+    ],
+)
+def test_the_health_check_tells_whether_the_front_door_serves(status, healthy):
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    if status is not None:
+        servicer = health.HealthServicer()
+        servicer.set("", status)
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+        server.start()
+    _, python, flag, code = SERVICES["treeline"]["healthcheck"]["test"]
+    assert (python, flag) == ("python", "-c")
+    address = f"127.0.0.1:{CONFIG.server.port}"
+    assert address in code
+    checked = subprocess.run([sys.executable, "-c", code.replace(address, f"127.0.0.1:{port}")], capture_output=True)
+    server.stop(0)
+    assert (checked.returncode == 0) == healthy, checked.stderr

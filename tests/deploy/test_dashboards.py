@@ -1,0 +1,241 @@
+"""The dashboard and the alerts ask for what the services show, in queries that Prometheus answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import promql_parser
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+
+from deploy.run import write_targets
+from tests.deploy.services import Services
+from treeline.config import MetricsConfig
+from treeline.metrics import serve_metrics
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/treeline.json").read_text())
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+RULES = yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())["groups"][0]["rules"]
+QUERIES = {f"{panel['title']} {target['refId']}": target["expr"] for panel in PANELS for target in panel["targets"]}
+ALERTS = {rule["alert"]: rule["expr"] for rule in RULES}
+TARGET_LABELS = {"instance", "job", "service"}
+"""What Prometheus and the targets file put on every series."""
+RATE_INTERVAL = "10s"
+
+
+def substituted(query: str) -> str:
+    query = query.replace("$__rate_interval", RATE_INTERVAL)
+    assert "$" not in query
+    return query
+
+
+@pytest.fixture(scope="module")
+def shown() -> dict[str, dict[str, set[str]]]:
+    """Series names of all pages, with the values of each of their labels."""
+    services = Services(CollectorRegistry())
+    services.work()
+    series: dict[str, dict[str, set[str]]] = {}
+    for family in services.registry.collect():
+        for sample in family.samples:
+            labels = series.setdefault(sample.name, {})
+            for label, value in sample.labels.items():
+                labels.setdefault(label, set()).add(value)
+    return series
+
+
+def parts(expression: Any) -> Iterator[Any]:
+    """An expression and all within it."""
+    yield expression
+    for name in ("expr", "lhs", "rhs", "param", "vector_selector"):
+        if (child := getattr(expression, name, None)) is not None and not isinstance(child, str):
+            yield from parts(child)
+    for child in getattr(expression, "args", ()):
+        yield from parts(child)
+
+
+def unknown(query: str, shown: dict[str, dict[str, set[str]]]) -> list[str]:
+    """Names, labels and label values in a query that no page shows."""
+    tree = list(parts(promql_parser.parse(substituted(query))))
+    selectors = [part for part in tree if isinstance(part, promql_parser.VectorSelector)]
+    assert selectors, f"no series in {query}"
+    wrong = []
+    labels: set[str] = set(TARGET_LABELS)
+    for selector in selectors:
+        if selector.name not in {*shown, "up"}:
+            wrong.append(selector.name)
+        has = shown.get(selector.name, {})
+        labels |= set(has)
+        for matcher in selector.matchers.matchers:
+            if matcher.name not in TARGET_LABELS and matcher.value not in has.get(matcher.name, ()):
+                wrong.append(f"{selector.name}{{{matcher.name}={matcher.value}}}")
+    for part in tree:
+        if isinstance(part, promql_parser.AggregateExpr) and part.modifier:
+            wrong += set(part.modifier.labels) - labels
+    return wrong
+
+
+@pytest.mark.parametrize("query", [*QUERIES.values(), *ALERTS.values()], ids=[*QUERIES, *ALERTS])
+def test_queries_name_only_what_the_services_show(query, shown):
+    assert unknown(query, shown) == []
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "treeline_no_such_metric",
+        "rate(treeline_generation_tokens[$__rate_interval])",
+        'treeline_step_phase_seconds_count{phase="lunch"}',
+        "sum by (colour) (treeline_steps_total)",
+        "1 + sum(treeline_steps_total) / sum(treeline_steps)",
+    ],
+)
+def test_a_wrong_query_would_be_seen(query, shown):
+    assert unknown(query, shown)
+
+
+def test_legends_use_labels_that_the_query_keeps(shown):
+    for name, query in QUERIES.items():
+        title, _, ref = name.rpartition(" ")
+        targets = [t for panel in PANELS if panel["title"] == title for t in panel["targets"] if t["refId"] == ref]
+        used = {piece.partition("}}")[0] for piece in targets[0]["legendFormat"].split("{{")[1:]}
+        tree = list(parts(promql_parser.parse(substituted(query))))
+        aggregates = [part for part in tree if isinstance(part, promql_parser.AggregateExpr)]
+        if aggregates:
+            kept = set(aggregates[0].modifier.labels if aggregates[0].modifier else ())
+        else:
+            metrics = [part.name for part in tree if isinstance(part, promql_parser.VectorSelector)]
+            kept = TARGET_LABELS | set(shown[metrics[0]])
+        assert used <= kept, name
+
+
+def test_the_dashboard_can_be_provisioned():
+    assert DASHBOARD["uid"] == "treeline"
+    assert "id" not in DASHBOARD
+    (variable,) = DASHBOARD["templating"]["list"]
+    assert (variable["name"], variable["type"], variable["query"]) == ("datasource", "datasource", "prometheus")
+    sources = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    assert variable["current"]["value"] == sources[0]["uid"]
+    scrape = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())["global"]["scrape_interval"]
+    assert sources[0]["jsonData"]["timeInterval"] == scrape
+
+
+def test_panels_are_complete():
+    assert len({panel["title"] for panel in PANELS}) == len(PANELS) > 20
+    for panel in PANELS:
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}, panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        refs = [target["refId"] for target in panel["targets"]]
+        assert len(set(refs)) == len(refs) > 0, panel["title"]
+        for target in panel["targets"]:
+            assert ("rate(" in target["expr"]) == ("[$__rate_interval]" in target["expr"]), panel["title"]
+
+
+def test_panels_do_not_overlap():
+    boxes = {panel["title"]: SimpleNamespace(**panel["gridPos"]) for panel in DASHBOARD["panels"]}
+    assert len(boxes) == len(DASHBOARD["panels"])
+    for title, box in boxes.items():
+        assert box.x >= 0, title
+        assert box.x + box.w <= 24, title
+    for (one, a), (two, b) in combinations(boxes.items(), 2):
+        apart = a.x + a.w <= b.x or b.x + b.w <= a.x or a.y + a.h <= b.y or b.y + b.h <= a.y
+        assert apart, f"{one} and {two}"
+
+
+def test_alerts_say_what_is_wrong_and_how_bad():
+    assert len(ALERTS) == len(RULES)
+    for rule in RULES:
+        assert rule["for"], rule["alert"]
+        assert rule["labels"]["severity"] in ("warning", "critical"), rule["alert"]
+        assert rule["annotations"]["summary"], rule["alert"]
+
+
+@pytest.fixture
+def prometheus_folder(tmp_path) -> Path:
+    """Prometheus' configuration as its container sees it."""
+    for name in ("prometheus.yml", "rules.yml"):
+        shutil.copy(DEPLOY / "prometheus" / name, tmp_path)
+    (tmp_path / "targets").mkdir()
+    return tmp_path
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool")
+def test_promtool_accepts_the_configuration(prometheus_folder):
+    checked = subprocess.run(
+        ["promtool", "check", "config", prometheus_folder / "prometheus.yml"], capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert f"{len(RULES)} rules found" in checked.stdout
+
+
+class Api:
+    """Prometheus' query API."""
+
+    def __init__(self, port: int) -> None:
+        self._url = f"http://127.0.0.1:{port}/api/v1"
+
+    def get(self, path: str, **parameters: str) -> Any:
+        with urllib.request.urlopen(f"{self._url}/{path}?{urllib.parse.urlencode(parameters)}", timeout=5) as answer:
+            return json.load(answer)["data"]
+
+    def query(self, query: str) -> list[dict[str, Any]]:
+        return self.get("query", query=query)["result"]
+
+    def scrapes(self, target: str) -> int:
+        """How often the target has answered."""
+        try:
+            found = self.query(f'sum_over_time(up{{instance="{target}"}}[1m])')
+        except OSError:
+            return 0
+        return int(found[0]["value"][1]) if found else 0
+
+
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="needs prometheus")
+def test_a_real_prometheus_answers_every_query(prometheus_folder):
+    services = Services(CollectorRegistry())
+    services.work()
+    target = f"127.0.0.1:{serve_metrics(services.registry, MetricsConfig(base_port=0))}"
+    write_targets(prometheus_folder / "targets" / "treeline.json", {"verifier": [target], "drafter": []})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        "prometheus",
+        f"--config.file={prometheus_folder / 'prometheus.yml'}",
+        f"--storage.tsdb.path={prometheus_folder / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]
+    with (prometheus_folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    api, deadline = Api(port), time.monotonic() + 60
+    try:
+        while api.scrapes(target) < 4:
+            assert process.poll() is None, (prometheus_folder / "log").read_text()
+            assert time.monotonic() < deadline, (prometheus_folder / "log").read_text()
+            services.work()
+            time.sleep(0.5)
+        answers = {name: api.query(substituted(query)) for name, query in QUERIES.items()}
+        firing = {alert for alert, query in ALERTS.items() if api.query(query)}
+        (group,) = api.get("rules")["groups"]
+    finally:
+        process.terminate()
+        process.wait(10)
+    assert [name for name, answer in answers.items() if not answer] == []
+    length = float(answers["Mean acceptance length A"][0]["value"][1])
+    assert length == pytest.approx(3.0)  # two of the three nodes, and the target's own token
+    depths = {answer["metric"]["position"]: float(answer["value"][1]) for answer in answers["Acceptance by depth A"]}
+    assert depths == pytest.approx({"0": 1.0, "1": 0.5})
+    assert firing == {"TreelineQueueFull"}  # the only thing wrong with the traffic above
+    assert {rule["name"] for rule in group["rules"]} == ALERTS.keys()
