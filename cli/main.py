@@ -7,6 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from cli.bench import bench
 from cli.config import config
 from cli.demo import demo
 from cli.doctor import doctor
@@ -47,6 +48,7 @@ app.command()(top)
 app.command()(doctor)
 app.command()(config)
 app.command()(demo)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -1,0 +1,189 @@
+"""Is the text exactly the target's own? The engine's greedy answers against those of transformers' `generate`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from bench.common import Prompt
+from drafter_svc.drafter import build_drafter
+from lm.model import LanguageModel
+from lm.store import load_tokenizer, resolve_model, vocabulary_sha256
+from planner.loop import PlanMaker, VerifierState
+from planner.signals import Signals
+from treeline.config import Config, DrafterConfig, ModelConfig, VerifierConfig
+from treeline.plan import CostCurve, Plan, VerifierProfile
+from treeline.sampling import SamplingParams
+from verifier_svc.engine import Engine
+from verifier_svc.link import LocalLink
+from verifier_svc.profile import profile_verification
+from verifier_svc.request import Chunk, GenerationRequest
+from verifier_svc.sequence import Output
+
+POLICIES = ("off", "chain:4", "static:4-2-1", "eagle2:4,4,12", "smart-paper", "smart")
+BATCH = 8
+REPLAN_STEPS = 8
+PROFILE_CACHE_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first place where an answer is not the reference's.
+
+    Attributes:
+        logit_gap: by how much the reference's token beats ours in transformers' own logits; near 0 is a tie.
+    """
+
+    prompt: str
+    position: int
+    logit_gap: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One way of running the engine, over all prompts."""
+
+    drafter: str
+    policy: str
+    batch: int
+    prompts: int
+    tokens: int
+    accepted_nodes: int
+    differences: list[Difference]
+
+    def row(self) -> dict:
+        gaps = [d.logit_gap for d in self.differences]
+        return {
+            "drafter": self.drafter,
+            "policy": self.policy,
+            "batch": self.batch,
+            "prompts": self.prompts,
+            "identical": self.prompts - len(gaps),
+            "tokens": self.tokens,
+            "accepted_nodes": self.accepted_nodes,
+            "largest_logit_gap": max(gaps, default=0.0),
+            "differences": [vars(d) for d in self.differences],
+        }
+
+
+class Reference:
+    """transformers' own plain greedy answers, made by its own attention and cache."""
+
+    def __init__(self, spec: str, dtype: str) -> None:
+        folder = resolve_model(spec)
+        self.tokenizer = load_tokenizer(folder)
+        self._hf: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True
+        ).eval()
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        chat = [{"role": "user", "content": prompt.text}]
+        return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+    @torch.inference_mode()
+    def answer(self, token_ids: list[int], max_tokens: int) -> list[int]:
+        ids = torch.tensor([token_ids])
+        out = self._hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
+        return out[0, len(token_ids) :].tolist()
+
+    @torch.inference_mode()
+    def difference(self, prompt: Prompt, token_ids: list[int], answer: list[int], ours: list[int]) -> Difference | None:
+        """Where `ours` first leaves `answer`, if it does."""
+        pairs = itertools.zip_longest(answer, ours)
+        position = next((i for i, (theirs, mine) in enumerate(pairs) if theirs != mine), None)
+        if position is None:
+            return None
+        if position >= min(len(answer), len(ours)):
+            return Difference(prompt.id, position, float("inf"))
+        logits = self._hf(torch.tensor([token_ids + answer[:position]])).logits[0, -1].float()
+        return Difference(prompt.id, position, float(logits[answer[position]] - logits[ours[position]]))
+
+
+def truncated_drafter(spec: str, layers: int, folder: Path) -> Path:
+    """A draft model for any target, made without training: its first layers under its own head. Poor, but real."""
+    source = resolve_model(spec)
+    hf = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True)
+    hf.model.layers = hf.model.layers[:layers]
+    hf.config.num_hidden_layers = layers
+    hf.save_pretrained(folder)
+    load_tokenizer(source).save_pretrained(folder)
+    return folder
+
+
+def run_lossless(
+    target: ModelConfig,
+    drafters: dict[str, DrafterConfig],
+    prompts: list[Prompt],
+    max_tokens: int,
+    policies: tuple[str, ...] = POLICIES,
+    on_progress: Callable[[str], None] = lambda what: None,
+) -> list[Result]:
+    """Every drafter with every policy alone, then all policies mixed in batches of 8."""
+    on_progress("reference")
+    reference = Reference(target.model, target.dtype)
+    encoded = [reference.encode(prompt) for prompt in prompts]
+    answers = [reference.answer(token_ids, max_tokens) for token_ids in encoded]
+    model = LanguageModel.load(target)
+    on_progress("device profile")
+    curves = profile_verification(model, model.new_cache(PROFILE_CACHE_TOKENS, 16))
+    results = []
+    for name, drafter in drafters.items():
+        for batch, policy in [*((1, policy) for policy in policies), (BATCH, "mixed")]:
+            on_progress(f"{name}, {policy}, batch {batch}")
+            config = Config(verifier=VerifierConfig(target=target), drafter=drafter)
+            chosen = [policies[i % len(policies)] if policy == "mixed" else policy for i in range(len(prompts))]
+            ours, accepted = _answers(PlannedEngine(model, config, curves), encoded, chosen, max_tokens, batch)
+            found = [
+                reference.difference(prompt, token_ids, answer, mine)
+                for prompt, token_ids, answer, mine in zip(prompts, encoded, answers, ours, strict=True)
+            ]
+            differences = [d for d in found if d is not None]
+            results.append(Result(name, policy, batch, len(prompts), sum(map(len, ours)), accepted, differences))
+    return results
+
+
+def _answers(
+    planned: PlannedEngine, prompts: list[list[int]], policies: list[str], max_tokens: int, batch: int
+) -> tuple[list[list[int]], int]:
+    """The engine's greedy answers, with the real planner deciding, and how many draft nodes were accepted."""
+    answers: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    waiting = list(enumerate(zip(prompts, policies, strict=True)))
+    open_requests = accepted = 0
+    while waiting or open_requests:
+        while waiting and open_requests < batch:
+            index, (token_ids, policy) = waiting.pop(0)
+            planned.engine.add(GenerationRequest(str(index), token_ids, SamplingParams(), max_tokens, policy=policy))
+            open_requests += 1
+        for output in planned.step():
+            if isinstance(output.item, Chunk):
+                answers[output.request_id] += output.item.token_ids
+            else:
+                open_requests -= 1
+                accepted += output.item.speculation.accepted_nodes
+    return [answers[str(i)] for i in range(len(prompts))], accepted
+
+
+class PlannedEngine:
+    """Engine, drafter and planner in this process, one thread, the plan renewed every few steps."""
+
+    def __init__(self, model: LanguageModel, config: Config, curves: tuple[CostCurve, ...]) -> None:
+        sha256 = vocabulary_sha256(model.tokenizer)
+        drafter = build_drafter(config.drafter, config.limits, lambda: self._plan, sha256)
+        self.engine = Engine(model, LocalLink(drafter), lambda: self._plan, config)
+        self._state = VerifierState(VerifierProfile(curves, drafter.info.layer_s, drafter.info.node_s), "")
+        self._maker = PlanMaker(config.limits, config.planner)
+        self._signals = Signals(config.planner.signal_max_age_s)
+        self._plan: Plan = self._maker.make(self._state, self._signals)
+
+    def step(self) -> list[Output]:
+        outputs, record = self.engine.step()
+        if record is not None:
+            self._state.observe(record)
+            if record.step_id % REPLAN_STEPS == 0:
+                self._plan = self._maker.make(self._state, self._signals)
+        return outputs
