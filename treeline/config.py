@@ -18,6 +18,9 @@ DEFAULT_MODEL = "default"
 """Stands for the embedded default model (see `lm/store.py`)."""
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -111,8 +114,7 @@ class ServerConfig(Section):
 
     @model_validator(mode="after")
     def _secure(self) -> ServerConfig:
-        loopback = self.host in ("127.0.0.1", "localhost", "::1")
-        if not loopback and not self.allow_insecure and (self.tls is None or self.token_file is None):
+        if self.host not in LOOPBACK and not self.allow_insecure and (self.tls is None or self.token_file is None):
             raise ValueError(
                 f"host {self.host} leaves the machine: set server.tls and server.token_file, or server.allow_insecure"
             )
@@ -136,6 +138,12 @@ class InternalConfig(Section):
     host: str = "127.0.0.1"
     token_file: Path | None = Field(default=None, description="shared secret the services show each other")
     tls: TlsConfig | None = None
+
+    @model_validator(mode="after")
+    def _secure(self) -> InternalConfig:
+        if self.host not in LOOPBACK and self.token_file is None:
+            raise ValueError(f"host {self.host} leaves the machine: set internal.token_file")
+        return self
 
 
 class Config(Section):
