@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from treeline.config import Config, load_config
+from treeline.errors import ConfigError
+
+
+def load(tmp_path: Path, text: str) -> Config:
+    path = tmp_path / "treeline.yaml"
+    path.write_text(text)
+    return load_config(path)
+
+
+def test_no_file_and_an_empty_file_are_the_defaults(tmp_path):
+    assert load_config(None) == Config() == load(tmp_path, "")
+
+
+def test_the_defaults_survive_yaml(tmp_path):
+    assert load(tmp_path, yaml.safe_dump(Config().model_dump(mode="json"))) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("server: {prot: 1}", "server.prot: Extra inputs"),
+        ("serve: {}", "serve: Extra inputs"),
+        ("limits: {max_running_requests: 0}", "limits.max_running_requests"),
+        ("server: {port: many}", "server.port"),
+        ("drafter: {kind: model}", "needs a draft model"),
+        ("server: {host: 0.0.0.0}", "leaves the machine"),
+        ("internal: {host: 0.0.0.0}", "internal.token_file"),
+        ("verifier: {target: {dtype: float8}}", "verifier.target.dtype"),
+        ("- a list", "expected sections"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(tmp_path, text, problem):
+    with pytest.raises(ConfigError, match=problem) as caught:
+        load(tmp_path, text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read .*nowhere.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
