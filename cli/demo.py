@@ -180,23 +180,23 @@ def line_end(text: str) -> int:
 
 def comparison(policy: str, with_trees: list[Outcome], plain: list[Outcome]) -> Table:
     """A row a prompt: what its client saw with trees, and without."""
-    table = Table(title=f"policy {policy}, and off")
-    table.add_column("request")
+    table = Table(title=f"policy {policy}, and the same with off")
+    table.add_column("request", no_wrap=True)
     for heading in (
         "tokens",
-        "first token",
-        "tokens/s",
-        "mean tree",
-        "accepted",
-        "off: first",
-        "off: tokens/s",
+        "first\ntoken",
+        "tokens\n/s",
+        "mean\ntree",
+        "mean\naccepted",
+        "off: first\ntoken",
+        "off: tokens\n/s",
         "ratio",
     ):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for prompt, tree, off in zip(PROMPTS, with_trees, plain, strict=True):
         speculation = tree.complete.speculation
         table.add_row(
-            prompt.label + (f" (T={prompt.temperature:g})" if prompt.temperature else ""),
+            prompt.label + (f" T={prompt.temperature:g}" if prompt.temperature else ""),
             str(tree.tokens),
             f"{tree.first_s:.2f} s",
             f"{tree.tokens_per_s:.1f}",

@@ -73,6 +73,7 @@ def run(config: Config, *, block: bool) -> RunningApp:
     Raises:
         ConfigError: a service cannot start as configured.
     """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     _start_ray(config)
     try:
         serve.start(proxy_location="Disabled")
