@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from bench.common import Prompt
 from drafter_svc.drafter import build_drafter
@@ -77,13 +78,13 @@ class Reference:
     def __init__(self, spec: str, dtype: str) -> None:
         folder = resolve_model(spec)
         self.tokenizer = load_tokenizer(folder)
-        self._hf: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        self._hf: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True
         ).eval()
 
     def encode(self, prompt: Prompt) -> list[int]:
         chat = [{"role": "user", "content": prompt.text}]
-        return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        return list(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def answer(self, token_ids: list[int], max_tokens: int) -> list[int]:

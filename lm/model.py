@@ -23,14 +23,13 @@ class LanguageModel:
     Attributes:
         name: under which it is served.
         hf: the model of transformers.
-        tokenizer: None only for models built by `from_hf` without one.
         vocab_size: width of the logits; at least the tokenizer's size.
         max_context_tokens: longest sequence it can attend over.
         eos_token_ids: tokens that end a text.
         architecture: its class in transformers.
     """
 
-    def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, name: str) -> None:
+    def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
         self.name = name
         self.hf = hf.eval()
         self.tokenizer = tokenizer
@@ -74,7 +73,7 @@ class LanguageModel:
         return cls(hf, tokenizer, config.name or model_name(config.model))
 
     @classmethod
-    def from_hf(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None) -> LanguageModel:
+    def from_hf(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> LanguageModel:
         """Wrap a model that is already in memory; switches its attention to ours."""
         model.set_attn_implementation(IMPLEMENTATION)
         return cls(model, tokenizer, model.config.model_type)
@@ -182,7 +181,7 @@ def _max_context_tokens(config: PretrainedConfig) -> int:
     return config.max_position_embeddings
 
 
-def _eos_token_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None) -> frozenset[int]:
+def _eos_token_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     found: set[int] = set()
     generation = getattr(hf, "generation_config", None)
     for owner in (generation, hf.config, hf.config.get_text_config(), tokenizer):

@@ -16,14 +16,14 @@ from tests.lm.helpers import (
     random_tokens,
     reference_logits,
 )
-from tests.lm.tiny import CONFIGS, tiny_model
+from tests.lm.tiny import CONFIGS, tiny_model, tiny_tokenizer
 
 TIGHT = {"rtol": 1e-4, "atol": 2e-5}
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
 def model(request: pytest.FixtureRequest) -> LanguageModel:
-    return LanguageModel.from_hf(tiny_model(request.param))
+    return LanguageModel.from_hf(tiny_model(request.param), tiny_tokenizer())
 
 
 def test_the_reference_tells_tokens_apart(model: LanguageModel) -> None:
@@ -131,7 +131,7 @@ def test_truncate_then_continue_equals_plain(model: LanguageModel) -> None:
 def test_bfloat16_stays_near_transformers() -> None:
     """Same weights, same rounding of the inputs: only the order of operations differs."""
     hf = tiny_model("llama", dtype=torch.bfloat16)
-    model = LanguageModel.from_hf(hf)
+    model = LanguageModel.from_hf(hf, tiny_tokenizer())
     tokens = random_tokens(np.random.default_rng(7), 24)
     cache = model.new_cache(64, 4)
     logits = model.forward([PackedSequence(cache.allocate(24), tokens)], cache)
@@ -140,7 +140,7 @@ def test_bfloat16_stays_near_transformers() -> None:
 
 
 def test_a_pass_without_wanted_logits_or_sequences_is_empty() -> None:
-    model = LanguageModel.from_hf(tiny_model("llama"))
+    model = LanguageModel.from_hf(tiny_model("llama"), tiny_tokenizer())
     cache = model.new_cache(16, 4)
     assert model.forward([], cache).shape == (0, model.vocab_size)
     assert model.forward([PackedSequence(cache.allocate(3), [1, 2, 3], None, "none")], cache).shape[0] == 0

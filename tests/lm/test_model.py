@@ -55,13 +55,13 @@ def test_what_a_tree_cannot_share_is_refused_in_one_line(kind: str, more: dict[s
     config = AutoConfig.for_model(kind, **{**SMALL, **more})
     hf = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with pytest.raises(ConfigError, match=f"{type(hf).__name__} is not supported.*{reason}") as caught:
-        LanguageModel.from_hf(hf)
+        LanguageModel.from_hf(hf, tiny_tokenizer())
     assert "\n" not in str(caught.value)
 
 
 def test_layers_of_different_head_shapes_are_served() -> None:
     config = AutoConfig.for_model("gemma4_text", **{**SMALL, "head_dim": 8, "global_head_dim": 16})
-    model = LanguageModel.from_hf(tiny_model(config))
+    model = LanguageModel.from_hf(tiny_model(config), tiny_tokenizer())
     assert set(model.layers) == {LayerShape(2, 8, 8), LayerShape(2, 16, 16)}
     tokens = np.random.default_rng(0).integers(0, 64, 20).tolist()
     cache = model.new_cache(64, 4)
@@ -79,7 +79,7 @@ def test_facts_about_a_model() -> None:
     assert (model.device.type, model.dtype) == ("cpu", torch.float32)
     hf = tiny_llama()
     hf.generation_config.eos_token_id = [7, 9]
-    assert LanguageModel.from_hf(hf).eos_token_ids == {7, 9, 256}
+    assert LanguageModel.from_hf(hf, tiny_tokenizer()).eos_token_ids == {7, 9, 256}
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
@@ -88,12 +88,12 @@ def test_the_context_ends_where_one_sequence_would_change_the_frequencies_of_all
     if rope_type == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     config = LlamaConfig(**{**SMALL, "max_position_embeddings": 128}, rope_parameters=rope)
-    assert LanguageModel.from_hf(tiny_model(config)).max_context_tokens == 32
+    assert LanguageModel.from_hf(tiny_model(config), tiny_tokenizer()).max_context_tokens == 32
 
 
 def test_two_models_and_caches_do_not_share_anything() -> None:
     """Nothing is global: passes over two models interleave freely."""
-    models = [LanguageModel.from_hf(tiny_model(kind)) for kind in ("llama", "gemma2-softcap")]
+    models = [LanguageModel.from_hf(tiny_model(kind), tiny_tokenizer()) for kind in ("llama", "gemma2-softcap")]
     caches = [model.new_cache(32, 4) for model in models]
     sequences = [cache.allocate(8) for cache in caches]
     tokens = [3, 1, 4, 1, 5]
@@ -119,7 +119,7 @@ def test_cuda_equals_cpu(kind: str) -> None:
     tokens, parents = [5, 6, 7, 8], np.array([-1, 0, 0, 1], np.int32)
     rows = []
     for device in ("cpu", "cuda"):
-        model = LanguageModel.from_hf(tiny_model(kind).to(device))
+        model = LanguageModel.from_hf(tiny_model(kind).to(device), tiny_tokenizer())
         cache = model.new_cache(64, 4)
         sequence = cache.allocate(32)
         model.forward([PackedSequence(sequence, list(range(20)))], cache)

@@ -45,5 +45,5 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path, text, problem):
 
 
 def test_a_missing_file_is_one_line(tmp_path):
-    with pytest.raises(ConfigError, match="cannot read .*nowhere.yaml"):
+    with pytest.raises(ConfigError, match="cannot read"):
         load_config(tmp_path / "nowhere.yaml")
