@@ -24,6 +24,9 @@ IMPLEMENTATION = "treeline"
 CONTEXT = "treeline_context"
 """Keyword argument that carries the AttentionContext through transformers' modules."""
 
+LANE_ENTRIES = 16
+MIN_ROWS = 6
+
 _BEYOND_PLAIN = ("s_aux", "position_bias", "head_mask")
 """Keyword arguments by which layers ask for attention sinks, learned biases or head masks."""
 
@@ -147,11 +150,16 @@ def _view(span: Span, window: int | None, group: int, dtype: torch.dtype, device
     positions = length + span.depths[entries - new :]
     # Committed entries before the earliest token's window are not even read.
     first = 0 if window is None else min(length, max(0, int(positions.min()) - window + 1))
-    runs = span.cache.runs(first, length + entries)
-    visible = np.concatenate([np.ones((new, length - first), np.bool_), span.visible], axis=1)
+    # Reading up to a whole lane of entries, the last ones hidden, makes a token's sums independent of its neighbours'
+    # number: the kernels treat what is left over after full lanes in another way, which rounds differently.
+    end = min(span.cache.capacity, first + -(-(length + entries - first) // LANE_ENTRIES) * LANE_ENTRIES)
+    runs = span.cache.runs(first, end)
+    visible = np.zeros((new, end - first), np.bool_)
+    visible[:, : length - first] = True
+    visible[:, length - first : length - first + entries] = span.visible
     if window is not None:
         entry_positions = np.concatenate([np.arange(first, length), length + span.depths])
-        visible &= entry_positions > positions[:, None] - window
+        visible[:, : len(entry_positions)] &= entry_positions > positions[:, None] - window
     if visible.all():
         return _View(span, runs, None)
     hidden = torch.from_numpy(~visible).to(device).repeat_interleave(group, dim=0)
@@ -163,7 +171,12 @@ def _attend_to_run(
 ) -> Tensor:
     """The common case of `_attend_over_runs`, one run and no softcap, by torch's fused kernel."""
     ((keys, values),) = runs
-    return F.scaled_dot_product_attention(query[None], keys[None], values[None], mask, scale=options.scale)[0]
+    rows = query.shape[1]
+    if rows < MIN_ROWS:  # fewer rows take a kernel that rounds differently
+        query = query.repeat(1, MIN_ROWS, 1)
+        mask = None if mask is None else mask.repeat(MIN_ROWS, 1)
+    mixed = F.scaled_dot_product_attention(query[None], keys[None], values[None], mask, scale=options.scale)[0]
+    return mixed[:, :rows]
 
 
 def _attend_over_runs(

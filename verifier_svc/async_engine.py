@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 
-from treeline.errors import DrainingError, FieldViolation, InvalidRequestError, QueueFullError, TreelineError
+from treeline.errors import DrainingError, DuplicateRequestError, QueueFullError, TreelineError, UnavailableError
 from treeline.plan import StepRecord
 from verifier_svc.engine import Engine
 from verifier_svc.request import Chunk, Completion, GenerationRequest, Load
@@ -58,7 +58,7 @@ class AsyncEngine:
         """Chunks as they are produced, then one Completion. Closing the iterator aborts the request.
 
         Raises:
-            QueueFullError, DrainingError, InvalidRequestError: at once, before anything is queued.
+            QueueFullError, UnavailableError, DuplicateRequestError, InvalidRequestError: at once, before it is queued.
             EngineDeadError: a step failed.
         """
         self._check_admission(request)
@@ -125,11 +125,11 @@ class AsyncEngine:
 
     def _check_admission(self, request: GenerationRequest) -> None:
         if self._failure is not None:
-            raise EngineDeadError(self._failure)
+            raise UnavailableError(self._failure)  # another verifier may take it
         if self._draining:
             raise DrainingError("this replica is shutting down")
         if request.request_id in self._streams:
-            raise InvalidRequestError(FieldViolation("request_id", "a request with this id is running"))
+            raise DuplicateRequestError(f"a request with id {request.request_id!r} is open")
         self.engine.check_fits(request)
         running, waiting = len(self.engine.scheduler.running), len(self.engine.scheduler.waiting)
         # Requests on their way into the engine find a free slot first; what then waits counts against the queue.

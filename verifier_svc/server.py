@@ -17,7 +17,7 @@ from treeline.config import Config
 from treeline.errors import ConfigError
 from treeline.metrics import VerifierMetrics, serve_metrics
 from treeline.plan import StepRecord, VerifierProfile
-from treeline.rpc import Discover, add_standard_services, bind, new_server
+from treeline.rpc import Discover, add_standard_services, bind, new_server, reachable_host
 from treeline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from verifier_svc.async_engine import AsyncEngine
 from verifier_svc.engine import Engine
@@ -78,7 +78,7 @@ class VerifierServer:
         registry = CollectorRegistry()
         metrics = VerifierMetrics(registry)
         metrics_port = serve_metrics(registry, config.metrics)
-        metrics_url = f"http://{config.metrics.host}:{metrics_port}/metrics"
+        metrics_url = f"http://{reachable_host(config.metrics.host)}:{metrics_port}/metrics"
         reporter = StepReporter(planner, verifier_id, metrics_url, profile, config.internal)
 
         def on_step(record: StepRecord) -> None:

@@ -157,3 +157,21 @@ def test_the_default_model_writes_what_transformers_writes() -> None:
         for text, token in zip(texts, logits.argmax(-1).tolist(), strict=True):
             text.append(token)
     assert texts == expected
+
+
+def test_what_else_is_in_a_bfloat16_pass_does_not_change_a_token() -> None:
+    """On the CPU, a root's logits are the same bits alone and with any number of nodes behind it."""
+    model = LanguageModel.from_hf(tiny_llama().bfloat16(), tiny_tokenizer())
+    cache = model.new_cache(256, 16)
+    sequence = cache.allocate(160)
+    assert sequence is not None
+    prompt = list(range(3, 60))
+    model.forward([PackedSequence(sequence, prompt, None, "none")], cache)
+    cache.commit([(sequence, list(range(len(prompt))))])
+    alone = None
+    for nodes in (0, 1, 2, 5, 11, 40):
+        parents = np.asarray([-1] + [0] * nodes, np.int32)
+        logits = model.forward([PackedSequence(sequence, [7, *range(100, 100 + nodes)], parents)], cache)[0]
+        sequence.scratch = 0
+        alone = logits if alone is None else alone
+        assert torch.equal(logits, alone)
