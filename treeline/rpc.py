@@ -165,7 +165,7 @@ async def _refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
 def bearer_interceptors(token: str) -> list[grpc.aio.ClientInterceptor]:
     """Interceptors that show `token` on every call of a channel, of whatever kind (grpc.aio wants one class a kind)."""
 
-    def authorized(details: grpc.aio.ClientCallDetails) -> grpc.aio.ClientCallDetails:
+    def authorized(details: Any) -> Any:
         metadata = grpc.aio.Metadata(*(details.metadata or ()))
         metadata["authorization"] = f"Bearer {token}"
         return details._replace(metadata=metadata)

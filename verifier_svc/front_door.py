@@ -126,7 +126,7 @@ class FrontDoor:
             emitted = False
             while True:
                 verifier = self._pick(failed)
-                call = verifier.channel.unary_stream(f"/{SERVICE}/Generate")(data, timeout=context.time_remaining())
+                call = verifier.call_stream("Generate")(data, timeout=context.time_remaining())
                 verifier.in_flight += 1
                 try:
                     async for message in call:
@@ -147,10 +147,7 @@ class FrontDoor:
     async def abort(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """Goes to every verifier, as it is not recorded which one has a request."""
         decode(pb.AbortRequest, data)
-        calls = [
-            verifier.channel.unary_unary(f"/{SERVICE}/Abort")(data, timeout=ABORT_TIMEOUT_S)
-            for verifier in self.pool.serving
-        ]
+        calls = [verifier.call("Abort")(data, timeout=ABORT_TIMEOUT_S) for verifier in self.pool.serving]
         replies = await asyncio.gather(*calls, return_exceptions=True)
         aborted = sum(pb.AbortResponse.FromString(reply).aborted for reply in replies if isinstance(reply, bytes))
         return pb.AbortResponse(aborted=aborted).SerializeToString()
@@ -165,7 +162,7 @@ class FrontDoor:
     async def tokenize(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
         decode(pb.TokenizeRequest, data)
         verifier = self._pick()
-        return await verifier.channel.unary_unary(f"/{SERVICE}/Tokenize")(data, timeout=context.time_remaining())
+        return await verifier.call("Tokenize")(data, timeout=context.time_remaining())
 
     def _pick(self, failed: Collection[Verifier] = ()) -> Verifier:
         verifier = self.pool.least_loaded(failed)

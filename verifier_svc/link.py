@@ -87,7 +87,7 @@ class GrpcLink:
                     await self._serve_stream(endpoint)
                 problem = "no drafter found"
             except (grpc.aio.AioRpcError, ConfigError, OSError) as error:
-                problem = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+                problem = str(error.details() if isinstance(error, grpc.aio.AioRpcError) else error)
             except Exception as error:  # discovery asks another system, which may fail in its own ways
                 problem = f"{type(error).__name__}: {error}"
             finally:

@@ -14,6 +14,7 @@ from treeline.config import Config
 from treeline.rpc import Discover, connect
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
+from verifier_svc.interceptors import SERVICE
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,14 @@ class Verifier:
     @property
     def requests(self) -> int:
         return self.in_flight + self.others
+
+    def call(self, method: str) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
+        """A method of its generation service, on messages as they are on the wire."""
+        return self.channel.unary_unary(f"/{SERVICE}/{method}")
+
+    def call_stream(self, method: str) -> grpc.aio.UnaryStreamMultiCallable[bytes, bytes]:
+        """The same for a method that streams its answer."""
+        return self.channel.unary_stream(f"/{SERVICE}/{method}")
 
     async def poll(self) -> None:
         """Bring everything but in_flight up to date."""
