@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -180,7 +181,7 @@ def line_end(text: str) -> int:
 
 def comparison(policy: str, with_trees: list[Outcome], plain: list[Outcome]) -> Table:
     """A row a prompt: what its client saw with trees, and without."""
-    table = Table(title=f"policy {policy}, and the same with off")
+    table = Table(title=f"policy {policy}, and the same with off", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("request", no_wrap=True)
     for heading in (
         "tokens",
@@ -188,8 +189,8 @@ def comparison(policy: str, with_trees: list[Outcome], plain: list[Outcome]) -> 
         "tokens\n/s",
         "mean\ntree",
         "mean\naccepted",
-        "off: first\ntoken",
-        "off: tokens\n/s",
+        "off:\nfirst\ntoken",
+        "off:\ntokens\n/s",
         "ratio",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
