@@ -107,7 +107,13 @@ def test_ctrl_c_ends_the_request_and_exits_130(service):
     engine.step_s = 0.05
     command = [sys.executable, "-c", "from cli.main import main; main()"]
     arguments = ["generate", "hi", "--server", endpoint, "--max-tokens", "100"]
-    process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored if this runs in a shell's background
+    )
     assert process.stdout.read(3) == "a0 "  # streamed while the answer is still being made
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=10)
@@ -163,7 +169,8 @@ def test_models_lists_the_cache(tmp_path, monkeypatch):
     assert "no models" in treeline("models", "list").stdout
     folder = lm.store.cache_folder() / "models" / "tiny"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
     assert str(folder) in treeline("models", "list").stdout
     assert treeline("models", "pull", str(folder)).stdout.strip() == str(folder)
     missing = treeline("models", "pull", "/no/such")

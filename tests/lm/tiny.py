@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 def tiny_model(kind: str | PreTrainedConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model, the same for the same seed, with logits spread widely enough that greedy choices are no ties."""
-    config = CONFIGS[kind] if isinstance(kind, str) else kind
+    config = deepcopy(CONFIGS[kind] if isinstance(kind, str) else kind)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
