@@ -120,6 +120,7 @@ def test_calls_without_an_accepted_token_are_refused(token_file, tmp_path, token
 
     async def use(channel):
         async def requests():
+            await asyncio.Event().wait()  # refused before a word is said
             yield b"a"
 
         call = {
