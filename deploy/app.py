@@ -85,7 +85,12 @@ class FrontDoorReplica(Replica):
         from verifier_svc.front_door import FrontDoorServer
 
         self.metrics_host = (checked := Config.model_validate(config)).metrics.host
-        self.server = await FrontDoorServer.start(checked, discover(verifier))
+        self.front_door = self.server = await FrontDoorServer.start(checked, discover(verifier))
+
+    async def serving_endpoint(self) -> str:
+        """ "host:port" of the clients' port, once there is a verifier behind it."""
+        await self.front_door.until_serving()
+        return self.front_door.endpoint
 
 
 def discover(handle: DeploymentHandle) -> Discover:

@@ -28,6 +28,8 @@ from treeline.errors import ConfigError
 
 SERVICES = ("planner", "drafter", "verifier", "front-door")
 TARGETS_INTERVAL_S = 5.0
+SERVING_TIMEOUT_S = 60.0
+"""From the start of all replicas until the front door has found a verifier."""
 OBJECT_STORE_BYTES = 100 << 20
 
 
@@ -78,7 +80,11 @@ def run(config: Config, *, block: bool) -> RunningApp:
     try:
         serve.start(proxy_location="Disabled")
         serve.run(application(config), name=APP, route_prefix=None)
-        endpoint = serve.get_deployment_handle("front-door", APP).endpoint.remote().result(timeout_s=10)
+        front_door = serve.get_deployment_handle("front-door", APP)
+        endpoint = front_door.serving_endpoint.remote().result(timeout_s=SERVING_TIMEOUT_S)
+    except TimeoutError:
+        ray.shutdown()
+        raise ConfigError(f"no verifier could be reached within {SERVING_TIMEOUT_S:.0f} s of its start") from None
     except RuntimeError as error:
         ray.shutdown()
         raise ConfigError(f"the application did not start: {_cause(str(error))}") from None

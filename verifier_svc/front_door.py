@@ -23,6 +23,7 @@ from verifier_svc.validation import ServedModel, decode, parse_generate
 EXTRA_RPCS = 256
 """Room for calls beside generation: health, load, aborts."""
 ABORT_TIMEOUT_S = 5.0
+SERVING_CHECK_INTERVAL_S = 0.1
 ATTEMPTS = 2
 """A stream that has not emitted anything is tried on one other verifier."""
 
@@ -75,6 +76,11 @@ class FrontDoorServer:
         server.add_generic_rpc_handlers((door.handlers(),))
         await server.start()
         return cls(server, endpoint, serve_metrics(registry, config.metrics), door, health_servicer)
+
+    async def until_serving(self) -> None:
+        """Wait until there is a verifier to forward to."""
+        while not self._door.pool.serving:
+            await asyncio.sleep(SERVING_CHECK_INTERVAL_S)
 
     async def check(self) -> None:
         """Raise RuntimeError if this front door cannot forward any more (being without verifiers is no such reason)."""

@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.5
 POLL_TIMEOUT_S = 2.0
-"""Generous, as a verifier's event loop shares its CPUs with forward passes."""
+MAX_LATE_POLLS = 3
+"""A verifier that answers late may only be short of CPU; one that is gone refuses at once."""
 
 
 OnPoll = Callable[[int], Awaitable[None]]
@@ -32,7 +33,8 @@ class Verifier:
     """One verifier as this front door knows it.
 
     Attributes:
-        serving: answered the last poll, and said that it serves.
+        serving: said that it serves when it last answered, and did not leave too many polls unanswered since.
+        late_polls: polls in a row without an answer.
         in_flight: streams that this front door has open there now.
         others: requests there that came by other ways, as of the last poll.
     """
@@ -40,6 +42,7 @@ class Verifier:
     endpoint: str
     channel: grpc.aio.Channel
     serving: bool = False
+    late_polls: int = 0
     in_flight: int = 0
     others: int = 0
     load: pb.GetLoadResponse = field(default_factory=pb.GetLoadResponse)
@@ -68,8 +71,11 @@ class Verifier:
             in_flight = self.in_flight
             self.load = await service.GetLoad(pb.GetLoadRequest(), timeout=POLL_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            self._set_serving(False, error.code().name)
+            self.late_polls += 1
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED or self.late_polls >= MAX_LATE_POLLS:
+                self._set_serving(False, error.code().name)
             return
+        self.late_polls = 0
         self.others = max(0, self.load.num_requests_running + self.load.num_requests_waiting - in_flight)
         self._set_serving(status.status == health_pb2.HealthCheckResponse.SERVING, "draining")
 

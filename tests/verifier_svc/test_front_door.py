@@ -17,6 +17,7 @@ from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
 from verifier_svc.front_door import FrontDoorServer
 from verifier_svc.interceptors import SERVICE
+from verifier_svc.service import GenerationServicer
 
 METRICS = MetricsConfig(base_port=0)
 CONFIG = Config(server=ServerConfig(port=0), metrics=METRICS)
@@ -236,6 +237,41 @@ def test_failing_discovery_keeps_the_known_verifiers():
         await asyncio.sleep(0.8)
         await collect(s.stub.Generate(request()))
         await s.door.check()
+
+    with_front_door(scenario, FakeEngine())
+
+
+def answer_loads_after(monkeypatch, delays_s):
+    """Make verifiers answer GetLoad after these times, one after the other, and then at once."""
+    monkeypatch.setattr("verifier_svc.routing.POLL_TIMEOUT_S", 0.2)
+    answer = GenerationServicer.GetLoad
+
+    async def late(servicer, message, context):
+        await asyncio.sleep(delays_s.pop(0) if delays_s else 0)
+        return await answer(servicer, message, context)
+
+    monkeypatch.setattr(GenerationServicer, "GetLoad", late)
+
+
+def test_a_verifier_that_answers_late_keeps_its_place(monkeypatch):
+    delays_s = [0, 0.5, 0.5, 0]
+    answer_loads_after(monkeypatch, delays_s)
+
+    async def scenario(s):
+        while delays_s:
+            assert await s.health() == SERVING
+            await asyncio.sleep(0.05)
+
+    with_front_door(scenario, FakeEngine())
+
+
+def test_a_verifier_that_no_longer_answers_loses_its_place(monkeypatch):
+    answer_loads_after(monkeypatch, [0, *[0.5] * 20])
+
+    async def scenario(s):
+        assert await s.health() == SERVING
+        await asyncio.sleep(3)
+        assert await s.health() == NOT_SERVING
 
     with_front_door(scenario, FakeEngine())
 
