@@ -12,11 +12,12 @@ MAY_IMPORT = {
     "treeline": set(),
     "planner": {"treeline"},
     "lm": {"treeline"},
+    "distill": {"lm", "treeline"},
     "drafter_svc": {"lm", "planner", "treeline"},
     "verifier_svc": {"lm", "planner", "treeline"},
     "deploy": {"verifier_svc", "drafter_svc", "planner", "treeline"},
-    "bench": {"deploy", "verifier_svc", "drafter_svc", "lm", "planner", "treeline"},
-    "cli": {"bench", "deploy", "verifier_svc", "drafter_svc", "lm", "planner", "treeline"},
+    "bench": {"distill", "deploy", "verifier_svc", "drafter_svc", "lm", "planner", "treeline"},
+    "cli": {"bench", "distill", "deploy", "verifier_svc", "drafter_svc", "lm", "planner", "treeline"},
 }
 NEVER = {"treeline": {"torch", "ray", "transformers"}, "planner": {"torch", "ray", "transformers"}}
 

@@ -1,0 +1,42 @@
+"""Hidden states of a target, read off while it runs: what a draft head sees of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from treeline.errors import ConfigError
+
+
+class FeatureTap:
+    """Keeps, of every pass, the hidden states behind some layers and the normed ones that the output head reads.
+
+    Attributes:
+        width: features of one token: hidden size times (chosen layers + 1).
+    """
+
+    def __init__(self, hf: PreTrainedModel, layers: tuple[int, ...]) -> None:
+        """`layers`: 0-based indices of the decoder layers whose output is wanted, in order.
+
+        Raises:
+            ConfigError: this architecture does not name its decoder layers as others do.
+        """
+        body = hf.base_model
+        blocks = getattr(body, "layers", None)
+        if not isinstance(blocks, nn.ModuleList) or any(layer >= len(blocks) for layer in layers):
+            raise ConfigError(f"{type(hf).__name__} does not show its decoder layers; no head can read their features")
+        self.width = hf.config.get_text_config().hidden_size * (len(layers) + 1)
+        self._parts: list[Tensor] = []
+        for layer in layers:
+            blocks[layer].register_forward_hook(self._keep)
+        body.register_forward_hook(self._keep)
+
+    def take(self) -> Tensor:
+        """The last pass' features [tokens, width] in the model's dtype, layers in order, the normed output last."""
+        parts, self._parts = self._parts, []
+        return torch.cat(parts, dim=-1)
+
+    def _keep(self, module: nn.Module, args: object, output: object) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]  # type: ignore[index]
+        self._parts.append(hidden[0])
