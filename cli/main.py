@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from cli.bench import bench
 from cli.config import config
 from cli.demo import demo
+from cli.distill import distill
 from cli.doctor import doctor
 from cli.generate import generate
 from cli.models import models
@@ -48,6 +49,7 @@ app.command()(top)
 app.command()(doctor)
 app.command()(config)
 app.command()(demo)
+app.command()(distill)
 app.add_typer(bench, name="bench")
 
 

@@ -102,5 +102,5 @@ class Shard:
 def read_shard(path: Path) -> Shard:
     with safe_open(path, "pt") as file:
         columns = {name: file.get_tensor(name) for name in ("indices", "lengths", "turn_starts", "token_ids")}
-    lists = (columns[name].tolist() for name in ("indices", "lengths", "turn_starts"))
-    return Shard(path, *lists, columns["token_ids"])
+    indices, lengths, turn_starts = (columns[name].tolist() for name in ("indices", "lengths", "turn_starts"))
+    return Shard(path, indices, lengths, turn_starts, columns["token_ids"])

@@ -63,7 +63,8 @@ class HeadModule(nn.Module):
         super().__init__()
         self.config = config
         size = config.hidden_size
-        self.feature_norm = nn.RMSNorm(config.feature_width, config.norm_eps)
+        parts = config.feature_width // size
+        self.feature_norms = nn.ModuleList(nn.RMSNorm(size, config.norm_eps) for _ in range(parts))
         self.project = nn.Linear(config.feature_width, size, bias=False)
         self.token_norm = nn.RMSNorm(size, config.norm_eps)
         self.state_norm = nn.RMSNorm(size, config.norm_eps)
@@ -86,7 +87,9 @@ class HeadModule(nn.Module):
 
     def states(self, features: Tensor) -> Tensor:
         """What stands for the head's own output where the target's features [n, width] are known: [n, hidden]."""
-        return self.project(self.feature_norm(features))
+        parts = features.split(self.config.hidden_size, dim=-1)
+        normed = [norm(part) for norm, part in zip(self.feature_norms, parts, strict=True)]
+        return self.project(torch.cat(normed, dim=-1))
 
     def forward(self, embedded: Tensor, states: Tensor, positions: Tensor, context: Any) -> Tensor:
         """Output states [1, n, hidden], normed, of tokens with these embeddings and states [1, n, hidden]."""
@@ -132,12 +135,7 @@ class DraftHead:
             draft_ids = weights.pop("draft_ids")
             module = HeadModule(config)
             module.load_state_dict(weights)
-            with progress_bars(False):
-                hf: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                    resolve_model(target.model), dtype=getattr(torch, target.dtype), use_safetensors=True,
-                    trust_remote_code=False, local_files_only=True,
-                )  # fmt: skip
-            embedding, output = shared_layers(hf, draft_ids)
+            embedding, output = shared_layers(load_plain(target), draft_ids)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
             raise ConfigError(f"cannot load the draft head {folder}: {one_line(error)}") from error
         if embedding.embedding_dim != config.hidden_size or embedding.num_embeddings <= int(draft_ids.max()):
@@ -177,6 +175,22 @@ class DraftHead:
         for sequence in sequences:
             sequence.cache.scratch += len(sequence.token_ids)
         return self._output(out[rows]).float(), out
+
+
+def load_plain(target: ModelConfig) -> PreTrainedModel:
+    """The target on the CPU, its layers as transformers makes them.
+
+    Raises:
+        ConfigError, OSError, ValueError: it cannot be read.
+    """
+    with progress_bars(False):
+        return AutoModelForCausalLM.from_pretrained(
+            resolve_model(target.model),
+            dtype=getattr(torch, target.dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
 
 
 def shared_layers(hf: PreTrainedModel, draft_ids: Tensor) -> tuple[nn.Embedding, nn.Linear]:

@@ -47,7 +47,7 @@ class LanguageModel:
         Raises:
             ConfigError: it cannot be found, read or run; one line that says why.
         """
-        device = _device(config.device)
+        device = torch_device(config.device)
         folder = resolve_model(config.model)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -165,7 +165,8 @@ def _check_weights(hf: PreTrainedModel, missing: set[str]) -> None:
             raise ValueError(f"{len(names)} weights are {fault}, the first is {names[0]}")
 
 
-def _device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
+    """Raises ConfigError if CUDA is asked for and not there."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ConfigError("device 'cuda' is not available on this machine")
