@@ -25,8 +25,12 @@ def accepts(
     sampled: bool | NDArray[np.bool_],
 ) -> NDArray[np.float32]:
     """float32 [n]: c(v), the calibrated probability that the target accepts each node once its parent was accepted."""
-    rows = np.minimum(depths, DEPTHS) - 1
-    return calibration.acceptance[sources, np.asarray(sampled, np.intp), rows, prob_bins(draft_probs)]
+    # One flat index is several times faster than an index of four columns, and this runs in every step.
+    cells = (np.minimum(depths, DEPTHS) - 1) * np.intp(PROB_BINS)
+    cells += prob_bins(draft_probs)
+    cells += np.asarray(sampled, np.intp) * (DEPTHS * PROB_BINS)
+    cells += sources * np.intp(2 * DEPTHS * PROB_BINS)
+    return calibration.acceptance.ravel()[cells]
 
 
 def prob_bins(draft_probs: NDArray[np.float32]) -> NDArray[np.intp]:

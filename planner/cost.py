@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from treeline.plan import CostCurve, CostModel, PaperFit
 
-TYPICAL_TOKENS = 64
 MAX_PAPER_EXPONENT = 50.0
+NODES_AHEAD = 64
 
 
 def verify_seconds(cost: CostModel, sequences: int, context_tokens: int, max_tokens: int) -> NDArray[np.float64]:
@@ -21,20 +21,30 @@ def verify_seconds(cost: CostModel, sequences: int, context_tokens: int, max_tok
     goes on at the mean slope. Between regions it is linear in sequences; longer context adds, per sequence, what it
     added in the profile for that sequence's share of the tokens.
     """
-    return cost.verify_scale * _verify_seconds(cost.verify, sequences, context_tokens, max_tokens)
+    # Rounded up, so that the next step finds it read already, whatever its size.
+    size = 1 << max(6, max_tokens.bit_length())
+    seconds, per_context_token = _read(cost.verify, sequences, size)
+    beyond = max(0, context_tokens - _shortest_context(cost.verify))
+    return cost.verify_scale * (seconds[: max_tokens + 1] + beyond * per_context_token[: max_tokens + 1])
 
 
 def plain_decode_s(cost: CostModel) -> float:
     """Seconds of one token of one sequence, undrafted: the paper's c_T."""
-    return float(verify_seconds(cost, 1, _shortest(cost.verify)[0].context_tokens, 1)[1])
+    return float(verify_seconds(cost, 1, _shortest_context(cost.verify), 1)[1])
 
 
 def cheapest_node_s(cost: CostModel) -> float:
-    """The least that one more verified node can cost: the smallest secant slope of any curve.
+    """The least that one more verified node costs at the load the plan was made for.
 
     A drafter that drops only what is not worth even this never drops what the verifier would keep.
     """
-    return cost.verify_scale * min(_smallest_slope(curve) for curve in cost.verify)
+    return cost.node_s
+
+
+def cheapest_slope_s(cost: CostModel, sequences: int, context_tokens: int) -> float:
+    """Seconds per node of the cheapest way to grow a batch's pass: the smallest secant that starts at no nodes."""
+    seconds = verify_seconds(cost, sequences, context_tokens, sequences + NODES_AHEAD)[sequences:]
+    return float(((seconds[1:] - seconds[0]) / np.arange(1, len(seconds))).min())
 
 
 def paper_layer_s(fit: PaperFit, nodes: int) -> tuple[float, float]:
@@ -45,39 +55,49 @@ def paper_layer_s(fit: PaperFit, nodes: int) -> tuple[float, float]:
     return spent_s, fit.lambda_s + slope_s
 
 
-@lru_cache(maxsize=512)
-def _verify_seconds(
-    curves: tuple[CostCurve, ...], sequences: int, context_tokens: int, max_tokens: int
-) -> NDArray[np.float64]:
-    tokens = np.arange(max_tokens + 1)
-    short = sorted(_shortest(curves), key=lambda curve: curve.sequences)
-    counts = [curve.sequences for curve in short]
-    place = int(np.searchsorted(counts, sequences))
-    low, high = short[max(0, place - 1)], short[min(place, len(short) - 1)]
-    share = 0.0 if low is high else (sequences - low.sequences) / (high.sequences - low.sequences)
-    seconds = (1 - share) * _read(low, tokens) + share * _read(high, tokens)
-    seconds = seconds + _context_seconds(curves, sequences, context_tokens, tokens)
-    return np.maximum.accumulate(seconds)
+def curve_weights(curves: tuple[CostCurve, ...], sequences: int) -> list[tuple[int, float]]:
+    """(index, share) of the one or two short-context curves between which a batch of `sequences` lies."""
+    short = _shortest_context(curves)
+    places = sorted((c.sequences, index) for index, c in enumerate(curves) if c.context_tokens == short)
+    above = next((place for place, (count, _) in enumerate(places) if count >= sequences), len(places) - 1)
+    low, high = places[max(0, above - 1)], places[above]
+    if low is high or sequences >= high[0]:
+        return [(high[1], 1.0)]
+    if sequences <= low[0]:
+        return [(low[1], 1.0)]
+    share = (sequences - low[0]) / (high[0] - low[0])
+    return [(low[1], 1 - share), (high[1], share)]
 
 
-def _context_seconds(
-    curves: tuple[CostCurve, ...], sequences: int, context_tokens: int, tokens: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """What context beyond the profile's shortest adds, from two curves of one batch size that differ in context."""
-    for base in _shortest(curves):
-        longer = [c for c in curves if c.sequences == base.sequences and c.context_tokens > base.context_tokens]
-        if longer:
+def context_seconds(curves: tuple[CostCurve, ...], sequences: int, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """float64 [n]: what each context token per sequence beyond the profile's shortest context adds to a pass.
+
+    From two curves of one batch size that differ in context.
+    """
+    short = _shortest_context(curves)
+    for base in curves:
+        longer = [c for c in curves if c.sequences == base.sequences and c.context_tokens > short]
+        if base.context_tokens == short and longer:
             far = max(longer, key=lambda curve: curve.context_tokens)
             batches = sequences / base.sequences
-            share = tokens / batches
-            added = np.maximum(0.0, _read(far, share) - _read(base, share)) * batches
-            return added * max(0, context_tokens - base.context_tokens) / (far.context_tokens - base.context_tokens)
+            added = np.maximum(0.0, np.subtract(far.seconds, np.interp(far.tokens, base.tokens, base.seconds)))
+            share = np.interp(tokens / batches, far.tokens, added)
+            return np.maximum.accumulate(share) * batches / (far.context_tokens - short)
     return np.zeros(len(tokens))
 
 
-def _read(curve: CostCurve, tokens: NDArray) -> NDArray[np.float64]:
+def curve_seconds(curve: CostCurve, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """float64 [n]: the curve read at these token counts."""
     seconds = np.interp(tokens, curve.tokens, curve.seconds)
     return seconds + np.maximum(0, tokens - curve.tokens[-1]) * _mean_slope(curve)
+
+
+@lru_cache(maxsize=128)
+def _read(curves: tuple[CostCurve, ...], sequences: int, size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """float64 [size] each: seconds at the shortest context, and what each context token per sequence adds."""
+    tokens = np.arange(size)
+    seconds = sum(share * curve_seconds(curves[index], tokens) for index, share in curve_weights(curves, sequences))
+    return np.maximum.accumulate(seconds), context_seconds(curves, sequences, tokens)
 
 
 def _mean_slope(curve: CostCurve) -> float:
@@ -86,12 +106,5 @@ def _mean_slope(curve: CostCurve) -> float:
     return (curve.seconds[-1] - curve.seconds[0]) / (curve.tokens[-1] - curve.tokens[0])
 
 
-def _smallest_slope(curve: CostCurve) -> float:
-    """Smallest seconds per added token over all secants that start at the first point: the cheapest way to grow."""
-    rise, run = np.subtract(curve.seconds[1:], curve.seconds[0]), np.subtract(curve.tokens[1:], curve.tokens[0])
-    return float((rise / run).min()) if len(run) else 0.0
-
-
-def _shortest(curves: tuple[CostCurve, ...]) -> list[CostCurve]:
-    context_tokens = min(curve.context_tokens for curve in curves)
-    return [curve for curve in curves if curve.context_tokens == context_tokens]
+def _shortest_context(curves: tuple[CostCurve, ...]) -> int:
+    return min(curve.context_tokens for curve in curves)

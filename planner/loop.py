@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
+from dataclasses import replace
 from itertools import count
 
 from planner.calibration import Calibrator
-from planner.cost import plain_decode_s
+from planner.cost import cheapest_slope_s, verify_seconds
 from planner.signals import Signals
 from planner.tracker import CostTracker
 from treeline.config import LimitsConfig, PlannerConfig
 from treeline.plan import Plan, StepRecord, VerifierProfile
 
-GOODPUT_WINDOW_S = 2.0
+GOODPUT_MEMORY_S = 0.4
+"""Goodput forgets with this time constant: a step of the load is forgotten to 1 % within 2 s."""
+DEAD_BAND = 0.03
+"""A price that moved by less than this share is not published: small noise must not move trees."""
 MAX_NODES = 32
 MAX_DEPTH = 8
 QUIET_S = 2.0
@@ -28,24 +33,33 @@ class VerifierState:
         self.calibrator = Calibrator()
         self.metrics_url = metrics_url
         self.last_heard_s = time.monotonic()
-        self.steps = 0
-        self.recent: deque[StepRecord] = deque(maxlen=1024)
+        self.price = 0.0
+        self.last: StepRecord | None = None
+        self._work: deque[tuple[float, int, float]] = deque(maxlen=256)  # (unix_s, emitted tokens, step_s)
 
     def observe(self, record: StepRecord) -> None:
         """Learn from one step."""
         self.tracker.observe(record)
         self.calibrator.update(record.outcomes)
-        self.recent.append(record)
-        self.steps += 1
+        if record.sequences:
+            self.last = record
+            if not record.prefill_tokens:
+                self._work.append((record.unix_s, record.emitted_tokens, record.step_s))
 
     def goodput(self) -> float:
-        """Tokens per second of step time over the last seconds of work: R as it was realised."""
-        if not self.recent:
-            return 0.0
-        since = self.recent[-1].unix_s - GOODPUT_WINDOW_S
-        steps = [r for r in self.recent if r.unix_s >= since and not r.prefill_tokens]
-        seconds = sum(r.step_s for r in steps)
-        return sum(r.emitted_tokens for r in steps) / seconds if seconds else 0.0
+        """Tokens per second of step time over the last moments of work: R as it was realised; 0 before any work."""
+        tokens = seconds = 0.0
+        for unix_s, emitted_tokens, step_s in self._work:
+            weight = math.exp(min(0.0, unix_s - self._work[-1][0]) / GOODPUT_MEMORY_S)
+            tokens += weight * emitted_tokens
+            seconds += weight * step_s
+        return tokens / seconds if seconds else 0.0
+
+    def settle(self, price: float) -> float:
+        """The price to publish: the old one while the new one is nearly the same."""
+        if abs(price - self.price) > DEAD_BAND * self.price:
+            self.price = price
+        return self.price
 
 
 class PlanMaker:
@@ -58,13 +72,15 @@ class PlanMaker:
     def make(self, state: VerifierState, signals: Signals) -> Plan:
         """The plan for one verifier, as of now."""
         self._use_latency(state, signals)
-        cost = state.tracker.model()
-        plain = 1 / (plain_decode_s(cost) + cost.step_overhead_s)
-        goodput = max(state.goodput(), plain)
-        last = state.recent[-1] if state.recent else None
-        sequences = max(1, last.sequences) if last else 1
+        cost, last = state.tracker.model(), state.last
+        sequences = last.sequences if last else 1
+        context_tokens = last.context_tokens // sequences if last else 0
+        plain_s = float(verify_seconds(cost, sequences, context_tokens, sequences)[sequences])
+        # R is what this batch can reach, and it can always decode plainly.
+        goodput = max(state.goodput(), sequences / (plain_s + cost.step_overhead_s))
         startable = min(last.waiting, last.free_slots) if last else 0
-        price = goodput * (1 + startable / sequences)
+        price = state.settle(goodput * (1 + startable / sequences))
+        cost = replace(cost, node_s=cheapest_slope_s(cost, sequences, context_tokens))
         return Plan(
             version=next(self._versions),
             created_unix_s=time.time(),
@@ -80,8 +96,8 @@ class PlanMaker:
     def _use_latency(self, state: VerifierState, signals: Signals) -> None:
         """Requests run, but no records come: let the measured verification latency correct the cost model."""
         measured_s = signals.get("verify_p50_s")
-        last = state.recent[-1] if state.recent else None
-        if measured_s is None or last is None or not last.sequences or time.time() - last.unix_s < QUIET_S:
+        last = state.last
+        if measured_s is None or last is None or time.time() - last.unix_s < QUIET_S:
             return
         if signals.get("running") and last.predicted_verify_s:
             state.tracker.rescale(max(0.5, min(2.0, measured_s / last.predicted_verify_s)) ** 0.1)
@@ -90,7 +106,7 @@ class PlanMaker:
 def _reason(price: float, goodput: float, sequences: int, last: StepRecord | None, signals: Signals) -> str:
     if last is None:
         return f"from the device profile alone: {goodput:.0f} tok/s plain"
-    parts = [f"{goodput:.0f} tok/s over the last {GOODPUT_WINDOW_S:.0f} s at batch {sequences}"]
+    parts = [f"{goodput:.0f} tok/s lately at batch {sequences}"]
     if price > goodput:
         parts.append(f"{last.waiting} waiting raise the price to {price:.0f}")
     latency = signals.get("itl_p95_s")

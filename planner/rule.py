@@ -13,15 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.calibration import accepts
-from planner.cost import verify_seconds
+from planner.cost import cheapest_node_s, verify_seconds
 from planner.policies import Policy
 from treeline.plan import DEPTHS, Calibration, Plan
 from treeline.tree import ROOT, DraftTree
 
+MAX_ACCEPTANCE = 1 - 2.0**-20
+"""Below 1, so that a child is always worth less than its parent, and any order by worth is closed under parents."""
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """One request's drafted tree."""
+    """One decoding request's part of a step: its drafted tree, empty if nothing was drafted for it."""
 
     tree: DraftTree
     policy: Policy
@@ -36,7 +39,7 @@ class BatchState:
     Attributes:
         base_tokens: tokens in the pass in any case: one a sequence, and prompt chunks.
         context_tokens: mean committed tokens per sequence.
-        draft_s: seconds spent on drafting.
+        draft_s: seconds spent on drafting, or about to be.
         waiting_startable: Q, waiting requests that could start when this step ends.
     """
 
@@ -52,6 +55,7 @@ class Pruning:
 
     Attributes:
         keep: bool [n] per candidate, closed under parents.
+        gains: float64 [nodes]; w a(u) of every node that could have been pruned, in no order.
         price: R + mu Q, tokens per second.
         goodput: weighted tokens per second expected at the chosen size.
         expected_tokens: weighted tokens expected of the step.
@@ -59,6 +63,7 @@ class Pruning:
     """
 
     keep: list[NDArray[np.bool_]]
+    gains: NDArray[np.float64]
     price: float
     goodput: float
     expected_tokens: float
@@ -80,17 +85,20 @@ class Frontier:
 def prune_batch(candidates: list[Candidate], state: BatchState, plan: Plan) -> Pruning:
     """The best size for the batch, over every prefix of the nodes in order of their worth.
 
-    Requests whose policy does not prune keep their whole tree; those nodes are part of the pass at every size.
+    `candidates` are all the requests that decode in this step. Those whose policy does not prune keep their whole
+    tree; those nodes are part of the pass at every size.
     """
-    gains, prunable = _gains(candidates, plan.calibration)
-    fixed = int(len(gains) - prunable.sum())
-    order = np.argsort(-gains[prunable], kind="stable")  # equal gains: parents first, as they come first
-    cumulative = np.concatenate(([0.0], np.cumsum(gains[prunable][order])))
-    expected = sum(c.weight for c in candidates) + gains[~prunable].sum() + cumulative
+    sizes = np.asarray([len(c.tree) for c in candidates])
+    gains = _gains(candidates, sizes, plan.calibration)
+    prunable = np.repeat([c.policy.prunes for c in candidates], sizes)
+    open_gains = gains[prunable]
+    fixed = len(gains) - len(open_gains)
+    order = np.argsort(-open_gains)
+    cumulative = np.concatenate(([0.0], np.cumsum(open_gains[order])))
+    expected = sum(c.weight for c in candidates) + float(gains.sum() - cumulative[-1]) + cumulative
     base = state.base_tokens + fixed
     sequences = max(1, len(candidates))
-    curve = verify_seconds(plan.cost, sequences, state.context_tokens, base + len(order))
-    verify_s = curve[base:]
+    verify_s = verify_seconds(plan.cost, sequences, state.context_tokens, base + len(order))[base:]
     seconds = state.draft_s + plan.cost.step_overhead_s + verify_s
     best_goodput = float((expected / seconds).max())
     # A waiting request loses its share of the batch's goodput for as long as the step lasts.
@@ -98,69 +106,61 @@ def prune_batch(candidates: list[Candidate], state: BatchState, plan: Plan) -> P
     size = int(np.argmax(expected - price * seconds))
     chosen = ~prunable
     chosen[np.flatnonzero(prunable)[order[:size]]] = True
-    bounds = np.cumsum([len(c.tree) for c in candidates])[:-1]
     return Pruning(
-        keep=np.split(chosen, bounds),
+        keep=_split(chosen, sizes),
+        gains=open_gains,
         price=price,
         goodput=float(expected[size] / seconds[size]),
         expected_tokens=float(expected[size]),
         predicted_verify_s=float(verify_s[size]),
-        reason=_reason(size, order, gains[prunable], verify_s, price, fixed),
+        reason=_reason(size, order, open_gains, verify_s, price, fixed),
     )
 
 
-def worth_drafting(policies: list[Policy], weights: list[float], state: BatchState, plan: Plan) -> bool:
-    """Whether a first layer pays for these requests; policies other than smart always want to draft."""
-    if any(not policy.prunes and policy.max_depth > 0 for policy in policies):
-        return True
-    smart = [weight for policy, weight in zip(policies, weights, strict=True) if policy.prunes]
-    if not smart:
-        return False
-    cost = plan.cost
-    tokens = state.base_tokens + len(smart)
-    verify_s = verify_seconds(cost, max(1, state.base_tokens), state.context_tokens, tokens)
-    plain = state.base_tokens / (verify_s[state.base_tokens] + cost.step_overhead_s)
-    draft_s = cost.draft_round_trip_s + cost.draft_layer_s + cost.draft_node_s * len(smart)
-    added_s = draft_s + verify_s[tokens] - verify_s[state.base_tokens]
-    return sum(smart) * float(plan.calibration.kappa[:, 0].max()) > plain * added_s
-
-
 def another_layer(frontiers: list[Frontier], plan: Plan) -> bool:
-    """Whether running these nodes through the draft model pays, at the plan's price, for the whole batch."""
+    """Whether running these nodes through the draft model pays, at the plan's price, for the whole batch.
+
+    Each node's children are worth their total acceptance, less the price of verifying one of them at least.
+    """
     if any(not f.policy.prunes and f.depth < f.policy.max_depth for f in frontiers):
         return True
     smart = [f for f in frontiers if f.policy.prunes]
     kappa = plan.calibration.kappa
     gain = sum(f.weight * float(f.scores.sum()) * kappa[int(f.sampled), min(f.depth, DEPTHS - 1)] for f in smart)
     nodes = sum(len(f.scores) for f in smart)
-    return gain > plan.price * (plan.cost.draft_layer_s + plan.cost.draft_node_s * nodes)
+    node_s = plan.cost.draft_node_s + cheapest_node_s(plan.cost)
+    return gain > plan.price * (plan.cost.draft_layer_s + node_s * nodes)
 
 
-def _gains(candidates: list[Candidate], calibration: Calibration) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """(w a(u) of every node of the forest, whether it may be pruned), trees one behind the other."""
-    sizes = [len(c.tree) for c in candidates]
-    if not sum(sizes):
-        return np.zeros(0), np.zeros(0, np.bool_)
-    first = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
-    parents = np.concatenate([c.tree.parents for c in candidates])
-    parents = np.where(parents == ROOT, ROOT, parents + first)
-    depths = np.ones(len(parents), np.int32)
-    above = parents
-    while (inner := above != ROOT).any():
-        depths += inner
-        above = np.where(inner, parents[above], ROOT)
-    scores = accepts(
-        calibration,
-        np.concatenate([c.tree.sources for c in candidates]),
-        depths,
-        np.concatenate([c.tree.draft_probs for c in candidates]),
-        np.repeat([c.sampled for c in candidates], sizes),
-    ).astype(np.float64)
-    for depth in range(2, int(depths.max()) + 1):
-        layer = np.flatnonzero(depths == depth)
-        scores[layer] *= scores[parents[layer]]
-    weights = np.repeat([c.weight for c in candidates], sizes)
-    return weights * scores, np.repeat([c.policy.prunes for c in candidates], sizes)
+def _gains(candidates: list[Candidate], sizes: NDArray[np.intp], calibration: Calibration) -> NDArray[np.float64]:
+    """float64 [nodes]: w a(u) of every node of the forest, trees one behind the other."""
+    total = int(sizes.sum())
+    if not total:
+        return np.zeros(0)
+    trees = [c.tree for c in candidates]
+    first = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    parents = np.concatenate([tree.parents for tree in trees])
+    # The roots become one more node behind all others, which is its own parent.
+    jump = np.append(np.where(parents == ROOT, total, parents + first), total)
+    depths, jumps = np.append(np.ones(total, np.intp), 0), [jump]
+    while (jump := jumps[-1]).min() < total:
+        # Pointer jumping: every round doubles the distance that is looked up the path.
+        depths += depths[jump]
+        jumps.append(jump[jump])
+    sampled = np.repeat([c.sampled for c in candidates], sizes)
+    sources = np.concatenate([tree.sources for tree in trees])
+    probs = np.concatenate([tree.draft_probs for tree in trees])
+    edges = accepts(calibration, sources, depths[:-1], probs, sampled)
+    scores = np.append(np.minimum(edges, MAX_ACCEPTANCE), 1.0)
+    for jump in jumps[:-1]:
+        scores *= scores[jump]
+    return np.repeat([c.weight for c in candidates], sizes) * scores[:-1]
+
+
+def _split(values: NDArray[np.bool_], sizes: NDArray[np.intp]) -> list[NDArray[np.bool_]]:
+    """`values` cut into pieces of these sizes."""
+    ends = np.cumsum(sizes).tolist()
+    return [values[end - size : end] for end, size in zip(ends, sizes.tolist(), strict=True)]
 
 
 def _reason(

@@ -2,63 +2,79 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import replace
 
 import numpy as np
-from scipy.optimize import least_squares
+from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression, least_squares
 
-from planner.cost import verify_seconds
+from planner.cost import context_seconds, curve_seconds, curve_weights
+from planner.rls import RecursiveLeastSquares
 from treeline.plan import CostCurve, CostModel, PaperFit, StepRecord, VerifierProfile
 
 WINDOW_STEPS = 15
-"""The correction follows the median of this many steps: an outlier or a pause moves nothing, a lasting change does."""
-LEARNING_RATE = 0.2
-MAX_SCALE = 20.0
 ERROR_STEPS = 200
-FORGETTING = 0.98
+NOISE = 0.05
+"""Verification times scatter about this much, as a ratio."""
+SCALE_DEVIATION, POINT_DEVIATION, CONTEXT_DEVIATION = 0.5, 0.15, 0.5
+"""How far, as logarithms of ratios, the whole device, one point of the profile and the context's part may drift."""
+VERIFY_MEMORY = 0.9995
+MAX_LOG_SCALE = 3.0
+DRAFT_DEVIATION_S = (1e-3, 1e-4, 5e-3, 5e-4)
+"""Prior deviations of round trip, request, layer and node."""
+DRAFT_NOISE_S = 1e-3
+DRAFT_MEMORY = 0.999
 
 
 class CostTracker:
-    """Learns one verifier's costs, starting from its profile."""
+    """Learns one verifier's costs, starting from its profile.
+
+    The logarithm of every measured point of the profile's short curves is corrected, and with them one scale of the
+    whole device and one of what context adds. A step teaches the points it lies between, and the device: where a batch
+    has run, its own points are right; elsewhere the device's drift is known at least.
+    """
 
     def __init__(self, profile: VerifierProfile) -> None:
-        base = profile.verify[0]
-        self._cost = CostModel(
-            verify=profile.verify,
-            draft_layer_s=profile.draft_layer_s,
-            draft_node_s=profile.draft_node_s,
-            paper=fit_paper(base, profile.draft_node_s),
-        )
-        self._ratios: deque[float] = deque(maxlen=WINDOW_STEPS)
-        self._round_trips: deque[float] = deque(maxlen=WINDOW_STEPS)
+        self._profile = profile
+        self._short = min(curve.context_tokens for curve in profile.verify)
+        self._offsets = _offsets(profile.verify, self._short)
+        drift = _drift([profile.verify[index] for index in self._offsets])
+        self._verify = RecursiveLeastSquares(np.zeros(len(drift)), drift, NOISE, VERIFY_MEMORY)
+        drafting = np.asarray([0.0, 0.0, profile.draft_layer_s, profile.draft_node_s])
+        spread = np.diag(np.square(DRAFT_DEVIATION_S))
+        self._draft = RecursiveLeastSquares(drafting, spread, DRAFT_NOISE_S, DRAFT_MEMORY)
+        self._paper = fit_paper(profile.verify[0], profile.draft_node_s)
         self._overheads: deque[float] = deque(maxlen=WINDOW_STEPS)
         self._errors: deque[float] = deque(maxlen=ERROR_STEPS)
-        # Normal equations of drafter_s ~ layers * d0 + nodes * d1, with the profile as a weak prior.
-        self._gram = np.diag([1.0, 16.0])
-        self._moment = self._gram @ [profile.draft_layer_s, profile.draft_node_s]
+        self._model: CostModel | None = None
 
     def observe(self, record: StepRecord) -> None:
-        """Learn from one step. Steps that run prompts are ignored: they say nothing of verification."""
-        if record.prefill_tokens or not record.sequences:
+        """Learn from one step, drafted or not. Steps that run prompts are ignored: they say nothing of verification."""
+        if record.prefill_tokens or not record.sequences or record.verify_s <= 0:
             return
+        if record.predicted_verify_s and record.plan_version:
+            self._errors.append(abs(record.predicted_verify_s / record.verify_s - 1))
         self._observe_verification(record)
         self._overheads.append(max(0.0, record.step_s - record.draft_s - record.verify_s))
-        if record.draft_s:
-            self._round_trips.append(max(0.0, record.draft_s - record.drafter_s))
-        if record.draft_layer_nodes:
-            self._observe_layers(record)
+        if record.drafter_s and not record.catch_up_tokens:
+            layers = record.draft_layer_nodes
+            x = np.asarray([1.0, record.sequences, len(layers), sum(layers)])
+            self._draft.update(x, record.draft_s - float(x @ self._draft.theta))
+        self._model = None
 
     def model(self) -> CostModel:
         """The cost model as it is now."""
-        return replace(
-            self._cost,
-            draft_round_trip_s=float(np.median(self._round_trips)) if self._round_trips else 0.0,
-            step_overhead_s=float(np.median(self._overheads)) if self._overheads else 0.0,
-        )
+        if self._model is None:
+            self._model = self._corrected()
+        return self._model
 
     def error(self) -> tuple[float, float]:
-        """(median, 95th percentile) of recent |predicted - measured| / measured verification seconds."""
+        """(median, 95th percentile) of recent |predicted - measured| / measured verification seconds.
+
+        Predicted is what the verifier expected, of the plan it had, before the step ran.
+        """
         if not self._errors:
             return 0.0, 0.0
         p50, p95 = np.quantile(self._errors, [0.5, 0.95])
@@ -66,32 +82,93 @@ class CostTracker:
 
     def rescale(self, ratio: float) -> None:
         """Correct all verification costs at once: `ratio` is measured / predicted."""
-        scale = float(np.clip(self._cost.verify_scale * ratio, 1 / MAX_SCALE, MAX_SCALE))
-        self._cost = replace(self._cost, verify_scale=scale)
+        self._verify.theta[0] += math.log(ratio)
+        self._model = None
 
     def _observe_verification(self, record: StepRecord) -> None:
-        context_tokens = record.context_tokens // record.sequences
-        curve = verify_seconds(self._cost, record.sequences, context_tokens, record.tokens)
-        predicted_s = float(curve[record.tokens])
-        self._errors.append(abs(predicted_s - record.verify_s) / record.verify_s)
-        unscaled = record.verify_s / predicted_s * self._cost.verify_scale
-        self._ratios.append(unscaled)
-        wanted = float(np.median(self._ratios))
-        self.rescale((wanted / self._cost.verify_scale) ** LEARNING_RATE)
+        predicted_s, x = self._predict(record.sequences, record.context_tokens // record.sequences, record.tokens)
+        self._verify.update(x, float(np.log(record.verify_s / predicted_s)))
 
-    def _observe_layers(self, record: StepRecord) -> None:
-        x = np.asarray([len(record.draft_layer_nodes), sum(record.draft_layer_nodes)], np.float64)
-        self._gram = FORGETTING * self._gram + np.outer(x, x)
-        self._moment = FORGETTING * self._moment + x * record.drafter_s
-        layer_s, node_s = np.maximum(np.linalg.lstsq(self._gram, self._moment, rcond=None)[0], 0.0)
-        self._cost = replace(self._cost, draft_layer_s=float(layer_s), draft_node_s=float(node_s))
+    def _predict(self, sequences: int, context_tokens: int, tokens: int) -> tuple[float, NDArray[np.float64]]:
+        """Verification seconds as corrected so far, and the gradient of their logarithm by the parameters."""
+        theta, curves = self._verify.theta, self._profile.verify
+        x = np.zeros(len(theta))
+        count = np.asarray([tokens])
+        beyond_tokens = max(0, context_tokens - self._short)
+        x[1] = math.exp(theta[1]) * beyond_tokens * float(context_seconds(curves, sequences, count)[0])
+        for index, share in curve_weights(curves, sequences):
+            curve, first = curves[index], self._offsets[index]
+            place = float(np.interp(tokens, curve.tokens, range(len(curve.tokens))))
+            # Beyond the last point the curve goes on in its direction, all of it moved by that point's correction.
+            beyond = float(curve_seconds(curve, count)[0]) / curve.seconds[-1] if tokens > curve.tokens[-1] else 1.0
+            for point, weight in ((int(place), 1 - place % 1), (int(place) + 1, place % 1)):
+                if weight:
+                    x[first + point] += share * weight * beyond * curve.seconds[point] * math.exp(theta[first + point])
+        total = float(x.sum())
+        x /= total
+        x[0] = 1.0
+        return total * math.exp(theta[0]), x
+
+    def _corrected(self) -> CostModel:
+        theta = np.clip(self._verify.theta, -MAX_LOG_SCALE, MAX_LOG_SCALE)
+        short: dict[int, CostCurve] = {}
+        for index, first in self._offsets.items():
+            curve = self._profile.verify[index]
+            points = slice(first, first + len(curve.tokens))
+            seconds, certainty = curve.seconds * np.exp(theta[points]), 1 / self._verify.variances[points]
+            short[index] = replace(curve, seconds=tuple(isotonic_regression(seconds, weights=certainty).x.tolist()))
+        round_trip_s, sequence_s, layer_s, node_s = np.maximum(self._draft.theta, 0.0).tolist()
+        return CostModel(
+            verify=tuple(
+                short[index] if index in short else self._moved(curve, short, float(np.exp(theta[1])))
+                for index, curve in enumerate(self._profile.verify)
+            ),
+            verify_scale=float(np.exp(theta[0])),
+            draft_round_trip_s=round_trip_s,
+            draft_sequence_s=sequence_s,
+            draft_layer_s=layer_s,
+            draft_node_s=node_s,
+            step_overhead_s=float(np.median(self._overheads)) if self._overheads else 0.0,
+            paper=self._paper,
+        )
+
+    def _moved(self, far: CostCurve, short: dict[int, CostCurve], scale: float) -> CostCurve:
+        """A curve of longer context, moved along with the short one of its batch size."""
+        index = next((i for i in short if self._profile.verify[i].sequences == far.sequences), None)
+        if index is None:
+            return far
+        before, now = (np.interp(far.tokens, c.tokens, c.seconds) for c in (self._profile.verify[index], short[index]))
+        seconds = np.maximum.accumulate(now + scale * np.maximum(0.0, far.seconds - before))
+        return replace(far, seconds=tuple(seconds.tolist()))
+
+
+def _offsets(curves: tuple[CostCurve, ...], short: int) -> dict[int, int]:
+    """Where each short curve's points begin among the tracked parameters, by the curve's index."""
+    offsets, first = {}, 2
+    for index, curve in enumerate(curves):
+        if curve.context_tokens == short:
+            offsets[index] = first
+            first += len(curve.tokens)
+    return offsets
+
+
+def _drift(curves: list[CostCurve]) -> NDArray[np.float64]:
+    """float64 [2 + points, 2 + points]: prior covariance of the scale, the context's part, and all points of `curves`.
+
+    Points drift together the more alike they are: the correlation falls by 1/e every two doublings of tokens or batch.
+    """
+    places = np.log2([(n, curve.sequences) for curve in curves for n in curve.tokens])
+    apart = np.abs(places[:, None] - places[None]).sum(-1)
+    covariance = np.diag(np.square([SCALE_DEVIATION, CONTEXT_DEVIATION] + [0.0] * len(places)))
+    covariance[2:, 2:] = POINT_DEVIATION**2 * np.exp(-apart / 2)
+    return covariance
 
 
 def fit_paper(curve: CostCurve, draft_node_s: float) -> PaperFit:
     """The paper's own fit of one curve: verify = gamma * (exp(delta * n^rho) - 1), zero at n = 0, by least squares."""
     tokens, seconds = np.asarray(curve.tokens, np.float64), np.asarray(curve.seconds, np.float64)
 
-    def residuals(logs: np.ndarray) -> np.ndarray:
+    def residuals(logs: NDArray[np.float64]) -> NDArray[np.float64]:
         gamma, delta, rho = np.exp(np.clip(logs, -20, 5))
         return np.log(gamma * np.expm1(np.minimum(delta * tokens**rho, 50.0)) + 1e-12) - np.log(seconds)
 

@@ -44,6 +44,7 @@ _SCALARS = (
     "step_s",
     "goodput",
     "price",
+    "catch_up_tokens",
 )
 
 
@@ -57,9 +58,11 @@ def plan_to_proto(plan: Plan) -> pb.Plan:
             verify=_curves_to_proto(cost.verify),
             verify_scale=cost.verify_scale,
             draft_round_trip_s=cost.draft_round_trip_s,
+            draft_sequence_s=cost.draft_sequence_s,
             draft_layer_s=cost.draft_layer_s,
             draft_node_s=cost.draft_node_s,
             step_overhead_s=cost.step_overhead_s,
+            node_s=cost.node_s,
             paper=_paper_to_proto(cost.paper),
         ),
         calibration=pb.Calibration(
@@ -86,9 +89,11 @@ def plan_from_proto(message: pb.Plan) -> Plan:
             verify=_curves_from_proto(cost.verify),
             verify_scale=cost.verify_scale,
             draft_round_trip_s=cost.draft_round_trip_s,
+            draft_sequence_s=cost.draft_sequence_s,
             draft_layer_s=cost.draft_layer_s,
             draft_node_s=cost.draft_node_s,
             step_overhead_s=cost.step_overhead_s,
+            node_s=cost.node_s,
             paper=PaperFit(paper.lambda_s, paper.gamma_s, paper.delta, paper.rho) if cost.HasField("paper") else None,
         ),
         calibration=Calibration(

@@ -46,19 +46,23 @@ class CostModel:
     Attributes:
         verify: curves of the profile, at least one.
         verify_scale: online correction, multiplies every curve.
-        draft_round_trip_s: r, the way to the drafter and back, once per layerless exchange.
+        draft_round_trip_s: r, the way to the drafter and back, once a step.
+        draft_sequence_s: what drafting takes per request whatever its tree: messages, lookups, pruning.
         draft_layer_s: d0, one more tree layer.
         draft_node_s: d1, one more node in a layer.
         step_overhead_s: C_step, all of a step that is neither drafting nor verification.
+        node_s: the least that one more verified node costs at the load the plan was made for.
         paper: the fit used by the `smart-paper` policy, if there is one.
     """
 
     verify: tuple[CostCurve, ...]
     verify_scale: float = 1.0
     draft_round_trip_s: float = 0.0
+    draft_sequence_s: float = 0.0
     draft_layer_s: float = 0.0
     draft_node_s: float = 0.0
     step_overhead_s: float = 0.0
+    node_s: float = 0.0
     paper: PaperFit | None = None
 
 
@@ -140,14 +144,15 @@ class StepRecord:
         emitted_tokens: tokens given to requests.
         running, waiting: requests when the step began.
         free_slots: sequences that could still be admitted (slots and blocks).
-        draft_s: seconds waited for the drafter, round trip included.
+        draft_s: seconds that drafting took in all: messages, waiting for the drafter, pruning.
         drafter_s: seconds the drafter itself worked.
         draft_layer_nodes: nodes run per layer of the draft model.
         verify_s: seconds of the verification pass and sampling.
-        predicted_verify_s: what the plan's cost model had said, 0 if there was none.
+        predicted_verify_s: what the plan's cost model said of this pass before it ran.
         step_s: seconds of the whole step.
         goodput: weighted tokens per second this step was expected to bring at the chosen size, 0 if undrafted.
         price: R + mu * Q of this step, tokens per second, 0 if undrafted.
+        catch_up_tokens: what the drafter ran to bring its cache up to date; such a step does not teach draft costs.
     """
 
     step_id: int
@@ -173,6 +178,7 @@ class StepRecord:
     goodput: float
     price: float
     outcomes: NodeOutcomes = field(default_factory=NodeOutcomes.empty)
+    catch_up_tokens: int = 0
 
 
 @dataclass(frozen=True)

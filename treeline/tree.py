@@ -70,11 +70,10 @@ class DraftTree:
     @cached_property
     def depths(self) -> NDArray[np.int32]:
         """int32 [n]; 1 for children of the root."""
-        depths = np.ones(len(self), np.int32)
+        depths = [0] * (len(self) + 1)  # the last one stands for the root, whose index is -1
         for node, parent in enumerate(self.parents.tolist()):
-            if parent != ROOT:
-                depths[node] = depths[parent] + 1
-        return depths
+            depths[node] = depths[parent] + 1
+        return np.asarray(depths[:-1], np.int32)
 
     def path_products(self, edge_values: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32 [n]: product of `edge_values` over each node's path, itself included."""
@@ -90,15 +89,18 @@ class DraftTree:
         Raises:
             ValueError: a kept node's parent is not kept.
         """
-        if keep.all():
+        kept = np.flatnonzero(keep)
+        if len(kept) == len(self):
             return self
-        has_parent = self.parents != ROOT
-        if (keep[has_parent] & ~keep[self.parents[has_parent]]).any():
+        if not len(kept):
+            return EMPTY_TREE
+        new_index = np.full(len(self) + 1, -2, np.int32)
+        new_index[kept] = np.arange(len(kept), dtype=np.int32)
+        new_index[ROOT] = ROOT
+        parents = new_index[self.parents[kept]]
+        if parents.min() < ROOT:
             raise ValueError("a kept node's parent was dropped")
-        new_index = np.cumsum(keep, dtype=np.int32) - 1
-        parents = self.parents[keep]
-        parents = np.where(parents == ROOT, ROOT, new_index[parents]).astype(np.int32)
-        return DraftTree(self.token_ids[keep], parents, self.draft_probs[keep], self.ranks[keep], self.sources[keep])
+        return DraftTree(self.token_ids[kept], parents, self.draft_probs[kept], self.ranks[kept], self.sources[kept])
 
     def check(self, vocab_size: int) -> None:
         """Raise ValueError unless this is a tree that may be verified (what arrives over a network need not be)."""

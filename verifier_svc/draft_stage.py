@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
-from planner.rule import BatchState, Candidate, Pruning, prune_batch, worth_drafting
+from planner.cost import verify_seconds
+from planner.gate import DraftGate
+from planner.rule import BatchState, Candidate, Pruning, prune_batch
 from treeline.config import LimitsConfig
 from treeline.drafting import DraftLink, DraftReply, DraftRequest, DraftSequence, DraftStats
 from treeline.plan import Plan
 from treeline.tree import DraftTree
 from verifier_svc.scheduler import Batch, Scheduler
 from verifier_svc.sequence import Sequence
-
-PROBE_INTERVAL_STEPS = 32
-"""While drafting does not pay, it is tried this often, so that the planner can see when it pays again."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Drafts:
     Attributes:
         drafted_nodes: nodes grown for each session, before pruning.
         pruning: None if nothing was drafted.
-        draft_s: seconds waited for the drafter.
+        draft_s: seconds that drafting took: messages, waiting for the drafter, pruning; 0 if nobody was asked.
+        predicted_verify_s: of the pass to come, by the plan's cost model.
         refusal: why nothing was drafted, for people; empty if something was.
     """
 
@@ -33,6 +34,7 @@ class Drafts:
     pruning: Pruning | None = None
     stats: DraftStats = field(default_factory=DraftStats)
     draft_s: float = 0.0
+    predicted_verify_s: float = 0.0
     refusal: str = ""
 
     def tree(self, sequence: Sequence) -> DraftTree:
@@ -40,16 +42,24 @@ class Drafts:
 
 
 class DraftStage:
-    """Owns the link to the drafter, and knows which ended sessions it has still to be told of."""
+    """Owns the link to the drafter and the gate before it, and knows which ended sessions it must still hear of."""
 
-    def __init__(self, link: DraftLink | None, scheduler: Scheduler, limits: LimitsConfig, timeout_s: float) -> None:
+    def __init__(
+        self,
+        link: DraftLink | None,
+        scheduler: Scheduler,
+        limits: LimitsConfig,
+        timeout_s: float,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.link = link
         self.unreleased: list[int] = []
         self._scheduler = scheduler
         self._limits = limits
         self._timeout_s = timeout_s
+        self._clock = clock
         self._step_id = 0
-        self._steps_undrafted = 0
+        self._gate = DraftGate()
 
     @property
     def ready(self) -> bool:
@@ -57,19 +67,22 @@ class DraftStage:
 
     def run(self, batch: Batch, plan: Plan) -> Drafts:
         """The trees to verify in this step; without any if drafting is off, away, late or not worth it."""
-        wanting = [s for s in batch.decoding if self._allowance(s, plan)[0] > 0]
-        refusal = self._refusal(wanting, batch, plan)
-        if refusal:
+        started_s = self._clock()
+        weights = _weights(batch.decoding)
+        asked, refusal = self._choose(batch, plan, started_s)
+        if not asked:
             self.release()
-            return Drafts(refusal=refusal)
-        started_s = time.perf_counter()
-        reply = self._exchange([self._message(s, plan) for s in wanting])
-        draft_s = time.perf_counter() - started_s
+            return Drafts(predicted_verify_s=self._plain_verify_s(batch, plan), refusal=refusal)
+        reply = self._exchange([self._message(s, weights[s.session_id], plan) for s in asked])
+        draft_s = self._clock() - started_s
         if reply is None:
-            return Drafts(draft_s=draft_s, refusal="the drafter did not answer in time")
-        for sequence in wanting:
+            self._gate.late(draft_s, self._clock())
+            predicted_s = self._plain_verify_s(batch, plan)
+            return Drafts(draft_s=draft_s, predicted_verify_s=predicted_s, refusal="the drafter did not answer in time")
+        for sequence in asked:
             sequence.drafter_tokens = reply.held.get(sequence.session_id, len(sequence.token_ids))
-        return self._prune(wanting, reply, batch, plan, draft_s)
+        drafts = self._prune(batch, asked, weights, reply, plan, draft_s)
+        return self._finish(asked, drafts, started_s)
 
     def forget(self, sequence: Sequence) -> None:
         """The request has ended: its session is to be released."""
@@ -83,18 +96,25 @@ class DraftStage:
         elif self.unreleased:
             self._exchange([])
 
-    def _refusal(self, wanting: list[Sequence], batch: Batch, plan: Plan) -> str:
-        """Why not to draft now, or nothing."""
+    def _choose(self, batch: Batch, plan: Plan, now_s: float) -> tuple[list[Sequence], str]:
+        """The requests to draft for in this step, and, if there are none, why.
+
+        Fixed policies always want their trees; for the others the gate decides.
+        """
+        wanting = [s for s in batch.decoding if self._allowance(s, plan)[0] > 0]
         if not wanting:
-            return "no request of this step may draft"
+            return [], "no request of this step may draft"
         if not self.ready:
-            return "no drafter"
-        policies, weights = [s.policy for s in wanting], [s.request.weight for s in wanting]
-        pays = worth_drafting(policies, weights, self._state(batch, 0.0), plan)
-        self._steps_undrafted = 0 if pays else self._steps_undrafted + 1
-        if pays or self._steps_undrafted % PROBE_INTERVAL_STEPS == 0:
-            return ""
-        return "drafting does not pay at this load"
+            return [], "no drafter"
+        asked = [s for s in wanting if not s.policy.prunes]
+        smart = [s for s in wanting if s.policy.prunes]
+        if not smart:
+            return asked, ""
+        state, sequences = self._state(batch, 0.0), len(batch.decoding)
+        decision = self._gate.decide(len(smart), sequences, state, plan, bool(asked), now_s)
+        # A probe is cheapest with those whom the drafter has followed furthest.
+        smart.sort(key=lambda s: len(s.token_ids) - s.drafter_tokens)
+        return asked + smart[: decision.requests], decision.reason
 
     def _allowance(self, sequence: Sequence, plan: Plan) -> tuple[int, int]:
         """(nodes, depth) this request may use now. The last token to come needs no draft: it is the bonus token."""
@@ -115,7 +135,12 @@ class DraftStage:
             waiting_startable=self._scheduler.free_slots,
         )
 
-    def _message(self, sequence: Sequence, plan: Plan) -> DraftSequence:
+    def _plain_verify_s(self, batch: Batch, plan: Plan) -> float:
+        state = self._state(batch, 0.0)
+        tokens, sequences = state.base_tokens, max(1, len(batch.decoding))
+        return float(verify_seconds(plan.cost, sequences, state.context_tokens, tokens)[tokens])
+
+    def _message(self, sequence: Sequence, weight: float, plan: Plan) -> DraftSequence:
         max_nodes, max_depth = self._allowance(sequence, plan)
         start = min(sequence.drafter_tokens, len(sequence.token_ids) - 1)
         return DraftSequence(
@@ -126,7 +151,7 @@ class DraftStage:
             policy=sequence.policy.spec,
             max_nodes=max_nodes,
             max_depth=max_depth,
-            weight=sequence.request.weight,
+            weight=weight,
         )
 
     def _exchange(self, sequences: list[DraftSequence]) -> DraftReply | None:
@@ -137,22 +162,46 @@ class DraftStage:
             self.unreleased = []
         return reply
 
-    def _prune(self, wanting: list[Sequence], reply: DraftReply, batch: Batch, plan: Plan, draft_s: float) -> Drafts:
+    def _prune(
+        self,
+        batch: Batch,
+        asked: list[Sequence],
+        weights: dict[int, float],
+        reply: DraftReply,
+        plan: Plan,
+        draft_s: float,
+    ) -> Drafts:
+        allowed = {s.session_id: self._allowance(s, plan) for s in asked}
         candidates = []
-        for sequence in wanting:
+        for sequence in batch.decoding:
             tree = reply.trees.get(sequence.session_id, DraftTree.empty())
-            max_nodes, max_depth = self._allowance(sequence, plan)
-            if len(tree) > max_nodes or (len(tree) and int(tree.depths.max()) > max_depth):
+            max_nodes, max_depth = allowed.get(sequence.session_id, (0, 0))
+            if len(tree) > max_nodes or (len(tree) > max_depth and int(tree.depths.max()) > max_depth):
                 tree = DraftTree.empty()  # more than was allowed: not to be trusted with our memory
             sampled = not sequence.request.sampling.greedy
-            candidates.append(Candidate(tree, sequence.policy, sequence.request.weight, sampled))
+            candidates.append(Candidate(tree, sequence.policy, weights[sequence.session_id], sampled))
         pruning = prune_batch(candidates, self._state(batch, draft_s), plan)
         kept = [candidate.tree.select(keep) for candidate, keep in zip(candidates, pruning.keep, strict=True)]
-        sessions = [s.session_id for s in wanting]
+        sessions = [s.session_id for s in batch.decoding]
         return Drafts(
-            trees=dict(zip(sessions, kept, strict=True)),
-            drafted_nodes=dict(zip(sessions, (len(c.tree) for c in candidates), strict=True)),
+            trees={session: tree for session, tree in zip(sessions, kept, strict=True) if session in allowed},
+            drafted_nodes={s: len(c.tree) for s, c in zip(sessions, candidates, strict=True) if s in allowed},
             pruning=pruning,
             stats=reply.stats,
-            draft_s=draft_s,
+            predicted_verify_s=pruning.predicted_verify_s,
         )
+
+    def _finish(self, asked: list[Sequence], drafts: Drafts, started_s: float) -> Drafts:
+        """Count what drafting took, pruning included, and let the gate learn from it."""
+        now_s = self._clock()
+        draft_s = now_s - started_s
+        smart = sum(s.policy.prunes for s in asked)
+        if smart and drafts.pruning:
+            self._gate.drafted(smart, drafts.pruning.gains, drafts.stats.layer_nodes, draft_s, now_s)
+        return replace(drafts, draft_s=draft_s)
+
+
+def _weights(sequences: list[Sequence]) -> dict[int, float]:
+    """What a token of each request is worth, by session. 1 on average: weights shift nodes, and leave goodput as is."""
+    total = sum(s.request.weight for s in sequences)
+    return {s.session_id: s.request.weight * len(sequences) / total for s in sequences}

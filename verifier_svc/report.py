@@ -51,11 +51,12 @@ def step_record(
         drafter_s=drafts.stats.draft_s,
         draft_layer_nodes=drafts.stats.layer_nodes,
         verify_s=verify_s,
-        predicted_verify_s=drafts.pruning.predicted_verify_s if drafts.pruning else 0.0,
+        predicted_verify_s=drafts.predicted_verify_s,
         step_s=step_s,
         goodput=drafts.pruning.goodput if drafts.pruning else 0.0,
         price=drafts.pruning.price if drafts.pruning else 0.0,
         outcomes=concatenate(outcomes),
+        catch_up_tokens=drafts.stats.catch_up_tokens,
     )
 
 

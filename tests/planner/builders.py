@@ -17,7 +17,7 @@ def plan_with(cost: CostModel, price: float = 0.0, **changes: object) -> Plan:
 def linear_cost(fixed_s: float = 0.03, token_s: float = 0.001, **changes: float) -> CostModel:
     tokens = tuple(range(1, 129))
     curve = CostCurve(1, 64, tokens, tuple(fixed_s + token_s * n for n in tokens))
-    return CostModel(verify=(curve,), **changes)  # type: ignore[arg-type]
+    return CostModel(verify=(curve,), node_s=token_s, **changes)  # type: ignore[arg-type]
 
 
 def random_tree(random: np.random.Generator, most: int) -> DraftTree:

@@ -31,7 +31,7 @@ class PaperFit(_message.Message):
     def __init__(self, lambda_s: _Optional[float] = ..., gamma_s: _Optional[float] = ..., delta: _Optional[float] = ..., rho: _Optional[float] = ...) -> None: ...
 
 class CostModel(_message.Message):
-    __slots__ = ("verify", "verify_scale", "draft_round_trip_s", "draft_layer_s", "draft_node_s", "step_overhead_s", "paper")
+    __slots__ = ("verify", "verify_scale", "draft_round_trip_s", "draft_layer_s", "draft_node_s", "step_overhead_s", "paper", "draft_sequence_s", "node_s")
     VERIFY_FIELD_NUMBER: _ClassVar[int]
     VERIFY_SCALE_FIELD_NUMBER: _ClassVar[int]
     DRAFT_ROUND_TRIP_S_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,8 @@ class CostModel(_message.Message):
     DRAFT_NODE_S_FIELD_NUMBER: _ClassVar[int]
     STEP_OVERHEAD_S_FIELD_NUMBER: _ClassVar[int]
     PAPER_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_SEQUENCE_S_FIELD_NUMBER: _ClassVar[int]
+    NODE_S_FIELD_NUMBER: _ClassVar[int]
     verify: _containers.RepeatedCompositeFieldContainer[CostCurve]
     verify_scale: float
     draft_round_trip_s: float
@@ -46,7 +48,9 @@ class CostModel(_message.Message):
     draft_node_s: float
     step_overhead_s: float
     paper: PaperFit
-    def __init__(self, verify: _Optional[_Iterable[_Union[CostCurve, _Mapping]]] = ..., verify_scale: _Optional[float] = ..., draft_round_trip_s: _Optional[float] = ..., draft_layer_s: _Optional[float] = ..., draft_node_s: _Optional[float] = ..., step_overhead_s: _Optional[float] = ..., paper: _Optional[_Union[PaperFit, _Mapping]] = ...) -> None: ...
+    draft_sequence_s: float
+    node_s: float
+    def __init__(self, verify: _Optional[_Iterable[_Union[CostCurve, _Mapping]]] = ..., verify_scale: _Optional[float] = ..., draft_round_trip_s: _Optional[float] = ..., draft_layer_s: _Optional[float] = ..., draft_node_s: _Optional[float] = ..., step_overhead_s: _Optional[float] = ..., paper: _Optional[_Union[PaperFit, _Mapping]] = ..., draft_sequence_s: _Optional[float] = ..., node_s: _Optional[float] = ...) -> None: ...
 
 class Calibration(_message.Message):
     __slots__ = ("acceptance", "kappa")
@@ -93,7 +97,7 @@ class NodeOutcomes(_message.Message):
     def __init__(self, sources: _Optional[bytes] = ..., depths: _Optional[bytes] = ..., ranks: _Optional[bytes] = ..., flags: _Optional[bytes] = ..., draft_probs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StepRecord(_message.Message):
-    __slots__ = ("step_id", "unix_s", "plan_version", "sequences", "tokens", "prefill_tokens", "context_tokens", "drafted_nodes", "verified_nodes", "accepted_nodes", "emitted_tokens", "running", "waiting", "free_slots", "draft_s", "drafter_s", "draft_layer_nodes", "verify_s", "predicted_verify_s", "step_s", "goodput", "outcomes", "price")
+    __slots__ = ("step_id", "unix_s", "plan_version", "sequences", "tokens", "prefill_tokens", "context_tokens", "drafted_nodes", "verified_nodes", "accepted_nodes", "emitted_tokens", "running", "waiting", "free_slots", "draft_s", "drafter_s", "draft_layer_nodes", "verify_s", "predicted_verify_s", "step_s", "goodput", "outcomes", "price", "catch_up_tokens")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     UNIX_S_FIELD_NUMBER: _ClassVar[int]
     PLAN_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +121,7 @@ class StepRecord(_message.Message):
     GOODPUT_FIELD_NUMBER: _ClassVar[int]
     OUTCOMES_FIELD_NUMBER: _ClassVar[int]
     PRICE_FIELD_NUMBER: _ClassVar[int]
+    CATCH_UP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     unix_s: float
     plan_version: int
@@ -140,7 +145,8 @@ class StepRecord(_message.Message):
     goodput: float
     outcomes: NodeOutcomes
     price: float
-    def __init__(self, step_id: _Optional[int] = ..., unix_s: _Optional[float] = ..., plan_version: _Optional[int] = ..., sequences: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., drafted_nodes: _Optional[int] = ..., verified_nodes: _Optional[int] = ..., accepted_nodes: _Optional[int] = ..., emitted_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_slots: _Optional[int] = ..., draft_s: _Optional[float] = ..., drafter_s: _Optional[float] = ..., draft_layer_nodes: _Optional[_Iterable[int]] = ..., verify_s: _Optional[float] = ..., predicted_verify_s: _Optional[float] = ..., step_s: _Optional[float] = ..., goodput: _Optional[float] = ..., outcomes: _Optional[_Union[NodeOutcomes, _Mapping]] = ..., price: _Optional[float] = ...) -> None: ...
+    catch_up_tokens: int
+    def __init__(self, step_id: _Optional[int] = ..., unix_s: _Optional[float] = ..., plan_version: _Optional[int] = ..., sequences: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., drafted_nodes: _Optional[int] = ..., verified_nodes: _Optional[int] = ..., accepted_nodes: _Optional[int] = ..., emitted_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_slots: _Optional[int] = ..., draft_s: _Optional[float] = ..., drafter_s: _Optional[float] = ..., draft_layer_nodes: _Optional[_Iterable[int]] = ..., verify_s: _Optional[float] = ..., predicted_verify_s: _Optional[float] = ..., step_s: _Optional[float] = ..., goodput: _Optional[float] = ..., outcomes: _Optional[_Union[NodeOutcomes, _Mapping]] = ..., price: _Optional[float] = ..., catch_up_tokens: _Optional[int] = ...) -> None: ...
 
 class VerifierProfile(_message.Message):
     __slots__ = ("verify", "draft_layer_s", "draft_node_s")

@@ -1,0 +1,136 @@
+"""Whether drafting opens and closes as it should, against a world with a clock of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+from planner.gate import PROBE_REQUESTS, PROBE_SHARE, DraftGate, Supply, outlook
+from planner.rule import BatchState
+from tests.planner.builders import linear_cost, plan_with
+from treeline.plan import Plan
+
+SATURATED = linear_cost(fixed_s=0.001, token_s=0.004, draft_round_trip_s=0.002, draft_layer_s=0.004)
+IDLE = linear_cost(fixed_s=0.03, token_s=0.0005, draft_round_trip_s=0.002, draft_layer_s=0.004)
+WORTHY = np.asarray([0.7, 0.5, 0.3])
+
+
+def supply_of(gains: np.ndarray, requests: int = 1, layers: tuple[int, ...] = (1, 1, 1)) -> Supply:
+    supply = Supply()
+    for _ in range(100):
+        supply.observe(requests, np.tile(gains, requests), layers)
+    return supply
+
+
+def state(sequences: int, waiting: int = 0) -> BatchState:
+    return BatchState(sequences, 64, 0.0, waiting)
+
+
+def test_the_outlook_is_the_rule_over_what_drafts_offer():
+    plan = plan_with(IDLE)
+    found = outlook(supply_of(WORTHY), 1, 1, state(1), plan, False)
+    draft_s = 0.002 + 3 * 0.004
+    sizes = [(1 + WORTHY[:m].sum()) / (0.03 + 0.0005 * (1 + m) + draft_s) for m in range(4)]
+    assert found.drafted == pytest.approx(max(sizes), rel=0.01)
+    assert found.plain == pytest.approx(1 / 0.0305)
+    assert found.gain > 0
+
+
+def test_what_is_offered_is_scaled_to_the_requests_at_hand():
+    nodes, gains = supply_of(WORTHY, requests=4).curve(32)
+    assert nodes[-1] == pytest.approx(96)
+    assert gains[-1] == pytest.approx(32 * 1.5)
+    assert (np.diff(nodes) >= 0).all()
+
+
+def test_a_lookup_that_finds_nothing_is_not_worth_its_round_trip():
+    plan = plan_with(replace(IDLE, draft_layer_s=0.0))
+    assert outlook(supply_of(np.zeros(0), layers=()), 1, 1, state(1), plan, False).gain < 0
+    assert outlook(supply_of(np.asarray([0.2]), layers=()), 1, 1, state(1), plan, False).gain > 0
+
+
+def test_the_way_to_the_drafter_is_free_for_those_who_join_others():
+    plan = plan_with(replace(IDLE, draft_round_trip_s=0.05))
+    assert outlook(supply_of(WORTHY), 1, 1, state(1), plan, False).gain < 0
+    assert outlook(supply_of(WORTHY), 1, 1, state(1), plan, True).gain > 0
+
+
+def test_waiting_requests_make_drafting_dearer():
+    supply, plan = supply_of(WORTHY), plan_with(replace(IDLE, draft_round_trip_s=0.01))
+    assert outlook(supply, 1, 1, state(1), plan, False).gain > 0
+    assert outlook(supply, 1, 1, state(1, waiting=8), plan, False).gain < 0
+
+
+@dataclass
+class World:
+    """Steps under one gate. Drafting costs what the plan says, and offers every request the same nodes."""
+
+    gate: DraftGate
+    now_s: float = 0.0
+    draft_s: float = 0.0
+    drafted_steps: int = 0
+
+    def run(self, seconds: float, sequences: int, plan: Plan, gains: np.ndarray) -> list[int]:
+        """Requests drafted in each step."""
+        self.draft_s, asked, until_s = 0.0, [], self.now_s + seconds
+        while self.now_s < until_s:
+            requests = self.gate.decide(sequences, sequences, state(sequences), plan, False, self.now_s).requests
+            asked.append(requests)
+            self.now_s += 0.03
+            if requests:
+                cost = plan.cost.draft_round_trip_s + 3 * plan.cost.draft_layer_s
+                self.now_s += cost
+                self.draft_s += cost
+                self.gate.drafted(requests, np.tile(gains, requests), (requests,) * 3, cost, self.now_s)
+        return asked
+
+
+def test_at_saturation_drafting_stops_but_for_cheap_probes_and_finds_its_way_back():
+    world = World(DraftGate())
+    assert world.run(2.0, 1, plan_with(IDLE), WORTHY).count(0) == 0
+    saturated = world.run(60.0, 32, plan_with(SATURATED), WORTHY)
+    assert world.draft_s < 1.2 * PROBE_SHARE * 60.0
+    assert 0 < sum(map(bool, saturated)) < 50
+    assert set(saturated[2:]) == {0, PROBE_REQUESTS}
+    assert world.run(2.0, 1, plan_with(IDLE), WORTHY).count(0) == 0
+
+
+def test_probes_find_out_that_the_text_has_become_easy():
+    world = World(DraftGate())
+    plan = plan_with(replace(IDLE, draft_layer_s=0.0))
+    world.run(5.0, 16, plan, np.asarray([0.01]))
+    assert world.run(5.0, 16, plan, np.asarray([0.01])).count(16) == 0
+    world.run(3.0, 16, plan, WORTHY)
+    assert world.run(1.0, 16, plan, WORTHY).count(0) == 0
+
+
+def test_near_the_break_even_drafting_does_not_flap():
+    supply, gate, random = supply_of(WORTHY), DraftGate(), np.random.default_rng(0)
+    gate.drafted(1, WORTHY, (1, 1, 1), 0.01, 0.0)
+    low, high = 0.0, 0.2
+    for _ in range(40):  # the round trip at which drafting just pays
+        middle = (low + high) / 2
+        pays = outlook(supply, 1, 1, state(1), plan_with(replace(IDLE, draft_round_trip_s=middle)), False).gain > 0
+        low, high = (middle, high) if pays else (low, middle)
+    switches, before = 0, True
+    for step in range(300):
+        plan = plan_with(replace(IDLE, draft_round_trip_s=low * random.uniform(0.99, 1.01)))
+        drafts = gate.decide(1, 1, state(1), plan, False, 1e-6 * step).requests > 0
+        switches += drafts != before
+        before = drafts
+    assert switches <= 2
+
+
+def test_a_drafter_that_is_late_is_left_alone_for_longer_each_time():
+    gate, plan, now_s, waits = DraftGate(), plan_with(IDLE), 0.0, []
+    for _ in range(4):
+        gate.late(1.0, now_s)
+        asked_s = now_s
+        while not gate.decide(1, 1, state(1), plan, False, now_s).requests:
+            now_s += 0.1
+        waits.append(now_s - asked_s)
+    assert waits == pytest.approx([2, 4, 8, 16], abs=0.2)
+    gate.drafted(1, WORTHY, (1, 1, 1), 0.01, now_s)
+    assert gate.decide(1, 1, state(1), plan, False, now_s).requests == 1
