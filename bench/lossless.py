@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.common import Prompt
 from bench.local_engine import PlannedEngine, greedy_answers
+from lm.device import torch_dtype
 from lm.model import LanguageModel
 from lm.store import load_tokenizer, resolve_model
 from treeline.config import Config, DrafterConfig, ModelConfig, VerifierConfig
@@ -66,11 +67,11 @@ class Result:
 class Reference:
     """transformers' own plain greedy answers, made by its own attention and cache."""
 
-    def __init__(self, spec: str, dtype: str) -> None:
-        folder = resolve_model(spec)
+    def __init__(self, target: ModelConfig) -> None:
+        folder = resolve_model(target.model)
         self.tokenizer = load_tokenizer(folder)
         self._hf: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True
+            folder, dtype=torch_dtype(target), attn_implementation="sdpa", local_files_only=True
         ).eval()
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -117,7 +118,7 @@ def run_lossless(
 ) -> list[Result]:
     """Every drafter with every policy alone, then all policies mixed in batches of 8."""
     on_progress("reference")
-    reference = Reference(target.model, target.dtype)
+    reference = Reference(target)
     encoded = [reference.encode(prompt) for prompt in prompts]
     answers = [reference.answer(token_ids, max_tokens) for token_ids in encoded]
     model = LanguageModel.load(target)

@@ -47,9 +47,7 @@ def distill(
     from lm.model import LanguageModel
 
     turns = [prompt.text for prompt in load_prompts(prompts)] if prompts else []
-    config = ModelConfig.model_validate(
-        {"model": target, "dtype": "bfloat16", "device": device, "threads": threads or os.cpu_count()}
-    )
+    config = ModelConfig.model_validate({"model": target, "device": device, "threads": threads or os.cpu_count()})
     model = LanguageModel.load(config)
     training = TrainingPlan(epochs=epochs, batch_tokens=batch_tokens, seed=seed)
     recipe = Recipe(default_feature_layers(model), texts, max_tokens, slots, draft_vocab, layers, training)

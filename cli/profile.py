@@ -29,7 +29,7 @@ def profile(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{model.name}, {verifier.target.dtype}, {model.device}: milliseconds a pass")
+    table = Table(title=f"{model.name}, {str(model.dtype).removeprefix('torch.')}, {model.device}: milliseconds a pass")
     table.add_column("tokens", justify="right")
     for curve in curves:
         table.add_column(f"sequences {curve.sequences}\ncontext {curve.context_tokens}", justify="right")

@@ -15,9 +15,10 @@ from distill.batches import Corpus
 from distill.corpus import CorpusMeta, CorpusWriter
 from distill.trainer import HeldOut, Progress, Trainer, TrainingPlan
 from distill.writer import Writer
+from lm.device import torch_device
 from lm.draft_head import HeadConfig, HeadModule, load_plain, save_head, shared_layers
 from lm.features import FeatureTap
-from lm.model import LanguageModel, torch_device
+from lm.model import LanguageModel
 from lm.store import load_tokenizer, model_name, resolve_model, vocabulary_sha256
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError

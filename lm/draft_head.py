@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel
 
 from lm.attention import CONTEXT, IMPLEMENTATION, TreeAttention
+from lm.device import torch_dtype
 from lm.kv_cache import KVCache, LayerShape
 from lm.packed import PackedSequence, pack
 from lm.packed_linear import pack_linear_layers
@@ -186,7 +187,7 @@ def load_plain(target: ModelConfig) -> PreTrainedModel:
     with progress_bars(False):
         return AutoModelForCausalLM.from_pretrained(
             resolve_model(target.model),
-            dtype=getattr(torch, target.dtype),
+            dtype=torch_dtype(target),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,

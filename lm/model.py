@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lm.attention import CONTEXT, IMPLEMENTATION, Probe, TreeAttention, UnsupportedAttentionError
+from lm.device import torch_device, torch_dtype
 from lm.kv_cache import KVCache, LayerShape
 from lm.packed import PackedSequence, pack
 from lm.packed_linear import pack_linear_layers
@@ -57,7 +58,7 @@ class LanguageModel:
             with progress_bars(False):
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     folder,
-                    dtype=getattr(torch, config.dtype),
+                    dtype=torch_dtype(config),
                     attn_implementation=IMPLEMENTATION,
                     use_safetensors=True,
                     trust_remote_code=False,
@@ -163,14 +164,6 @@ def _check_weights(hf: PreTrainedModel, missing: set[str]) -> None:
     for names, fault in ((sorted(missing), "missing from the files"), (broken, "not finite")):
         if names:
             raise ValueError(f"{len(names)} weights are {fault}, the first is {names[0]}")
-
-
-def torch_device(name: str) -> torch.device:
-    """Raises ConfigError if CUDA is asked for and not there."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ConfigError("device 'cuda' is not available on this machine")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 def _max_context_tokens(config: PretrainedConfig) -> int:

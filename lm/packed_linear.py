@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lm.device import has_bfloat16_kernels
+
 
 class PackedLinear(nn.Module):
     """A frozen `nn.Linear` in bfloat16 on the CPU; keeps only the packed weight."""
@@ -30,7 +32,7 @@ def pack_linear_layers(model: nn.Module) -> None:
 
     Any other layer, float32 above all, stays as it is. A weight that the embedding shares stays there as well.
     """
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not has_bfloat16_kernels():
         return
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):

@@ -39,7 +39,9 @@ class ModelConfig(Section):
 
     model: str = DEFAULT_MODEL
     name: str | None = Field(default=None, description="name under which it is served; the model's own by default")
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 where the device is fast with it, else float32"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves it to torch")
 

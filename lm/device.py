@@ -1,0 +1,33 @@
+"""Where a model runs and with which numbers: the only place that resolves "auto"."""
+
+from __future__ import annotations
+
+import torch
+
+from treeline.config import ModelConfig
+from treeline.errors import ConfigError
+
+
+def torch_device(name: str) -> torch.device:
+    """Raises ConfigError if CUDA is asked for and not there."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("device 'cuda' is not available on this machine")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def torch_dtype(config: ModelConfig) -> torch.dtype:
+    """The weights' type. "auto" is bfloat16 where the device multiplies it faster than float32.
+
+    Raises:
+        ConfigError: as `torch_device`.
+    """
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    on_gpu = torch_device(config.device).type == "cuda"
+    return torch.bfloat16 if on_gpu or has_bfloat16_kernels() else torch.float32
+
+
+def has_bfloat16_kernels() -> bool:
+    """True if oneDNN has bfloat16 kernels for this processor; torch's own are slower than float32."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
