@@ -14,15 +14,20 @@ from treeline.config import load_config
 
 def profile(
     config: ConfigFile = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure even if a stored profile exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the curves as JSON.")] = False,
 ) -> None:
-    """Time the target's forward passes, as a verifier does at its start; run it on an otherwise idle machine."""
+    """What the target's forward passes take, as a verifier uses it at its start.
+
+    Measured once, on an otherwise idle machine if it is to be right, and kept in the cache folder.
+    """
     verifier = load_config(config).verifier
     from lm.model import LanguageModel
-    from verifier_svc.profile import profile_verification
+    from verifier_svc.profile_cache import verification_profile
 
     model = LanguageModel.load(verifier.target)
-    curves = profile_verification(model, model.new_cache(verifier.kv_cache_tokens, verifier.kv_block_tokens))
+    cache = model.new_cache(verifier.kv_cache_tokens, verifier.kv_block_tokens)
+    curves = verification_profile(model, cache, refresh)
     if as_json:
         typer.echo(json.dumps([asdict(curve) for curve in curves]))
         return

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -15,36 +17,65 @@ from lm.sampling import Row, choose_tokens
 from treeline.plan import CostCurve
 from treeline.sampling import SamplingParams
 
-TOKENS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-REGIONS = ((1, 64), (8, 64), (1, 768))
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
+REGIONS = ((1, 64), (8, 64), (32, 64), (1, 768))
 """(sequences, context tokens) of each curve."""
-REPEATS = 4
+ROUNDS = 4
+REFINEMENTS = 4
+"""Most counts measured beside TOKENS in each region, where the curve rises most: a step is found where it is."""
+BUDGET_S = 12.0
 
 
 def profile_verification(model: LanguageModel, cache: KVCache) -> tuple[CostCurve, ...]:
-    """Time passes of several sizes on an idle engine's cache; about ten seconds for the default model on two cores.
+    """Time passes of several sizes on an idle engine's cache, within BUDGET_S unless a pass takes longer than 0.1 s.
 
     Regions that do not fit the cache or the model's context are left out; the first one always fits.
     """
-    capacity = cache.total_blocks * cache.block_tokens
-    curves: list[CostCurve] = []
-    for sequences, context_tokens in REGIONS:
-        room = sequences * (context_tokens + max(TOKENS)) <= capacity
-        if curves and not (room and context_tokens + max(TOKENS) <= model.max_context_tokens):
-            continue
-        curves.append(_curve(model, cache, sequences, context_tokens))
+    capacity, most_tokens = cache.total_blocks * cache.block_tokens, max(TOKENS)
+    fitting = [(1, min(REGIONS[0][1], capacity // 2, model.max_context_tokens // 2))]
+    for sequences, context_tokens in REGIONS[1:]:
+        room = sequences * (context_tokens + cache.block_tokens) + most_tokens <= capacity  # in whole blocks
+        if room and context_tokens + most_tokens <= model.max_context_tokens:
+            fitting.append((sequences, context_tokens))
+    deadline_s = time.perf_counter() + BUDGET_S
+    curves = []
+    for index, (sequences, context_tokens) in enumerate(fitting):
+        now_s = time.perf_counter()
+        until_s = now_s + max(0.0, deadline_s - now_s) / (len(fitting) - index)
+        curves.append(_curve(model, cache, sequences, context_tokens, until_s))
     return tuple(curves)
 
 
-def _curve(model: LanguageModel, cache: KVCache, sequences: int, context_tokens: int) -> CostCurve:
-    counts = [tokens for tokens in TOKENS if tokens >= sequences]
-    # Whatever else the machine does only adds time: the fastest of several interleaved passes is nearest to the truth.
-    fastest = [float("inf")] * len(counts)
-    for _ in range(REPEATS):
-        for index, tokens in enumerate(counts):
-            fastest[index] = min(fastest[index], _pass_s(model, cache, sequences, context_tokens, tokens))
-    monotone = isotonic_regression(fastest).x
+def _curve(model: LanguageModel, cache: KVCache, sequences: int, context_tokens: int, until_s: float) -> CostCurve:
+    room = cache.total_blocks // sequences * cache.block_tokens - context_tokens
+    longest = min(model.max_context_tokens - context_tokens, room) * sequences
+    fastest = {tokens: math.inf for tokens in TOKENS if sequences <= tokens <= longest}
+
+    def measure(counts: list[int], least_rounds: int) -> None:
+        # Whatever else the machine does only adds time: the fastest of several interleaved passes is nearest the truth.
+        for done in range(ROUNDS):
+            if done >= least_rounds and time.perf_counter() > until_s:
+                return
+            for tokens in counts:
+                passed_s = _pass_s(model, cache, sequences, context_tokens, tokens)
+                fastest[tokens] = min(fastest.get(tokens, math.inf), passed_s)
+
+    measure(list(fastest), least_rounds=2)  # a first pass is also a warm-up
+    for _ in range(REFINEMENTS):
+        middle = _steepest(fastest)
+        if middle is None or time.perf_counter() > until_s:
+            break
+        measure([middle], least_rounds=2)
+    counts = sorted(fastest)
+    monotone = isotonic_regression([fastest[tokens] for tokens in counts]).x
     return CostCurve(sequences, context_tokens, tuple(counts), tuple(monotone.tolist()))
+
+
+def _steepest(seconds: dict[int, float]) -> int | None:
+    """A count in the middle of the interval over which the seconds rise most; None if every count is there."""
+    counts = sorted(seconds)
+    gaps = [(seconds[high] - seconds[low], (low + high) // 2) for low, high in pairwise(counts) if high - low > 1]
+    return max(gaps)[1] if gaps else None
 
 
 def _pass_s(model: LanguageModel, cache: KVCache, sequences: int, context_tokens: int, tokens: int) -> float:
