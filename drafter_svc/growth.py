@@ -64,6 +64,7 @@ class GrowingTree:
         self._sources: list[int] = []
         self._scores: list[float] = []
         self._path_probs: list[float] = []
+        self._path_ranks: list[int] = []
         self._decision: tuple[Layer, NDArray[np.bool_]] | None = None
 
     def __len__(self) -> int:
@@ -99,7 +100,8 @@ class GrowingTree:
             accepts=new.accepts,
             ranks=new.ranks,
             sources=new.sources,
-            nodes_so_far=len(self),
+            path_ranks=_path_ranks(self._path_ranks, new),
+            scores_so_far=np.asarray(self._scores, np.float32),
             paths=max(1, len(self) - len({*self.parents} - {ROOT})),
             path_probs_so_far=sum(self._path_probs),
             weight=self.sequence.weight,
@@ -116,6 +118,7 @@ class GrowingTree:
         self._sources += joining.sources.tolist()
         self._scores += layer.scores[kept].tolist()
         self._path_probs += layer.path_probs[kept].tolist()
+        self._path_ranks += layer.path_ranks[kept].tolist()
         self.layer = list(range(first, len(self)))
         self._decision = (layer, kept)
 
@@ -156,6 +159,11 @@ class GrowingTree:
 def _of_parents(values: list[float], parents: NDArray[np.int32]) -> NDArray[np.float32]:
     """float32 [m]: each parent's value, 1 for ROOT."""
     return np.asarray([*values, 1.0], np.float32)[parents]
+
+
+def _path_ranks(of_nodes: list[int], new: Candidates) -> NDArray[np.uint64]:
+    """uint64 [m]: ranks along each candidate's path, four bits each."""
+    return np.asarray([*of_nodes, 0], np.uint64)[new.parents] << np.uint64(4) | new.ranks
 
 
 def best(scores: NDArray[np.float32], count: int) -> NDArray[np.bool_]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from treeline.plan import DEPTHS, PROB_BINS, SOURCES, Calibration, NodeOutcomes
+from treeline.plan import DEPTHS, PROB_BINS, RANKS, SOURCES, Calibration, NodeOutcomes
 from treeline.tree import Source
 
 DECAY = 0.99
@@ -15,6 +15,7 @@ PRIOR_WEIGHT = 4.0
 NGRAM_PRIOR = 0.8
 KAPPA_PRIOR = 0.6
 KAPPA_WEIGHT = 8.0
+RANK_WEIGHT = 8.0
 
 
 def accepts(
@@ -43,7 +44,8 @@ def prior() -> Calibration:
     middles = ((np.arange(PROB_BINS, dtype=np.float32) + 0.5) / PROB_BINS) ** 2
     acceptance = np.broadcast_to(middles, (SOURCES, 2, DEPTHS, PROB_BINS)).astype(np.float32)
     acceptance[Source.NGRAM] *= NGRAM_PRIOR
-    return Calibration(acceptance, np.full((2, DEPTHS), KAPPA_PRIOR, np.float32))
+    by_rank = KAPPA_PRIOR / np.arange(1, RANKS + 1, dtype=np.float32) ** 2
+    return Calibration(acceptance, np.full((2, DEPTHS), KAPPA_PRIOR, np.float32), np.stack([by_rank, by_rank]))
 
 
 class Calibrator:
@@ -53,6 +55,7 @@ class Calibrator:
         shape = (SOURCES, 2, DEPTHS, PROB_BINS)
         self._seen, self._accepted = np.zeros(shape), np.zeros(shape)
         self._parents, self._continued = np.zeros((2, DEPTHS)), np.zeros((2, DEPTHS))
+        self._rank_seen, self._rank_accepted = np.zeros((2, RANKS)), np.zeros((2, RANKS))
         self._prior = prior()
         self._calibration = self._prior
         # Reliability of the predictions in force when each outcome came: predicted, accepted and seen by predicted bin.
@@ -70,11 +73,16 @@ class Calibrator:
         cells = (outcomes.sources, sampled, rows, prob_bins(outcomes.draft_probs))
         for counts in (self._seen, self._accepted, self._parents, self._continued, self._reliability):
             counts *= DECAY
+        for counts in (self._rank_seen, self._rank_accepted):
+            counts *= DECAY
         np.add.at(self._seen, cells, 1.0)
         np.add.at(self._accepted, cells, accepted)
         # Siblings share one reached parent: the one of rank 0 stands for it.
         np.add.at(self._parents, (sampled, rows), outcomes.ranks == 0)
         np.add.at(self._continued, (sampled, rows), accepted)
+        ranks = np.minimum(outcomes.ranks, RANKS - 1)
+        np.add.at(self._rank_seen, (sampled, ranks), 1.0)
+        np.add.at(self._rank_accepted, (sampled, ranks), accepted)
         bins = prob_bins(predicted)
         np.add.at(self._reliability[0], bins, predicted)
         np.add.at(self._reliability[1], bins, accepted)
@@ -94,4 +102,7 @@ class Calibrator:
         pooled = (pooled_accepted + PRIOR_WEIGHT * self._prior.acceptance) / (pooled_seen + PRIOR_WEIGHT)
         acceptance = (self._accepted + POOLED_WEIGHT * pooled) / (self._seen + POOLED_WEIGHT)
         kappa = (self._continued + KAPPA_WEIGHT * self._prior.kappa) / (self._parents + KAPPA_WEIGHT)
-        return Calibration(acceptance.astype(np.float32), np.minimum(kappa, 1).astype(np.float32))
+        by_rank = (self._rank_accepted + RANK_WEIGHT * self._prior.by_rank) / (self._rank_seen + RANK_WEIGHT)
+        return Calibration(
+            acceptance.astype(np.float32), np.minimum(kappa, 1).astype(np.float32), by_rank.astype(np.float32)
+        )

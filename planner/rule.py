@@ -122,9 +122,9 @@ def another_layer(frontiers: list[Frontier], plan: Plan) -> bool:
 
     Each node's children are worth their total acceptance, less the price of verifying one of them at least.
     """
-    if any(not f.policy.prunes and f.depth < f.policy.max_depth for f in frontiers):
+    if any(not f.policy.prices_drafting and f.depth < f.policy.max_depth for f in frontiers):
         return True
-    smart = [f for f in frontiers if f.policy.prunes]
+    smart = [f for f in frontiers if f.policy.prices_drafting]
     kappa = plan.calibration.kappa
     gain = sum(f.weight * float(f.scores.sum()) * kappa[int(f.sampled), min(f.depth, DEPTHS - 1)] for f in smart)
     nodes = sum(len(f.scores) for f in smart)

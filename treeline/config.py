@@ -70,7 +70,19 @@ class VerifierConfig(Section):
     draft_timeout_s: float = Field(default=1.0, gt=0)
     default_policy: str = "smart"
     allowed_policies: list[str] = Field(
-        default=["off", "chain:", "static:", "eagle2:", "smart-paper", "smart"],
+        default=[
+            "off",
+            "chain:",
+            "static:",
+            "sequoia:",
+            "eagle2:",
+            "opt-tree:",
+            "smartspec",
+            "vllm-adaptive",
+            "sglang-ema",
+            "smart-paper",
+            "smart",
+        ],
         description='what requests may ask for; an entry ending in ":" admits any parameters',
     )
 

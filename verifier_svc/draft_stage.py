@@ -106,8 +106,8 @@ class DraftStage:
             return [], "no request of this step may draft"
         if not self.ready:
             return [], "no drafter"
-        asked = [s for s in wanting if not s.policy.prunes]
-        smart = [s for s in wanting if s.policy.prunes]
+        asked = [s for s in wanting if not s.policy.prices_drafting]
+        smart = [s for s in wanting if s.policy.prices_drafting]
         if not smart:
             return asked, ""
         state, sequences = self._state(batch, 0.0), len(batch.decoding)
@@ -119,9 +119,10 @@ class DraftStage:
     def _allowance(self, sequence: Sequence, plan: Plan) -> tuple[int, int]:
         """(nodes, depth) this request may use now. The last token to come needs no draft: it is the bonus token."""
         request, policy = sequence.request, sequence.policy
-        depth = min(policy.max_depth, self._limits.max_tree_depth, sequence.remaining_tokens - 1)
+        wanted = policy.layers(plan, len(self._scheduler.running), not request.sampling.greedy)
+        depth = min(wanted, self._limits.max_tree_depth, sequence.remaining_tokens - 1)
         nodes = self._scheduler.tree_nodes(sequence.request)
-        if policy.prunes:
+        if policy.prices_drafting:
             depth, nodes = min(depth, plan.max_depth), min(nodes, plan.max_nodes)
         if request.max_depth is not None:
             depth = min(depth, request.max_depth)
@@ -195,7 +196,7 @@ class DraftStage:
         """Count what drafting took, pruning included, and let the gate learn from it."""
         now_s = self._clock()
         draft_s = now_s - started_s
-        smart = sum(s.policy.prunes for s in asked)
+        smart = sum(s.policy.prices_drafting for s in asked)
         if smart and drafts.pruning:
             self._gate.drafted(smart, drafts.pruning.gains, drafts.stats.layer_nodes, draft_s, now_s)
         return replace(drafts, draft_s=draft_s)

@@ -75,6 +75,18 @@ def test_kappa_is_how_often_a_reached_node_goes_on():
     assert calibrator.calibration().kappa[0, 0] == pytest.approx(0.5, abs=0.05)
 
 
+def test_acceptance_by_rank_is_counted_over_sources_and_depths():
+    calibrator = Calibrator()
+    for step in range(300):
+        columns = np.asarray([1, 1, 3], np.uint8), np.asarray([0, 1, 12], np.uint8)
+        accepted = np.asarray([step % 4 != 0, step % 4 == 0, False])
+        probs = np.asarray([0.5, 0.3, 0.1], np.float32)
+        calibrator.update(NodeOutcomes(np.arange(3, dtype=np.uint8), *columns, np.zeros(3, np.bool_), probs, accepted))
+    by_rank = calibrator.calibration().by_rank
+    np.testing.assert_allclose(by_rank[0, [0, 1, 7]], [0.75, 0.25, 0.0], atol=0.05)
+    np.testing.assert_array_equal(by_rank[1], prior().by_rank[1])
+
+
 def test_nothing_observed_changes_nothing():
     calibrator = Calibrator()
     calibrator.update(NodeOutcomes.empty())

@@ -1,0 +1,127 @@
+"""What a policy is: it decides which candidates join a tree, and what the verifier may still drop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treeline.plan import Plan
+
+MAX_DEPTH = 32
+MAX_CHILDREN = 16
+MAX_NODES = 256
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Candidates for the next layer of one request's tree, one row each, and the tree that they would join.
+
+    Attributes:
+        depth: 1 for children of the root.
+        parent_scores: float32 [m]; calibrated path acceptance of each candidate's parent.
+        probs: float32 [m]; the drafter's probability given the parent.
+        path_probs: float32 [m]; product of the drafter's probabilities over the whole path, this candidate included.
+        accepts: float32 [m]; calibrated acceptance given the parent.
+        ranks, sources: uint8 [m].
+        path_ranks: uint64 [m]; ranks along the path, four bits each, the candidate's own in the lowest.
+        scores_so_far: float32 [n]; calibrated path acceptance of the tree's nodes.
+        paths: of the tree; the bare root is one path.
+        path_probs_so_far: sum of path_probs over the tree's nodes.
+        weight: value of this request's tokens.
+        sampled: sampled or greedy.
+        batch: requests drafted together.
+    """
+
+    depth: int
+    parent_scores: NDArray[np.float32]
+    probs: NDArray[np.float32]
+    path_probs: NDArray[np.float32]
+    accepts: NDArray[np.float32]
+    ranks: NDArray[np.uint8]
+    sources: NDArray[np.uint8]
+    path_ranks: NDArray[np.uint64]
+    scores_so_far: NDArray[np.float32]
+    paths: int
+    path_probs_so_far: float
+    weight: float
+    sampled: bool
+    batch: int
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """float32 [m]: calibrated path acceptance, never above the parent's."""
+        return self.parent_scores * np.minimum(self.accepts, 1)
+
+
+class Policy(Protocol):
+    """The drafter calls `keep`, `expand` and `finish` on one request's tree; the verifier asks for `layers`.
+
+    Attributes:
+        spec: canonical spelling.
+        max_depth: no layer beyond it; 0 never drafts.
+        max_children: children to propose under each expanded node.
+        prunes: the verifier chooses among its nodes over the whole batch (`planner.rule.prune_batch`).
+        prices_drafting: whether to draft at all, and how deep, is left to the rule.
+    """
+
+    @property
+    def spec(self) -> str: ...
+
+    @property
+    def max_depth(self) -> int: ...
+
+    @property
+    def max_children(self) -> int: ...
+
+    @property
+    def prunes(self) -> bool: ...
+
+    @property
+    def prices_drafting(self) -> bool: ...
+
+    def layers(self, plan: Plan, batch: int, sampled: bool) -> int:
+        """The most layers worth asking for in a step of `batch` requests, 0 to max_depth; 0 drafts nothing."""
+        ...
+
+    def keep(self, layer: Layer, plan: Plan) -> NDArray[np.bool_]:
+        """bool [m]: which candidates join the tree."""
+        ...
+
+    def expand(self, layer: Layer, kept: NDArray[np.bool_], plan: Plan) -> NDArray[np.intp]:
+        """Indices of kept candidates to run through the draft model next, should another layer be run."""
+        ...
+
+    def finish(self, scores: NDArray[np.float32], parents: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """bool [n], closed under parents: the last cut of one request's finished tree by path acceptance."""
+        ...
+
+
+class Growth(ABC):
+    """What most policies share: draft to the full depth, expand all that was kept, cut nothing at the end."""
+
+    prunes = False
+    prices_drafting = False
+
+    @property
+    @abstractmethod
+    def max_depth(self) -> int: ...
+
+    def layers(self, plan: Plan, batch: int, sampled: bool) -> int:
+        return self.max_depth
+
+    def expand(self, layer: Layer, kept: NDArray[np.bool_], plan: Plan) -> NDArray[np.intp]:
+        return np.flatnonzero(kept)
+
+    def finish(self, scores: NDArray[np.float32], parents: NDArray[np.int32]) -> NDArray[np.bool_]:
+        return np.ones(len(scores), np.bool_)
+
+
+def top(scores: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
+    """bool [n]: the `count` highest; the earlier of equals, so that a parent goes before its child."""
+    chosen = np.zeros(len(scores), np.bool_)
+    chosen[np.argsort(-scores, kind="stable")[:count]] = True
+    return chosen

@@ -1,0 +1,57 @@
+"""The rule that this project is about, and the paper it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.cost import cheapest_node_s, paper_layer_s, plain_decode_s
+from planner.policies.base import MAX_DEPTH, Growth, Layer, top
+from treeline.plan import PaperFit, Plan
+
+SMART_CHILDREN = 6
+PAPER_CHILDREN = 8
+PAPER_ALPHA = 0.8
+PAPER_BUDGET_NODES = 200
+"""B of the paper for the whole batch: its best setting (ablation at batch 16)."""
+
+
+@dataclass(frozen=True)
+class SmartPaper(Growth):
+    """SMART to the letter (arXiv 2604.09731): per request, layer by layer.
+
+    Keep u iff alpha * dC_target / dC_spec > C_target / C_spec, with dC_target = c_T * P(u | ancestors) / |paths| and
+    dC_spec = lambda + gamma * delta * rho * n^(rho-1) * exp(delta * n^rho), n being the tree so far; the budget is
+    split evenly over the batch.
+    """
+
+    spec = "smart-paper"
+    max_depth = 8
+    max_children = PAPER_CHILDREN
+
+    def keep(self, layer: Layer, plan: Plan) -> NDArray[np.bool_]:
+        fit = plan.cost.paper or PaperFit(lambda_s=0.0, gamma_s=plain_decode_s(plan.cost), delta=0.01, rho=1.0)
+        token_s = plain_decode_s(plan.cost)
+        nodes = len(layer.scores_so_far) + 1  # the root is verified too
+        spent_s, node_s = paper_layer_s(fit, nodes)
+        target_s = token_s * (1 + layer.path_probs_so_far / layer.paths)
+        gain_s = token_s * layer.path_probs / layer.paths
+        kept = PAPER_ALPHA * gain_s * spent_s > target_s * node_s
+        budget = max(0, PAPER_BUDGET_NODES // max(1, layer.batch) - len(layer.scores_so_far))
+        return kept & top(np.where(kept, layer.path_probs, -1.0), budget)
+
+
+@dataclass(frozen=True)
+class Smart(Growth):
+    """Treeline's rule: keep what might be worth its price; the verifier decides over the whole batch."""
+
+    spec = "smart"
+    max_depth = MAX_DEPTH
+    max_children = SMART_CHILDREN
+    prunes = True
+    prices_drafting = True
+
+    def keep(self, layer: Layer, plan: Plan) -> NDArray[np.bool_]:
+        return layer.weight * layer.scores > plan.price * cheapest_node_s(plan.cost)
