@@ -143,21 +143,22 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
             await asyncio.sleep(self._config.interval_s)
 
     async def read_signals(self) -> None:
-        """Read every verifier's latency, from Prometheus or from its own page."""
+        """Read every verifier's latency, from Prometheus or from its own page; none waits for another's."""
         while True:
-            for verifier_id, state in list(self._states.items()):
-                signals = self._signals[verifier_id]
-                try:
-                    await asyncio.to_thread(self._read, state.metrics_url, signals)
-                except (OSError, ValueError) as error:
-                    logger.debug("no live signals of %s: %s", verifier_id, error)
+            await asyncio.gather(*(asyncio.to_thread(self._read, verifier_id) for verifier_id in self._states))
             await asyncio.sleep(SIGNAL_INTERVAL_S)
 
-    def _read(self, metrics_url: str, signals: Signals) -> None:
-        if self._config.prometheus_url:
-            signals.read_prometheus(self._config.prometheus_url, urllib.parse.urlsplit(metrics_url).netloc)
-        else:
-            signals.read_page(metrics_url)
+    def _read(self, verifier_id: str) -> None:
+        state, signals = self._states.get(verifier_id), self._signals.get(verifier_id)
+        if state is None or signals is None:
+            return  # forgotten meanwhile
+        try:
+            if self._config.prometheus_url:
+                signals.read_prometheus(self._config.prometheus_url, urllib.parse.urlsplit(state.metrics_url).netloc)
+            else:
+                signals.read_page(state.metrics_url)
+        except (OSError, ValueError) as error:
+            logger.debug("no live signals of %s: %s", verifier_id, error)
 
     def _take(self, request: pb.ReportStepsRequest) -> int:
         """Take in one message of a verifier; raises ValueError for one that makes no sense."""

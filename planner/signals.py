@@ -5,6 +5,7 @@ Every signal has an age and is dropped when it is too old; nobody ever waits for
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import time
@@ -13,11 +14,14 @@ import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 
+from prometheus_client.metrics_core import Sample
 from prometheus_client.parser import text_string_to_metric_families
 
 TIMEOUT_S = 1.0
+"""Of one query, however little of its answer arrives at a time."""
 WINDOW = "15s"
 MAX_PAGE_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 16
 _ITL = "treeline_inter_token_latency_seconds"
 _PHASE = "treeline_step_phase_seconds"
 _RUNNING = "treeline_num_requests_running"
@@ -80,15 +84,13 @@ class Signals:
         Raises:
             OSError, ValueError: as for read_prometheus.
         """
-        text = _get(url).decode()
         histograms: dict[str, Buckets] = {_ITL: {}, _PHASE: {}}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if sample.name == _RUNNING:
-                    self.set("running", sample.value)
-                name = sample.name.removesuffix("_bucket")
-                if name in histograms and sample.name != name and sample.labels.get("phase", "verify") == "verify":
-                    histograms[name][float(sample.labels["le"])] = sample.value
+        for sample in _samples(_get(url).decode()):
+            if sample.name == _RUNNING:
+                self.set("running", sample.value)
+            name = sample.name.removesuffix("_bucket")
+            if name in histograms and sample.name != name and sample.labels.get("phase", "verify") == "verify":
+                histograms[name][float(sample.labels.get("le", "nan"))] = sample.value
         for name, signal, q in ((_ITL, "itl_p50_s", 0.5), (_ITL, "itl_p95_s", 0.95), (_PHASE, "verify_p50_s", 0.5)):
             since = self._page.get(name, {})
             value = quantile({bound: n - since.get(bound, 0.0) for bound, n in histograms[name].items()}, q)
@@ -124,9 +126,24 @@ def _query(url: str, query: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _samples(text: str) -> list[Sample]:
+    try:
+        return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    except Exception as error:  # the parser has no one error for what is no metrics page
+        raise ValueError(f"not a metrics page: {error}") from None
+
+
 def _get(url: str) -> bytes:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    body = b""
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
-            return response.read(MAX_PAGE_BYTES)
+            while len(body) < MAX_PAGE_BYTES and (chunk := response.read1(CHUNK_BYTES)):
+                body += chunk
+                if time.monotonic() > deadline_s:
+                    raise TimeoutError(f"{url} did not answer in {TIMEOUT_S} s")
+        return body
     except urllib.error.HTTPError as error:
         raise ValueError(f"{url} answered {error.code}") from None
+    except http.client.HTTPException as error:
+        raise ValueError(f"{url} does not speak HTTP: {type(error).__name__}") from None

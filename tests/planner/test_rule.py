@@ -15,7 +15,7 @@ from treeline.plan import CostCurve, CostModel
 from treeline.tree import ROOT, DraftTree
 
 SMART, CHAIN = parse_policy("smart"), parse_policy("chain:4")
-INSTANCES_PER_SHAPE = 800
+SHAPES = ("convex", "staircase", "non-monotone")
 
 
 def closed_subsets(tree: DraftTree) -> list[tuple[int, ...]]:
@@ -46,10 +46,13 @@ def curve(random: np.random.Generator, shape: str) -> CostCurve:
     return CostCurve(1, 64, tuple(tokens.tolist()), tuple(seconds.tolist()))
 
 
-@pytest.mark.parametrize("shape", ["convex", "staircase", "non-monotone"])
-def test_the_rule_equals_brute_force_over_all_closed_forests(shape):
+@pytest.mark.parametrize(
+    ("shape", "instances"),
+    [*((shape, 400) for shape in SHAPES), *(pytest.param(shape, 3400, marks=pytest.mark.slow) for shape in SHAPES)],
+)
+def test_the_rule_equals_brute_force_over_all_closed_forests(shape, instances):
     random = np.random.default_rng(crc32(shape.encode()))
-    for _ in range(INSTANCES_PER_SHAPE):
+    for _ in range(instances):
         candidates = [
             Candidate(
                 random_tree(random, 4 if count == 3 else 5),
