@@ -24,6 +24,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     policy: Annotated[str | None, typer.Option(help="off, chain:4, eagle2:5,4,16, smart-paper, smart, ...")] = None,
+    target_ms: Annotated[
+        float | None, typer.Option("--target-time-per-output-token-ms", help="Favour the answer while it is slower.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Show each step: its text, its tree, and why.")] = False,
@@ -54,6 +57,7 @@ def generate(
             seed=seed,
             stop=stop or (),
             policy=policy,
+            target_time_per_output_token_ms=target_ms,
             explain=explain,
             timeout_s=timeout,
         )

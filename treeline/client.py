@@ -63,6 +63,7 @@ class TreelineClient:
         max_nodes: int | None = None,
         max_depth: int | None = None,
         priority: int = 0,
+        target_time_per_output_token_ms: float | None = None,
         model: str = "",
         request_id: str = "",
         timeout_s: float | None = None,
@@ -95,6 +96,7 @@ class TreelineClient:
             output=pb.OutputOptions(logprobs=logprobs, explain=explain),
             speculation=pb.SpeculationOptions(policy=policy, max_nodes=max_nodes, max_depth=max_depth),
             priority=priority,
+            target_time_per_output_token_ms=target_time_per_output_token_ms,
         )
         return self._stream(request, timeout_s)
 

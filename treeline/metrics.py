@@ -48,6 +48,7 @@ class VerifierMetrics:
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens run")
         self._generation_tokens = counter("generation_tokens", "Tokens generated")
         self._finished = counter("request_success", "Requests that ended, by finish reason", ("finished_reason",))
+        self._targets = counter("request_target", "Ended requests with a latency target, by whether met", ("met",))
         self._drafts = counter("spec_decode_num_drafts", "Trees verified, one per request and step")
         self._drafted = counter("spec_decode_num_drafted_nodes", "Draft nodes grown by the drafter")
         self._verified = counter("spec_decode_num_draft_tokens", "Draft nodes verified by the target")
@@ -77,6 +78,8 @@ class VerifierMetrics:
             self._phase.labels(phase)
         for reason in ("stop", "length", "aborted"):
             self._finished.labels(reason)
+        for met in ("true", "false"):
+            self._targets.labels(met)
 
     def observe_step(self, record: StepRecord) -> None:
         """One engine step."""
@@ -112,7 +115,14 @@ class VerifierMetrics:
         self._ttft.observe(ttft_s)
 
     def observe_finished(
-        self, reason: str, completion_tokens: int, queue_s: float, ttft_s: float, total_s: float, accepted_length: float
+        self,
+        reason: str,
+        completion_tokens: int,
+        queue_s: float,
+        ttft_s: float,
+        total_s: float,
+        accepted_length: float,
+        target_met: bool | None = None,
     ) -> None:
         """A request has ended."""
         self._finished.labels(reason).inc()
@@ -122,6 +132,8 @@ class VerifierMetrics:
             self._tpot.observe((total_s - ttft_s) / (completion_tokens - 1))
         if accepted_length:
             self._length.observe(accepted_length)
+        if target_met is not None:
+            self._targets.labels(str(target_met).lower()).inc()
 
     def set_load(self, running: int, waiting: int, kv_used: int, kv_total: int, drafter_ready: bool) -> None:
         self._running.set(running)

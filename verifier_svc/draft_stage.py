@@ -50,7 +50,7 @@ class DraftStage:
         scheduler: Scheduler,
         limits: LimitsConfig,
         timeout_s: float,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.link = link
         self.unreleased: list[int] = []
@@ -68,7 +68,7 @@ class DraftStage:
     def run(self, batch: Batch, plan: Plan) -> Drafts:
         """The trees to verify in this step; without any if drafting is off, away, late or not worth it."""
         started_s = self._clock()
-        weights = _weights(batch.decoding)
+        weights = _weights(batch.decoding, started_s)
         asked, refusal = self._choose(batch, plan, started_s)
         if not asked:
             self.release()
@@ -202,7 +202,8 @@ class DraftStage:
         return replace(drafts, draft_s=draft_s)
 
 
-def _weights(sequences: list[Sequence]) -> dict[int, float]:
+def _weights(sequences: list[Sequence], now_s: float) -> dict[int, float]:
     """What a token of each request is worth, by session. 1 on average: weights shift nodes, and leave goodput as is."""
-    total = sum(s.request.weight for s in sequences)
-    return {s.session_id: s.request.weight * len(sequences) / total for s in sequences}
+    weights = [sequence.weight(now_s) for sequence in sequences]
+    total = sum(weights)
+    return {s.session_id: w * len(sequences) / total for s, w in zip(sequences, weights, strict=True)}

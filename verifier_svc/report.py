@@ -85,8 +85,18 @@ def _reason(sequence: Sequence, drafts: Drafts) -> str:
     if sequence.policy.max_depth == 0:
         return "policy off"
     if drafts.pruning is not None and sequence.session_id in drafts.trees:
-        return drafts.pruning.reason
+        return drafts.pruning.reason + _target(sequence)
     return drafts.refusal or "no token but the last one is left to come"
+
+
+def _target(sequence: Sequence) -> str:
+    """How the request stands to its latency target, if it has one."""
+    target_s, since_s, now_s = sequence.request.target_s, sequence.first_token_s, sequence.last_token_s
+    if target_s is None or since_s is None or now_s is None:
+        return ""
+    mean_ms, urgency = 1e3 * (now_s - since_s) / (sequence.output_tokens - 1), sequence.urgency(now_s)
+    standing = "met" if mean_ms <= 1e3 * target_s else f"missed, its tokens count {urgency:.1f}-fold"
+    return f"; {mean_ms:.1f} ms a token, target {1e3 * target_s:.1f}: {standing}"
 
 
 def token_logprobs(

@@ -19,6 +19,7 @@ class GenerationRequest:
         policy: spelling understood by `planner.policies.parse_policy`.
         max_nodes, max_depth: the request's own tree limits; None leaves the deployment's.
         priority: -4 to 4; higher is admitted first and its tokens weigh more.
+        target_ms: time per output token that was asked for; None for as fast as it goes.
     """
 
     request_id: str
@@ -34,6 +35,12 @@ class GenerationRequest:
     max_nodes: int | None = None
     max_depth: int | None = None
     priority: int = 0
+    target_ms: float | None = None
+
+    @property
+    def target_s(self) -> float | None:
+        """`target_ms` in seconds."""
+        return None if self.target_ms is None else self.target_ms / 1000
 
     @property
     def weight(self) -> float:
@@ -112,7 +119,12 @@ class SpeculationTotals:
 
 @dataclass(frozen=True)
 class Completion:
-    """The last output of a request. `matched_stop` is the stop token id or the stop string, if one ended it."""
+    """The last output of a request.
+
+    Attributes:
+        matched_stop: the stop token id or the stop string, if one ended it.
+        target_met: whether its mean time per output token was the one asked for; None if none was, or for one token.
+    """
 
     finish_reason: FinishReason
     matched_stop: int | str | None
@@ -122,6 +134,7 @@ class Completion:
     time_to_first_token_s: float
     total_s: float
     speculation: SpeculationTotals
+    target_met: bool | None = None
 
 
 @dataclass(frozen=True)

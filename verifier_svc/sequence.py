@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field, replace
 
@@ -12,6 +13,10 @@ from lm.kv_cache import SequenceCache
 from planner.policies import Policy
 from verifier_svc.output import Detokenizer
 from verifier_svc.request import Chunk, Completion, FinishReason, GenerationRequest, SpeculationTotals
+
+MAX_URGENCY = 8.0
+TOKENS_PER_DOUBLING = 4.0
+"""A request that is this many tokens behind its target counts double."""
 
 
 @dataclass
@@ -63,6 +68,22 @@ class Sequence:
         """Tokens without KV; 1 (the root) when decoding."""
         return len(self.token_ids) - self.kv.length
 
+    def urgency(self, now_s: float) -> float:
+        """1 to MAX_URGENCY: how much more this request's tokens count because it is behind its target.
+
+        Behind by k tokens, those that are due since the first one less those that were emitted: 2^(k / 4).
+        """
+        target_s = self.request.target_s
+        if target_s is None or self.first_token_s is None:
+            return 1.0
+        behind_tokens = (now_s - self.first_token_s) / target_s - (self.output_tokens - 1)
+        doublings = min(max(0.0, behind_tokens / TOKENS_PER_DOUBLING), math.log2(MAX_URGENCY))
+        return 2.0**doublings
+
+    def weight(self, now_s: float) -> float:
+        """What one of its tokens is worth now, among those of other requests."""
+        return self.request.weight * self.urgency(now_s)
+
     def accept(self, token_ids: list[int], eos_token_ids: frozenset[int]) -> tuple[str, int]:
         """Append tokens until one of them ends the request.
 
@@ -106,6 +127,7 @@ class Sequence:
         now = time.monotonic()
         admitted_s = self.admitted_s if self.admitted_s is not None else now
         first_token_s = self.first_token_s if self.first_token_s is not None else now
+        target_s, gaps = self.request.target_s, self.output_tokens - 1
         return Completion(
             finish_reason=self.finish_reason,
             matched_stop=self.matched_stop,
@@ -115,6 +137,7 @@ class Sequence:
             time_to_first_token_s=first_token_s - self.arrived_s,
             total_s=now - self.arrived_s,
             speculation=self.totals,
+            target_met=now - first_token_s <= target_s * gaps if target_s is not None and gaps > 0 else None,
         )
 
     def history(self, path: list[int]) -> NDArray[np.int64] | None:

@@ -147,6 +147,7 @@ def _observe_output(metrics: VerifierMetrics, output: Chunk | Completion) -> Non
             output.time_to_first_token_s,
             output.total_s,
             output.speculation.mean_accepted_length,
+            output.target_met,
         )
     elif output.first:
         metrics.observe_first_token(output.waited_s)

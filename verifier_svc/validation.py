@@ -18,10 +18,8 @@ from treeline.v1 import generation_pb2 as pb
 from verifier_svc.request import GenerationRequest
 
 DEFAULT_MAX_TOKENS = 256
-MAX_REQUEST_ID_CHARS = 128
-MAX_POLICY_CHARS = 64
-MAX_STOP_TOKEN_IDS = 256
-MAX_PRIORITY = 4
+MAX_REQUEST_ID_CHARS, MAX_POLICY_CHARS = 128, 64
+MAX_STOP_TOKEN_IDS, MAX_PRIORITY = 256, 4
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 MAX_SEED_BITS = 63
@@ -33,6 +31,7 @@ Prompt = str | list[int] | ChatMessages
 """A text, its token ids, or a chat as chat templates take it."""
 
 M = TypeVar("M", bound=Message)
+N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ class CheckedRequest:
     max_nodes: int | None
     max_depth: int | None
     priority: int
+    target_ms: float | None
 
     def tokenised(
         self, prompt_token_ids: list[int], info: ServedModel, limits: LimitsConfig, request_id: str
@@ -103,6 +103,7 @@ class CheckedRequest:
             max_nodes=self.max_nodes,
             max_depth=self.max_depth,
             priority=self.priority,
+            target_ms=self.target_ms,
         )
 
 
@@ -135,16 +136,17 @@ def parse_generate(
         request_id=_request_id(check, request.request_id),
         prompt=_prompt(check, request, info),
         sampling=_sampling(check, request.sampling, info),
-        max_tokens=_optional_int(check, request.stopping, "stopping.max_tokens", 1, limits.max_output_tokens),
+        max_tokens=_optional(check, request.stopping, "stopping.max_tokens", 1, limits.max_output_tokens),
         stop=_stop(check, request.stopping.stop, limits),
         stop_token_ids=frozenset(_token_ids(check, "stopping.stop_token_ids", request.stopping.stop_token_ids, info)),
         ignore_eos=request.stopping.ignore_eos,
-        logprobs=_optional_int(check, request.output, "output.logprobs", 0, limits.max_logprobs),
+        logprobs=_optional(check, request.output, "output.logprobs", 0, limits.max_logprobs),
         explain=request.output.explain,
         policy=_policy(check, request.speculation, verifier),
-        max_nodes=_optional_int(check, request.speculation, "speculation.max_nodes", 0, limits.max_tree_nodes),
-        max_depth=_optional_int(check, request.speculation, "speculation.max_depth", 0, limits.max_tree_depth),
+        max_nodes=_optional(check, request.speculation, "speculation.max_nodes", 0, limits.max_tree_nodes),
+        max_depth=_optional(check, request.speculation, "speculation.max_depth", 0, limits.max_tree_depth),
         priority=request.priority,
+        target_ms=_optional(check, request, "target_time_per_output_token_ms", 0.1, 60000.0),
     )
     check.that(
         len(request.stopping.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
@@ -279,12 +281,12 @@ def _policy(check: _Checker, speculation: pb.SpeculationOptions, verifier: Verif
     return spec
 
 
-def _optional_int(check: _Checker, message: Message, path: str, low: int, high: int) -> int | None:
+def _optional(check: _Checker, message: Message, path: str, low: N, high: N) -> N | None:
     """The optional field at the end of `path`, None if unset."""
     name = path.rpartition(".")[2]
     if not message.HasField(name):
         return None
-    value: int = getattr(message, name)
+    value: N = getattr(message, name)
     check.that(low <= value <= high, path, f"is {value}, must lie in [{low}, {high}]")
     return value
 

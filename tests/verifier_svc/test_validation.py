@@ -48,6 +48,9 @@ def output(**fields):
 
 
 WRONG = [
+    ({"target_time_per_output_token_ms": 0.0}, "target_time_per_output_token_ms"),
+    ({"target_time_per_output_token_ms": math.nan}, "target_time_per_output_token_ms"),
+    ({"target_time_per_output_token_ms": 1e6}, "target_time_per_output_token_ms"),
     ({"prompt": ""}, "prompt"),
     ({"token_ids": pb.TokenIds()}, "token_ids.ids"),
     ({"token_ids": pb.TokenIds(ids=[1, 2, 100])}, "token_ids.ids[2]"),

@@ -1,0 +1,152 @@
+"""The drafting half of a step: who is asked, what it costs, whose nodes are kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lm.model import LanguageModel
+from planner.calibration import prior
+from planner.gate import PROBE_REQUESTS
+from tests.lm.tiny import tiny_llama, tiny_tokenizer
+from treeline.config import Config, LimitsConfig, ModelConfig, VerifierConfig
+from treeline.drafting import DraftReply, DraftRequest
+from treeline.plan import CostCurve, CostModel, Plan
+from treeline.sampling import SamplingParams
+from treeline.tree import DraftTree
+from verifier_svc.engine import Engine
+from verifier_svc.output import Detokenizer
+from verifier_svc.request import Chunk, GenerationRequest
+from verifier_svc.sequence import MAX_URGENCY, Sequence
+
+LIMITS = LimitsConfig(max_running_requests=16, max_context_tokens=256, max_tree_nodes=16, max_tree_depth=6)
+CONFIG = Config(
+    verifier=VerifierConfig(target=ModelConfig(dtype="float32"), kv_cache_tokens=4096, kv_block_tokens=4),
+    limits=LIMITS,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel.from_hf(tiny_llama(), tiny_tokenizer())
+
+
+def plan(fixed_s: float, token_s: float, **cost: float) -> Plan:
+    tokens = tuple(range(1, 129))
+    curve = CostCurve(1, 64, tokens, tuple(fixed_s + token_s * n for n in tokens))
+    return Plan(1, 0.0, 60.0, CostModel((curve,), **cost), prior(), 0.0, 16, 6)
+
+
+class ChainLink:
+    """A drafter that gives every request the same chain of quite likely nodes, and notes whom it was asked about."""
+
+    ready = True
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.weights: list[list[float]] = []
+
+    def draft(self, request: DraftRequest, timeout_s: float) -> DraftReply:
+        if request.sequences:
+            self.asked.append(len(request.sequences))
+            self.weights.append([sequence.weight for sequence in request.sequences])
+        tree = DraftTree.build([5, 6, 7, 8], [-1, 0, 1, 2], [0.7] * 4)
+        drafted = {s.session_id: tree for s in request.sequences if s.max_nodes >= 4 and s.max_depth >= 4}
+        return DraftReply(request.step_id, drafted)
+
+    def close(self) -> None:
+        pass
+
+
+def steps(engine: Engine, requests: list[GenerationRequest], count: int) -> list:
+    """Everything that so many steps after the prompts' brought."""
+    for request in requests:
+        engine.add(request)
+    engine.step()
+    return [output for _ in range(count) for output in engine.step()[0]]
+
+
+def request(name: str, **changes) -> GenerationRequest:
+    values = {"prompt_token_ids": [5, 6, 7], "sampling": SamplingParams(), "max_tokens": 100, "ignore_eos": True}
+    return GenerationRequest(name, **{**values, **changes})
+
+
+def test_where_drafting_cannot_pay_it_stops_and_every_step_is_predicted(model):
+    link = ChainLink()
+    engine = Engine(model, link, lambda: plan(0.0001, 0.004, draft_round_trip_s=0.05), CONFIG)
+    for i in range(12):
+        engine.add(request(f"r{i}", explain=True))
+    records = [engine.step()[1] for _ in range(20)]
+    assert link.asked[0] == 12
+    assert max(link.asked[1:], default=0) <= PROBE_REQUESTS, "the first step taught that it does not pay"
+    undrafted = [record for record in records if not record.prefill_tokens and not record.drafted_nodes]
+    assert undrafted
+    assert all(record.predicted_verify_s == pytest.approx(0.0001 + 0.004 * 12) for record in undrafted)
+    assert all(record.draft_s == 0 for record in undrafted)
+
+
+def test_fixed_policies_are_drafted_where_smart_ones_are_not(model):
+    link = ChainLink()
+    engine = Engine(model, link, lambda: plan(0.0001, 0.1, draft_sequence_s=0.05), CONFIG)
+    steps(engine, [request("fixed", policy="chain:4"), *(request(f"r{i}") for i in range(3))], 6)
+    assert link.asked[:2] == [4, 1]  # in the first step nothing is known yet
+    assert link.asked.count(1) > link.asked.count(4)
+
+
+def test_requests_without_a_tree_count_in_the_rule(model):
+    """One smart request among eleven that are off: its nodes are priced by the whole batch's goodput."""
+    link = ChainLink()
+    engine = Engine(model, link, lambda: plan(0.001, 0.004), CONFIG)
+    engine.add(request("smart"))
+    for i in range(11):
+        engine.add(request(f"off{i}", policy="off"))
+    engine.step()
+    _, record = engine.step()
+    # R is at least 12 tokens in 49 ms, so a node of 4 ms must bring 0.98 tokens; alone it would be worth it at 0.8.
+    assert record.drafted_nodes == 4
+    assert record.verified_nodes == 0
+
+
+def sequence(model: LanguageModel, target_ms: float | None, tokens: int) -> Sequence:
+    asked = request("r", target_ms=target_ms)
+    text = Detokenizer(model.tokenizer.backend_tokenizer, ())
+    made = Sequence(asked, 1, None, text, [5, 6, 7] + [9] * tokens, arrived_s=0.0)
+    made.first_token_s = 10.0
+    return made
+
+
+def test_urgency_grows_with_the_tokens_behind_and_is_bounded(model):
+    assert sequence(model, None, 1).urgency(100.0) == 1.0
+    ahead, behind = sequence(model, 100.0, 21), sequence(model, 100.0, 9)
+    assert ahead.urgency(11.0) == 1.0  # 10 tokens are due, 20 came
+    assert behind.urgency(11.2) == pytest.approx(2.0)  # 12 are due, 8 came
+    assert behind.urgency(11.6) == pytest.approx(4.0)
+    assert behind.urgency(100.0) == MAX_URGENCY
+
+
+def test_a_request_behind_its_target_gets_more_nodes_and_is_told_how_it_stands(model):
+    link = ChainLink()
+    engine = Engine(model, link, lambda: plan(0.010, 0.006), CONFIG)
+    outputs = steps(engine, [request("late", target_ms=0.1, explain=True), request("calm", explain=True)], 6)
+    late, calm = (
+        [o.item.explanation for o in outputs if o.request_id == name and isinstance(o.item, Chunk)]
+        for name in ("late", "calm")
+    )
+    assert sum(step.verified_nodes for step in late) > sum(step.verified_nodes for step in calm)
+    assert "target 0.1: missed" in late[-1].reason
+    assert "target" not in calm[-1].reason
+    assert all(sum(weights) == pytest.approx(len(weights)) for weights in link.weights)
+    engine.abort(["late", "calm"])
+
+
+def test_whether_a_target_was_met_is_known_at_the_end(model):
+    def met(target_ms: float | None) -> bool | None:
+        outputs = steps(
+            Engine(model, None, lambda: plan(0.01, 0.001), CONFIG), [request("r", max_tokens=4, target_ms=target_ms)], 6
+        )
+        return outputs[-1].item.target_met
+
+    assert met(60000.0) is True
+    assert met(0.1) is False
+    assert met(None) is None
