@@ -1,4 +1,4 @@
-"""Linear layers with weights laid out once for oneDNN's bfloat16 kernels, which plain torch would do at every call."""
+"""Linear layers with weights laid out once for oneDNN, which plain torch would do at every call, if at all."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from lm.device import has_bfloat16_kernels
 
 
 class PackedLinear(nn.Module):
-    """A frozen `nn.Linear` in bfloat16 on the CPU; keeps only the packed weight."""
+    """A frozen `nn.Linear` on the CPU; keeps only the packed weight. A row's result does not depend on the others."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        weight = linear.weight.detach()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         self.bias = None if linear.bias is None else linear.bias.detach()
+        row = weight[:1]
+        self._pairs_up = not torch.equal(self._multiply(row), self._multiply(row.expand(2, -1))[:1])
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if inputs.shape[-2] == 1:
+        if self._pairs_up and inputs.shape[-2] == 1:
             # A single row would take another kernel that rounds differently; beside a second one it costs the same.
             return self._multiply(inputs.expand(*inputs.shape[:-2], 2, -1))[..., :1, :]
         return self._multiply(inputs)
@@ -26,16 +29,22 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
 
 
+def packed_dtypes() -> set[torch.dtype]:
+    """Which weights oneDNN can pack for this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return set()
+    return {torch.float32, torch.bfloat16} if has_bfloat16_kernels() else {torch.float32}
+
+
 @torch.inference_mode()
 def pack_linear_layers(model: nn.Module) -> None:
-    """Replace the bfloat16 linear layers of `model` on the CPU by packed ones, if this processor has such kernels.
+    """Replace the linear layers of `model` on the CPU by packed ones, where this processor has kernels for them.
 
-    Any other layer, float32 above all, stays as it is. A weight that the embedding shares stays there as well.
+    Any other layer stays as it is. A weight that the embedding shares stays there as well.
     """
-    if not has_bfloat16_kernels():
-        return
+    packable = packed_dtypes()
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             # Subclasses may compute something else.
-            if type(layer) is nn.Linear and layer.weight.dtype is torch.bfloat16 and layer.weight.device.type == "cpu":
+            if type(layer) is nn.Linear and layer.weight.dtype in packable and layer.weight.device.type == "cpu":
                 setattr(parent, name, PackedLinear(layer))

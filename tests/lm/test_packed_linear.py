@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from lm.model import LanguageModel
-from lm.packed_linear import PackedLinear, pack_linear_layers
+from lm.packed_linear import PackedLinear, pack_linear_layers, packed_dtypes
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from treeline.config import ModelConfig
 
-has_kernels = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 kernels for this processor"
-)
+packed = pytest.mark.skipif(not packed_dtypes(), reason="oneDNN is not at hand")
+DTYPES = sorted(packed_dtypes(), key=str)
+ROUNDING = {torch.float32: 2**-20, torch.bfloat16: 2**-8}
 
 
 class Scaled(nn.Linear):
@@ -23,36 +23,51 @@ class Scaled(nn.Linear):
         return 2 * super().forward(inputs)
 
 
-@has_kernels
+@packed
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tokens", [1, 5, 70])
 @torch.inference_mode()
-def test_equals_the_plain_layer_up_to_rounding(bias: bool, tokens: int) -> None:
+def test_equals_the_plain_layer_up_to_rounding(dtype: torch.dtype, bias: bool, tokens: int) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(48, 70, bias=bias)).bfloat16()
-    inputs = torch.randn(1, tokens, 48).bfloat16()
+    model = nn.Sequential(nn.Linear(48, 70, bias=bias)).to(dtype)
+    inputs = torch.randn(1, tokens, 48).to(dtype)
     exact = model.double()(inputs.double())
-    model.bfloat16()
+    model.to(dtype)
     pack_linear_layers(model)
     assert isinstance(model[0], PackedLinear)
     output = model(inputs)
-    assert (output.dtype, output.shape) == (torch.bfloat16, exact.shape)
-    torch.testing.assert_close(output.double(), exact, rtol=2**-8, atol=1e-3)
+    assert (output.dtype, output.shape) == (dtype, exact.shape)
+    torch.testing.assert_close(output.double(), exact, rtol=ROUNDING[dtype], atol=1e-3)
 
 
-@has_kernels
-def test_float32_and_other_layers_stay() -> None:
-    model = nn.ModuleDict({"exact": nn.Linear(4, 4), "scaled": Scaled(4, 4).bfloat16(), "norm": nn.LayerNorm(4)})
+@packed
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(576, 960), (1536, 576), (48, 70)])
+@torch.inference_mode()
+def test_a_row_has_the_same_bits_whatever_is_beside_it(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer = PackedLinear(nn.Linear(*shape).to(dtype))
+    inputs = torch.randn(1, 64, shape[0]).to(dtype)
+    whole = layer(inputs)
+    for rows in (1, 2, 3, 7, 16, 33):
+        assert torch.equal(layer(inputs[:, :rows]), whole[:, :rows])
+
+
+@packed
+def test_other_layers_stay() -> None:
+    model = nn.ModuleDict({"exact": nn.Linear(4, 4).double(), "scaled": Scaled(4, 4), "norm": nn.LayerNorm(4)})
     before = dict(model.items())
     pack_linear_layers(model)
     assert dict(model.items()) == before
 
 
-@has_kernels
-def test_only_bfloat16_models_are_packed_when_loaded(tmp_path: Path) -> None:
+@packed
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_models_are_packed_when_loaded(tmp_path: Path, dtype: str) -> None:
     tiny_llama().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    for dtype, packed in (("float32", 0), ("bfloat16", 15)):
-        model = LanguageModel.load(ModelConfig(model=str(tmp_path), dtype=dtype, device="cpu"))
-        assert sum(isinstance(layer, PackedLinear) for layer in model.hf.modules()) == packed
-        assert (model.device.type, str(model.dtype)) == ("cpu", f"torch.{dtype}")
+    model = LanguageModel.load(ModelConfig(model=str(tmp_path), dtype=dtype, device="cpu"))
+    linear = 15 if getattr(torch, dtype) in packed_dtypes() else 0
+    assert sum(isinstance(layer, PackedLinear) for layer in model.hf.modules()) == linear
+    assert (model.device.type, str(model.dtype)) == ("cpu", f"torch.{dtype}")
