@@ -27,7 +27,7 @@ class PlannedEngine:
 
     def __init__(self, model: LanguageModel, config: Config, curves: tuple[CostCurve, ...]) -> None:
         sha256 = vocabulary_sha256(model.tokenizer)
-        drafter = build_drafter(config.drafter, config.limits, lambda: self._plan, sha256)
+        drafter = build_drafter(config.drafter, config.verifier.target, config.limits, lambda: self._plan, sha256)
         self.engine = Engine(model, LocalLink(drafter), lambda: self._plan, config)
         self._state = VerifierState(VerifierProfile(curves, drafter.info.layer_s, drafter.info.node_s), "")
         self._maker = PlanMaker(config.limits, config.planner)

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from drafter_svc.growth import GrowingTree, grow
+from drafter_svc.head_proposer import HeadProposer
 from drafter_svc.model_proposer import ModelProposer
 from drafter_svc.ngram import NgramProposer
-from drafter_svc.proposer import Proposer
+from drafter_svc.proposer import ModelledProposer, Proposer
 from drafter_svc.sessions import SessionStore
+from lm.draft_head import DraftHead
 from lm.model import LanguageModel
+from lm.store import DEFAULT_NAME
 from lm.store import vocabulary_sha256 as sha256_of
 from planner.policies import parse_policy
-from treeline.config import DrafterConfig, LimitsConfig
-from treeline.drafting import DraftReply, DraftRequest, DraftStats
+from treeline.config import DEFAULT_MODEL, DrafterConfig, LimitsConfig, ModelConfig
+from treeline.drafting import DraftReply, DraftRequest, DraftStats, FeatureSpec
 from treeline.errors import ConfigError
 from treeline.plan import Plan
 from treeline.tree import DraftTree
 
 KV_BLOCK_TOKENS = 16
+DEFAULT_HEAD = Path(__file__).parent / "heads" / DEFAULT_NAME
+"""The default target's."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,11 @@ class DrafterInfo:
     """What a drafter is.
 
     Attributes:
-        name: "ngram", the draft model's name, or both joined by "+".
-        vocab_size: of the draft model; 0 if there is none.
-        vocabulary_sha256: of the draft model's tokenizer; empty if there is none.
-        layer_s, node_s: measured seconds of a draft-model layer and of each node in it; 0 without a model.
+        name: "ngram", the draft model's or head's name, or both joined by "+".
+        vocab_size: of the draft model or head; 0 if there is none.
+        vocabulary_sha256: of its tokenizer; empty if there is none.
+        layer_s, node_s: measured seconds of a layer of it and of each node in it; 0 without.
+        features: what a head reads of the target.
     """
 
     name: str
@@ -39,10 +46,11 @@ class DrafterInfo:
     vocabulary_sha256: str = ""
     layer_s: float = 0.0
     node_s: float = 0.0
+    features: FeatureSpec | None = None
 
 
 class TreeDrafter:
-    """Grows one tree per request from a draft model, from n-gram lookup, or from both.
+    """Grows one tree per request from a draft model or head, from n-gram lookup, or from both.
 
     Attributes:
         info: what this drafter is.
@@ -54,13 +62,17 @@ class TreeDrafter:
         max_sessions: int,
         plan: Callable[[], Plan],
         lookups: list[Proposer],
-        model: ModelProposer | None = None,
+        model: ModelledProposer | None = None,
     ) -> None:
         self.info = info
         self._plan = plan
         self._sessions = SessionStore(max_sessions)
         self._lookups = lookups
         self._model = model
+
+    @property
+    def features(self) -> FeatureSpec | None:
+        return self.info.features
 
     @property
     def session_ids(self) -> list[int]:
@@ -114,31 +126,70 @@ class TreeDrafter:
 
 
 def build_drafter(
-    config: DrafterConfig, limits: LimitsConfig, plan: Callable[[], Plan], vocabulary_sha256: str | None
+    config: DrafterConfig,
+    target: ModelConfig,
+    limits: LimitsConfig,
+    plan: Callable[[], Plan],
+    vocabulary_sha256: str | None,
 ) -> TreeDrafter:
-    """The drafter that `config` describes, its model loaded and measured.
+    """The drafter that `config` describes for a target, its model or head loaded and measured.
 
     Args:
         plan: the current plan, asked once per step.
         vocabulary_sha256: the target's; None leaves the comparison to the verifier.
 
     Raises:
-        ConfigError: the draft model cannot be loaded, or does not share the target's vocabulary.
+        ConfigError: the draft model or head cannot be loaded, or does not share the target's vocabulary.
     """
-    lookups: list[Proposer] = [NgramProposer()] if "ngram" in config.kind else []
-    if config.kind == "ngram":
+    head_folder = find_head(config, target)
+    lookups: list[Proposer] = [NgramProposer()] if config.kind == "auto" or "ngram" in config.kind else []
+    if head_folder is not None:
+        info, proposer = _build_head(head_folder, config, target, limits)
+    elif "model" in config.kind:
+        info, proposer = _build_model(config, limits)
+    else:
         return TreeDrafter(DrafterInfo("ngram"), config.max_sessions, plan, lookups)
-    assert config.model is not None
-    model = LanguageModel.load(config.model)
-    assert model.tokenizer is not None
-    sha256 = sha256_of(model.tokenizer)
-    if vocabulary_sha256 is not None and sha256 != vocabulary_sha256:
+    if vocabulary_sha256 is not None and info.vocabulary_sha256 != vocabulary_sha256:
         raise ConfigError(
-            f"the draft model {model.name} has another vocabulary (sha256 {sha256[:12]}) "
+            f"the draft model {info.name} has another vocabulary (sha256 {info.vocabulary_sha256[:12]}) "
             f"than the target (sha256 {vocabulary_sha256[:12]}); a drafter needs the target's tokenizer"
         )
-    cache = model.new_cache(config.kv_cache_tokens, KV_BLOCK_TOKENS)
-    proposer = ModelProposer(model, cache, limits.max_tree_nodes)
-    name = f"{model.name}+ngram" if lookups else model.name
-    info = DrafterInfo(name, model.vocab_size, sha256, *proposer.measure())
+    layer_s, node_s = proposer.measure()
+    name = f"{info.name}+ngram" if lookups else info.name
+    info = replace(info, name=name, layer_s=layer_s, node_s=node_s)
     return TreeDrafter(info, config.max_sessions, plan, lookups, proposer)
+
+
+def find_head(config: DrafterConfig, target: ModelConfig) -> Path | None:
+    """The folder of the draft head to use, if any: the configured one, or the one that comes with the default target.
+
+    Raises:
+        ConfigError: a head is asked for, and there is none.
+    """
+    if config.kind != "auto" and "head" not in config.kind:
+        return None
+    if config.head is not None:
+        return config.head
+    if target.model == DEFAULT_MODEL and DEFAULT_HEAD.is_dir():
+        return DEFAULT_HEAD
+    if config.kind == "auto":
+        return None
+    raise ConfigError(f"no draft head comes with '{target.model}': set drafter.head, or make one with treeline distill")
+
+
+def _build_model(config: DrafterConfig, limits: LimitsConfig) -> tuple[DrafterInfo, ModelledProposer]:
+    assert config.model is not None
+    model = LanguageModel.load(config.model)
+    cache = model.new_cache(config.kv_cache_tokens, KV_BLOCK_TOKENS)
+    info = DrafterInfo(model.name, model.vocab_size, sha256_of(model.tokenizer))
+    return info, ModelProposer(model, cache, limits.max_tree_nodes)
+
+
+def _build_head(
+    folder: Path, config: DrafterConfig, target: ModelConfig, limits: LimitsConfig
+) -> tuple[DrafterInfo, ModelledProposer]:
+    head = DraftHead.load(folder, target)
+    cache = head.new_cache(config.kv_cache_tokens, KV_BLOCK_TOKENS)
+    features = FeatureSpec(head.config.feature_layers, head.config.feature_width)
+    info = DrafterInfo(head.name, head.vocab_size, head.config.vocabulary_sha256, features=features)
+    return info, HeadProposer(head, cache, limits.max_tree_nodes)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from dataclasses import dataclass, field
-from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from drafter_svc.proposer import Children
+from drafter_svc.places import Places
+from drafter_svc.proposer import (
+    PROFILE_NODES,
+    Children,
+    LayerStats,
+    collect_children,
+    sampling_row,
+    time_layers,
+)
 from drafter_svc.sessions import Session
 from lm.kv_cache import KVCache, SequenceCache
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
-from lm.sampling import Row, top_drafts
+from lm.sampling import top_drafts
 from treeline.tree import ROOT, Source
 
 if TYPE_CHECKING:
@@ -26,21 +32,7 @@ CATCH_UP_TOKENS = 512
 """Most tokens per step for sessions that are far behind, all of them together."""
 SHORT_RUN_TOKENS = 40
 """What an ordinary step may leave to run (a path and its root). Sessions no further behind are always served."""
-GROWTH_TOKENS = 256
-"""Least room for new tokens when a session's cache is reserved."""
-
-PROFILE_NODES = 16
 PROFILE_CONTEXT_TOKENS = 128
-PROFILE_S = 2.0
-
-
-@dataclass
-class LayerStats:
-    """What one step ran through the draft model, tree layer by tree layer (see `DraftStats`)."""
-
-    nodes: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    catch_up_tokens: int = 0
 
 
 @dataclass
@@ -57,7 +49,7 @@ class _Followed:
     kv: SequenceCache
     parents: list[int] = field(default_factory=list)
     entries: dict[tuple[int, int], int] = field(default_factory=dict)
-    nodes: dict[int, int] = field(default_factory=dict)
+    nodes: dict[int, int] = field(default_factory=lambda: {ROOT: ROOT})
 
     def accepted(self, tokens: list[int], unchanged: int) -> list[int]:
         """Scratch entries whose tokens turned out to be those behind the committed ones, the new root excepted."""
@@ -93,7 +85,7 @@ class ModelProposer:
         self._model = model
         self._cache = cache
         self._max_nodes = max_nodes
-        self._followed: OrderedDict[int, _Followed] = OrderedDict()
+        self._places: Places[_Followed] = Places(cache, _Followed)
         self._root_logits: dict[int, torch.Tensor] = {}
         """float32 [vocab] below the root of each session of this step that has caught up."""
 
@@ -107,62 +99,40 @@ class ModelProposer:
     def propose(self, wanted: list[tuple[GrowingTree, list[int]]]) -> list[Children]:
         started_s = time.perf_counter()
         rows, logits = self._root_rows(wanted) if wanted[0][1] == [ROOT] else self._run_layer(wanted)
-        children = {id(tree): Children() for tree, _ in wanted}
-        if rows:
-            limit = min(max(tree.policy.max_children for tree, _ in rows), self._model.vocab_size)
-            ids, probs = top_drafts(logits, [_sampling_row(tree, node) for tree, node in rows], limit)
-            for (tree, node), row_ids, row_probs in zip(rows, ids.tolist(), probs.tolist(), strict=True):
-                count, columns = min(tree.policy.max_children, len(row_ids)), children[id(tree)]
-                columns.parents.extend([node] * count)
-                columns.token_ids.extend(row_ids[:count])
-                columns.probs.extend(row_probs[:count])
-                columns.ranks.extend(range(count))
-        self.stats.seconds[-1:] = [self.stats.seconds[-1] + time.perf_counter() - started_s] if rows else []
-        return [children[id(tree)] for tree, _ in wanted]
+        if not rows:
+            return [Children() for _ in wanted]
+        limit = min(max(tree.policy.max_children for tree, _ in rows), self._model.vocab_size)
+        ids, probs = top_drafts(logits, [sampling_row(tree, node) for tree, node in rows], limit)
+        children = collect_children(wanted, rows, ids.tolist(), probs.tolist())
+        self.stats.seconds[-1] += time.perf_counter() - started_s
+        return children
 
     def release(self, session_id: int) -> None:
-        followed = self._followed.pop(session_id, None)
-        if followed is not None:
-            self._cache.free(followed.kv)
+        self._places.release(session_id)
 
     def measure(self) -> tuple[float, float]:
-        """(seconds of a tree layer, seconds of each node in it), from a few passes over scratch nodes.
-
-        Takes at most a few seconds beyond its first passes; called before any session.
-        """
-        kv = self._cache.allocate(min(PROFILE_CONTEXT_TOKENS + PROFILE_NODES, self._capacity_tokens))
+        """(seconds of a tree layer, seconds of each node in it), from a few passes; called before any session."""
+        kv = self._cache.allocate(min(PROFILE_CONTEXT_TOKENS + PROFILE_NODES, self._places.capacity_tokens))
         assert kv is not None
         self._model.forward([PackedSequence(kv, [0] * (kv.capacity - PROFILE_NODES), logits="none")], self._cache)
         self._cache.commit([(kv, list(range(kv.scratch)))])
-        seconds: dict[int, list[float]] = {1: [], PROFILE_NODES: []}
-        deadline_s = time.perf_counter() + PROFILE_S
-        for repeat in range(6):
-            for count, taken_s in seconds.items():
-                started_s = time.perf_counter()
-                siblings = np.full(count, ROOT, np.int32)
-                self._model.forward([PackedSequence(kv, [0] * count, siblings)], self._cache)[0, 0].item()
-                if repeat:  # the first passes only warm up
-                    taken_s.append(time.perf_counter() - started_s)
-                self._cache.commit([(kv, [])])
-            if repeat and time.perf_counter() > deadline_s:
-                break
-        self._cache.free(kv)
-        one_s, many_s = median(seconds[1]), median(seconds[PROFILE_NODES])
-        node_s = max(0.0, many_s - one_s) / (PROFILE_NODES - 1)
-        return max(0.0, one_s - node_s), node_s
 
-    @property
-    def _capacity_tokens(self) -> int:
-        return self._cache.total_blocks * self._cache.block_tokens
+        def run(count: int) -> None:
+            siblings = PackedSequence(kv, [0] * count, np.full(count, ROOT, np.int32))
+            self._model.forward([siblings], self._cache)[0, 0].item()
+            self._cache.commit([(kv, [])])
+
+        measured = time_layers(run)
+        self._cache.free(kv)
+        return measured
 
     def _keep_accepted(self, sessions: list[Session]) -> None:
         """Commit what was drafted and accepted; drop what the tokens contradict, and the root, which runs again."""
         moves, lengths = [], []
         for session in sessions:
-            followed = self._followed.get(session.session_id)
+            followed = self._places.use(session.session_id)
             if followed is None:
                 continue
-            self._followed.move_to_end(session.session_id)
             path = followed.accepted(session.tokens, session.unchanged)
             moves.append((followed.kv, path))
             valid = min(followed.kv.length, session.unchanged) + len(path)
@@ -181,29 +151,10 @@ class ModelProposer:
             if len(session.tokens) > self._model.max_context_tokens:
                 self.release(session.session_id)
                 continue
-            followed = self._followed.get(session.session_id)
-            needed = len(session.tokens) + self._max_nodes
-            if followed is None or followed.kv.capacity < needed:
-                self.release(session.session_id)  # a place that is too small is given up and rebuilt elsewhere
-                room = [max(len(session.tokens), GROWTH_TOKENS), GROWTH_TOKENS // 4]
-                followed = self._place(session, [needed + tokens for tokens in room], current)
+            followed = self._places.reserve(session.session_id, len(session.tokens), self._max_nodes, current)
             if followed is not None:
                 reserved.append((session, followed))
         return reserved
-
-    def _place(self, session: Session, sizes: list[int], current: set[int]) -> _Followed | None:
-        """A place of the first of these sizes that fits once sessions outside this step have made room."""
-        for size in sizes:
-            while size <= self._capacity_tokens:
-                kv = self._cache.allocate(size)
-                if kv is not None:
-                    followed = self._followed[session.session_id] = _Followed(kv, nodes={ROOT: ROOT})
-                    return followed
-                oldest = next(iter(self._followed), None)
-                if oldest is None or oldest in current:
-                    break
-                self.release(oldest)
-        return None
 
     def _run_missing(self, sessions: list[tuple[Session, _Followed]]) -> None:
         """Run the tokens that are not in the cache, root included; those far behind go a bounded way."""
@@ -242,7 +193,7 @@ class ModelProposer:
         """Run nodes, and those of their ancestors that only a lookup had proposed."""
         packed, rows, row_indices, total = [], [], [], 0
         for tree, nodes in wanted:
-            followed = self._followed[tree.session.session_id]
+            followed = self._places[tree.session.session_id]
             position = followed.kv.length - 1 + tree.depth
             if position >= self._model.max_context_tokens:
                 continue
@@ -267,12 +218,3 @@ class ModelProposer:
         self.stats.nodes.append(total)
         self.stats.seconds.append(0.0)
         return rows, self._model.forward(packed, self._cache)[row_indices]
-
-
-def _sampling_row(tree: GrowingTree, node: int) -> Row:
-    """How the token below `node` is chosen."""
-    path, params = tree.path(node), tree.sequence.sampling
-    history = None
-    if params.repetition_penalty != 1.0:
-        history = np.asarray(tree.session.tokens + [tree.token_ids[n] for n in path], np.int64)
-    return Row(params, len(tree.session.tokens) + len(path), history)

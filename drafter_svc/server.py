@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1 import health
 from prometheus_client import CollectorRegistry
 
-from drafter_svc.drafter import TreeDrafter, build_drafter
+from drafter_svc.drafter import DrafterInfo, TreeDrafter, build_drafter, find_head
 from lm.store import load_tokenizer, resolve_model, vocabulary_sha256
 from planner.client import PlanWatcher
 from planner.policies import parse_policy
@@ -112,7 +112,7 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
             async for message in request_iterator:
                 try:
                     request = request_from_proto(message)
-                    check_request(request, self._limits, self._drafter.info.vocab_size)
+                    check_request(request, self._limits, self._drafter.info)
                 except ValueError as error:
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
                 yield await loop.run_in_executor(self._worker, self._draft, request, stream << SESSION_BITS)
@@ -130,6 +130,8 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
             vocabulary_sha256=info.vocabulary_sha256,
             layer_s=info.layer_s,
             node_s=info.node_s,
+            feature_width=info.features.width if info.features else 0,
+            feature_layers=info.features.layers if info.features else (),
         )
 
     async def check(self) -> None:
@@ -164,22 +166,26 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
             metrics.nodes.labels(source.name.lower()).inc(nodes)
 
 
-def check_request(request: DraftRequest, limits: LimitsConfig, vocab_size: int) -> None:
-    """Raise ValueError unless `request` stays within the deployment's limits. `vocab_size` 0 admits any token."""
+def check_request(request: DraftRequest, limits: LimitsConfig, info: DrafterInfo) -> None:
+    """Raise ValueError unless `request` stays within the deployment's limits, and fits the drafter."""
+    width = info.features.width if info.features else 0
     for sequence in request.sequences:
         where = f"session {sequence.session_id}"
         if sequence.length > limits.max_context_tokens:
             raise ValueError(f"{where}: {sequence.length} tokens, at most {limits.max_context_tokens} are served")
         if sequence.max_nodes > limits.max_tree_nodes or sequence.max_depth > limits.max_tree_depth:
             raise ValueError(f"{where}: a tree beyond {limits.max_tree_nodes} nodes or depth {limits.max_tree_depth}")
-        if vocab_size and max(sequence.token_ids) >= vocab_size:
+        if info.vocab_size and max(sequence.token_ids) >= info.vocab_size:
             raise ValueError(f"{where}: token id outside the vocabulary")
+        if len(sequence.features) and sequence.features.shape[1] != width:
+            raise ValueError(f"{where}: {sequence.features.shape[1]} features a token, {width} are read")
         parse_policy(sequence.policy)
 
 
 def _build(config: Config, plan: Callable[[], Plan]) -> TreeDrafter:
     """A target on a model hub is not fetched just for its tokenizer: the verifier compares when it connects."""
-    target, target_sha256 = config.verifier.target.model, None
-    if config.drafter.kind != "ngram" and (target == DEFAULT_MODEL or Path(target).expanduser().exists()):
-        target_sha256 = vocabulary_sha256(load_tokenizer(resolve_model(target)))
-    return build_drafter(config.drafter, config.limits, plan, target_sha256)
+    drafter, target, target_sha256 = config.drafter, config.verifier.target, None
+    modelled = "model" in drafter.kind or find_head(drafter, target) is not None
+    if modelled and (target.model == DEFAULT_MODEL or Path(target.model).expanduser().exists()):
+        target_sha256 = vocabulary_sha256(load_tokenizer(resolve_model(target.model)))
+    return build_drafter(drafter, target, config.limits, plan, target_sha256)

@@ -6,7 +6,10 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from treeline.drafting import DraftSequence
+import numpy as np
+from numpy.typing import NDArray
+
+from treeline.drafting import NO_FEATURES, DraftSequence
 
 
 @dataclass
@@ -16,14 +19,17 @@ class Session:
     Attributes:
         tokens: the whole sequence, the last token being the next tree's root.
         unchanged: leading tokens that the latest update left as they were; proposers keep what they built from these.
+        features: of the latest update (see `DraftSequence`).
     """
 
     session_id: int
     tokens: list[int] = field(default_factory=list)
     unchanged: int = 0
+    features: NDArray[np.uint16] = field(default_factory=lambda: NO_FEATURES)
 
-    def update(self, start: int, token_ids: list[int]) -> None:
+    def update(self, start: int, token_ids: list[int], features: NDArray[np.uint16] = NO_FEATURES) -> None:
         """Replace everything from `start` on by `token_ids`."""
+        self.features = features
         old = self.tokens[start:]
         same = next((i for i, (a, b) in enumerate(zip(old, token_ids, strict=False)) if a != b), None)
         self.unchanged = start + (min(len(old), len(token_ids)) if same is None else same)
@@ -74,7 +80,7 @@ class SessionStore:
                     del self._sessions[oldest]
                     evicted.append(oldest)
                 session = self._sessions[sequence.session_id] = Session(sequence.session_id)
-            session.update(sequence.start, sequence.token_ids)
+            session.update(sequence.start, sequence.token_ids, sequence.features)
             admitted[sequence.session_id] = session
         return admitted, held, evicted
 

@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrain
 from lm.attention import CONTEXT, IMPLEMENTATION, TreeAttention
 from lm.device import torch_dtype
 from lm.kv_cache import KVCache, LayerShape
+from lm.model import torch_device
 from lm.packed import PackedSequence, pack
 from lm.packed_linear import pack_linear_layers
+from lm.sampling import Row, top_drafts
 from lm.store import one_line, progress_bars, resolve_model
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
@@ -113,9 +115,9 @@ class DraftHead:
     ) -> None:
         """`output`: the target's output rows of `draft_ids`."""
         self.name, self.config = name, module.config
-        self.draft_ids = draft_ids
-        self._module, self._embedding, self._output = module.eval(), embedding, output
         self.device, self.dtype = embedding.weight.device, embedding.weight.dtype
+        self.draft_ids = draft_ids.to(self.device)
+        self._module, self._embedding, self._output = module.eval(), embedding, output
         config = module.config
         head_dim = config.hidden_size // config.heads
         self.layers = [LayerShape(config.kv_heads, head_dim, head_dim)] * config.layers
@@ -141,7 +143,8 @@ class DraftHead:
             raise ConfigError(f"cannot load the draft head {folder}: {one_line(error)}") from error
         if embedding.embedding_dim != config.hidden_size or embedding.num_embeddings <= int(draft_ids.max()):
             raise ConfigError(f"the draft head {folder} was made for {config.target}, not for {target.model}")
-        parts = nn.ModuleDict({"module": module, "output": output}).to(embedding.weight.dtype)
+        parts = nn.ModuleDict({"module": module, "output": output, "embedding": embedding})
+        parts.to(torch_device(target.device), embedding.weight.dtype)
         pack_linear_layers(parts)
         return cls(folder.name, module, embedding, parts["output"], draft_ids)
 
@@ -149,10 +152,25 @@ class DraftHead:
         """An empty KV cache for this head."""
         return KVCache(self.layers, num_tokens, block_tokens, self.dtype, self.device)
 
+    @property
+    def vocab_size(self) -> int:
+        """Of the target."""
+        return self._embedding.num_embeddings
+
     @torch.inference_mode()
     def states(self, features: Tensor) -> Tensor:
         """States [n, hidden] from the target's features [n, feature_width]."""
         return self._module.states(features.to(self.device, self.dtype))
+
+    @torch.inference_mode()
+    def top_drafts(self, logits: Tensor, rows: list[Row], k: int) -> tuple[Tensor, Tensor]:
+        """`lm.sampling.top_drafts` of `logits` [rows, draft_vocab_size], as the target's token ids."""
+        if all(row.params.greedy and row.params.repetition_penalty == 1.0 for row in rows):
+            columns, probs = top_drafts(logits, rows, min(k, len(self.draft_ids)))
+            return self.draft_ids[columns], probs
+        # Noise and penalties are keyed by the target's token ids.
+        full = logits.new_full((len(logits), self.vocab_size), -torch.inf)
+        return top_drafts(full.index_copy_(1, self.draft_ids, logits), rows, min(k, len(self.draft_ids)))
 
     @torch.inference_mode()
     def forward(self, sequences: list[PackedSequence], states: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:

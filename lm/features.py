@@ -28,14 +28,17 @@ class FeatureTap:
             raise ConfigError(f"{type(hf).__name__} does not show its decoder layers; no head can read their features")
         self.width = hf.config.get_text_config().hidden_size * (len(layers) + 1)
         self._parts: list[Tensor] = []
-        for layer in layers:
-            blocks[layer].register_forward_hook(self._keep)
-        body.register_forward_hook(self._keep)
+        self._hooks = [module.register_forward_hook(self._keep) for module in (*(blocks[i] for i in layers), body)]
 
     def take(self) -> Tensor:
         """The last pass' features [tokens, width] in the model's dtype, layers in order, the normed output last."""
         parts, self._parts = self._parts, []
         return torch.cat(parts, dim=-1)
+
+    def close(self) -> None:
+        """Read no more."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _keep(self, module: nn.Module, args: object, output: object) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]  # type: ignore[index]

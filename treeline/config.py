@@ -88,15 +88,20 @@ class VerifierConfig(Section):
 
 
 class DrafterConfig(Section):
-    kind: Literal["ngram", "model", "model+ngram"] = "ngram"
+    kind: Literal["auto", "ngram", "model", "model+ngram", "head", "head+ngram"] = Field(
+        default="auto", description="auto: head+ngram if there is a head for the target, else ngram"
+    )
     model: ModelConfig | None = Field(default=None, description="the draft model; needs the target's vocabulary")
+    head: Path | None = Field(
+        default=None, description="folder of a draft head made by treeline distill for the target"
+    )
     resources: ResourcesConfig = ResourcesConfig(num_cpus=0.5)
     max_sessions: int = Field(default=256, ge=1)
     kv_cache_tokens: int = Field(default=16384, ge=64)
 
     @model_validator(mode="after")
     def _model_given(self) -> DrafterConfig:
-        if self.kind != "ngram" and self.model is None:
+        if "model" in self.kind and self.model is None:
             raise ValueError(f"kind '{self.kind}' needs a draft model: set drafter.model.model")
         return self
 

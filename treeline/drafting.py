@@ -10,8 +10,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from treeline.sampling import SamplingParams
 from treeline.tree import DraftTree
+
+NO_FEATURES = np.zeros((0, 0), np.uint16)
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What a draft head reads of the target.
+
+    Attributes:
+        layers: 0-based decoder layers whose output it reads, in order, besides the final normed states.
+        width: values per token.
+    """
+
+    layers: tuple[int, ...]
+    width: int
 
 
 @dataclass(frozen=True)
@@ -28,6 +46,8 @@ class DraftSequence:
         max_nodes: most draft nodes this request may still use in this step; 0 means only bring the cache up to date.
         max_depth: deepest node wanted.
         weight: value of this request's tokens relative to others (priority).
+        features: uint16 [k, width], the bits of bfloat16: what the target made of the tokens just before the last k of
+            the whole sequence. Only tokens whose features were not sent before need to have theirs among them.
     """
 
     session_id: int
@@ -38,6 +58,7 @@ class DraftSequence:
     max_nodes: int
     max_depth: int
     weight: float = 1.0
+    features: NDArray[np.uint16] = field(default_factory=lambda: NO_FEATURES)
 
     @property
     def length(self) -> int:
@@ -84,7 +105,12 @@ class DraftReply:
 
 
 class Drafter(Protocol):
-    """Anything that grows trees: a language model, n-gram lookup, or both merged."""
+    """Anything that grows trees: a language model, a draft head, n-gram lookup, or two of them merged."""
+
+    @property
+    def features(self) -> FeatureSpec | None:
+        """What it reads of the target's passes; None if nothing."""
+        ...
 
     def draft(self, request: DraftRequest) -> DraftReply:
         """Release, catch up and draft. Called from one thread at a time."""
@@ -103,6 +129,11 @@ class DraftLink(Protocol):
     @property
     def ready(self) -> bool:
         """False while the drafter is known to be away; drafting is then not even tried."""
+        ...
+
+    @property
+    def features(self) -> FeatureSpec | None:
+        """What the drafter wants to see of the target's passes; None if nothing, or while it is away."""
         ...
 
     def close(self) -> None: ...

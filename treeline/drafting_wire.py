@@ -6,8 +6,9 @@ import math
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from treeline.drafting import DraftReply, DraftRequest, DraftSequence, DraftStats
+from treeline.drafting import NO_FEATURES, DraftReply, DraftRequest, DraftSequence, DraftStats
 from treeline.sampling import SamplingParams
 from treeline.tree import DraftTree
 from treeline.v1 import drafting_pb2 as pb
@@ -25,7 +26,8 @@ def request_from_proto(message: pb.DraftRequest) -> DraftRequest:
     """The request in `message`.
 
     Raises:
-        ValueError: a session occurs twice, a sequence has no tokens, or sampling parameters have no meaning.
+        ValueError: a session occurs twice, a sequence has no tokens, or sampling parameters or features have no
+            meaning.
     """
     sequences = [_sequence_from_proto(sequence) for sequence in message.sequences]
     if len({sequence.session_id for sequence in sequences}) != len(sequences):
@@ -95,6 +97,8 @@ def _sequence_to_proto(sequence: DraftSequence) -> pb.DraftSequence:
         max_nodes=sequence.max_nodes,
         max_depth=sequence.max_depth,
         weight=sequence.weight,
+        feature_rows=len(sequence.features),
+        features=sequence.features.astype("<u2").tobytes(),
     )
 
 
@@ -116,7 +120,21 @@ def _sequence_from_proto(message: pb.DraftSequence) -> DraftSequence:
         max_nodes=message.max_nodes,
         max_depth=message.max_depth,
         weight=message.weight,
+        features=_features_from_proto(message),
     )
+
+
+def _features_from_proto(message: pb.DraftSequence) -> NDArray[np.uint16]:
+    rows = message.feature_rows
+    if not rows:
+        return NO_FEATURES
+    width, left_over = divmod(len(message.features), 2 * rows)
+    # The sequence's first token has none before it.
+    if left_over or not width or rows >= message.start + len(message.token_ids):
+        raise ValueError(
+            f"session {message.session_id}: {len(message.features)} bytes are not features of {rows} tokens"
+        )
+    return np.frombuffer(message.features, "<u2").reshape(rows, width)
 
 
 def _tree_to_proto(session_id: int, tree: DraftTree) -> pb.Tree:

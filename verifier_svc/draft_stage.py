@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from planner.cost import verify_seconds
 from planner.gate import DraftGate
 from planner.rule import BatchState, Candidate, Pruning, prune_batch
@@ -13,6 +16,7 @@ from treeline.config import LimitsConfig
 from treeline.drafting import DraftLink, DraftReply, DraftRequest, DraftSequence, DraftStats
 from treeline.plan import Plan
 from treeline.tree import DraftTree
+from verifier_svc.hidden_states import HiddenStates
 from verifier_svc.scheduler import Batch, Scheduler
 from verifier_svc.sequence import Sequence
 
@@ -42,17 +46,20 @@ class Drafts:
 
 
 class DraftStage:
-    """Owns the link to the drafter and the gate before it, and knows which ended sessions it must still hear of."""
+    """Owns the link to the drafter and the gate before it, and what the drafter has still to hear: ended sessions, the
+    target's features."""
 
     def __init__(
         self,
         link: DraftLink | None,
+        hidden_states: HiddenStates,
         scheduler: Scheduler,
         limits: LimitsConfig,
         timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.link = link
+        self.hidden_states = hidden_states
         self.unreleased: list[int] = []
         self._scheduler = scheduler
         self._limits = limits
@@ -68,24 +75,32 @@ class DraftStage:
     def run(self, batch: Batch, plan: Plan) -> Drafts:
         """The trees to verify in this step; without any if drafting is off, away, late or not worth it."""
         started_s = self._clock()
+        self.hidden_states.follow(self.link.features if self.link else None)
         weights = _weights(batch.decoding, started_s)
         asked, refusal = self._choose(batch, plan, started_s)
         if not asked:
             self.release()
             return Drafts(predicted_verify_s=self._plain_verify_s(batch, plan), refusal=refusal)
-        reply = self._exchange([self._message(s, weights[s.session_id], plan) for s in asked])
+        features = self.hidden_states.unsent(asked)
+        messages = [self._message(s, weights[s.session_id], f, plan) for s, f in zip(asked, features, strict=True)]
+        reply = self._exchange(messages)
         draft_s = self._clock() - started_s
         if reply is None:
             self._gate.late(draft_s, self._clock())
             predicted_s = self._plain_verify_s(batch, plan)
             return Drafts(draft_s=draft_s, predicted_verify_s=predicted_s, refusal="the drafter did not answer in time")
-        for sequence in asked:
+        for sequence, sent in zip(asked, features, strict=True):
             sequence.drafter_tokens = reply.held.get(sequence.session_id, len(sequence.token_ids))
+            if sequence.session_id in reply.held:
+                self.hidden_states.lost(sequence)
+            elif len(sent):
+                self.hidden_states.sent(sequence)
         drafts = self._prune(batch, asked, weights, reply, plan, draft_s)
         return self._finish(asked, drafts, started_s)
 
     def forget(self, sequence: Sequence) -> None:
         """The request has ended: its session is to be released."""
+        self.hidden_states.forget(sequence)
         if sequence.drafter_tokens:
             self.unreleased.append(sequence.session_id)
 
@@ -141,7 +156,7 @@ class DraftStage:
         tokens, sequences = state.base_tokens, max(1, len(batch.decoding))
         return float(verify_seconds(plan.cost, sequences, state.context_tokens, tokens)[tokens])
 
-    def _message(self, sequence: Sequence, weight: float, plan: Plan) -> DraftSequence:
+    def _message(self, sequence: Sequence, weight: float, features: NDArray[np.uint16], plan: Plan) -> DraftSequence:
         max_nodes, max_depth = self._allowance(sequence, plan)
         start = min(sequence.drafter_tokens, len(sequence.token_ids) - 1)
         return DraftSequence(
@@ -153,6 +168,7 @@ class DraftStage:
             max_nodes=max_nodes,
             max_depth=max_depth,
             weight=weight,
+            features=features,
         )
 
     def _exchange(self, sequences: list[DraftSequence]) -> DraftReply | None:

@@ -21,6 +21,7 @@ from treeline.errors import FieldViolation, InvalidRequestError
 from treeline.plan import Plan, StepRecord
 from treeline.tree import ROOT, DraftTree
 from verifier_svc.draft_stage import Drafts, DraftStage
+from verifier_svc.hidden_states import HiddenStates
 from verifier_svc.output import Detokenizer
 from verifier_svc.report import explanation, step_record, token_logprobs
 from verifier_svc.request import Chunk, FinishReason, GenerationRequest
@@ -49,7 +50,10 @@ class Engine:
         self.model = model
         self.cache = model.new_cache(config.verifier.kv_cache_tokens, config.verifier.kv_block_tokens)
         self.scheduler = Scheduler(self.cache, config.limits, config.verifier.prefill_chunk_tokens)
-        self.draft_stage = DraftStage(link, self.scheduler, config.limits, config.verifier.draft_timeout_s)
+        hidden_states = HiddenStates(model, config.limits.max_message_bytes)
+        self.draft_stage = DraftStage(
+            link, hidden_states, self.scheduler, config.limits, config.verifier.draft_timeout_s
+        )
         self.plan = plan
         self._sequences: dict[str, Sequence] = {}
         self._session_ids = count(1)
@@ -106,6 +110,7 @@ class Engine:
         walks = self._walk(batch, drafts, logits)
         verified_s = time.perf_counter()
         self._commit(batch, walks)
+        self.draft_stage.hidden_states.keep(batch, walks, [len(drafts.tree(s)) for s in batch.decoding])
         advances = self._accept(batch, drafts, walks, logits)
         finished_s = time.perf_counter()
         record = step_record(

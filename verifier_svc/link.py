@@ -11,7 +11,7 @@ import time
 import grpc
 
 from treeline.config import Config
-from treeline.drafting import Drafter, DraftReply, DraftRequest
+from treeline.drafting import Drafter, DraftReply, DraftRequest, FeatureSpec
 from treeline.drafting_wire import reply_from_proto, request_to_proto
 from treeline.errors import ConfigError
 from treeline.rpc import Discover, connect
@@ -31,6 +31,10 @@ class LocalLink:
         self._drafter = drafter
 
     ready = True
+
+    @property
+    def features(self) -> FeatureSpec | None:
+        return self._drafter.features
 
     def draft(self, request: DraftRequest, timeout_s: float) -> DraftReply | None:
         return self._drafter.draft(request)
@@ -59,6 +63,13 @@ class GrpcLink:
     @property
     def ready(self) -> bool:
         return self._requests is not None and self._pending is None
+
+    @property
+    def features(self) -> FeatureSpec | None:
+        info = self.info
+        if self._requests is None or info is None or not info.feature_width:
+            return None
+        return FeatureSpec(tuple(info.feature_layers), info.feature_width)
 
     def draft(self, request: DraftRequest, timeout_s: float) -> DraftReply | None:
         """Called from the engine's thread."""

@@ -228,7 +228,7 @@ async def read_metrics(port: int) -> str:
 
 def test_another_vocabulary_is_refused_naming_both(model_folder, tmp_path):
     with pytest.raises(ConfigError, match=r"tiny-draft.*vocabulary.*0123456789ab"):
-        build_drafter(model_config(model_folder), LIMITS, plan, "0123456789abcdef")
+        build_drafter(model_config(model_folder), ModelConfig(), LIMITS, plan, "0123456789abcdef")
     other = tiny_tokenizer()
     other.add_tokens(["extra"])
     target = tmp_path / "target"
@@ -239,7 +239,9 @@ def test_another_vocabulary_is_refused_naming_both(model_folder, tmp_path):
 
 
 def test_the_targets_own_vocabulary_is_welcome(model_folder):
-    drafter = build_drafter(model_config(model_folder), LIMITS, plan, vocabulary_sha256(tiny_tokenizer()))
+    drafter = build_drafter(
+        model_config(model_folder), ModelConfig(), LIMITS, plan, vocabulary_sha256(tiny_tokenizer())
+    )
     tree = drafter.draft(DraftRequest(1, [message(REPEATING)])).trees[1]
     assert len(tree) == 3
     drafter.close()

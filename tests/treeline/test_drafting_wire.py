@@ -36,6 +36,21 @@ def test_requests_arrive_as_they_were_sent():
     assert request_from_proto(over_the_wire(request_to_proto(request))) == request
 
 
+def test_features_arrive_bit_for_bit():
+    features = np.arange(2**16 - 8, 2**16 - 2, dtype=np.uint16).reshape(2, 3)
+    sent = DraftSequence(1, 5, [1, 2], SAMPLING, "smart", 8, 4, features=features)
+    (received,) = request_from_proto(over_the_wire(request_to_proto(DraftRequest(1, [sent])))).sequences
+    assert np.array_equal(received.features, features)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(2, 7), (2, 0), (3, 12)])
+def test_features_that_make_no_sense_are_refused(rows, size):
+    message = request_to_proto(DraftRequest(1, [DraftSequence(1, 0, [1, 2, 3], SAMPLING, "smart", 8, 4)]))
+    message.sequences[0].feature_rows, message.sequences[0].features = rows, bytes(size)
+    with pytest.raises(ValueError, match="features of"):
+        request_from_proto(message)
+
+
 def test_replies_arrive_as_they_were_sent():
     stats = DraftStats(0.5, (1, 4), 17, 3, (0.25, 0.125))
     sent = DraftReply(9, {7: TREE, 8: DraftTree.empty()}, {11: 0, 12: 300}, stats)

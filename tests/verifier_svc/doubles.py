@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from treeline.drafting import DraftReply, DraftRequest, DraftStats
+from treeline.drafting import DraftReply, DraftRequest, DraftStats, FeatureSpec
 from treeline.tree import ROOT, DraftTree
 
 
 class OracleDrafter:
     """Proposes the known continuation with decoys around it, cut or spoiled at random; never twice the same shape."""
+
+    features: FeatureSpec | None = None
 
     def __init__(self, continuation: Callable[[list[int]], list[int]], vocab_size: int, seed: int = 0) -> None:
         self._continuation = continuation
@@ -71,6 +73,7 @@ class SilentLink:
     """A drafter that never answers."""
 
     ready = True
+    features = None
 
     def draft(self, request: DraftRequest, timeout_s: float) -> None:
         return None

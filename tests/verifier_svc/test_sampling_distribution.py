@@ -37,6 +37,8 @@ CASES = {
 class LikelyDrafter:
     """Proposes the target's most likely continuations as a chain, a fan, a full tree or nothing, in turn."""
 
+    features = None
+
     def __init__(self, top: dict[tuple[int, ...], list[int]]) -> None:
         self._top = top
         self._count = 0

@@ -21,7 +21,7 @@ class DraftSampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class DraftSequence(_message.Message):
-    __slots__ = ("session_id", "start", "token_ids", "sampling", "policy", "max_nodes", "max_depth", "weight")
+    __slots__ = ("session_id", "start", "token_ids", "sampling", "policy", "max_nodes", "max_depth", "weight", "feature_rows", "features")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,8 @@ class DraftSequence(_message.Message):
     MAX_NODES_FIELD_NUMBER: _ClassVar[int]
     MAX_DEPTH_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    FEATURE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     start: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -38,7 +40,9 @@ class DraftSequence(_message.Message):
     max_nodes: int
     max_depth: int
     weight: float
-    def __init__(self, session_id: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[DraftSampling, _Mapping]] = ..., policy: _Optional[str] = ..., max_nodes: _Optional[int] = ..., max_depth: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
+    feature_rows: int
+    features: bytes
+    def __init__(self, session_id: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[DraftSampling, _Mapping]] = ..., policy: _Optional[str] = ..., max_nodes: _Optional[int] = ..., max_depth: _Optional[int] = ..., weight: _Optional[float] = ..., feature_rows: _Optional[int] = ..., features: _Optional[bytes] = ...) -> None: ...
 
 class DraftRequest(_message.Message):
     __slots__ = ("step_id", "sequences", "released")
@@ -99,15 +103,19 @@ class GetDrafterInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetDrafterInfoResponse(_message.Message):
-    __slots__ = ("drafter", "vocab_size", "vocabulary_sha256", "layer_s", "node_s")
+    __slots__ = ("drafter", "vocab_size", "vocabulary_sha256", "layer_s", "node_s", "feature_width", "feature_layers")
     DRAFTER_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_SHA256_FIELD_NUMBER: _ClassVar[int]
     LAYER_S_FIELD_NUMBER: _ClassVar[int]
     NODE_S_FIELD_NUMBER: _ClassVar[int]
+    FEATURE_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    FEATURE_LAYERS_FIELD_NUMBER: _ClassVar[int]
     drafter: str
     vocab_size: int
     vocabulary_sha256: str
     layer_s: float
     node_s: float
-    def __init__(self, drafter: _Optional[str] = ..., vocab_size: _Optional[int] = ..., vocabulary_sha256: _Optional[str] = ..., layer_s: _Optional[float] = ..., node_s: _Optional[float] = ...) -> None: ...
+    feature_width: int
+    feature_layers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, drafter: _Optional[str] = ..., vocab_size: _Optional[int] = ..., vocabulary_sha256: _Optional[str] = ..., layer_s: _Optional[float] = ..., node_s: _Optional[float] = ..., feature_width: _Optional[int] = ..., feature_layers: _Optional[_Iterable[int]] = ...) -> None: ...

@@ -1,0 +1,119 @@
+"""The target's hidden states on their way to a draft head: read off each pass, kept per request until they are sent."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lm.features import FeatureTap
+from lm.model import LanguageModel
+from treeline.drafting import NO_FEATURES, FeatureSpec
+from treeline.errors import ConfigError
+from verifier_svc.scheduler import Batch
+from verifier_svc.sequence import Sequence
+from verifier_svc.walk import Walk
+
+logger = logging.getLogger(__name__)
+
+WINDOW_TOKENS = 256
+"""Most features kept per request: with this much context a head begins that was away, or whose prompt is long."""
+
+
+class HiddenStates:
+    """Owns what a drafter may still want of the running requests' features: uint16 rows [width], bits of bfloat16.
+
+    The last row kept for a request belongs to the token before its root. Rows are of consecutive tokens.
+    """
+
+    def __init__(self, model: LanguageModel, max_message_bytes: int) -> None:
+        self._model = model
+        self._budget_bytes = max_message_bytes // 2
+        self._window_tokens = WINDOW_TOKENS
+        self._spec: FeatureSpec | None = None
+        self._tap: FeatureTap | None = None
+        self._rows: dict[int, deque[NDArray[np.uint16]]] = {}
+        self._sent_tokens: dict[int, int] = {}
+
+    def follow(self, spec: FeatureSpec | None) -> None:
+        """Read what this drafter wants from the next pass on; what another one wanted is dropped."""
+        if spec == self._spec:
+            return
+        self._spec = spec
+        if self._tap is not None:
+            self._tap.close()
+            self._tap = None
+        self._rows.clear()
+        self._sent_tokens.clear()
+        if spec is None:
+            return
+        try:
+            self._tap = FeatureTap(self._model.hf, spec.layers)
+        except ConfigError as error:
+            logger.warning("the drafter's head gets no features: %s", error)
+            return
+        if self._tap.width != spec.width:
+            logger.warning("the drafter's head reads %d features a token, not %d", spec.width, self._tap.width)
+            self._tap.close()
+            self._tap = None
+        # Two requests that begin fit one message.
+        self._window_tokens = max(1, min(WINDOW_TOKENS, self._budget_bytes // (4 * spec.width)))
+
+    def keep(self, batch: Batch, walks: list[Walk], tree_nodes: list[int]) -> None:
+        """Keep the features of the tokens that the pass just committed.
+
+        Args:
+            walks: of `batch.decoding` first.
+            tree_nodes: nodes verified for each of `batch.decoding`.
+        """
+        if self._tap is None:
+            return
+        chosen: list[tuple[Sequence, NDArray[np.int64]]] = []
+        first = 0
+        for sequence, walk, nodes in zip(batch.decoding, walks, tree_nodes, strict=False):
+            chosen.append((sequence, first + np.asarray([0, *(1 + node for node in walk.accepted)])))
+            first += 1 + nodes
+        for sequence, tokens in batch.prefilling:
+            chosen.append((sequence, np.arange(first + max(0, tokens - self._window_tokens), first + tokens)))
+            first += tokens
+        rows = torch.from_numpy(np.concatenate([rows for _, rows in chosen])).to(self._model.device)
+        values = self._tap.take()[rows].to("cpu", torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        start = 0
+        for sequence, indices in chosen:
+            kept = self._rows.setdefault(sequence.session_id, deque(maxlen=self._window_tokens))
+            kept.extend(values[start : start + len(indices)])
+            start += len(indices)
+
+    def unsent(self, sequences: list[Sequence]) -> list[NDArray[np.uint16]]:
+        """For each sequence uint16 [k, width]: features of the tokens before those last k that came since `sent`.
+
+        What would make the message too large stays for a later step.
+        """
+        budget_bytes = self._budget_bytes
+        found = []
+        for sequence in sequences:
+            rows: Iterable[NDArray[np.uint16]] = self._rows.get(sequence.session_id, ())
+            wanted = len(sequence.token_ids) - self._sent_tokens.get(sequence.session_id, 0)
+            features = np.stack(newest) if (newest := list(rows)[-wanted:]) else NO_FEATURES
+            if features.nbytes > budget_bytes:
+                features = NO_FEATURES
+            budget_bytes -= features.nbytes
+            found.append(features)
+        return found
+
+    def sent(self, sequence: Sequence) -> None:
+        """The drafter has the features of all tokens before this sequence's last one, as far as they were kept."""
+        self._sent_tokens[sequence.session_id] = len(sequence.token_ids)
+
+    def lost(self, sequence: Sequence) -> None:
+        """The drafter has none of this sequence's features any more."""
+        self._sent_tokens.pop(sequence.session_id, None)
+
+    def forget(self, sequence: Sequence) -> None:
+        """The request has ended."""
+        self._rows.pop(sequence.session_id, None)
+        self._sent_tokens.pop(sequence.session_id, None)
