@@ -50,9 +50,9 @@ class Recipe:
 
 
 def default_feature_layers(model: LanguageModel) -> tuple[int, ...]:
-    """Those behind a third and two thirds of the target's depth."""
+    """A low one, and those behind a third and two thirds of the target's depth (as EAGLE-3, section 3.1)."""
     depth = len(model.layers)
-    return (depth // 3 - 1, 2 * depth // 3 - 1) if depth >= 6 else ()
+    return (1, depth // 3 - 1, 2 * depth // 3 - 1) if depth >= 9 else ()
 
 
 def write_texts(

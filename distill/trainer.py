@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distill.batches import Corpus, Sample, TrainingBatch
 from distill.unroll import DEPTH_DISCOUNT, Round, unroll
+from lm.device import multiplies_bfloat16
 from lm.draft_head import HeadModule
 
 WARM_UP_STEPS = 50
@@ -21,7 +22,7 @@ LEAST_RATE = 0.02
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
 SAVE_INTERVAL_S = 60.0
-MEASURE_INTERVAL_S = 180.0
+MEASURE_INTERVAL_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Trainer:
         return rounds[0].loss.item()
 
     def _unroll(self, batch: TrainingBatch, depth: int, *, measure: bool) -> list[Round]:
-        with torch.autocast(self._device.type, torch.bfloat16):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=multiplies_bfloat16(self._device)):
             return unroll(self.module, self._embedding, self._output, batch.to(self._device), depth, measure=measure)
 
     def _save(self) -> None:

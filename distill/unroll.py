@@ -83,8 +83,9 @@ def unroll(
     texts, tokens = batch.token_ids.shape[0], batch.token_ids.shape[1] - 1
     inputs = F.embedding(batch.token_ids[:, 1:], embedding).reshape(1, texts * tokens, size)
     positions = torch.arange(tokens, device=inputs.device).repeat(texts)[None]
-    teacher = F.linear(batch.features[:, 1:, -size:].reshape(-1, size), output)
-    states = module.states(batch.features[:, :-1]).reshape(1, texts * tokens, size)
+    features = batch.features.to(output.dtype)
+    teacher = F.linear(features[:, 1:, -size:].reshape(-1, size), output)
+    states = module.states(features[:, :-1]).reshape(1, texts * tokens, size)
     attention = UnrolledAttention(texts, tokens)
     rounds = []
     for number in range(depth):

@@ -24,8 +24,12 @@ def torch_dtype(config: ModelConfig) -> torch.dtype:
     """
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    on_gpu = torch_device(config.device).type == "cuda"
-    return torch.bfloat16 if on_gpu or has_bfloat16_kernels() else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16(torch_device(config.device)) else torch.float32
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """True if `device` multiplies bfloat16 faster than float32."""
+    return device.type == "cuda" or has_bfloat16_kernels()
 
 
 def has_bfloat16_kernels() -> bool:
