@@ -2,47 +2,97 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
+
 from drafter_svc.drafter import build_drafter
 from lm.model import LanguageModel
 from lm.store import vocabulary_sha256
+from planner.cost import verify_seconds
 from planner.loop import PlanMaker, VerifierState
 from planner.signals import Signals
 from treeline.config import Config
-from treeline.plan import CostCurve, Plan, StepRecord, VerifierProfile
+from treeline.plan import CostCurve, CostModel, StepRecord, VerifierProfile
 from treeline.sampling import SamplingParams
 from verifier_svc.engine import Engine
 from verifier_svc.link import LocalLink
 from verifier_svc.request import Chunk, GenerationRequest
 from verifier_svc.sequence import Output
 
-REPLAN_STEPS = 8
+
+class LocalPlanner:
+    """The planning loop of one verifier; a new plan after every interval of the configuration, as in the service.
+
+    Attributes:
+        plan: the one in force.
+    """
+
+    def __init__(self, profile: VerifierProfile, config: Config) -> None:
+        self._state = VerifierState(profile, "")
+        self._maker = PlanMaker(config.limits, config.planner)
+        self._signals = Signals(config.planner.signal_max_age_s)
+        self._interval_s = config.planner.interval_s
+        self._renew()
+
+    def observe(self, record: StepRecord) -> None:
+        self._state.observe(record)
+        if time.monotonic() - self._made_s >= self._interval_s:
+            self._renew()
+
+    def _renew(self) -> None:
+        self._made_s = time.monotonic()
+        self.plan = self._maker.make(self._state, self._signals)
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """What a step did, and how many seconds the plan then in force would have given it."""
+
+    record: StepRecord
+    predicted_s: float
 
 
 class PlannedEngine:
-    """Engine, drafter and planner in this process, one thread, the plan renewed every few steps.
+    """Engine, drafter and planner in this process, one thread.
 
     Attributes:
-        records: of all steps so far.
+        planner: may be exchanged while no request is open, so that what one has learnt is kept from another.
+        steps: all steps so far; may be emptied.
     """
 
     def __init__(self, model: LanguageModel, config: Config, curves: tuple[CostCurve, ...]) -> None:
+        self._config = config
         sha256 = vocabulary_sha256(model.tokenizer)
-        drafter = build_drafter(config.drafter, config.verifier.target, config.limits, lambda: self._plan, sha256)
-        self.engine = Engine(model, LocalLink(drafter), lambda: self._plan, config)
-        self._state = VerifierState(VerifierProfile(curves, drafter.info.layer_s, drafter.info.node_s), "")
-        self._maker = PlanMaker(config.limits, config.planner)
-        self.records: list[StepRecord] = []
-        self._signals = Signals(config.planner.signal_max_age_s)
-        self._plan: Plan = self._maker.make(self._state, self._signals)
+        drafter = build_drafter(
+            config.drafter, config.verifier.target, config.limits, lambda: self.planner.plan, sha256
+        )
+        self._profile = VerifierProfile(curves, drafter.info.layer_s, drafter.info.node_s)
+        self.planner = self.new_planner()
+        self.engine = Engine(model, LocalLink(drafter), lambda: self.planner.plan, config)
+        self.steps: list[PlannedStep] = []
+
+    def new_planner(self) -> LocalPlanner:
+        """One that knows the device's profile and nothing else."""
+        return LocalPlanner(self._profile, self._config)
 
     def step(self) -> list[Output]:
+        cost = self.planner.plan.cost
         outputs, record = self.engine.step()
         if record is not None:
-            self.records.append(record)
-            self._state.observe(record)
-            if record.step_id % REPLAN_STEPS == 0:
-                self._plan = self._maker.make(self._state, self._signals)
+            self.steps.append(PlannedStep(record, predicted_step_s(cost, record)))
+            self.planner.observe(record)
         return outputs
+
+
+def predicted_step_s(cost: CostModel, record: StepRecord) -> float:
+    """Seconds that `cost` gives a step which drafts and verifies what this one did."""
+    context_tokens = record.context_tokens // max(1, record.sequences)
+    verify_s = float(verify_seconds(cost, max(1, record.sequences), context_tokens, record.tokens)[-1])
+    layers = record.draft_layer_nodes
+    drafting_s = cost.draft_round_trip_s + cost.draft_sequence_s * record.sequences
+    drafting_s += cost.draft_layer_s * len(layers) + cost.draft_node_s * sum(layers)
+    draft_s = drafting_s if record.drafter_s else 0.0
+    return draft_s + verify_s + cost.step_overhead_s
 
 
 def greedy_answers(

@@ -1,0 +1,235 @@
+"""Load generators: closed loop with a fixed number of streams, open loop with Poisson arrivals. All times are
+`time.perf_counter()` seconds."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from bench.common import Prompt
+from treeline.errors import QueueFullError
+
+POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    id: str
+    prompt: Prompt
+    max_tokens: int
+    policy: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What one step brought one request."""
+
+    request_id: str
+    time_s: float
+    token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of a request, and its verification steps.
+
+    Attributes:
+        finished: ended by itself; False if it was aborted.
+        rejected: never started, because the queue was full.
+        verified_nodes, accepted_nodes: over all its `steps`.
+    """
+
+    request_id: str
+    time_s: float
+    finished: bool = False
+    rejected: bool = False
+    steps: int = 0
+    verified_nodes: int = 0
+    accepted_nodes: int = 0
+
+
+class System(Protocol):
+    """What is put under load: an engine in this process, or a service. Used from one thread."""
+
+    def submit(self, request: Request) -> None: ...
+
+    def poll(self, timeout_s: float) -> list[Tokens | End]:
+        """What has come since the last call; waits up to `timeout_s` for it if nothing has."""
+        ...
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """End these requests; each End comes with a later poll."""
+        ...
+
+
+@dataclass
+class Answer:
+    """One request as its sender sees it.
+
+    Attributes:
+        sent_s: when it was due to be sent; with an open loop a late sender does not flatter the service.
+        arrivals: (time, tokens) of each chunk.
+    """
+
+    request: Request
+    sent_s: float
+    token_ids: list[int] = field(default_factory=list)
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+    end: End | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.end is not None and self.end.finished
+
+
+@dataclass(frozen=True)
+class Window:
+    """Answers, in the order of their requests, and the time in which they were measured."""
+
+    answers: list[Answer]
+    opened_s: float
+    closed_s: float
+
+
+class _Sender:
+    """Sends requests and keeps what comes back."""
+
+    def __init__(self, system: System) -> None:
+        self._system = system
+        self.answers: dict[str, Answer] = {}
+        self.open: set[str] = set()
+        self.rejected = 0
+
+    def submit(self, request: Request, sent_s: float) -> None:
+        self.answers[request.id] = Answer(request, sent_s)
+        self.open.add(request.id)
+        self._system.submit(request)
+
+    def poll(self, timeout_s: float = POLL_S) -> None:
+        for event in self._system.poll(timeout_s):
+            answer = self.answers[event.request_id]
+            if isinstance(event, End):
+                answer.end = event
+                self.rejected += event.rejected
+                self.open.remove(event.request_id)
+            else:
+                answer.token_ids += event.token_ids
+                answer.arrivals.append((event.time_s, len(event.token_ids)))
+
+    def abort(self) -> None:
+        """End all that is open and wait for it."""
+        self._system.abort(sorted(self.open))
+        while self.open:
+            self.poll()
+
+    @property
+    def last_end_s(self) -> float:
+        return max(answer.end.time_s for answer in self.answers.values() if answer.end)
+
+
+def closed_loop(system: System, requests: Sequence[Request], streams: int, limit_s: float) -> Window:
+    """Keep `streams` requests open: when one ends, the next one is sent at once.
+
+    The window opens when each of the first `streams` requests has its first token, and closes when a stream has no
+    successor, or `limit_s` after it opened: all streams are busy in all of it, and stragglers have no share in it.
+    What is open then is aborted.
+
+    Raises:
+        QueueFullError: the system has no room for so many streams.
+    """
+    sender, waiting = _Sender(system), deque(requests)
+    opened_s: float | None = None
+    while True:
+        while waiting and len(sender.open) < streams:
+            sender.submit(waiting.popleft(), time.perf_counter())
+        sender.poll()
+        if sender.rejected:
+            raise QueueFullError(f"there is no room for {streams} streams")
+        if opened_s is None:
+            opened_s = _all_started_s([sender.answers[r.id] for r in requests[:streams]])
+        late = opened_s is not None and time.perf_counter() - opened_s >= limit_s
+        if late or len(sender.open) + len(waiting) < streams:
+            break
+    closed_s = time.perf_counter() if late else sender.last_end_s
+    sender.abort()
+    return Window(list(sender.answers.values()), closed_s if opened_s is None else opened_s, closed_s)
+
+
+def open_loop(system: System, requests: Sequence[Request], arrivals_s: Sequence[float]) -> Window:
+    """Send each request when it is due, seconds from now, however many are open; the window is all of it."""
+    sender, waiting = _Sender(system), deque(zip(requests, arrivals_s, strict=True))
+    started_s = time.perf_counter()
+    while waiting or sender.open:
+        while waiting and started_s + waiting[0][1] <= time.perf_counter():
+            request, due_s = waiting.popleft()
+            sender.submit(request, started_s + due_s)
+        sender.poll(max(0.0, started_s + waiting[0][1] - time.perf_counter()) if waiting else POLL_S)
+    return Window(list(sender.answers.values()), started_s + arrivals_s[0], sender.last_end_s)
+
+
+def poisson_arrivals(rate_per_s: float, count: int, seed: int) -> list[float]:
+    """Seconds from the start at which `count` requests of a Poisson process arrive: its gaps are exponential."""
+    gaps = np.random.default_rng(seed).exponential(1 / rate_per_s, count)
+    return np.cumsum(gaps).tolist()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One window in numbers.
+
+    Attributes:
+        tokens_per_s: all tokens that came in the window, over its length.
+        accepted_length: tokens per verification step, bonus token included, of all answers.
+        tree_nodes: draft nodes verified per step and request.
+        ttft_ms_p50: time to first token of requests sent in the window; None if none was.
+        itl_ms_p50, itl_ms_p95: inter-token latency; the tokens of one chunk waited an equal share.
+        rejected: requests that found the queue full.
+    """
+
+    tokens_per_s: float
+    accepted_length: float
+    tree_nodes: float
+    ttft_ms_p50: float | None
+    itl_ms_p50: float | None
+    itl_ms_p95: float | None
+    rejected: int
+
+
+def measure(window: Window) -> Measured:
+    """The numbers of a window that has some length."""
+    ends = [answer.end for answer in window.answers if answer.end]
+    steps = sum(end.steps for end in ends)
+    tokens, ttft_s, itl_s = 0, [], []
+    for answer in window.answers:
+        before_s: float | None = None
+        for time_s, count in answer.arrivals:
+            if window.opened_s < time_s <= window.closed_s:
+                tokens += count
+                if before_s is not None:
+                    itl_s += [(time_s - before_s) / count] * count
+                elif answer.sent_s >= window.opened_s:
+                    ttft_s.append(time_s - answer.sent_s)
+            before_s = time_s
+    return Measured(
+        tokens_per_s=tokens / (window.closed_s - window.opened_s),
+        accepted_length=1 + sum(end.accepted_nodes for end in ends) / max(1, steps),
+        tree_nodes=sum(end.verified_nodes for end in ends) / max(1, steps),
+        ttft_ms_p50=_quantile_ms(ttft_s, 0.5),
+        itl_ms_p50=_quantile_ms(itl_s, 0.5),
+        itl_ms_p95=_quantile_ms(itl_s, 0.95),
+        rejected=sum(end.rejected for end in ends),
+    )
+
+
+def _all_started_s(answers: Sequence[Answer]) -> float | None:
+    """When the last of these got its first token; None while one of them waits."""
+    return max(answer.arrivals[0][0] for answer in answers) if all(answer.arrivals for answer in answers) else None
+
+
+def _quantile_ms(seconds: list[float], q: float) -> float | None:
+    return 1000 * float(np.quantile(seconds, q)) if seconds else None

@@ -1,0 +1,203 @@
+"""What can be put under load: an engine in this process, or a running service."""
+
+from __future__ import annotations
+
+import heapq
+import queue
+import threading
+import time
+from collections.abc import Sequence
+
+from bench.common import Prompt
+from bench.load import End, Request, Tokens
+from bench.local_engine import LocalPlanner, PlannedEngine, PlannedStep
+from lm.model import LanguageModel
+from treeline.client import TreelineClient
+from treeline.config import Config
+from treeline.errors import ConfigError, QueueFullError, TreelineError
+from treeline.sampling import SamplingParams
+from treeline.v1 import generation_pb2 as pb
+from verifier_svc.profile import profile_verification
+from verifier_svc.request import Chunk, Completion, FinishReason, GenerationRequest, SpeculationTotals
+from verifier_svc.service import token_ids_of
+
+PROFILE_CACHE_TOKENS = 4096
+REQUEST_TIMEOUT_S = 600.0
+
+
+class LocalSystem:
+    """Engine, drafter and planner in this process. Each policy has a planner of its own: none learns from another.
+
+    Args:
+        token_ids: of each prompt that may be asked.
+    """
+
+    def __init__(self, planned: PlannedEngine, token_ids: dict[Prompt, list[int]]) -> None:
+        self._planned, self._token_ids = planned, token_ids
+        self._planners: dict[str, LocalPlanner] = {}
+        self._aborted: list[Tokens | End] = []
+
+    def begin(self, policy: str) -> None:
+        """The requests to come are of this policy; none may be open."""
+        if policy not in self._planners:
+            self._planners[policy] = self._planned.new_planner()
+        self._planned.planner = self._planners[policy]
+
+    def submit(self, request: Request) -> None:
+        token_ids = self._token_ids[request.prompt]
+        self._planned.engine.add(
+            GenerationRequest(request.id, token_ids, SamplingParams(), request.max_tokens, policy=request.policy)
+        )
+
+    def poll(self, timeout_s: float) -> list[Tokens | End]:
+        events, self._aborted = self._aborted, []
+        if self._planned.engine.has_work:
+            events += [_from_engine(output.request_id, output.item) for output in self._planned.step()]
+        elif not events:
+            time.sleep(timeout_s)
+        return events
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        ended = self._planned.engine.abort(request_ids)
+        self._aborted += [_from_engine(output.request_id, output.item) for output in ended]
+
+    def take_steps(self) -> list[PlannedStep]:
+        """All steps since the last call."""
+        steps, self._planned.steps = self._planned.steps, []
+        return steps
+
+
+def start_local(config: Config, prompts: Sequence[Prompt], streams: int, max_tokens: int) -> LocalSystem:
+    """The system that `config` describes, its models loaded and measured, with room for so many streams at once.
+
+    Raises:
+        ConfigError: a model cannot be loaded, or a prompt and its answer exceed the context.
+    """
+    model = LanguageModel.load(config.verifier.target)
+    chat = model.tokenizer.chat_template is not None
+    token_ids = {p: token_ids_of(_messages(p) if chat else p.text, model.tokenizer) for p in prompts}
+    config = with_room(config, {prompt.id: len(ids) for prompt, ids in token_ids.items()}, streams, max_tokens)
+    curves = profile_verification(model, model.new_cache(PROFILE_CACHE_TOKENS, config.verifier.kv_block_tokens))
+    return LocalSystem(PlannedEngine(model, config, curves), token_ids)
+
+
+def with_room(config: Config, prompt_tokens: dict[str, int], streams: int, max_tokens: int) -> Config:
+    """`config` with slots and KV blocks for `streams` of these prompts, the longest of them, and the largest trees.
+
+    Raises:
+        ConfigError: a prompt and its answer exceed the context.
+    """
+    limits, verifier = config.limits, config.verifier
+    for prompt_id, tokens in prompt_tokens.items():
+        if tokens + max_tokens > limits.max_context_tokens:
+            raise ConfigError(
+                f"prompt {prompt_id} has {tokens} tokens: with an answer of {max_tokens} it exceeds "
+                f"limits.max_context_tokens, {limits.max_context_tokens}"
+            )
+    block = verifier.kv_block_tokens
+    longest = heapq.nlargest(streams, prompt_tokens.values())
+    longest += longest[:1] * (streams - len(longest))
+    needed = sum(-(-(tokens + max_tokens + limits.max_tree_nodes) // block) * block for tokens in longest)
+    return config.model_copy(
+        update={
+            "limits": limits.model_copy(update={"max_running_requests": max(streams, limits.max_running_requests)}),
+            "verifier": verifier.model_copy(update={"kv_cache_tokens": max(needed, verifier.kv_cache_tokens)}),
+            "drafter": config.drafter.model_copy(
+                update={"kv_cache_tokens": max(needed, config.drafter.kv_cache_tokens)}
+            ),
+        }
+    )
+
+
+class RemoteSystem:
+    """A running service, asked through its clients' port. Its one planner serves all policies."""
+
+    def __init__(self, client: TreelineClient, streams: int) -> None:
+        """
+        Raises:
+            ConfigError: it does not run so many streams at once.
+            TreelineError: it cannot be reached.
+        """
+        self._client = client
+        self._chat = client.model_info().has_chat_template
+        self._events: queue.SimpleQueue[Tokens | End | TreelineError] = queue.SimpleQueue()
+        most = client.load().max_requests_running
+        if streams > most:
+            raise ConfigError(
+                f"the service at {client.target} runs {most} requests at once: raise its "
+                f"limits.max_running_requests, or ask for a concurrency up to {most}"
+            )
+
+    def begin(self, policy: str) -> None:
+        pass
+
+    def submit(self, request: Request) -> None:
+        threading.Thread(target=self._follow, args=(request,), daemon=True).start()
+
+    def poll(self, timeout_s: float) -> list[Tokens | End]:
+        """
+        Raises:
+            TreelineError: a request failed.
+        """
+        events: list[Tokens | End] = []
+        try:
+            while True:
+                event = self._events.get(timeout=0 if events else timeout_s)
+                if isinstance(event, TreelineError):
+                    raise event
+                events.append(event)
+        except queue.Empty:
+            return events
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        self._client.abort(*request_ids)
+
+    def take_steps(self) -> list[PlannedStep]:
+        """A service does not tell its steps."""
+        return []
+
+    def _follow(self, request: Request) -> None:
+        """One stream, in a thread of its own."""
+        try:
+            messages = self._client.generate(
+                prompt=None if self._chat else request.prompt.text,
+                messages=_messages(request.prompt) if self._chat else None,
+                max_tokens=request.max_tokens,
+                temperature=0.0,
+                policy=request.policy,
+                request_id=request.id,
+                timeout_s=REQUEST_TIMEOUT_S,
+            )
+            for message in messages:
+                self._events.put(_from_client(request.id, message))
+        except QueueFullError:
+            self._events.put(End(request.id, time.perf_counter(), rejected=True))
+        except TreelineError as error:
+            self._events.put(error)
+
+
+def _messages(prompt: Prompt) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt.text}]
+
+
+def _from_engine(request_id: str, item: Chunk | Completion) -> Tokens | End:
+    if isinstance(item, Chunk):
+        return Tokens(request_id, time.perf_counter(), item.token_ids)
+    return _end(request_id, item.finish_reason is not FinishReason.ABORTED, item.speculation)
+
+
+def _from_client(request_id: str, message: pb.GenerateChunk | pb.GenerateComplete) -> Tokens | End:
+    if isinstance(message, pb.GenerateChunk):
+        return Tokens(request_id, time.perf_counter(), list(message.token_ids))
+    return _end(request_id, message.finish_reason != pb.FINISH_REASON_ABORTED, message.speculation)
+
+
+def _end(request_id: str, finished: bool, totals: SpeculationTotals | pb.SpeculationSummary) -> End:
+    return End(
+        request_id,
+        time.perf_counter(),
+        finished=finished,
+        steps=totals.steps,
+        verified_nodes=totals.verified_nodes,
+        accepted_nodes=totals.accepted_nodes,
+    )
