@@ -5,15 +5,10 @@ from __future__ import annotations
 import typer
 
 from cli.bench_lossless import lossless
+from cli.bench_sweep import sweep
 
 bench = typer.Typer(
     help="Measurements that can be repeated. Run them on an otherwise idle machine.", no_args_is_help=True
 )
-
-
-@bench.callback()
-def _group() -> None:
-    """Keeps `treeline bench lossless` a subcommand while it is the only one."""
-
-
 bench.command()(lossless)
+bench.command()(sweep)

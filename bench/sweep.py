@@ -1,0 +1,189 @@
+"""Policies under load, side by side: blocks of requests, interleaved so that what the machine does hits all alike."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from bench.common import Prompt
+from bench.load import Answer, Measured, Request, System, closed_loop, measure, open_loop, poisson_arrivals
+from bench.local_engine import PlannedStep
+from planner.policies import parse_policy
+from treeline.errors import ConfigError
+
+OFF = "off"
+MIN_SUCCESSORS = 4
+"""A closed-loop block sends this many requests, or one a stream, behind the streams' first ones."""
+OPEN_REQUESTS = 16
+BLOCK_LIMIT_S = 20.0
+"""A closed-loop block of a slow policy is measured for so long; a rate needs no more."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to sweep.
+
+    Attributes:
+        policies: canonical spellings, `off` among them.
+        concurrency: streams of each closed loop.
+        rates: arrival rates of each open loop, relative to the capacity measured with `off`.
+        seed: of the order of prompts and of the arrivals.
+    """
+
+    policies: tuple[str, ...]
+    concurrency: tuple[int, ...]
+    rates: tuple[float, ...]
+    rounds: int
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One policy under one load for a while.
+
+    Attributes:
+        load: streams of a closed loop, relative rate of an open one.
+        round: 0 is the warm-up, which is not counted.
+    """
+
+    loop: Literal["closed", "open"]
+    load: float
+    round: int
+    policy: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a counted block brought.
+
+    Attributes:
+        requests_per_s: at which requests arrived; 0 for a closed loop.
+        steps: the engine's own account; empty for a service.
+    """
+
+    block: Block
+    measured: Measured
+    answers: list[Answer] = field(repr=False)
+    requests_per_s: float = 0.0
+    steps: list[PlannedStep] = field(default_factory=list, repr=False)
+
+
+class Swept(System, Protocol):
+    """A system that can be swept."""
+
+    def begin(self, policy: str) -> None:
+        """The requests to come are of this policy; none is open."""
+        ...
+
+    def take_steps(self) -> list[PlannedStep]:
+        """The engine's steps since the last call, where they are known."""
+        ...
+
+
+def checked_policies(specs: Sequence[str]) -> tuple[str, ...]:
+    """Canonical spellings in order, without repeats; `off` goes first if it is missing, for all is compared with it.
+
+    Raises:
+        ConfigError: one of them is no policy.
+    """
+    try:
+        policies = [parse_policy(spec).spec for spec in specs]
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return tuple(dict.fromkeys(policies if OFF in policies else [OFF, *policies]))
+
+
+def closed_blocks(settings: Settings) -> list[Block]:
+    """Load by load: a warm-up of every policy, then rounds A B C, B C A, C A B, ..."""
+    return [
+        Block("closed", streams, round_, policy)
+        for streams in settings.concurrency
+        for round_ in range(settings.rounds + 1)
+        for policy in _rotated(settings.policies, max(0, round_ - 1))
+    ]
+
+
+def open_blocks(settings: Settings) -> list[Block]:
+    """The same of the open loops, which need no warm-up behind the closed ones."""
+    return [
+        Block("open", rate, round_, policy)
+        for rate in settings.rates
+        for round_ in range(1, settings.rounds + 1)
+        for policy in _rotated(settings.policies, round_ - 1)
+    ]
+
+
+def run_sweep(system: Swept, prompts: Sequence[Prompt], settings: Settings) -> Iterator[Result | None]:
+    """Run all blocks, one at each turn; a warm-up brings None."""
+    shuffled = random.Random(settings.seed).sample(prompts, len(prompts))
+    closed: list[Result] = []
+    for block in closed_blocks(settings):
+        result = _run_closed(system, block, shuffled, settings)
+        closed += [result] if result else []
+        yield result
+    if settings.rates:
+        requests_per_s = capacity(closed)
+        for block in open_blocks(settings):
+            yield _run_open(system, block, shuffled, settings, block.load * requests_per_s)
+
+
+def capacity(results: Sequence[Result]) -> float:
+    """Requests per second that plain decoding brings at the highest concurrency swept, of requests run to their end."""
+    plain = [result for result in results if result.block.policy == OFF]
+    most = max(result.block.load for result in plain)
+    tokens_per_s = float(np.median([r.measured.tokens_per_s for r in plain if r.block.load == most]))
+    longest = max(answer.request.max_tokens for result in plain for answer in result.answers)
+    ended = [len(a.token_ids) for r in plain for a in r.answers if a.finished and a.request.max_tokens == longest]
+    return tokens_per_s / (float(np.mean(ended)) if ended else longest)
+
+
+def closed_requests(block: Block, prompts: Sequence[Prompt], max_tokens: int) -> list[Request]:
+    """The requests of a closed-loop block: the same for every policy, others in every round.
+
+    The streams' first requests are cut to lengths evenly spread up to `max_tokens`, as if one looked at streams that
+    have been busy for long: prompts and endings are then spread over the block as they are in the long run. A warm-up
+    is these first requests alone, at full length.
+    """
+    streams = int(block.load)
+    if not block.round:
+        return _requests(block, prompts, 0, [max_tokens] * streams)
+    successors = max(MIN_SUCCESSORS, streams)
+    lengths = [max(1, max_tokens * (i + 1) // streams) for i in range(streams)] + [max_tokens] * successors
+    return _requests(block, prompts, (block.round - 1) * len(lengths), lengths)
+
+
+def _run_closed(system: Swept, block: Block, prompts: Sequence[Prompt], settings: Settings) -> Result | None:
+    system.begin(block.policy)
+    requests = closed_requests(block, prompts, settings.max_tokens)
+    window = closed_loop(system, requests, int(block.load), BLOCK_LIMIT_S)
+    steps = system.take_steps()
+    return Result(block, measure(window), window.answers, steps=steps) if block.round else None
+
+
+def _run_open(
+    system: Swept, block: Block, prompts: Sequence[Prompt], settings: Settings, requests_per_s: float
+) -> Result:
+    system.begin(block.policy)
+    requests = _requests(block, prompts, (block.round - 1) * OPEN_REQUESTS, [settings.max_tokens] * OPEN_REQUESTS)
+    arrivals_s = poisson_arrivals(requests_per_s, OPEN_REQUESTS, settings.seed + block.round)
+    window = open_loop(system, requests, arrivals_s)
+    return Result(block, measure(window), window.answers, requests_per_s, system.take_steps())
+
+
+def _requests(block: Block, prompts: Sequence[Prompt], first: int, lengths: Sequence[int]) -> list[Request]:
+    chosen = [prompts[(first + i) % len(prompts)] for i in range(len(lengths))]
+    return [
+        Request(uuid.uuid4().hex, prompt, max_tokens, block.policy)
+        for prompt, max_tokens in zip(chosen, lengths, strict=True)
+    ]
+
+
+def _rotated(policies: tuple[str, ...], by: int) -> tuple[str, ...]:
+    by %= len(policies)
+    return policies[by:] + policies[:by]

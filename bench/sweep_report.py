@@ -1,0 +1,202 @@
+"""What a sweep's blocks say together: rows, ratios, differences of text, prediction errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from bench.load import Answer
+from bench.sweep import OFF, Result
+
+FIXED = ("off", "chain:", "static:", "sequoia:", "eagle2:", "opt-tree:")
+"""Policies whose trees are as large at any load."""
+ORACLE = "oracle-fixed"
+SMART, PAPER, EAGLE = "smart", "smart-paper", "eagle2:"
+MEAN_OVER = (4, 32)
+"""Concurrency from and to which the geometric mean is taken."""
+
+Row = dict[str, Any]
+Rounds = dict[int, float]
+"""Tokens per second of one policy at one load, by round."""
+
+
+def report(results: Sequence[Result]) -> dict[str, Any]:
+    """All parts of a sweep's JSON but the common ones, "rows" included."""
+    closed = [result for result in results if result.block.loop == "closed"]
+    arrived = [result for result in results if result.block.loop == "open"]
+    compared, differences = compare_outputs(results)
+    return {
+        "rows": [*policy_rows(closed, "concurrency"), *oracle_rows(closed)],
+        "open_loop": policy_rows(arrived, "rate"),
+        "summary": summary(closed),
+        "predictions": prediction_errors(results),
+        "identical_outputs": not differences,
+        "compared_outputs": compared,
+        "different_outputs": differences,
+    }
+
+
+def policy_rows(results: Sequence[Result], load_name: str) -> list[Row]:
+    """One row a load and policy: medians over rounds, with the extremes beside them."""
+    rows = []
+    for (load, policy), cell in _cells(results).items():
+        row: Row = {"policy": policy, load_name: load, "rounds": len(cell)}
+        if load_name == "rate":
+            row["requests_per_s"] = cell[0].requests_per_s
+        measured = [asdict(result.measured) for result in cell]
+        for name in measured[0]:
+            if name != "rejected":
+                row |= _spread(name, [m[name] for m in measured if m[name] is not None])
+        if load_name == "rate":
+            row["rejected"] = sum(m["rejected"] for m in measured)
+        rows.append(row)
+    return rows
+
+
+def oracle_rows(closed: Sequence[Result]) -> list[Row]:
+    """The best fixed setting of each concurrency, chosen afterwards by its median: what no operator could know."""
+    rows = policy_rows(closed, "concurrency")
+    best: dict[float, Row] = {}
+    for row in rows:
+        load = row["concurrency"]
+        faster = load not in best or row["tokens_per_s"] > best[load]["tokens_per_s"]
+        if row["policy"].startswith(FIXED) and faster:
+            best[load] = row
+    return [{**row, "policy": ORACLE, "setting": row["policy"]} for row in best.values()]
+
+
+def summary(closed: Sequence[Result]) -> dict[str, Any]:
+    """`smart` against what it has to beat: per concurrency, and in the mean against the best single EAGLE-2 setting.
+
+    A ratio is the median of the rounds' ratios: blocks of one round ran near to each other, on the same prompts.
+    """
+    rates = _rates(closed)
+    oracle = {row["concurrency"]: row["setting"] for row in oracle_rows(closed)}
+    loads = sorted({load for load, _ in rates})
+    ratios = []
+    for load in loads:
+        row: Row = {"concurrency": load, "setting": oracle.get(load)}
+        for name, policy in ((OFF, OFF), (ORACLE, oracle.get(load)), (PAPER, PAPER)):
+            values = _ratios(rates.get((load, SMART), {}), rates.get((load, policy or ""), {}))
+            row |= _spread(f"{SMART}/{name}", values)
+        ratios.append(row)
+    return {"ratios": ratios, "against_best_eagle2": _against_best_eagle(rates, loads)}
+
+
+def compare_outputs(results: Sequence[Result]) -> tuple[int, list[Row]]:
+    """How many answers were compared with those of `off`, and the first different token of each that differs."""
+    plain = {_key(result): result.answers for result in results if result.block.policy == OFF}
+    compared, differences = 0, []
+    for result in results:
+        if result.block.policy == OFF:
+            continue
+        for reference, answer in zip(plain.get(_key(result), []), result.answers, strict=False):
+            compared += 1
+            position = first_difference(reference, answer)
+            if position is not None:
+                differences.append(
+                    {
+                        "policy": result.block.policy,
+                        "loop": result.block.loop,
+                        "load": result.block.load,
+                        "round": result.block.round,
+                        "prompt": answer.request.prompt.id,
+                        "position": position,
+                    }
+                )
+    return compared, differences
+
+
+def first_difference(reference: Answer, answer: Answer) -> int | None:
+    """Index of the first token in which two answers to one request differ. One that was cut short may end earlier."""
+    theirs, ours = reference.token_ids, answer.token_ids
+    common = min(len(theirs), len(ours))
+    position = next((i for i in range(common) if theirs[i] != ours[i]), None)
+    if position is not None or len(theirs) == len(ours):
+        return position
+    shorter = reference if len(theirs) < len(ours) else answer
+    return common if shorter.finished else None
+
+
+def predictions(results: Sequence[Result], policy: str) -> np.ndarray:
+    """float64 [n, 2]: predicted and measured seconds of all steps of a policy that only decoded."""
+    steps = [step for result in results if result.block.policy == policy for step in result.steps]
+    pairs = [(s.predicted_s, s.record.step_s) for s in steps if s.record.sequences and not s.record.prefill_tokens]
+    return np.asarray(pairs, np.float64).reshape(-1, 2)
+
+
+def prediction_errors(results: Sequence[Result]) -> list[Row]:
+    """Per policy, |predicted - measured| / measured step seconds; nothing for a service, which does not tell them."""
+    rows = []
+    for policy in dict.fromkeys(result.block.policy for result in results):
+        pairs = predictions(results, policy)
+        if len(pairs):
+            errors = np.abs(pairs[:, 0] - pairs[:, 1]) / pairs[:, 1]
+            row: Row = {"policy": policy, "steps": len(pairs)}
+            for name, column in (("predicted_ms", pairs[:, 0]), ("measured_ms", pairs[:, 1])):
+                row |= {f"{name}_p50": 1000 * float(np.median(column))}
+            row |= {f"error_p{q}": float(np.quantile(errors, q / 100)) for q in (50, 95)}
+            rows.append(row)
+    return rows
+
+
+def speedups(closed: Sequence[Result], policy: str) -> dict[float, list[float]]:
+    """By concurrency, the rounds' ratios of a policy's tokens per second to those of `off`."""
+    rates = _rates(closed)
+    loads = sorted(load for load, name in rates if name == policy)
+    return {load: _ratios(rates[load, policy], rates.get((load, OFF), {})) for load in loads}
+
+
+def tree_sizes(closed: Sequence[Result], policy: str) -> dict[float, list[float]]:
+    """By concurrency, the rounds' draft nodes verified per step and request."""
+    cells = _cells(closed)
+    return {load: [r.measured.tree_nodes for r in cell] for (load, name), cell in cells.items() if name == policy}
+
+
+def _against_best_eagle(rates: dict[tuple[float, str], Rounds], loads: Sequence[float]) -> Row | None:
+    """The geometric mean of `smart`'s ratios to the EAGLE-2 setting that is best in the geometric mean."""
+    over = [load for load in loads if MEAN_OVER[0] <= load <= MEAN_OVER[1] and (load, SMART) in rates]
+    settings = [p for p in dict.fromkeys(p for _, p in rates) if p.startswith(EAGLE)]
+    settings = [p for p in settings if all(_ratios(rates[load, SMART], rates.get((load, p), {})) for load in over)]
+    if not over or not settings:
+        return None
+
+    def mean(value: Callable[[float], float]) -> float:
+        return float(np.exp(np.mean([np.log(value(load)) for load in over])))
+
+    best = max(settings, key=lambda p: mean(lambda load: float(np.median(list(rates[load, p].values())))))
+    ratio = mean(lambda load: float(np.median(_ratios(rates[load, SMART], rates[load, best]))))
+    return {"setting": best, "concurrency": over, "geometric_mean": ratio}
+
+
+def _cells(results: Sequence[Result]) -> dict[tuple[float, str], list[Result]]:
+    """Results by load and policy, in the order in which they were first run."""
+    cells: dict[tuple[float, str], list[Result]] = {}
+    order = list(dict.fromkeys(result.block.policy for result in results))
+    for result in sorted(results, key=lambda r: (r.block.load, order.index(r.block.policy), r.block.round)):
+        cells.setdefault((result.block.load, result.block.policy), []).append(result)
+    return cells
+
+
+def _rates(closed: Sequence[Result]) -> dict[tuple[float, str], Rounds]:
+    return {
+        key: {result.block.round: result.measured.tokens_per_s for result in cell}
+        for key, cell in _cells(closed).items()
+    }
+
+
+def _ratios(numerator: Rounds, denominator: Rounds) -> list[float]:
+    return [numerator[round_] / denominator[round_] for round_ in numerator if round_ in denominator]
+
+
+def _spread(name: str, values: Sequence[float]) -> Row:
+    if not values:
+        return {name: None, f"{name}_min": None, f"{name}_max": None}
+    return {name: float(np.median(values)), f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
+def _key(result: Result) -> tuple[str, float, int]:
+    return result.block.loop, result.block.load, result.block.round
