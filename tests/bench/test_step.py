@@ -1,0 +1,160 @@
+"""The cost of a pass: complete rows, honest limits, phases that find their operators."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench.limits import MachineLimit, ModelSize, Point, measure_limit
+from bench.passes import Pass, transformers_passes, treeline_passes
+from bench.phases import PHASES, phases_ms
+from bench.step import Subject, grid, model_subject, run_step
+from bench.step_plot import plot_step
+from cli.main import app
+from lm.model import LanguageModel
+from tests.lm.tiny import tiny_llama, tiny_tokenizer
+from treeline.config import ModelConfig
+
+CPU = torch.device("cpu")
+POINTS = [Point(1, 1, 16), Point(4, 2, 16)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "tiny"
+    tiny_llama().save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def model():
+    return LanguageModel.from_hf(tiny_llama(), tiny_tokenizer())
+
+
+def test_the_grid_gives_every_sequence_a_token():
+    points = grid()
+    assert len(points) == len(set(points)) == 2 * (7 + 5 + 4 + 3)
+    assert all(point.tokens >= point.sequences for point in points)
+
+
+def test_every_point_has_a_row_and_phases_for_both_systems(folder):
+    config = ModelConfig(model=str(folder), dtype="float32", device="cpu")
+    seen = []
+    subjects = [model_subject("target", config), model_subject("drafter", config)]
+    result = run_step(subjects, POINTS, 2, seen.append)
+    assert len(seen) == 1 + 2 * len(POINTS)
+    assert [(r.model, r.tokens, r.sequences, r.context) for r in result.rows] == [
+        (name, p.tokens, p.sequences, p.context) for name in ("target", "drafter") for p in POINTS
+    ]
+    for row in result.rows:
+        assert 0 < row.ours_ms_min <= row.ours_ms <= row.ours_ms_max
+        assert 0 < row.transformers_ms_min <= row.transformers_ms <= row.transformers_ms_max
+        assert row.limit_ms > 0
+    assert result.limit_json().keys() == {"read_gb_s", "gemm_gflop_s", "pass_ms"}
+    assert result.limit_json()["pass_ms"] == result.rows[0].limit_ms
+    assert len(result.phases) == 2 * len(result.rows)
+
+
+def test_a_subject_may_be_any_pass_and_points_beyond_its_context_are_left_out(model):
+    head = Subject("drafter", None, 64, model.dtype, CPU, {"treeline": treeline_passes(model)})
+    result = run_step([head], [Point(1, 1, 16), Point(1, 1, 64)], 1)
+    (row,) = result.rows
+    assert (row.context, row.transformers_ms, row.limit_ms) == (16, None, None)
+
+
+@pytest.mark.parametrize("system", ["treeline", "transformers"])
+def test_a_pass_gives_a_row_of_logits_a_token_and_can_be_repeated(model, system):
+    point = Point(6, 3, 20)
+    make = treeline_passes(model) if system == "treeline" else transformers_passes(tiny_llama(), model.layers)
+    measured = make(point)
+    first = measured.forward()
+    measured.reset()
+    again = measured.forward()
+    measured.reset()
+    assert first.shape == (6, 260)
+    assert torch.equal(first, again)
+    with pytest.raises(ValueError, match="evenly"):
+        make(Point(5, 3, 20))
+
+
+def test_phases_find_their_operators_and_leave_no_marks(model):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before = dict(ALL_ATTENTION_FUNCTIONS)
+    hf = tiny_llama()
+    hf.set_attn_implementation("sdpa")
+    for make in (treeline_passes(model), transformers_passes(hf, model.layers)):
+        spent = phases_ms(make(Point(4, 1, 32)), 32, on_cuda=False)
+        assert tuple(spent) == PHASES
+        assert all(ms > 0 for ms in spent.values())
+    assert dict(ALL_ATTENTION_FUNCTIONS) == before
+
+
+def test_a_phase_grows_with_its_work():
+    weight, logits = torch.randn(512, 512), torch.zeros(1, 7)
+
+    def forward() -> torch.Tensor:
+        for _ in range(20):
+            torch.nn.functional.linear(weight, weight)
+        return logits
+
+    spent = phases_ms(Pass(forward, lambda rows: rows.argmax(-1).tolist(), lambda: None), 32, on_cuda=False)
+    assert spent["linear"] == max(spent.values())
+    assert spent["attention"] == spent["head"] == 0
+
+
+def test_the_limit_is_the_slower_of_reading_and_computing():
+    assert all(value > 0 for value in vars(measure_limit(torch.float32, CPU, read_bytes=1 << 20)).values())
+    size = ModelSize(weight_bytes=10**9, token_flops=10**9, entry_bytes=0, entry_flops=0)
+    limit = MachineLimit(read_gb_s=10, gemm_gflop_s=100)
+    assert limit.pass_ms(size, Point(1, 1, 128)) == pytest.approx(100)
+    assert limit.pass_ms(size, Point(64, 1, 128)) == pytest.approx(640)
+    cached = ModelSize(weight_bytes=0, token_flops=0, entry_bytes=10**6, entry_flops=10**6)
+    assert limit.pass_ms(cached, Point(2, 2, 100)) == pytest.approx(20)
+    assert limit.pass_ms(cached, Point(64, 1, 100)) == pytest.approx(64)
+
+
+def test_a_model_is_read_once_without_the_rows_it_only_looks_up(model):
+    hf = tiny_llama()
+    weights = sum(p.numel() for p in hf.parameters())
+    size = ModelSize.of(hf, model.layers)
+    assert size.weight_bytes == 4 * (weights - 260 * 48)
+    assert size.entry_bytes == 4 * 2 * 2 * (8 + 8)
+    hf.tie_weights()
+    hf.lm_head.weight = hf.model.embed_tokens.weight
+    assert ModelSize.of(hf, model.layers).weight_bytes == 4 * (weights - 260 * 48)
+
+
+def test_the_command_writes_its_report_and_plot(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.step.QUICK", tuple(POINTS))
+    config, report, plot = tmp_path / "c.yaml", tmp_path / "r.json", tmp_path / "p.png"
+    config.write_text(f"verifier: {{target: {{model: {folder}, dtype: float32}}}}\n")
+    arguments = ["--config", str(config), "--quick", "--repeats", "1", "--json", str(report), "--plot", str(plot)]
+    result = CliRunner().invoke(app, ["bench", "step", *arguments])
+    assert result.exit_code == 0, result.output
+    assert "target: milliseconds of a pass" in result.stdout
+    written = json.loads(report.read_text())
+    assert written.keys() == {"machine", "versions", "config", "rows", "limit", "phases"}
+    assert len(written["rows"]) == 2
+    assert written["rows"][0].keys() >= {"model", "tokens", "sequences", "context", "ours_ms", "transformers_ms"}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_leaves_out_what_was_not_measured(model, tmp_path):
+    head = Subject("drafter", None, 64, model.dtype, CPU, {"treeline": treeline_passes(model)})
+    plot_step(run_step([head], POINTS, 1).rows, tmp_path / "p.svg")
+    drawn = (tmp_path / "p.svg").read_text()
+    assert "ours, 1 sequence" in drawn
+    assert "transformers" not in drawn
