@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from cli.bench_lossless import lossless
+from cli.bench_peers import peers
 from cli.bench_step import step
 from cli.bench_sweep import sweep
 
@@ -12,5 +13,6 @@ bench = typer.Typer(
     help="Measurements that can be repeated. Run them on an otherwise idle machine.", no_args_is_help=True
 )
 bench.command()(step)
+bench.command()(peers)
 bench.command()(lossless)
 bench.command()(sweep)

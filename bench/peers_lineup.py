@@ -1,0 +1,96 @@
+"""Who takes part in `treeline bench peers`: us, transformers, and whoever of the others is installed."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from bench.common import Prompt
+from bench.local_engine import PlannedEngine, greedy_answers
+from bench.passes import load_transformers
+from bench.peers import Answerer, Lineup, MissingPeerError
+from bench.peers_gguf import llama_cpp, openvino_genai
+from bench.peers_transformers import PROMPT_LOOKUP_TOKENS, continuous_batching, generate_one_by_one
+from lm.model import LanguageModel
+from lm.store import resolve_gguf
+from treeline.config import Config
+from treeline.errors import ConfigError
+from treeline.plan import CostCurve
+
+ONE_BY_ONE = "one request after the other"
+FOUR_BITS = "reads the GGUF file's own quantised weights"
+
+
+def build_lineup(
+    model: LanguageModel,
+    config: Config,
+    curves: tuple[CostCurve, ...],
+    max_tokens: int,
+    concurrencies: list[int],
+) -> Lineup:
+    """All peers, transformers' plain `generate` first.
+
+    Args:
+        model: the configuration's target; decides the type in which transformers runs it too.
+        curves: of this device, for the planner.
+    """
+    spec, lineup = config.verifier.target.model, Lineup()
+    hf = load_transformers(spec, model)
+
+    def assisted() -> Answerer:
+        kind, draft = config.drafter.kind, config.drafter.model
+        if draft is None or "model" not in kind:
+            raise MissingPeerError(f"the drafter is of kind '{kind}'; an assistant is a language model of its own")
+        return generate_one_by_one(hf, max_tokens, assistant_model=load_transformers(draft.model, model))
+
+    def openvino(prompt_lookup: bool) -> Answerer:
+        return openvino_genai(_gguf(spec), max_tokens, concurrencies, model.eos_token_ids, prompt_lookup=prompt_lookup)
+
+    lineup.add("transformers", "plain", lambda: generate_one_by_one(hf, max_tokens), serial=True, note=ONE_BY_ONE)
+    lineup.add("transformers", "assistant_model", assisted, serial=True, note=ONE_BY_ONE)
+    lineup.add(
+        "transformers",
+        "prompt_lookup",
+        lambda: generate_one_by_one(hf, max_tokens, prompt_lookup_num_tokens=PROMPT_LOOKUP_TOKENS),
+        serial=True,
+        note=ONE_BY_ONE,
+    )
+    batching = load_transformers(spec, model)  # it changes its model's attention
+    lineup.add("transformers", "continuous_batching", lambda: continuous_batching(batching, max_tokens))
+    planned = PlannedEngine(model, config, curves)
+    for policy in ("off", "smart"):
+        lineup.add("treeline", policy, partial(_treeline, planned, policy, max_tokens))
+    lineup.add("openvino-genai", "plain", lambda: openvino(False), note=FOUR_BITS)
+    lineup.add("openvino-genai", "prompt_lookup", lambda: openvino(True), note=FOUR_BITS)
+    lineup.add(
+        "llama.cpp",
+        "plain",
+        lambda: llama_cpp(_gguf(spec), max_tokens, config.limits.max_context_tokens, model.eos_token_ids),
+        serial=True,
+        note=f"{FOUR_BITS}; {ONE_BY_ONE}",
+    )
+    return lineup
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """A prompt as the user's turn of a chat."""
+    chat = [{"role": "user", "content": prompt.text}]
+    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))  # type: ignore[arg-type]
+
+
+def _treeline(planned: PlannedEngine, policy: str, max_tokens: int) -> Answerer:
+    """Our engine in this process, with its planner and drafter."""
+
+    def answer(prompts: list[list[int]], concurrency: int) -> list[list[int]]:
+        return greedy_answers(planned, prompts, [policy] * len(prompts), max_tokens, concurrency)[0]
+
+    return answer
+
+
+def _gguf(spec: str) -> Path:
+    try:
+        return resolve_gguf(spec)
+    except ConfigError as error:
+        raise MissingPeerError(str(error)) from error
