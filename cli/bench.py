@@ -6,6 +6,7 @@ import typer
 
 from cli.bench_lossless import lossless
 from cli.bench_peers import peers
+from cli.bench_prune import prune
 from cli.bench_step import step
 from cli.bench_sweep import sweep
 
@@ -15,4 +16,5 @@ bench = typer.Typer(
 bench.command()(step)
 bench.command()(peers)
 bench.command()(lossless)
+bench.command()(prune)
 bench.command()(sweep)

@@ -141,8 +141,10 @@ def _gains(candidates: list[Candidate], sizes: NDArray[np.intp], calibration: Ca
     first = np.repeat(np.cumsum(sizes) - sizes, sizes)
     parents = np.concatenate([tree.parents for tree in trees])
     # The roots become one more node behind all others, which is its own parent.
-    jump = np.append(np.where(parents == ROOT, total, parents + first), total)
-    depths, jumps = np.append(np.ones(total, np.intp), 0), [jump]
+    jump = np.full(total + 1, total)
+    np.copyto(jump[:-1], parents + first, where=parents != ROOT)
+    depths, jumps = np.ones(total + 1, np.intp), [jump]
+    depths[-1] = 0
     while (jump := jumps[-1]).min() < total:
         # Pointer jumping: every round doubles the distance that is looked up the path.
         depths += depths[jump]
@@ -151,7 +153,8 @@ def _gains(candidates: list[Candidate], sizes: NDArray[np.intp], calibration: Ca
     sources = np.concatenate([tree.sources for tree in trees])
     probs = np.concatenate([tree.draft_probs for tree in trees])
     edges = accepts(calibration, sources, depths[:-1], probs, sampled)
-    scores = np.append(np.minimum(edges, MAX_ACCEPTANCE), 1.0)
+    scores = np.ones(total + 1)
+    np.minimum(edges, MAX_ACCEPTANCE, out=scores[:-1])
     for jump in jumps[:-1]:
         scores *= scores[jump]
     return np.repeat([c.weight for c in candidates], sizes) * scores[:-1]
