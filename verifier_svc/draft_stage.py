@@ -212,9 +212,9 @@ class DraftStage:
         """Count what drafting took, pruning included, and let the gate learn from it."""
         now_s = self._clock()
         draft_s = now_s - started_s
-        smart = sum(s.policy.prices_drafting for s in asked)
-        if smart and drafts.pruning:
-            self._gate.drafted(smart, drafts.pruning.gains, drafts.stats.layer_nodes, draft_s, now_s)
+        requests = sum(s.policy.prunes for s in asked)
+        if requests and drafts.pruning:
+            self._gate.drafted(requests, drafts.pruning.gains, drafts.stats.layer_nodes, draft_s, now_s)
         return replace(drafts, draft_s=draft_s)
 
 

@@ -42,6 +42,7 @@ class ChainLink:
     """A drafter that gives every request the same chain of quite likely nodes, and notes whom it was asked about."""
 
     ready = True
+    features = None
 
     def __init__(self) -> None:
         self.asked: list[int] = []
