@@ -12,6 +12,7 @@ from cli.config import config
 from cli.demo import demo
 from cli.distill import distill
 from cli.doctor import doctor
+from cli.eval_drafter import eval_drafter
 from cli.generate import generate
 from cli.models import models
 from cli.profile import profile
@@ -50,6 +51,7 @@ app.command()(doctor)
 app.command()(config)
 app.command()(demo)
 app.command()(distill)
+app.command()(eval_drafter)
 app.add_typer(bench, name="bench")
 
 

@@ -1,0 +1,281 @@
+"""How good is a drafter for its target? Every position of the target's own greedy answers, drafted and looked up.
+
+Whatever is measured, the text is given: a draft is right if the target's next tokens are in it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bench.common import Prompt
+from drafter_svc.drafter import TreeDrafter
+from lm.features import FeatureTap
+from lm.model import LanguageModel
+from lm.packed import PackedSequence
+from planner.calibration import Calibrator
+from planner.fallback import builtin_plan
+from treeline.config import LimitsConfig
+from treeline.drafting import NO_FEATURES, DraftRequest, DraftSequence
+from treeline.plan import NodeOutcomes, Plan
+from treeline.sampling import SamplingParams
+from treeline.tree import DraftTree
+from verifier_svc.walk import Walk, concatenate, observed, target_walk
+
+TOP = "static:4"
+POLICIES = {"chain:5": "chain:5", "tree:16": "eagle2:6,4,16"}
+"""Names of the accepted lengths, and how they are drafted."""
+MAX_NODES, MAX_DEPTH = 64, 8
+BINS = 10
+TIMED_NODES = 8
+TIMED_ROUNDS = 10
+BLOCK_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The target's greedy answer.
+
+    Attributes:
+        token_ids: prompt and answer.
+        features: uint16 [tokens - 1, width], bits of bfloat16 of all tokens but the last; None if nobody reads them.
+    """
+
+    category: str
+    prompt_tokens: int
+    token_ids: list[int]
+    features: NDArray[np.uint16] | None
+
+
+@dataclass
+class Tally:
+    """Counts over some answers.
+
+    Attributes:
+        positions, top1, top4: positions drafted, and those whose next token was first, or among four.
+        steps, emitted: of the walk through the answers, by name of POLICIES.
+        reached, continued: parents reached at each depth, and those with an accepted child, in trees of 16.
+        ranks: accepted children by rank, in trees of 16.
+        outcomes: of every child of a reached node, in trees of 16.
+    """
+
+    positions: int = 0
+    top1: int = 0
+    top4: int = 0
+    steps: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    emitted: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    reached: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    continued: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    ranks: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    outcomes: list[NodeOutcomes] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "positions": self.positions,
+            "top1": self.top1 / max(1, self.positions),
+            "top4": self.top4 / max(1, self.positions),
+            "accepted_length": {name: self.emitted[name] / max(1, self.steps[name]) for name in POLICIES},
+            "acceptance_by_depth": {
+                str(depth): self.continued[depth] / reached for depth, reached in sorted(self.reached.items())
+            },
+            "accepted_by_rank": {
+                str(rank): count / max(1, sum(self.ranks.values())) for rank, count in sorted(self.ranks.items())
+            },
+            **reliability(self.outcomes),
+        }
+
+
+def reliability(outcomes: list[NodeOutcomes]) -> dict[str, Any]:
+    """Bins of the drafter's own probability with what was accepted in each, and the expected calibration error."""
+    together = concatenate(outcomes)
+    probs, accepted = together.draft_probs, together.accepted
+    bins = np.minimum((probs * BINS).astype(int), BINS - 1)
+    rows = []
+    for index in np.unique(bins).tolist():
+        inside = bins == index
+        rows.append((float(probs[inside].mean()), float(accepted[inside].mean()), int(inside.sum())))
+    error = sum(nodes * abs(probability - share) for probability, share, nodes in rows) / max(1, len(probs))
+    named = [{"probability": probability, "accepted": share, "nodes": nodes} for probability, share, nodes in rows]
+    return {"reliability": named, "ece": error}
+
+
+class DrafterTrial:
+    """One drafter, tried on answers; its calibration is learnt as it goes, as in service.
+
+    Attributes:
+        tallies: by category, and of all under "".
+        calibrator: of this drafter.
+    """
+
+    def __init__(self, build: Callable[[Callable[[], Plan]], TreeDrafter]) -> None:
+        """`build` makes the drafter that follows the plan it is given."""
+        limits = LimitsConfig(max_tree_nodes=MAX_NODES, max_tree_depth=MAX_DEPTH)
+        self._plan = builtin_plan(limits)
+        self.drafter = build(lambda: self._plan)
+        self.calibrator = Calibrator()
+        self.tallies: dict[str, Tally] = defaultdict(Tally)
+        self._session_id = 0
+
+    def run(self, answer: Answer) -> None:
+        tallies = (self.tallies[""], self.tallies[answer.category])
+        self._top(answer, tallies)
+        for name, policy in POLICIES.items():
+            self._walk(answer, name, policy, tallies)
+
+    def _top(self, answer: Answer, tallies: tuple[Tally, ...]) -> None:
+        session = _Session(self, answer, TOP)
+        for root in range(answer.prompt_tokens, len(answer.token_ids) - 1):
+            tree = session.draft(root)
+            found = np.flatnonzero(tree.token_ids == answer.token_ids[root + 1])
+            rank = int(tree.ranks[found[0]]) if len(found) else BINS
+            for tally in tallies:
+                tally.positions += 1
+                tally.top1 += rank == 0
+                tally.top4 += rank < 4
+        session.close()
+
+    def _walk(self, answer: Answer, name: str, policy: str, tallies: tuple[Tally, ...]) -> None:
+        session, root = _Session(self, answer, policy), answer.prompt_tokens
+        while root < len(answer.token_ids) - 1:
+            tree = session.draft(root)
+            walk = _forced_walk(tree, answer.token_ids[root + 1 :])
+            outcomes = observed(tree, walk, sampled=False)
+            self.calibrator.update(outcomes)
+            self._plan = replace(self._plan, calibration=self.calibrator.calibration())
+            for tally in tallies:
+                tally.steps[name] += 1
+                tally.emitted[name] += len(walk.tokens)
+                if name == "tree:16":
+                    _count(tally, tree, walk, outcomes)
+            root += len(walk.tokens)
+        session.close()
+
+    def next_session_id(self) -> int:
+        self._session_id += 1
+        return self._session_id
+
+
+class _Session:
+    """One answer told to the drafter token by token."""
+
+    def __init__(self, trial: DrafterTrial, answer: Answer, policy: str) -> None:
+        self._drafter, self._answer, self._policy = trial.drafter, answer, policy
+        self._id = trial.next_session_id()
+        self._told = 0
+
+    def draft(self, root: int) -> DraftTree:
+        """The tree below the token at index `root`."""
+        answer, features = self._answer, NO_FEATURES
+        if answer.features is not None:
+            features = answer.features[max(0, self._told - 1) : root]
+        sequence = DraftSequence(
+            self._id, self._told, answer.token_ids[self._told : root + 1], SamplingParams(), self._policy, MAX_NODES,
+            MAX_DEPTH, features=features,
+        )  # fmt: skip
+        reply = self._drafter.draft(DraftRequest(root, [sequence]))
+        self._told = root + 1
+        return reply.trees[self._id]
+
+    def close(self) -> None:
+        self._drafter.draft(DraftRequest(0, [], [self._id]))
+
+
+def _forced_walk(tree: DraftTree, following: list[int]) -> Walk:
+    """The walk that the target takes if it goes on with `following`; ends where that ends."""
+    depths = tree.depths
+    own = [following[depth] if depth < len(following) else -1 for depth in (0, *depths.tolist())]
+    walk = target_walk(tree, own)
+    return Walk(walk.accepted, [token for token in walk.tokens if token >= 0])
+
+
+def _count(tally: Tally, tree: DraftTree, walk: Walk, outcomes: NodeOutcomes) -> None:
+    deepest = len(walk.accepted)
+    for depth in set(outcomes.depths.tolist()):
+        tally.reached[depth] += 1
+        tally.continued[depth] += depth <= deepest
+    for node in walk.accepted:
+        tally.ranks[int(tree.ranks[node])] += 1
+    tally.outcomes.append(outcomes)
+
+
+class AnswerWriter:
+    """Lets the target answer greedily, token by token, and keeps what a head would read of it."""
+
+    def __init__(self, model: LanguageModel, layers: tuple[int, ...] | None, max_tokens: int) -> None:
+        """`layers`: what the head reads besides the final states; None keeps nothing."""
+        self._model, self._max_tokens = model, max_tokens
+        self._tap = FeatureTap(model.hf, layers) if layers is not None else None
+
+    def answer(self, prompt: Prompt) -> Answer:
+        chat = [{"role": "user", "content": prompt.text}]
+        token_ids: list[int] = list(
+            self._model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)  # type: ignore[arg-type]
+        )
+        prompt_tokens = len(token_ids)
+        cache = self._model.new_cache(prompt_tokens + self._max_tokens + BLOCK_TOKENS, BLOCK_TOKENS)
+        kv = cache.allocate(prompt_tokens + self._max_tokens)
+        assert kv is not None
+        new, features = list(token_ids), []
+        while len(token_ids) < prompt_tokens + self._max_tokens:
+            logits = self._model.forward([PackedSequence(kv, new, logits="last")], cache)
+            cache.commit([(kv, list(range(len(new))))])
+            if self._tap is not None:
+                features.append(self._tap.take().to("cpu", torch.bfloat16))
+            new = [int(logits[0].argmax())]
+            token_ids += new
+            if new[0] in self._model.eos_token_ids:
+                break
+        bits = torch.cat(features).view(torch.int16).numpy().view(np.uint16) if features else None
+        return Answer(prompt.category, prompt_tokens, token_ids, bits)
+
+
+def pass_costs(model: LanguageModel, drafter: TreeDrafter) -> dict[str, float]:
+    """Seconds of a draft pass over 8 nodes and of target passes over 1, 6 and 17 tokens, interleaved, medians."""
+    cache = model.new_cache(256, BLOCK_TOKENS)
+    kv = cache.allocate(192)
+    assert kv is not None
+    model.forward([PackedSequence(kv, list(range(128)), logits="none")], cache)
+    cache.commit([(kv, list(range(128)))])
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for _ in range(TIMED_ROUNDS):
+        for tokens in (1, 6, 17):
+            started_s = time.perf_counter()
+            model.forward([PackedSequence(kv, [5] * tokens, np.asarray([-1] + [0] * (tokens - 1), np.int32))], cache)
+            seconds[f"target_{tokens}"].append(time.perf_counter() - started_s)
+            cache.commit([(kv, [])])
+        layer_s, node_s = drafter.measure()
+        seconds["draft_8"].append(layer_s + TIMED_NODES * node_s)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def predicted_speedup(accepted_length: float, tokens: int, layers: int, costs: dict[str, float]) -> float:
+    """Of steps that draft `layers` layers and verify `tokens` tokens: E * C(1) / (C(tokens) + drafting)."""
+    return accepted_length * costs["target_1"] / (costs[f"target_{tokens}"] + layers * costs["draft_8"])
+
+
+def plot_acceptance(path: Path, summaries: dict[str, dict[str, Any]]) -> None:
+    """Acceptance by depth, and reliability, of each drafter."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    depth, reliability_axes = figure.subplots(1, 2)
+    for name, summary in summaries.items():
+        by_depth = summary["acceptance_by_depth"]
+        depth.plot(list(map(int, by_depth)), list(by_depth.values()), marker="o", label=name)
+        rows = summary["reliability"]
+        reliability_axes.plot([r["probability"] for r in rows], [r["accepted"] for r in rows], marker="o", label=name)
+    depth.set(xlabel="depth", ylabel="share of reached nodes with an accepted child", ylim=(0, 1), title="tree of 16")
+    reliability_axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
+    reliability_axes.set(xlabel="drafter's probability", ylabel="accepted", title="reliability")
+    depth.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
