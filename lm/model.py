@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lm.attention import CONTEXT, IMPLEMENTATION, Probe, TreeAttention, UnsupportedAttentionError
 from lm.device import torch_device, torch_dtype
+from lm.fused import fuse_layers
 from lm.kv_cache import KVCache, LayerShape
 from lm.packed import PackedSequence, pack
 from lm.packed_linear import pack_linear_layers
@@ -68,6 +69,7 @@ class LanguageModel:
             hf, report = loaded
             hf.to(device)
             _check_weights(hf, report["missing_keys"])
+            fuse_layers(hf)
             pack_linear_layers(hf)
         except Exception as error:  # The reader of damaged weights raises anything.
             raise ConfigError(f"cannot load model '{config.model}': {one_line(error)}") from error

@@ -1,0 +1,113 @@
+"""Leaner decoder layers for models of Llama's kind: fewer and larger products, and a rotation in one operation.
+
+They take the place of the layers of transformers inside its model, with the same weights; all else stays its own.
+Rotary embedding turns dimension i of a head together with dimension i + d/2. Here the rows of the query and key weights
+are reordered so that such pairs lie side by side, and a turn is one product of complex numbers. Scores are sums over
+pairs, so that the order does not matter to them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+from lm.attention import CONTEXT, AttentionContext, AttentionOptions
+
+FUSED = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
+"""Layers that compute just what `FusedLayer` does; their subclasses may not."""
+
+
+class FusedLayer(nn.Module):
+    """Computes what one layer of `FUSED` does, in inference.
+
+    Args:
+        layer: whose weights are taken.
+        window: a token sees only positions greater than its own minus this, if set.
+    """
+
+    def __init__(self, layer: Any, window: int | None) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self._index: int = attention.layer_idx
+        self._head_dim: int = attention.head_dim
+        self._options = AttentionOptions(attention.scaling, None, window)
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self._heads = [projection.out_features // self._head_dim for projection in projections]
+        queries, keys, values = self._heads
+        pairs = torch.arange(self._head_dim).view(2, -1).T.flatten()
+        turned = (torch.arange(queries + keys)[:, None] * self._head_dim + pairs).flatten()
+        still = torch.arange((queries + keys) * self._head_dim, (queries + keys + values) * self._head_dim)
+        self.qkv_proj = _joined(projections, torch.cat((turned, still)))
+        self.o_proj = attention.o_proj
+        self.gate_up_proj = _joined([mlp.gate_proj, mlp.up_proj])
+        self.down_proj, self._activation = mlp.down_proj, mlp.act_fn
+        self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Tensor, **kwargs: Any) -> Tensor:
+        """hidden_states [1, tokens, hidden] -> the same; position_embeddings as `ComplexRotary` gives them."""
+        context: AttentionContext = kwargs[CONTEXT]
+        queries, keys, values = self._heads
+        qkv = self.qkv_proj(_norm(self.input_norm, hidden_states))[0].unflatten(-1, (-1, self._head_dim))
+        turned, value = qkv.split((queries + keys, values), dim=1)
+        pairs = torch.view_as_complex(turned.float().unflatten(-1, (-1, 2)))
+        query, key = torch.view_as_real(pairs * position_embeddings).flatten(2).to(qkv.dtype).split((queries, keys), 1)
+        mixed = context.attend(self._index, query, key, value, self._options)
+        hidden_states = hidden_states + self.o_proj(mixed.reshape(1, len(mixed), -1))
+        gate, up = self.gate_up_proj(_norm(self.mlp_norm, hidden_states)).chunk(2, dim=-1)
+        return hidden_states + self.down_proj(self._activation(gate) * up)
+
+
+class ComplexRotary(nn.Module):
+    """A rotary embedding's turns as complex numbers, made once a pass."""
+
+    def __init__(self, rotary: nn.Module) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
+        """complex64 [tokens, 1, head_dim / 2]."""
+        cos, sin = self.rotary(hidden_states.float(), position_ids)
+        half = cos.shape[-1] // 2
+        return torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
+
+
+@torch.inference_mode()
+def fuse_layers(hf: PreTrainedModel) -> None:
+    """Put fused layers in place of those of `hf`, if it is of Llama's kind; any other model stays as it is."""
+    body: Any = hf.base_model
+    layers = getattr(body, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not all(type(layer) in FUSED for layer in layers):
+        return
+    for index, layer in enumerate(layers):
+        layers[index] = FusedLayer(layer, _window(layer))
+    body.rotary_emb = ComplexRotary(body.rotary_emb)
+
+
+def _window(layer: Any) -> int | None:
+    """How far a layer of `FUSED` sees."""
+    if isinstance(layer, MistralDecoderLayer):
+        return layer.self_attn.config.sliding_window
+    return layer.self_attn.sliding_window if isinstance(layer, Qwen2DecoderLayer) else None
+
+
+def _norm(norm: Any, hidden_states: Tensor) -> Tensor:
+    return F.rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _joined(projections: list[nn.Linear], order: Tensor | None = None) -> nn.Linear:
+    """One layer whose outputs are those of all `projections`, in this order of rows."""
+    rows = slice(None) if order is None else order
+    weight = torch.cat([projection.weight for projection in projections])[rows]
+    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    joined.weight = nn.Parameter(weight, requires_grad=False)
+    if projections[0].bias is not None:
+        bias = torch.cat([projection.bias for projection in projections])[rows]
+        joined.bias = nn.Parameter(bias, requires_grad=False)
+    return joined
