@@ -48,7 +48,10 @@ def openvino_genai(
         if prompt_lookup:
             config.num_assistant_tokens, config.max_ngram_size = LOOKUP_TOKENS, LOOKUP_NGRAM
         inputs = [openvino.Tensor(np.asarray([prompt], np.int64)) for prompt in prompts]
-        results = pipelines[concurrency].generate(inputs, [config] * len(inputs))
+        try:
+            results = pipelines[concurrency].generate(inputs, [config] * len(inputs))
+        except RuntimeError as error:
+            raise MissingPeerError(f"cannot run {gguf.name}: {error}") from error
         return [list(result.m_generation_ids[0]) for result in results]
 
     return answer

@@ -62,7 +62,7 @@ def peers(
         del cache
         lineup = build_lineup(model, loaded, curves, max_tokens, concurrencies)
         runs = sum(1 if peer.serial else len(concurrencies) for peer in lineup.peers)
-        bar.update(task, total=rounds * runs, completed=-1, description="warming up")
+        bar.update(task, total=1 + rounds * runs, description="warming up")
         rows = run_peers(
             lineup,
             encoded,

@@ -51,7 +51,7 @@ def step(
         subjects = [model_subject("target", loaded.verifier.target)]
         if draft is not None:
             subjects.append(model_subject("drafter", draft))
-        bar.update(task, total=1 + len(points) * len(subjects), completed=-1)
+        bar.update(task, total=2 + len(points) * len(subjects))
         result = run_step(subjects, points, repeats, lambda what: bar.update(task, advance=1, description=what))
     _show(console, result)
     if json_file is not None:
