@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +18,10 @@ NGRAM_PRIOR = 0.8
 KAPPA_PRIOR = 0.6
 KAPPA_WEIGHT = 8.0
 RANK_WEIGHT = 8.0
+REQUEST_DECAY = 0.95
+REQUEST_WEIGHT = 4.0
+"""A request is believed to be like the others as firmly as this many accepted nodes would show it."""
+REQUEST_RATIOS = (0.25, 1.5)
 
 
 def accepts(
@@ -46,6 +52,28 @@ def prior() -> Calibration:
     acceptance[Source.NGRAM] *= NGRAM_PRIOR
     by_rank = KAPPA_PRIOR / np.arange(1, RANKS + 1, dtype=np.float32) ** 2
     return Calibration(acceptance, np.full((2, DEPTHS), KAPPA_PRIOR, np.float32), np.stack([by_rank, by_rank]))
+
+
+@dataclass(frozen=True)
+class RequestAcceptance:
+    """How one request's drafts fare beside the deployment's calibration; forgetful, and shrunk to it.
+
+    Attributes:
+        expected, accepted: nodes, by the calibration and in fact, over about the last 20 steps.
+    """
+
+    expected: float = 0.0
+    accepted: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        """By how much to multiply the path acceptance of this request's nodes."""
+        low, high = REQUEST_RATIOS
+        return min(high, max(low, (self.accepted + REQUEST_WEIGHT) / (self.expected + REQUEST_WEIGHT)))
+
+    def after(self, expected: float, accepted: int) -> RequestAcceptance:
+        """After one step more."""
+        return RequestAcceptance(REQUEST_DECAY * self.expected + expected, REQUEST_DECAY * self.accepted + accepted)
 
 
 class Calibrator:

@@ -24,12 +24,19 @@ MAX_ACCEPTANCE = 1 - 2.0**-20
 
 @dataclass(frozen=True)
 class Candidate:
-    """One decoding request's part of a step: its drafted tree, empty if nothing was drafted for it."""
+    """One decoding request's part of a step.
+
+    Attributes:
+        tree: as drafted; empty if nothing was drafted for this request.
+        weight: of its tokens.
+        ratio: how its drafts fare beside the calibration (`planner.calibration.RequestAcceptance`).
+    """
 
     tree: DraftTree
     policy: Policy
     weight: float
     sampled: bool
+    ratio: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Pruning:
     Attributes:
         keep: bool [n] per candidate, closed under parents.
         gains: float64 [nodes]; w a(u) of every node that could have been pruned, in no order.
+        expected_nodes: per candidate, nodes of those kept that the calibration alone expects to be accepted.
         price: R + mu Q, tokens per second.
         goodput: weighted tokens per second expected at the chosen size.
         expected_tokens: weighted tokens expected of the step.
@@ -64,6 +72,7 @@ class Pruning:
 
     keep: list[NDArray[np.bool_]]
     gains: NDArray[np.float64]
+    expected_nodes: list[float]
     price: float
     goodput: float
     expected_tokens: float
@@ -89,7 +98,8 @@ def prune_batch(candidates: list[Candidate], state: BatchState, plan: Plan) -> P
     tree; those nodes are part of the pass at every size.
     """
     sizes = np.asarray([len(c.tree) for c in candidates])
-    gains = _gains(candidates, sizes, plan.calibration)
+    scores = _scores(candidates, sizes, plan.calibration)
+    gains = np.repeat([c.weight * c.ratio for c in candidates], sizes) * scores
     prunable = np.repeat([c.policy.prunes for c in candidates], sizes)
     open_gains = gains[prunable]
     fixed = len(gains) - len(open_gains)
@@ -109,6 +119,7 @@ def prune_batch(candidates: list[Candidate], state: BatchState, plan: Plan) -> P
     return Pruning(
         keep=_split(chosen, sizes),
         gains=open_gains,
+        expected_nodes=_sums(scores, chosen, sizes),
         price=price,
         goodput=float(expected[size] / seconds[size]),
         expected_tokens=float(expected[size]),
@@ -132,8 +143,8 @@ def another_layer(frontiers: list[Frontier], plan: Plan) -> bool:
     return gain > plan.price * (plan.cost.draft_layer_s + node_s * nodes)
 
 
-def _gains(candidates: list[Candidate], sizes: NDArray[np.intp], calibration: Calibration) -> NDArray[np.float64]:
-    """float64 [nodes]: w a(u) of every node of the forest, trees one behind the other."""
+def _scores(candidates: list[Candidate], sizes: NDArray[np.intp], calibration: Calibration) -> NDArray[np.float64]:
+    """float64 [nodes]: a(u) of every node of the forest, trees one behind the other."""
     total = int(sizes.sum())
     if not total:
         return np.zeros(0)
@@ -157,7 +168,13 @@ def _gains(candidates: list[Candidate], sizes: NDArray[np.intp], calibration: Ca
     np.minimum(edges, MAX_ACCEPTANCE, out=scores[:-1])
     for jump in jumps[:-1]:
         scores *= scores[jump]
-    return np.repeat([c.weight for c in candidates], sizes) * scores[:-1]
+    return scores[:-1]
+
+
+def _sums(scores: NDArray[np.float64], chosen: NDArray[np.bool_], sizes: NDArray[np.intp]) -> list[float]:
+    """Of each tree, the sum over its chosen nodes."""
+    trees = np.repeat(np.arange(len(sizes)), sizes)[chosen]
+    return np.bincount(trees, weights=scores[chosen], minlength=len(sizes)).tolist()
 
 
 def _split(values: NDArray[np.bool_], sizes: NDArray[np.intp]) -> list[NDArray[np.bool_]]:

@@ -19,6 +19,7 @@ from treeline.tree import DraftTree
 from verifier_svc.hidden_states import HiddenStates
 from verifier_svc.scheduler import Batch, Scheduler
 from verifier_svc.sequence import Sequence
+from verifier_svc.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,14 @@ class DraftStage:
         drafts = self._prune(batch, asked, weights, reply, plan, draft_s)
         return self._finish(asked, drafts, started_s)
 
+    def learn(self, sequences: list[Sequence], drafts: Drafts, walks: list[Walk]) -> None:
+        """What became of each sequence's tree in this step; one walk per sequence, in order."""
+        if drafts.pruning is None:
+            return
+        for sequence, expected, walk in zip(sequences, drafts.pruning.expected_nodes, walks, strict=True):
+            if sequence.session_id in drafts.trees:
+                sequence.acceptance = sequence.acceptance.after(expected, len(walk.accepted))
+
     def forget(self, sequence: Sequence) -> None:
         """The request has ended: its session is to be released."""
         self.hidden_states.forget(sequence)
@@ -167,7 +176,7 @@ class DraftStage:
             policy=sequence.policy.spec,
             max_nodes=max_nodes,
             max_depth=max_depth,
-            weight=weight,
+            weight=weight * sequence.acceptance.ratio,
             features=features,
         )
 
@@ -196,7 +205,8 @@ class DraftStage:
             if len(tree) > max_nodes or (len(tree) > max_depth and int(tree.depths.max()) > max_depth):
                 tree = DraftTree.empty()  # more than was allowed: not to be trusted with our memory
             sampled = not sequence.request.sampling.greedy
-            candidates.append(Candidate(tree, sequence.policy, weights[sequence.session_id], sampled))
+            weight, ratio = weights[sequence.session_id], sequence.acceptance.ratio
+            candidates.append(Candidate(tree, sequence.policy, weight, sampled, ratio))
         pruning = prune_batch(candidates, self._state(batch, draft_s), plan)
         kept = [candidate.tree.select(keep) for candidate, keep in zip(candidates, pruning.keep, strict=True)]
         sessions = [s.session_id for s in batch.decoding]

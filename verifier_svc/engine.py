@@ -111,6 +111,7 @@ class Engine:
         verified_s = time.perf_counter()
         self._commit(batch, walks)
         self.draft_stage.hidden_states.keep(batch, walks, [len(drafts.tree(s)) for s in batch.decoding])
+        self.draft_stage.learn(batch.decoding, drafts, walks[: len(batch.decoding)])
         advances = self._accept(batch, drafts, walks, logits)
         finished_s = time.perf_counter()
         record = step_record(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm.kv_cache import SequenceCache
+from planner.calibration import RequestAcceptance
 from planner.policies import Policy
 from verifier_svc.output import Detokenizer
 from verifier_svc.request import Chunk, Completion, FinishReason, GenerationRequest, SpeculationTotals
@@ -28,6 +29,7 @@ class Sequence:
         token_ids: prompt and output; when decoding, the last one is the root and has no KV yet.
         cache: None while waiting.
         drafter_tokens: how many of `token_ids` the drafter is believed to hold.
+        acceptance: how its drafts fare beside those of other requests.
     """
 
     request: GenerationRequest
@@ -38,6 +40,7 @@ class Sequence:
     arrived_s: float
     cache: SequenceCache | None = None
     drafter_tokens: int = 0
+    acceptance: RequestAcceptance = field(default_factory=RequestAcceptance)
     admitted_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None

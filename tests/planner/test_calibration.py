@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from planner.calibration import Calibrator, accepts, prior, prob_bins
+from planner.calibration import Calibrator, RequestAcceptance, accepts, prior, prob_bins
 from tests.planner.builders import outcomes
 from treeline.plan import NodeOutcomes
 from treeline.tree import Source
@@ -92,3 +92,27 @@ def test_nothing_observed_changes_nothing():
     calibrator.update(NodeOutcomes.empty())
     np.testing.assert_array_equal(calibrator.calibration().acceptance, prior().acceptance)
     assert calibrator.ece() == 0.0
+
+
+def test_a_request_is_like_the_others_until_it_shows_otherwise_and_again_when_that_is_long_ago():
+    random, request = np.random.default_rng(0), RequestAcceptance()
+    assert request.ratio == 1.0
+    assert request.after(2.0, 0).ratio > 0.6, "one step says little"
+    ratios = []
+    for _ in range(200):  # accepted half as often as calibrated
+        request = request.after(2.0, int(random.binomial(4, 0.25)))
+        ratios.append(request.ratio)
+    assert np.mean(ratios[50:]) == pytest.approx(0.55, abs=0.1)
+    for _ in range(100):
+        request = request.after(0.0, 0)
+    assert request.ratio == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_requests_ratio_is_bounded():
+    request = RequestAcceptance()
+    for _ in range(100):
+        request = request.after(0.1, 8)
+    assert request.ratio <= 1.5
+    for _ in range(200):
+        request = request.after(8.0, 0)
+    assert request.ratio >= 0.25

@@ -59,6 +59,7 @@ def test_the_rule_equals_brute_force_over_all_closed_forests(shape, instances):
                 SMART if random.random() < 0.8 else CHAIN,
                 float(random.choice([0.5, 1.0, 2.0])),
                 bool(random.integers(2)),
+                float(random.choice([0.5, 1.0, 1.25])),
             )
             for count in [int(random.integers(1, 4))]
             for _ in range(count)
@@ -75,7 +76,9 @@ def check_against_brute_force(candidates: list[Candidate], state: BatchState, pl
     seconds = verify_seconds(plan.cost, len(candidates), state.context_tokens, 64) + state.draft_s + 0.001
     forests = []
     for forest in product(*choices):
-        gain = sum(c.weight * s[list(kept)].sum() for c, s, kept in zip(candidates, scores, forest, strict=True))
+        gain = sum(
+            c.weight * c.ratio * s[list(kept)].sum() for c, s, kept in zip(candidates, scores, forest, strict=True)
+        )
         forests.append((base + gain, seconds[state.base_tokens + sum(map(len, forest))]))
     best_goodput = max(gain / cost for gain, cost in forests)
     price = best_goodput * (1 + state.waiting_startable / len(candidates))
@@ -86,13 +89,15 @@ def check_against_brute_force(candidates: list[Candidate], state: BatchState, pl
     kept_gain, kept_nodes = base, 0
     for candidate, keep, score in zip(candidates, pruning.keep, scores, strict=True):
         candidate.tree.select(keep)  # raises unless closed under parents
-        kept_gain += candidate.weight * score[keep].sum()
+        kept_gain += candidate.weight * candidate.ratio * score[keep].sum()
         kept_nodes += int(keep.sum())
         if not candidate.policy.prunes:
             assert keep.all()
     value = kept_gain - price * seconds[state.base_tokens + kept_nodes]
     assert value == pytest.approx(best_value, rel=1e-5, abs=1e-5)
     assert pruning.expected_tokens == pytest.approx(kept_gain, rel=1e-5)
+    expected_nodes = [score[keep].sum() for keep, score in zip(pruning.keep, scores, strict=True)]
+    assert pruning.expected_nodes == pytest.approx(expected_nodes, rel=1e-5)
 
 
 def test_a_staircase_is_climbed_past_a_node_that_does_not_pay_by_itself():
