@@ -17,6 +17,7 @@ from cli.generate import generate
 from cli.models import models
 from cli.profile import profile
 from cli.serve import serve
+from cli.simulate import simulate
 from cli.top import top
 from treeline.errors import ConfigError, TreelineError
 
@@ -52,6 +53,7 @@ app.command()(config)
 app.command()(demo)
 app.command()(distill)
 app.command()(eval_drafter)
+app.command()(simulate)
 app.add_typer(bench, name="bench")
 
 

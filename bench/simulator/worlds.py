@@ -1,0 +1,143 @@
+"""Synthetic drafts: what a drafter would propose below a root, how sure it would be, and what the target would say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drafter_svc.growth import GrowingTree
+from drafter_svc.proposer import Children
+from treeline.errors import ConfigError
+from treeline.tree import ROOT
+
+OUTCOMES = 16
+"""Independent answers of the target to each world."""
+MAX_DEPTH = 8
+MAX_RANKS = 8
+LEAST_PROB, MOST_PROB = 1e-6, 0.999
+SHRINK = 50.0
+MOST_MASS = 0.98
+
+
+@dataclass(frozen=True)
+class AcceptanceLaw:
+    """How often the target accepts, and how sure the drafter is.
+
+    Attributes:
+        acceptance: [depths][ranks]: mean probability that the target accepts the choice of this rank below an accepted
+            node; non-increasing by rank, its sum below 1. The last depth stands for all deeper ones.
+        concentration: of the Beta distribution of the first choice's probability: small for a drafter that is either
+            sure or not, large for one that is always equally sure.
+        over_confidence: the drafter claims so many times the true probability.
+    """
+
+    acceptance: tuple[tuple[float, ...], ...]
+    concentration: float
+    over_confidence: float
+
+    def draw(self, depth: int, random: np.random.Generator) -> NDArray[np.float64]:
+        """float64 [ranks]: true acceptance of the children of one node; its mean is that of `depth`."""
+        means = np.asarray(self.acceptance[min(depth, len(self.acceptance)) - 1])
+        first, rest = means[0], 1 - means[0]
+        # The first choice is never less likely than the second, which shares what the first one leaves.
+        least = means[1] / (rest + means[1]) if len(means) > 1 else 0.0
+        mean = (first - least) / (1 - least)
+        share = random.beta(max(1e-3, mean * self.concentration), max(1e-3, (1 - mean) * self.concentration))
+        drawn = least + (1 - least) * share
+        return np.concatenate(([drawn], means[1:] * (1 - drawn) / rest))
+
+
+EAGLE3_LIKE = AcceptanceLaw(((0.72, 0.12, 0.05, 0.03, 0.015, 0.01, 0.005, 0.005),), 1.5, 1.2)
+"""An assumption, not a measurement: a head whose first choice is right in 72 of 100 places, at any depth."""
+
+
+class World:
+    """The tree below one root as the drafter and the target would know it; made node by node as it is asked for.
+
+    Nodes are numbered as they are made; the random numbers of a node depend on its path alone, so every policy meets
+    the same worlds.
+    """
+
+    def __init__(self, law: AcceptanceLaw, seed: Sequence[int]) -> None:
+        self._law, self._seed = law, list(seed)
+        self._paths: list[tuple[int, ...]] = []
+        self._probs: list[float] = []
+        self._on_path: list[NDArray[np.bool_]] = []
+        self._children: dict[int, range] = {}
+
+    def children(self, node: int) -> range:
+        """Numbers of the node's children, first choice first."""
+        if node not in self._children:
+            path = () if node == ROOT else self._paths[node]
+            random = np.random.default_rng([*self._seed, *(rank + 1 for rank in path)])
+            true = self._law.draw(len(path) + 1, random)
+            chosen = np.searchsorted(np.cumsum(true), random.random(OUTCOMES))
+            above = np.ones(OUTCOMES, np.bool_) if node == ROOT else self._on_path[node]
+            first = len(self._paths)
+            claimed = np.clip(true * self._law.over_confidence, LEAST_PROB, MOST_PROB).tolist()
+            for rank, prob in enumerate(claimed):
+                self._paths.append((*path, rank))
+                self._probs.append(prob)
+                self._on_path.append(above & (chosen == rank))
+            self._children[node] = range(first, len(self._paths))
+        return self._children[node]
+
+    def propose(self, tree: GrowingTree, nodes: list[int]) -> Children:
+        """Children of some nodes of a growing tree, whose token ids are this world's node numbers."""
+        proposed = Children()
+        for node in nodes:
+            parent = ROOT if node == ROOT else tree.token_ids[node]
+            for rank, child in enumerate(self.children(parent)[: tree.policy.max_children]):
+                proposed.parents.append(node)
+                proposed.token_ids.append(child)
+                proposed.probs.append(self._probs[child])
+                proposed.ranks.append(rank)
+        return proposed
+
+    def on_path(self, nodes: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """bool [OUTCOMES, n]: whether the target goes through these nodes."""
+        return np.asarray([self._on_path[node] for node in nodes.tolist()], np.bool_).reshape(-1, OUTCOMES).T
+
+
+def law_from_trace(path: Path) -> AcceptanceLaw:
+    """The acceptance law of a recorded trace.
+
+    A trace has one JSON object a line; of each, only `outcomes` is read: columns `depth` (from 1), `rank` (from 0),
+    `prob` and `accepted` of the verified nodes whose parent was accepted.
+
+    Raises:
+        ConfigError: it cannot be read, or holds too few outcomes.
+    """
+    columns: dict[str, list[float]] = {"depth": [], "rank": [], "prob": [], "accepted": []}
+    try:
+        for line in path.read_text().splitlines():
+            outcomes = json.loads(line)["outcomes"]
+            for name, values in columns.items():
+                values += outcomes[name]
+        depths, ranks = (np.asarray(columns[name], np.intp) for name in ("depth", "rank"))
+        probs, accepted = (np.asarray(columns[name], np.float64) for name in ("prob", "accepted"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: every line must hold outcomes with {', '.join(columns)} ({error})") from None
+    if len({len(values) for values in columns.values()}) > 1:
+        raise ConfigError(f"{path}: columns of outcomes differ in length")
+    first = ranks == 0
+    if first.sum() < SHRINK or not accepted.any():
+        raise ConfigError(f"{path}: too few outcomes")
+    cells = np.minimum(depths, MAX_DEPTH) - 1, np.minimum(ranks, MAX_RANKS - 1)
+    seen, hits = np.zeros((MAX_DEPTH, MAX_RANKS)), np.zeros((MAX_DEPTH, MAX_RANKS))
+    np.add.at(seen, cells, 1.0)
+    np.add.at(hits, cells, accepted)
+    pooled = hits.sum(0) / np.maximum(seen.sum(0), 1.0)
+    acceptance = np.minimum.accumulate((hits + SHRINK * pooled) / (seen + SHRINK), axis=1)
+    acceptance *= np.minimum(1.0, MOST_MASS / acceptance.sum(1, keepdims=True))
+    mean, spread = float(probs[first].mean()), float(probs[first].var())
+    concentration = max(0.2, mean * (1 - mean) / max(spread, 1e-4) - 1)
+    rows = tuple(tuple(row) for row in acceptance.tolist())
+    return AcceptanceLaw(rows, concentration, float(probs.sum() / accepted.sum()))

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from bench.simulator.devices import PRESETS, Device, measured, preset
+from bench.simulator.load import arrivals, parse_load
+from bench.simulator.report import markdown, rows
+from bench.simulator.simulation import Scenario, simulate
+from bench.simulator.worlds import EAGLE3_LIKE, AcceptanceLaw, World, law_from_trace
+from treeline.errors import ConfigError
+from treeline.plan import CostCurve, VerifierProfile
+from treeline.tree import ROOT
+
+TOKENS = tuple(range(1, 129))
+CURVES = {
+    "convex": tuple(0.03 + 0.0004 * n + 2e-5 * n * n for n in TOKENS),
+    "staircase": tuple(0.02 + 0.012 * math.ceil(n / 16) for n in TOKENS),
+}
+
+
+def scenario(shape: str, steps: int = 400, **changes) -> Scenario:
+    profile = VerifierProfile((CostCurve(1, 64, TOKENS, CURVES[shape]),), 0.003, 0.0001)
+    device = Device(shape, profile, 0.0003, 0.001)
+    return Scenario(device, EAGLE3_LIKE, steps, 0, output_tokens=128, prompt_tokens=64, **changes)
+
+
+def test_worlds_follow_the_law():
+    law = AcceptanceLaw(((0.6, 0.2, 0.05), (0.3, 0.1, 0.02)), 2.0, 1.0)
+    random = np.random.default_rng(0)
+    drawn = np.asarray([law.draw(1, random) for _ in range(4000)])
+    np.testing.assert_allclose(drawn.mean(0), law.acceptance[0], atol=0.02)
+    assert (np.diff(drawn, axis=1) <= 1e-9).all()
+    assert drawn.sum(1).max() < 1
+    worlds = [World(law, (0, index)) for index in range(400)]
+    below_first = [world.children(world.children(ROOT)[0]) for world in worlds]
+    firsts = np.asarray([world.on_path(np.asarray([0]))[:, 0] for world in worlds])
+    seconds = np.asarray([w.on_path(np.asarray([c[0]]))[:, 0] for w, c in zip(worlds, below_first, strict=True)])
+    assert firsts.mean() == pytest.approx(0.6, abs=0.05)
+    assert seconds.sum() / firsts.sum() == pytest.approx(0.3, abs=0.05)
+    assert not (seconds & ~firsts).any()
+
+
+def test_a_world_is_the_same_in_whatever_order_it_is_asked():
+    one, other = World(EAGLE3_LIKE, (1, 2)), World(EAGLE3_LIKE, (1, 2))
+    first, second = one.children(ROOT)[:2]
+    below = one.children(first), one.children(second)
+    other.children(ROOT)
+    assert other.children(second) == below[0]  # numbers follow the asking
+    np.testing.assert_array_equal(one.on_path(np.asarray(below[1])), other.on_path(np.asarray(below[0])))
+
+
+def test_a_trace_gives_back_the_law_it_was_drawn_from(tmp_path):
+    random = np.random.default_rng(0)
+    lines = []
+    for _ in range(500):
+        probs = EAGLE3_LIKE.draw(1, random)[:3]
+        chosen = int(np.searchsorted(np.cumsum(probs), random.random()))
+        outcomes = {"depth": [1] * 3, "rank": [0, 1, 2], "prob": (probs * 1.2).tolist()}
+        lines.append(json.dumps({"outcomes": {**outcomes, "accepted": [rank == chosen for rank in range(3)]}}))
+    (tmp_path / "trace.jsonl").write_text("\n".join(lines))
+    law = law_from_trace(tmp_path / "trace.jsonl")
+    np.testing.assert_allclose(law.acceptance[0][:3], EAGLE3_LIKE.acceptance[0][:3], atol=0.05)
+    assert law.over_confidence == pytest.approx(1.2, abs=0.15)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"outcomes": {}}', "no json"])
+def test_what_is_no_trace_is_one_line(tmp_path, content):
+    (tmp_path / "trace.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=r"trace\.jsonl"):
+        law_from_trace(tmp_path / "trace.jsonl")
+
+
+def test_presets_are_staircases_over_a_memory_floor():
+    for name in PRESETS:
+        curve = preset(name).profile.verify[0]
+        assert curve.seconds[0] == curve.seconds[1]
+        assert list(curve.seconds) == sorted(curve.seconds)
+        assert curve.seconds[-1] > 2 * curve.seconds[0]
+    with pytest.raises(ConfigError, match="llama-8b@h100"):
+        preset("llama-8b@abacus")
+
+
+def test_measured_curves_are_read_and_anything_else_is_refused(tmp_path):
+    file = tmp_path / "curves.json"
+    file.write_text(json.dumps([{"sequences": 1, "context_tokens": 64, "tokens": [1, 8], "seconds": [0.02, 0.03]}]))
+    assert measured(file, 0.005, 0.001).profile.verify[0].seconds == (0.02, 0.03)
+    file.write_text("[]")
+    with pytest.raises(ConfigError, match="treeline profile"):
+        measured(file, 0.005, 0.001)
+
+
+@pytest.mark.parametrize("spec", ["poisson:2", "bursty:2", "diurnal:2"])
+def test_arrivals_keep_their_mean_rate(spec):
+    times = arrivals(parse_load(spec), 5.0, np.random.default_rng(0))
+    taken = [next(times) for _ in range(9000)]
+    assert taken == sorted(taken)
+    assert 9000 / taken[-1] == pytest.approx(5.0, rel=0.08)
+
+
+@pytest.mark.parametrize("spec", ["", "0", "-1", "1.5", "poisson:x", "steady:1"])
+def test_what_is_no_load_is_refused(spec):
+    with pytest.raises(ConfigError, match="poisson:"):
+        parse_load(spec)
+
+
+def test_the_same_seed_gives_the_same_numbers():
+    once, again = (simulate(scenario("convex", 200), "smart", parse_load("2")) for _ in range(2))
+    assert (once.tokens_per_s, once.tree_nodes) == (again.tokens_per_s, again.tree_nodes)
+
+
+def test_plain_decoding_costs_what_the_curve_says():
+    result = simulate(scenario("convex"), "off", parse_load("1"))
+    assert result.itl_s_p50 == pytest.approx(CURVES["convex"][0] + 0.001, rel=0.03)
+    assert (result.tree_nodes, result.accepted_length) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("shape", CURVES)
+def test_a_fixed_tree_falls_below_plain_decoding_as_the_batch_grows_and_smart_does_not(shape):
+    speed = {}
+    for load in ("1", "32"):
+        for policy in ("off", "eagle2:6,8,32", "smart"):
+            speed[load, policy] = simulate(scenario(shape), policy, parse_load(load)).tokens_per_s
+    assert speed["1", "eagle2:6,8,32"] > 1.2 * speed["1", "off"]
+    assert speed["32", "eagle2:6,8,32"] < speed["32", "off"]
+    assert speed["1", "smart"] > speed["1", "off"]
+    assert speed["32", "smart"] >= 0.9 * speed["32", "off"]  # so few steps scatter by several percent
+
+
+def test_open_arrivals_noise_drift_and_weights_run_over_many_replicas():
+    shaken = scenario("staircase", 600, replicas=3, noisy_factor=2.0, drift_factor=1.3, heavy_share=0.3)
+    result = simulate(shaken, "smart", parse_load("bursty:0.6"))
+    assert result.tokens_per_s > 0
+    assert 0 < result.ttft_s_p50 <= result.ttft_s_p95
+    assert 0 < result.itl_s_p50 <= result.itl_s_p95
+
+
+def test_the_report_compares_with_off_and_names_the_best_fixed_setting():
+    loads, policies = [parse_load("1"), parse_load("2")], ["off", "chain:2", "smart"]
+    results = [simulate(scenario("convex", 200), policy, load) for load in loads for policy in policies]
+    made = rows(results, loads, policies)
+    assert [row["policy"] for row in made] == [*policies, "oracle-fixed"] * 2
+    assert made[0]["speedup"] == 1.0
+    assert made[3]["setting"] in ("off", "chain:2")
+    assert made[3]["speedup"] == max(made[0]["speedup"], made[1]["speedup"])
+    assert f"oracle-fixed ({made[3]['setting']})" in markdown(made)
