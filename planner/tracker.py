@@ -26,6 +26,8 @@ DRAFT_DEVIATION_S = (1e-3, 1e-4, 5e-3, 5e-4)
 """Prior deviations of round trip, request, layer and node."""
 DRAFT_NOISE_S = 1e-3
 DRAFT_MEMORY = 0.999
+CATCH_UP_TOKENS = 4
+"""A drafter runs this many committed tokens per request in ordinary steps (accepted leaves, lookups' tokens)."""
 
 
 class CostTracker:
@@ -58,7 +60,7 @@ class CostTracker:
             self._errors.append(abs(record.predicted_verify_s / record.verify_s - 1))
         self._observe_verification(record)
         self._overheads.append(max(0.0, record.step_s - record.draft_s - record.verify_s))
-        if record.drafter_s and not record.catch_up_tokens:
+        if record.drafter_s and record.catch_up_tokens <= CATCH_UP_TOKENS * record.sequences:
             layers = record.draft_layer_nodes
             x = np.asarray([1.0, record.sequences, len(layers), sum(layers)])
             self._draft.update(x, record.draft_s - float(x @ self._draft.theta))

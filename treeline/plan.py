@@ -156,7 +156,8 @@ class StepRecord:
         step_s: seconds of the whole step.
         goodput: weighted tokens per second this step was expected to bring at the chosen size, 0 if undrafted.
         price: R + mu * Q of this step, tokens per second, 0 if undrafted.
-        catch_up_tokens: what the drafter ran to bring its cache up to date; such a step does not teach draft costs.
+        catch_up_tokens: what the drafter ran to bring its cache up to date; where they are many, the step does not
+            teach draft costs.
     """
 
     step_id: int
