@@ -102,10 +102,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class _View:
-    """What one sequence's new tokens read: runs of slots, and an additive mask [n * group, entries] if need be."""
+    """What one sequence's new tokens read: slots, and an additive mask [n * group, entries] if need be.
+
+    Consecutive slots are read in place. Others are gathered: that costs one copy, and rounds as if they were in place.
+    """
 
     span: Span
-    runs: list[slice]
+    entries: slice | Tensor
     mask: Tensor | None
 
 
@@ -129,9 +132,9 @@ class TreeAttention:
         for view in self._views_for(options.window, group):
             place = slice(view.span.start, view.span.stop)
             folded = grouped[place].transpose(0, 1).reshape(kv_heads, -1, key_dim)
-            runs = [(keys[run].transpose(0, 1), values[run].transpose(0, 1)) for run in view.runs]
-            attend = _attend_to_run if len(runs) == 1 and options.softcap is None else _attend_over_runs
-            mixed = attend(folded, runs, view.mask, options)
+            attend = _attend if options.softcap is None else _attend_with_softcap
+            seen_keys, seen_values = (kept[view.entries].transpose(0, 1) for kept in (keys, values))
+            mixed = attend(folded, seen_keys, seen_values, view.mask, options)
             output[place] = mixed.view(kv_heads, -1, group, values.shape[2]).transpose(0, 1)
         return output.view(tokens, heads, -1)
 
@@ -154,6 +157,7 @@ def _view(span: Span, window: int | None, group: int, dtype: torch.dtype, device
     # number: the kernels treat what is left over after full lanes in another way, which rounds differently.
     end = min(span.cache.capacity, first + -(-(length + entries - first) // LANE_ENTRIES) * LANE_ENTRIES)
     runs = span.cache.runs(first, end)
+    slots = runs[0] if len(runs) == 1 else torch.from_numpy(span.cache.slots(first, end)).to(device)
     visible = np.zeros((new, end - first), np.bool_)
     visible[:, : length - first] = True
     visible[:, length - first : length - first + entries] = span.visible
@@ -161,16 +165,16 @@ def _view(span: Span, window: int | None, group: int, dtype: torch.dtype, device
         entry_positions = np.concatenate([np.arange(first, length), length + span.depths])
         visible[:, : len(entry_positions)] &= entry_positions > positions[:, None] - window
     if visible.all():
-        return _View(span, runs, None)
+        return _View(span, slots, None)
     hidden = torch.from_numpy(~visible).to(device).repeat_interleave(group, dim=0)
-    return _View(span, runs, torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf))
+    return _View(span, slots, torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf))
 
 
-def _attend_to_run(
-    query: Tensor, runs: list[tuple[Tensor, Tensor]], mask: Tensor | None, options: AttentionOptions
-) -> Tensor:
-    """The common case of `_attend_over_runs`, one run and no softcap, by torch's fused kernel."""
-    ((keys, values),) = runs
+def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
+    """By torch's fused kernel.
+
+    query [kv_heads, n, key_dim], keys and values [kv_heads, entries, dim] -> [kv_heads, n, value_dim].
+    """
     rows = query.shape[1]
     if rows < MIN_ROWS:  # fewer rows take a kernel that rounds differently
         query = query.repeat(1, MIN_ROWS, 1)
@@ -179,21 +183,13 @@ def _attend_to_run(
     return mixed[:, :rows]
 
 
-def _attend_over_runs(
-    query: Tensor, runs: list[tuple[Tensor, Tensor]], mask: Tensor | None, options: AttentionOptions
+def _attend_with_softcap(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, options: AttentionOptions
 ) -> Tensor:
-    """Attention over keys and values in several pieces: only the scores are joined, in float32.
-
-    query [kv_heads, n, key_dim], each run's keys and values [kv_heads, entries, dim] -> [kv_heads, n, value_dim].
-    """
-    scores = torch.cat([query @ keys.transpose(1, 2) for keys, _ in runs], dim=2).float() * options.scale
-    if options.softcap is not None:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
+    """The same with a softcap, which torch's kernel lacks; scores in float32."""
+    assert options.softcap is not None
+    scores = (query @ keys.transpose(1, 2)).float() * options.scale
+    scores = options.softcap * torch.tanh(scores / options.softcap)
     if mask is not None:
         scores += mask
-    weights = torch.softmax(scores, dim=2).to(query.dtype)
-    pieces = weights.split([values.shape[1] for _, values in runs], dim=2)
-    mixed = pieces[0] @ runs[0][1]
-    for piece, (_, values) in zip(pieces[1:], runs[1:], strict=True):
-        mixed = torch.baddbmm(mixed, piece, values)
-    return mixed
+    return torch.softmax(scores, dim=2).to(query.dtype) @ values

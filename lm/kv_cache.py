@@ -2,6 +2,7 @@
 
 A block is `block_tokens` consecutive slots of the storage. Blocks that follow each other form a run, which attention
 reads as one view; the allocator therefore hands out the tightest single run that fits, and several only if it must.
+Full blocks whose tokens are known may be shared, and stay readable after they were freed until their place is needed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from lm.prefix_index import PrefixIndex
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,14 @@ class SequenceCache:
         blocks: indices of its blocks, in token order; empty once freed.
         length: committed tokens.
         scratch: entries behind them, from forward passes since the last commit.
+        shared_tokens: of the first blocks, which other sequences may read as well; never written.
     """
 
     blocks: list[int]
     block_tokens: int
     length: int = 0
     scratch: int = 0
+    shared_tokens: int = 0
     _slots: NDArray[np.int64] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -52,9 +57,9 @@ class SequenceCache:
         """Keep only the first `length` committed tokens and no scratch.
 
         Raises:
-            ValueError: fewer are committed.
+            ValueError: fewer are committed, or the rest of a shared block would be written.
         """
-        if not 0 <= length <= self.length:
+        if not self.shared_tokens <= length <= self.length:
             raise ValueError(f"cannot truncate {self.length} committed tokens to {length}")
         self.length = length
         self.scratch = 0
@@ -89,7 +94,8 @@ class KVCache:
     ) -> None:
         self.block_tokens = block_tokens
         self.total_blocks = max(1, num_tokens // block_tokens)
-        self._is_free = np.ones(self.total_blocks, np.bool_)
+        self._users = np.zeros(self.total_blocks, np.int64)
+        self._index = PrefixIndex(block_tokens)
         # One storage [tensors, slots, kv_heads, head_dim] per distinct shape: a plain model has one for all its layers.
         shapes = [(s.kv_heads, dim) for s in layers for dim in (s.key_dim, s.value_dim)]
         slots = self.total_blocks * block_tokens
@@ -105,33 +111,60 @@ class KVCache:
 
     @property
     def free_blocks(self) -> int:
-        return int(self._is_free.sum())
+        """Blocks that no sequence uses, whether or not a known prefix could still be read from them."""
+        return int((self._users == 0).sum())
 
     @property
     def used_blocks(self) -> int:
         return self.total_blocks - self.free_blocks
 
-    def allocate(self, tokens: int) -> SequenceCache | None:
-        """Reserve blocks for `tokens` entries; None if they are not free."""
-        needed = -(-tokens // self.block_tokens)
+    def allocate(self, tokens: int, prefix: list[int] | None = None) -> SequenceCache | None:
+        """Reserve blocks for `tokens` entries; None if they are not free.
+
+        Args:
+            prefix: first tokens of the sequence; full blocks that hold them already are shared, and are committed.
+        """
+        shared = self._index.match(prefix or [])
+        needed = -(-tokens // self.block_tokens) - len(shared)
+        self._users[shared] += 1  # First, lest they be taken for something else.
         if needed > self.free_blocks:
+            self._users[shared] -= 1
             return None
+        known = len(shared) * self.block_tokens
+        return SequenceCache(shared + self._take(needed), self.block_tokens, known, shared_tokens=known)
+
+    def remember(self, sequence: SequenceCache, token_ids: list[int]) -> None:
+        """Let others share the full blocks of these committed tokens, which are the sequence's first."""
+        known = token_ids[: sequence.length]
+        self._index.add(known, sequence.blocks)
+        sequence.shared_tokens = len(known) // self.block_tokens * self.block_tokens
+
+    def free(self, sequence: SequenceCache) -> None:
+        """Give all blocks of `sequence` back; it can hold nothing afterwards. Freeing twice is harmless."""
+        self._users[sequence.blocks] -= 1
+        for block in reversed(sequence.blocks):  # The end of a text is forgotten before its beginning.
+            self._index.touch(block)
+        sequence.__init__([], self.block_tokens)  # type: ignore[misc]
+
+    def _take(self, needed: int) -> list[int]:
+        """So many free blocks, the longest unused ones of what is remembered only if there are no others."""
+        blank = self._users == 0
+        blank[list(self._index.oldest_first())] = False
+        for block in [b for b in self._index.oldest_first() if self._users[b] == 0][: max(0, needed - blank.sum())]:
+            self._index.forget(block)
+            blank[block] = True
         blocks: list[int] = []
         while len(blocks) < needed:
             missing = needed - len(blocks)
-            free = np.flatnonzero(self._is_free)
+            free = np.flatnonzero(blank)
             runs = np.split(free, np.flatnonzero(np.diff(free) != 1) + 1)
             fitting = [run for run in runs if len(run) >= missing]
             run = min(fitting, key=len) if fitting else max(runs, key=len)
             taken = run[:missing]
-            self._is_free[taken] = False
+            blank[taken] = False
+            self._users[taken] = 1
             blocks += taken.tolist()
-        return SequenceCache(blocks, self.block_tokens)
-
-    def free(self, sequence: SequenceCache) -> None:
-        """Give all blocks of `sequence` back; it can hold nothing afterwards. Freeing twice is harmless."""
-        self._is_free[sequence.blocks] = True
-        sequence.__init__([], self.block_tokens)  # type: ignore[misc]
+        return blocks
 
     @torch.inference_mode()
     def commit(self, moves: list[tuple[SequenceCache, list[int]]]) -> None:

@@ -67,6 +67,7 @@ class VerifierConfig(Section):
     kv_cache_tokens: int = Field(default=16384, ge=64)
     kv_block_tokens: int = Field(default=16, ge=1, le=256)
     prefill_chunk_tokens: int = Field(default=256, ge=16, description="most prompt tokens in one step")
+    prefix_caching: bool = Field(default=True, description="reuse the KV of prompts that begin alike")
     draft_timeout_s: float = Field(default=1.0, gt=0)
     default_policy: str = "smart"
     allowed_policies: list[str] = Field(

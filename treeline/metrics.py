@@ -46,6 +46,8 @@ class VerifierMetrics:
         self._plan_version = gauge("plan_version", "Version of the plan in force")
         self._drafter_ready = gauge("drafter_ready", "1 while drafting is possible")
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens run")
+        self._prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
+        self._prefix_hits = counter("prefix_cache_hits", "Prompt tokens taken from the prefix cache")
         self._generation_tokens = counter("generation_tokens", "Tokens generated")
         self._finished = counter("request_success", "Requests that ended, by finish reason", ("finished_reason",))
         self._targets = counter("request_target", "Ended requests with a latency target, by whether met", ("met",))
@@ -134,6 +136,11 @@ class VerifierMetrics:
             self._length.observe(accepted_length)
         if target_met is not None:
             self._targets.labels(str(target_met).lower()).inc()
+
+    def observe_prefix(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """A prompt was looked up in the prefix cache, and so many of its tokens were there."""
+        self._prefix_queries.inc(prompt_tokens)
+        self._prefix_hits.inc(cached_tokens)
 
     def set_load(self, running: int, waiting: int, kv_used: int, kv_total: int, drafter_ready: bool) -> None:
         self._running.set(running)

@@ -49,7 +49,8 @@ class Engine:
     def __init__(self, model: LanguageModel, link: DraftLink | None, plan: Callable[[], Plan], config: Config) -> None:
         self.model = model
         self.cache = model.new_cache(config.verifier.kv_cache_tokens, config.verifier.kv_block_tokens)
-        self.scheduler = Scheduler(self.cache, config.limits, config.verifier.prefill_chunk_tokens)
+        verifier = config.verifier
+        self.scheduler = Scheduler(self.cache, config.limits, verifier.prefill_chunk_tokens, verifier.prefix_caching)
         hidden_states = HiddenStates(model, config.limits.max_message_bytes)
         self.draft_stage = DraftStage(
             link, hidden_states, self.scheduler, config.limits, config.verifier.draft_timeout_s

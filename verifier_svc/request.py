@@ -124,6 +124,7 @@ class Completion:
     Attributes:
         matched_stop: the stop token id or the stop string, if one ended it.
         target_met: whether its mean time per output token was the one asked for; None if none was, or for one token.
+        cached_tokens: of the prompt, that were taken from the prefix cache.
     """
 
     finish_reason: FinishReason
@@ -135,6 +136,7 @@ class Completion:
     total_s: float
     speculation: SpeculationTotals
     target_met: bool | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -43,15 +43,19 @@ class Batch:
 class Scheduler:
     """Owns the waiting queue, the running set and the KV blocks' reservation.
 
-    A request's blocks are reserved whole when it is admitted, so that a running request never has to be preempted.
+    A request's blocks are reserved whole when it is admitted, so that a running request never has to be preempted. With
+    prefix caching, what an earlier prompt and its answer left in the cache is not computed again.
     """
 
-    def __init__(self, cache: KVCache, limits: LimitsConfig, prefill_chunk_tokens: int) -> None:
+    def __init__(
+        self, cache: KVCache, limits: LimitsConfig, prefill_chunk_tokens: int, prefix_caching: bool = True
+    ) -> None:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._cache = cache
         self._limits = limits
         self._prefill_chunk_tokens = prefill_chunk_tokens
+        self._prefix_caching = prefix_caching
 
     def add(self, sequence: Sequence) -> None:
         """Queue behind all of the same or higher priority."""
@@ -73,6 +77,7 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """Admit what fits, then take every decoding sequence and prompt chunks up to the chunk budget."""
+        self._remember_prompts()
         self._admit()
         decoding = [s for s in self.running if s.output_tokens]
         budget = self._prefill_chunk_tokens
@@ -92,6 +97,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
+            if self._prefix_caching:
+                self._cache.remember(sequence.cache, sequence.token_ids)
             self._cache.free(sequence.cache)
             sequence.cache = None
 
@@ -108,13 +115,23 @@ class Scheduler:
             startable += 1
         return startable
 
+    def _remember_prompts(self) -> None:
+        """Prompts that the last step finished can be shared while their requests still run."""
+        if self._prefix_caching:
+            for sequence in self.running:
+                if sequence.output_tokens and not sequence.is_remembered:
+                    self._cache.remember(sequence.kv, sequence.request.prompt_token_ids)
+                    sequence.is_remembered = True
+
     def _admit(self) -> None:
         # In order: a large request at the head is not starved by small ones behind it.
         while self.waiting and len(self.running) < self._limits.max_running_requests:
             sequence = self.waiting[0]
-            cache = self._cache.allocate(self.reservation_tokens(sequence.request))
+            # The last token of a prompt is always run: its logits give the first token of the answer.
+            prefix = sequence.request.prompt_token_ids[:-1] if self._prefix_caching else []
+            cache = self._cache.allocate(self.reservation_tokens(sequence.request), prefix)
             if cache is None:
                 return
-            sequence.cache = cache
+            sequence.cache, sequence.cached_tokens = cache, cache.length
             sequence.admitted_s = time.monotonic()
             self.running.append(self.waiting.pop(0))

@@ -28,6 +28,9 @@ class Sequence:
         session_id: names this request to the drafter.
         token_ids: prompt and output; when decoding, the last one is the root and has no KV yet.
         cache: None while waiting.
+        cached_tokens: of the prompt, that were taken from the prefix cache; no pass ran them, so that nobody has seen
+            their hidden states.
+        is_remembered: its prompt is in the prefix cache.
         drafter_tokens: how many of `token_ids` the drafter is believed to hold.
         acceptance: how its drafts fare beside those of other requests.
     """
@@ -39,6 +42,8 @@ class Sequence:
     token_ids: list[int]
     arrived_s: float
     cache: SequenceCache | None = None
+    cached_tokens: int = 0
+    is_remembered: bool = False
     drafter_tokens: int = 0
     acceptance: RequestAcceptance = field(default_factory=RequestAcceptance)
     admitted_s: float | None = None
@@ -135,6 +140,7 @@ class Sequence:
             finish_reason=self.finish_reason,
             matched_stop=self.matched_stop,
             prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
             completion_tokens=self.output_tokens,
             queue_s=admitted_s - self.arrived_s,
             time_to_first_token_s=first_token_s - self.arrived_s,

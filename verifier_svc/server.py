@@ -140,6 +140,7 @@ def _served(model: LanguageModel, config: Config) -> ServedModel:
 
 def _observe_output(metrics: VerifierMetrics, output: Chunk | Completion) -> None:
     if isinstance(output, Completion):
+        metrics.observe_prefix(output.prompt_tokens, output.cached_tokens)
         metrics.observe_finished(
             output.finish_reason,
             output.completion_tokens,
