@@ -78,7 +78,7 @@ class ComplexRotary(nn.Module):
         return torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fuse_layers(hf: PreTrainedModel) -> None:
     """Put fused layers in place of those of `hf`, if it is of Llama's kind; any other model stays as it is."""
     body: Any = hf.base_model

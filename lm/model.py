@@ -71,6 +71,7 @@ class LanguageModel:
             _check_weights(hf, report["missing_keys"])
             fuse_layers(hf)
             pack_linear_layers(hf)
+            _let_go_of_files(hf)
         except Exception as error:  # The reader of damaged weights raises anything.
             raise ConfigError(f"cannot load model '{config.model}': {one_line(error)}") from error
         return cls(hf, tokenizer, config.name or model_name(config.model))
@@ -154,6 +155,13 @@ def _probe(hf: PreTrainedModel) -> tuple[list[LayerShape], int]:
     ):
         raise refuse("its sliding layers do not tell their window")
     return [probe.shapes[layer] for layer in range(config.num_hidden_layers)], logits.shape[2]
+
+
+def _let_go_of_files(hf: PreTrainedModel) -> None:
+    """Copy what was not packed: one weight that still lies in a mapped file keeps all of the file in memory."""
+    if hf.device.type == "cpu":
+        for weight in hf.parameters():
+            weight.data = weight.data.clone()
 
 
 def _check_weights(hf: PreTrainedModel, missing: set[str]) -> None:
