@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrain
 
 from lm.attention import CONTEXT, IMPLEMENTATION, TreeAttention
 from lm.device import torch_dtype
+from lm.fused import fuse_layers
 from lm.kv_cache import KVCache, LayerShape
 from lm.model import torch_device
 from lm.packed import PackedSequence, pack
@@ -143,6 +144,7 @@ class DraftHead:
             raise ConfigError(f"cannot load the draft head {folder}: {one_line(error)}") from error
         if embedding.embedding_dim != config.hidden_size or embedding.num_embeddings <= int(draft_ids.max()):
             raise ConfigError(f"the draft head {folder} was made for {config.target}, not for {target.model}")
+        fuse_layers(module.body)
         parts = nn.ModuleDict({"module": module, "output": output, "embedding": embedding})
         parts.to(torch_device(target.device), embedding.weight.dtype)
         pack_linear_layers(parts)
