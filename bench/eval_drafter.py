@@ -29,6 +29,7 @@ from treeline.drafting import NO_FEATURES, DraftRequest, DraftSequence
 from treeline.plan import NodeOutcomes, Plan
 from treeline.sampling import SamplingParams
 from treeline.tree import DraftTree
+from verifier_svc.hidden_states import WINDOW_TOKENS
 from verifier_svc.walk import Walk, concatenate, observed, target_walk
 
 TOP = "static:4"
@@ -176,7 +177,7 @@ class _Session:
         """The tree below the token at index `root`."""
         answer, features = self._answer, NO_FEATURES
         if answer.features is not None:
-            features = answer.features[max(0, self._told - 1) : root]
+            features = answer.features[max(0, self._told - 1, root - WINDOW_TOKENS) : root]
         sequence = DraftSequence(
             self._id, self._told, answer.token_ids[self._told : root + 1], SamplingParams(), self._policy, MAX_NODES,
             MAX_DEPTH, features=features,

@@ -95,6 +95,22 @@ def test_a_drafter_that_lost_a_session_gets_its_features_again(model):
     check_rows(model, drafter.read[1], prompt + answer)
 
 
+def test_a_prefix_from_the_cache_has_no_features_and_the_rest_has(model):
+    known = Known()
+    (request,) = requests_for(known, model, 1)
+    prompt = request.prompt_token_ids * 3
+    known.add(prompt, plain_greedy(model, prompt, 24))
+    drafter = FeatureReader(known, model.vocab_size)
+    engine = Engine(model, LocalLink(drafter), lambda: builtin_plan(LIMITS), CONFIG)
+    for name in ("first", "again"):
+        request = GenerationRequest(name, prompt, SamplingParams(), 24, ignore_eos=True, policy="chain:4")
+        completion = run(engine, [request])[name][-1]
+    assert completion.cached_tokens > 0
+    rows, answer = drafter.read[2], known.answers[-1][1]
+    assert sorted(rows) == list(range(completion.cached_tokens, max(rows) + 1))
+    check_rows(model, rows, prompt + answer)
+
+
 def test_a_message_stays_within_its_limit_and_the_rest_comes_later(model):
     small = LIMITS.model_copy(update={"max_message_bytes": 1 << 16, "max_running_requests": 8})
     known = Known()
