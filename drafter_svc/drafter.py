@@ -9,9 +9,10 @@ from pathlib import Path
 
 from drafter_svc.growth import GrowingTree, grow
 from drafter_svc.head_proposer import HeadProposer
+from drafter_svc.layered_proposer import LayeredProposer
 from drafter_svc.model_proposer import ModelProposer
 from drafter_svc.ngram import NgramProposer
-from drafter_svc.proposer import ModelledProposer, Proposer
+from drafter_svc.proposer import Proposer
 from drafter_svc.sessions import SessionStore
 from lm.draft_head import DraftHead
 from lm.model import LanguageModel
@@ -62,7 +63,7 @@ class TreeDrafter:
         max_sessions: int,
         plan: Callable[[], Plan],
         lookups: list[Proposer],
-        model: ModelledProposer | None = None,
+        model: LayeredProposer | None = None,
     ) -> None:
         self.info = info
         self._plan = plan
@@ -181,7 +182,7 @@ def find_head(config: DrafterConfig, target: ModelConfig) -> Path | None:
     raise ConfigError(f"no draft head comes with '{target.model}': set drafter.head, or make one with treeline distill")
 
 
-def _build_model(config: DrafterConfig, limits: LimitsConfig) -> tuple[DrafterInfo, ModelledProposer]:
+def _build_model(config: DrafterConfig, limits: LimitsConfig) -> tuple[DrafterInfo, LayeredProposer]:
     assert config.model is not None
     model = LanguageModel.load(config.model)
     cache = model.new_cache(config.kv_cache_tokens, KV_BLOCK_TOKENS)
@@ -191,7 +192,7 @@ def _build_model(config: DrafterConfig, limits: LimitsConfig) -> tuple[DrafterIn
 
 def _build_head(
     folder: Path, config: DrafterConfig, target: ModelConfig, limits: LimitsConfig
-) -> tuple[DrafterInfo, ModelledProposer]:
+) -> tuple[DrafterInfo, LayeredProposer]:
     head = DraftHead.load(folder, target)
     cache = head.new_cache(config.kv_cache_tokens, KV_BLOCK_TOKENS)
     features = FeatureSpec(head.config.feature_layers, head.config.feature_width)

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from drafter_svc.places import Places
-from drafter_svc.proposer import (
-    PROFILE_NODES,
-    Children,
-    LayerStats,
-    collect_children,
-    sampling_row,
-    time_layers,
-)
+from drafter_svc.growth import GrowingTree
+from drafter_svc.layered_proposer import LayeredProposer, TreeRow
 from drafter_svc.sessions import Session
 from lm.kv_cache import KVCache, SequenceCache
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
-from lm.sampling import top_drafts
-from treeline.tree import ROOT, Source
-
-if TYPE_CHECKING:
-    from drafter_svc.growth import GrowingTree
+from lm.sampling import Row, top_drafts
+from treeline.tree import ROOT
 
 CATCH_UP_TOKENS = 512
 """Most tokens per step for sessions that are far behind, all of them together."""
 SHORT_RUN_TOKENS = 40
 """What an ordinary step may leave to run (a path and its root). Sessions no further behind are always served."""
-PROFILE_CONTEXT_TOKENS = 128
 
 
 @dataclass
@@ -67,64 +55,25 @@ class _Followed:
         self.parents, self.entries, self.nodes = [], {}, {ROOT: ROOT}
 
 
-class ModelProposer:
-    """Proposes a language model's top tokens, under the target's own noise where a request samples.
+class ModelProposer(LayeredProposer[_Followed]):
+    """Proposes a language model's top tokens.
 
     Its cache follows each session: of the last step's tree the accepted path stays, and only what is missing is run.
-    When the cache is full, the sessions used least recently lose their place in it and are rebuilt when they return.
-
-    Attributes:
-        stats: of the current step.
     """
 
-    source = Source.MODEL
-
     def __init__(self, model: LanguageModel, cache: KVCache, max_nodes: int) -> None:
-        """`max_nodes`: most draft nodes of one tree."""
-        self.stats = LayerStats()
+        super().__init__(cache, _Followed, max_nodes)
         self._model = model
-        self._cache = cache
-        self._max_nodes = max_nodes
-        self._places: Places[_Followed] = Places(cache, _Followed)
-        self._root_logits: dict[int, torch.Tensor] = {}
-        """float32 [vocab] below the root of each session of this step that has caught up."""
 
-    def begin(self, sessions: list[Session]) -> None:
-        started_s = time.perf_counter()
-        self.stats = LayerStats()
+    def _follow(self, sessions: list[Session]) -> dict[int, Tensor]:
         self._keep_accepted(sessions)
-        self._run_missing(self._reserve(sessions))
-        self._begin_s = time.perf_counter() - started_s
+        return self._run_missing(self._reserve(sessions))
 
-    def propose(self, wanted: list[tuple[GrowingTree, list[int]]]) -> list[Children]:
-        started_s = time.perf_counter()
-        rows, logits = self._root_rows(wanted) if wanted[0][1] == [ROOT] else self._run_layer(wanted)
-        if not rows:
-            return [Children() for _ in wanted]
-        limit = min(max(tree.policy.max_children for tree, _ in rows), self._model.vocab_size)
-        ids, probs = top_drafts(logits, [sampling_row(tree, node) for tree, node in rows], limit)
-        children = collect_children(wanted, rows, ids.tolist(), probs.tolist())
-        self.stats.seconds[-1] += time.perf_counter() - started_s
-        return children
+    def _top(self, logits: Tensor, rows: list[Row], k: int) -> tuple[Tensor, Tensor]:
+        return top_drafts(logits, rows, min(k, self._model.vocab_size))
 
-    def release(self, session_id: int) -> None:
-        self._places.release(session_id)
-
-    def measure(self) -> tuple[float, float]:
-        """(seconds of a tree layer, seconds of each node in it), from a few passes; called before any session."""
-        kv = self._cache.allocate(min(PROFILE_CONTEXT_TOKENS + PROFILE_NODES, self._places.capacity_tokens))
-        assert kv is not None
-        self._model.forward([PackedSequence(kv, [0] * (kv.capacity - PROFILE_NODES), logits="none")], self._cache)
-        self._cache.commit([(kv, list(range(kv.scratch)))])
-
-        def run(count: int) -> None:
-            siblings = PackedSequence(kv, [0] * count, np.full(count, ROOT, np.int32))
-            self._model.forward([siblings], self._cache)[0, 0].item()
-            self._cache.commit([(kv, [])])
-
-        measured = time_layers(run)
-        self._cache.free(kv)
-        return measured
+    def _pass(self, kv: SequenceCache, tokens: int, parents: np.ndarray | None) -> Tensor:
+        return self._model.forward([PackedSequence(kv, [0] * tokens, parents)], self._cache)
 
     def _keep_accepted(self, sessions: list[Session]) -> None:
         """Commit what was drafted and accepted; drop what the tokens contradict, and the root, which runs again."""
@@ -156,7 +105,7 @@ class ModelProposer:
                 reserved.append((session, followed))
         return reserved
 
-    def _run_missing(self, sessions: list[tuple[Session, _Followed]]) -> None:
+    def _run_missing(self, sessions: list[tuple[Session, _Followed]]) -> dict[int, Tensor]:
         """Run the tokens that are not in the cache, root included; those far behind go a bounded way."""
         budget = CATCH_UP_TOKENS
         runs: list[tuple[int, PackedSequence]] = []
@@ -175,21 +124,9 @@ class ModelProposer:
         logits = self._model.forward([run for _, run in runs], self._cache)
         self._cache.commit([(run.cache, list(range(run.cache.scratch))) for _, run in runs])
         caught_up_ids = [session_id for session_id, run in runs if run.logits == "last"]
-        self._root_logits = dict(zip(caught_up_ids, logits, strict=True))
+        return dict(zip(caught_up_ids, logits, strict=True))
 
-    def _root_rows(
-        self, wanted: list[tuple[GrowingTree, list[int]]]
-    ) -> tuple[list[tuple[GrowingTree, int]], torch.Tensor]:
-        rows = [(tree, ROOT) for tree, _ in wanted if tree.session.session_id in self._root_logits]
-        if not rows:
-            return [], torch.empty(0)
-        self.stats.nodes.append(len(rows))
-        self.stats.seconds.append(self._begin_s)
-        return rows, torch.stack([self._root_logits[tree.session.session_id] for tree, _ in rows])
-
-    def _run_layer(
-        self, wanted: list[tuple[GrowingTree, list[int]]]
-    ) -> tuple[list[tuple[GrowingTree, int]], torch.Tensor]:
+    def _run_layer(self, wanted: list[tuple[GrowingTree, list[int]]]) -> tuple[list[TreeRow], Tensor]:
         """Run nodes, and those of their ancestors that only a lookup had proposed."""
         packed, rows, row_indices, total = [], [], [], 0
         for tree, nodes in wanted:
