@@ -81,7 +81,10 @@ def demo(
 ) -> None:
     """Start the service, send concurrent prompts through its port, show the text and what speculation brought, stop."""
     console = Console()
-    checked = load_config(config)
+    loaded = load_config(config)
+    # The second round must not find the first one's prompts computed.
+    verifier = loaded.verifier.model_copy(update={"prefix_caching": False})
+    checked = loaded.model_copy(update={"verifier": verifier})
     check_startable(checked)
     console.print("starting the services on Ray Serve ...")
     from deploy.run import run
