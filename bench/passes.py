@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from bench.limits import Point
+from lm.draft_head import DraftHead
 from lm.kv_cache import KVCache, LayerShape, SequenceCache
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
@@ -57,14 +58,27 @@ def treeline_passes(model: LanguageModel) -> PassMaker:
     """Our packed pass: in each sequence a root, and its share of the other tokens as children of the root."""
 
     def make(point: Point) -> Pass:
-        cache, places = _filled_cache(model, point)
-        parents = np.asarray([ROOT] + [0] * (_share(point) - 1), np.int32)
-        ids = _token_ids(point, model.vocab_size).tolist()
-        sequences = [PackedSequence(place, row, parents) for place, row in zip(places, ids, strict=True)]
+        cache, sequences = _packed(model, point)
         rows = [Row(SamplingParams(), point.context)] * point.tokens
         return Pass(
             lambda: model.forward(sequences, cache),
             lambda logits: choose_tokens(logits, rows).tolist(),
+            lambda: cache.commit([(sequence.cache, []) for sequence in sequences]),
+        )
+
+    return make
+
+
+def head_passes(head: DraftHead) -> PassMaker:
+    """A draft head's pass over the same trees, on its own output; its best four below each node are chosen."""
+
+    def make(point: Point) -> Pass:
+        cache, sequences = _packed(head, point)
+        rows = [Row(SamplingParams(), point.context)] * point.tokens
+        states = torch.zeros(point.tokens, head.config.hidden_size, dtype=head.dtype, device=head.device)
+        return Pass(
+            lambda: head.forward(sequences, states, cache)[0],
+            lambda logits: head.top_drafts(logits, rows, 4)[0].tolist(),
             lambda: cache.commit([(sequence.cache, []) for sequence in sequences]),
         )
 
@@ -112,7 +126,14 @@ def _token_ids(point: Point, vocab_size: int) -> Tensor:
 
 
 @torch.inference_mode()
-def _filled_cache(model: LanguageModel, point: Point) -> tuple[KVCache, list[SequenceCache]]:
+def _packed(model: LanguageModel | DraftHead, point: Point) -> tuple[KVCache, list[PackedSequence]]:
+    cache, places = _filled_cache(model, point)
+    parents = np.asarray([ROOT] + [0] * (_share(point) - 1), np.int32)
+    ids = _token_ids(point, model.vocab_size).tolist()
+    return cache, [PackedSequence(place, row, parents) for place, row in zip(places, ids, strict=True)]
+
+
+def _filled_cache(model: LanguageModel | DraftHead, point: Point) -> tuple[KVCache, list[SequenceCache]]:
     """A cache of the point's sequences, their context made of noise: what it holds does not change what it costs."""
     capacity = -(-(point.context + _share(point)) // BLOCK_TOKENS) * BLOCK_TOKENS
     cache = model.new_cache(point.sequences * capacity, BLOCK_TOKENS)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from bench.limits import MachineLimit, ModelSize, Point, measure_limit, timed_s
-from bench.passes import PassMaker, load_transformers, transformers_passes, treeline_passes
+from bench.passes import PassMaker, head_passes, load_transformers, transformers_passes, treeline_passes
 from bench.phases import PHASES, phases_ms
+from lm.draft_head import DraftHead
 from lm.model import LanguageModel
 from treeline.config import ModelConfig
 
@@ -91,6 +92,11 @@ def model_subject(name: str, config: ModelConfig) -> Subject:
     makers = {"treeline": treeline_passes(ours), "transformers": transformers_passes(theirs, ours.layers)}
     size = ModelSize.of(theirs, ours.layers)
     return Subject(name, size, ours.max_context_tokens, ours.dtype, ours.device, makers)
+
+
+def head_subject(head: DraftHead, max_context_tokens: int) -> Subject:
+    """A draft head. Its rows have no limit and no peer."""
+    return Subject("drafter", None, max_context_tokens, head.dtype, head.device, {"treeline": head_passes(head)})
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ def lossless(
 
     from bench.common import OWN_PROMPTS, load_prompts, write_report
     from bench.lossless import run_lossless, truncated_drafter
+    from drafter_svc.drafter import find_head
     from treeline.config import DrafterConfig, ModelConfig
     from treeline.errors import ConfigError
 
@@ -47,6 +48,8 @@ def lossless(
             "model+ngram": DrafterConfig(kind="model+ngram", model=draft),
         }
         target_config = ModelConfig(model=target, dtype=chosen)
+        if find_head(DrafterConfig(), target_config) is not None:
+            drafters["head+ngram"] = DrafterConfig(kind="head+ngram")
         results = run_lossless(target_config, drafters, loaded, max_tokens, on_progress=status.update)
     table = Table(title=f"{target}, {dtype}: identical to transformers' generate")
     for heading in ("drafter", "policy", "batch", "identical", "tokens", "accepted nodes", "largest logit gap"):

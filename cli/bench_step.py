@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def step(
     config: ConfigFile = None,
     drafter: Annotated[
-        str | None, typer.Option(help="Measure this draft model's passes too; the configuration's by default.")
+        str | None, typer.Option(help="Measure this draft model's passes too; the configuration's drafter by default.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Four points of the grid only.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Timed passes of each system at each point.")] = 5,
@@ -41,7 +41,9 @@ def step(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from bench.common import write_report
-    from bench.step import QUICK, grid, model_subject, run_step
+    from bench.step import QUICK, grid, head_subject, model_subject, run_step
+    from drafter_svc.drafter import find_head
+    from lm.draft_head import DraftHead
 
     console = Console()
     points = list(QUICK) if quick else grid()
@@ -51,6 +53,9 @@ def step(
         subjects = [model_subject("target", loaded.verifier.target)]
         if draft is not None:
             subjects.append(model_subject("drafter", draft))
+        elif (folder := find_head(loaded.drafter, loaded.verifier.target)) is not None:
+            head = DraftHead.load(folder, loaded.verifier.target)
+            subjects.append(head_subject(head, subjects[0].max_context_tokens))
         bar.update(task, total=2 + len(points) * len(subjects))
         result = run_step(subjects, points, repeats, lambda what: bar.update(task, advance=1, description=what))
     _show(console, result)

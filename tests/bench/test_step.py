@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 from bench.limits import MachineLimit, ModelSize, Point, measure_limit
 from bench.passes import Pass, transformers_passes, treeline_passes
 from bench.phases import PHASES, phases_ms
-from bench.step import Subject, grid, model_subject, run_step
+from bench.step import Subject, grid, head_subject, model_subject, run_step
 from bench.step_plot import plot_step
 from cli.main import app
 from lm.model import LanguageModel
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
+from tests.lm.tiny_head import tiny_head
 from treeline.config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -65,6 +66,15 @@ def test_every_point_has_a_row_and_phases_for_both_systems(folder):
     assert result.limit_json().keys() == {"read_gb_s", "gemm_gflop_s", "pass_ms"}
     assert result.limit_json()["pass_ms"] == result.rows[0].limit_ms
     assert len(result.phases) == 2 * len(result.rows)
+
+
+def test_a_draft_head_is_measured_like_a_draft_model(folder, model):
+    target = model_subject("target", ModelConfig(model=str(folder), dtype="float32", device="cpu"))
+    subjects = [target, head_subject(tiny_head(model.hf), 512)]
+    result = run_step(subjects, POINTS, 1)
+    rows = [row for row in result.rows if row.model == "drafter"]
+    assert [row.tokens for row in rows] == [1, 4]
+    assert all(row.ours_ms > 0 and row.transformers_ms is None for row in rows)
 
 
 def test_a_subject_may_be_any_pass_and_points_beyond_its_context_are_left_out(model):
