@@ -53,7 +53,7 @@ class PlannedStep:
 
 
 class PlannedEngine:
-    """Engine, drafter and planner in this process, one thread.
+    """Engine, drafter and planner in this process, one thread, and no prefix cache: benchmarks repeat their prompts.
 
     Attributes:
         planner: may be exchanged while no request is open, so that what one has learnt is kept from another.
@@ -68,7 +68,9 @@ class PlannedEngine:
         )
         self._profile = VerifierProfile(curves, drafter.info.layer_s, drafter.info.node_s)
         self.planner = self.new_planner()
-        self.engine = Engine(model, LocalLink(drafter), lambda: self.planner.plan, config)
+        verifier = config.verifier.model_copy(update={"prefix_caching": False})
+        uncached = config.model_copy(update={"verifier": verifier})
+        self.engine = Engine(model, LocalLink(drafter), lambda: self.planner.plan, uncached)
         self.steps: list[PlannedStep] = []
 
     def new_planner(self) -> LocalPlanner:
