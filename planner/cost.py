@@ -33,17 +33,9 @@ def plain_decode_s(cost: CostModel) -> float:
     return float(verify_seconds(cost, 1, _shortest_context(cost.verify), 1)[1])
 
 
-def cheapest_node_s(cost: CostModel) -> float:
-    """The least that one more verified node costs at the load the plan was made for.
-
-    A drafter that drops only what is not worth even this never drops what the verifier would keep.
-    """
-    return cost.node_s
-
-
-def cheapest_slope_s(cost: CostModel, sequences: int, context_tokens: int) -> float:
-    """Seconds per node of the cheapest way to grow a batch's pass: the smallest secant that starts at no nodes."""
-    seconds = verify_seconds(cost, sequences, context_tokens, sequences + NODES_AHEAD)[sequences:]
+def cheapest_slope_s(cost: CostModel, sequences: int, context_tokens: int, tokens: int) -> float:
+    """Seconds per node of the cheapest way to grow a pass of `tokens`: the smallest secant that starts there."""
+    seconds = verify_seconds(cost, sequences, context_tokens, tokens + NODES_AHEAD)[tokens:]
     return float(((seconds[1:] - seconds[0]) / np.arange(1, len(seconds))).min())
 
 

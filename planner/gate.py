@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.cost import verify_seconds
-from planner.rule import BatchState
+from planner.rule import BatchState, price_of
 from treeline.plan import CostModel, Plan
 
 WORTH_BINS = 32
@@ -83,15 +83,16 @@ def outlook(supply: Supply, requests: int, sequences: int, state: BatchState, pl
         requests: those that would be drafted, out of `sequences` that decode; weights are 1 on average.
     """
     nodes, gains = supply.curve(requests)
-    base, most = state.base_tokens, state.base_tokens + math.ceil(nodes[-1])
-    verify_s = verify_seconds(plan.cost, sequences, state.context_tokens, most)
-    plain_s = plan.cost.step_overhead_s + verify_s[base]
-    seconds = np.interp(base + nodes, np.arange(base, most + 1), verify_s[base:])
-    seconds += plan.cost.step_overhead_s + supply.draft_s(plan.cost, requests, connected)
-    drafted, plain = float(((sequences + gains) / seconds).max()), sequences / plain_s
-    price = max(drafted, plain) * (1 + state.waiting_startable / sequences)
-    gain = float((gains - price * (seconds - plain_s)).max())
-    return Outlook(drafted, plain, gain)
+    most = state.base_tokens + math.ceil(nodes[-1])
+    pass_s = plan.cost.step_overhead_s + verify_seconds(plan.cost, sequences, state.context_tokens, most)
+    draft_s = supply.draft_s(plan.cost, requests, connected)
+    # Not the prompts' time, but the trees' beside prompts.
+    promptless_s = draft_s + np.interp(sequences + nodes, np.arange(most + 1), pass_s)
+    drafted, plain_s = sequences + gains, float(pass_s[sequences])
+    price = price_of(drafted, promptless_s, plain_s, sequences, state.waiting_startable)
+    seconds = draft_s + np.interp(state.base_tokens + nodes, np.arange(most + 1), pass_s)
+    gain = float((gains - price * (seconds - pass_s[state.base_tokens])).max())
+    return Outlook(float((drafted / promptless_s).max()), sequences / plain_s, gain)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,12 @@ from planner.cost import cheapest_slope_s, verify_seconds
 from planner.signals import Signals
 from planner.tracker import CostTracker
 from treeline.config import LimitsConfig, PlannerConfig
-from treeline.plan import Plan, StepRecord, VerifierProfile
+from treeline.plan import CostModel, Plan, StepRecord, VerifierProfile
 
 GOODPUT_MEMORY_S = 0.4
 """Goodput forgets with this time constant: a step of the load is forgotten to 1 % within 2 s."""
 DEAD_BAND = 0.03
 """A price that moved by less than this share is not published: small noise must not move trees."""
-MAX_NODES = 32
 MAX_DEPTH = 8
 QUIET_S = 2.0
 """Without a step record for this long while requests run, measured latency stands in for them."""
@@ -35,7 +34,7 @@ class VerifierState:
         self.last_heard_s = time.monotonic()
         self.price = 0.0
         self.last: StepRecord | None = None
-        self._work: deque[tuple[float, int, float]] = deque(maxlen=256)  # (unix_s, emitted tokens, step_s)
+        self._work: deque[StepRecord] = deque(maxlen=256)
 
     def observe(self, record: StepRecord) -> None:
         """Learn from one step."""
@@ -44,16 +43,32 @@ class VerifierState:
         if record.sequences:
             self.last = record
             if not record.prefill_tokens:
-                self._work.append((record.unix_s, record.emitted_tokens, record.step_s))
+                self._work.append(record)
 
     def goodput(self) -> float:
         """Tokens per second of step time over the last moments of work: R as it was realised; 0 before any work."""
-        tokens = seconds = 0.0
-        for unix_s, emitted_tokens, step_s in self._work:
-            weight = math.exp(min(0.0, unix_s - self._work[-1][0]) / GOODPUT_MEMORY_S)
-            tokens += weight * emitted_tokens
-            seconds += weight * step_s
-        return tokens / seconds if seconds else 0.0
+        weights = self._recency()
+        seconds = sum(weight * record.step_s for weight, record in weights)
+        return sum(weight * record.emitted_tokens for weight, record in weights) / seconds if seconds else 0.0
+
+    def node_s(self, cost: CostModel) -> float:
+        """What one more node had to be worth in the last moments of work, as seconds at the price.
+
+        That is the worth of the best node that the verifier left out; where it left none out it would have had more of
+        them, at what the cheapest way to grow the pass costs.
+        """
+        weights = self._recency()
+        if not weights:
+            return cheapest_slope_s(cost, 1, 0, 1)
+        worths = [weight * (record.node_s or _slope_s(cost, record)) for weight, record in weights]
+        return sum(worths) / sum(weight for weight, _ in weights)
+
+    def _recency(self) -> list[tuple[float, StepRecord]]:
+        """The last steps without prompts, and how much they count."""
+        return [
+            (math.exp(min(0.0, record.unix_s - self._work[-1].unix_s) / GOODPUT_MEMORY_S), record)
+            for record in self._work
+        ]
 
     def settle(self, price: float) -> float:
         """The price to publish: the old one while the new one is nearly the same."""
@@ -80,7 +95,7 @@ class PlanMaker:
         goodput = max(state.goodput(), sequences / (plain_s + cost.step_overhead_s))
         startable = min(last.waiting, last.free_slots) if last else 0
         price = state.settle(goodput * (1 + startable / sequences))
-        cost = replace(cost, node_s=cheapest_slope_s(cost, sequences, context_tokens))
+        cost = replace(cost, node_s=state.node_s(cost))
         return Plan(
             version=next(self._versions),
             created_unix_s=time.time(),
@@ -88,7 +103,7 @@ class PlanMaker:
             cost=cost,
             calibration=state.calibrator.calibration(),
             price=price,
-            max_nodes=min(MAX_NODES, self._limits.max_tree_nodes),
+            max_nodes=self._limits.max_tree_nodes,
             max_depth=min(MAX_DEPTH, self._limits.max_tree_depth),
             reason=_reason(price, goodput, sequences, last, signals),
         )
@@ -101,6 +116,10 @@ class PlanMaker:
             return
         if signals.get("running") and last.predicted_verify_s:
             state.tracker.rescale(max(0.5, min(2.0, measured_s / last.predicted_verify_s)) ** 0.1)
+
+
+def _slope_s(cost: CostModel, record: StepRecord) -> float:
+    return cheapest_slope_s(cost, record.sequences, record.context_tokens // record.sequences, record.tokens)
 
 
 def _reason(price: float, goodput: float, sequences: int, last: StepRecord | None, signals: Signals) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.calibration import accepts
-from planner.cost import cheapest_node_s, verify_seconds
+from planner.cost import verify_seconds
 from planner.policies import Policy
 from treeline.plan import DEPTHS, Calibration, Plan
 from treeline.tree import ROOT, DraftTree
@@ -65,6 +65,7 @@ class Pruning:
         gains: float64 [nodes]; w a(u) of every node that could have been pruned, in no order.
         expected_nodes: per candidate, nodes of those kept that the calibration alone expects to be accepted.
         price: R + mu Q, tokens per second.
+        node_s: what a node had to beat, as seconds at the price: the worth of the best one left out; 0 if none was.
         goodput: weighted tokens per second expected at the chosen size.
         expected_tokens: weighted tokens expected of the step.
         reason: one line for people.
@@ -74,6 +75,7 @@ class Pruning:
     gains: NDArray[np.float64]
     expected_nodes: list[float]
     price: float
+    node_s: float
     goodput: float
     expected_tokens: float
     predicted_verify_s: float
@@ -106,13 +108,15 @@ def prune_batch(candidates: list[Candidate], state: BatchState, plan: Plan) -> P
     order = np.argsort(-open_gains)
     cumulative = np.concatenate(([0.0], np.cumsum(open_gains[order])))
     expected = sum(c.weight for c in candidates) + float(gains.sum() - cumulative[-1]) + cumulative
-    base = state.base_tokens + fixed
-    sequences = max(1, len(candidates))
-    verify_s = verify_seconds(plan.cost, sequences, state.context_tokens, base + len(order))[base:]
-    seconds = state.draft_s + plan.cost.step_overhead_s + verify_s
-    best_goodput = float((expected / seconds).max())
-    # A waiting request loses its share of the batch's goodput for as long as the step lasts.
-    price = best_goodput * (1 + state.waiting_startable / sequences)
+    sequences, base = max(1, len(candidates)), state.base_tokens + fixed
+    verify_s = verify_seconds(plan.cost, sequences, state.context_tokens, base + len(order))
+    overhead_s = plan.cost.step_overhead_s
+    promptless_s = state.draft_s + overhead_s + verify_s[sequences + fixed :][: len(order) + 1]
+    price = price_of(
+        expected, promptless_s, overhead_s + float(verify_s[sequences]), sequences, state.waiting_startable
+    )
+    verify_s = verify_s[base:]
+    seconds = state.draft_s + overhead_s + verify_s
     size = int(np.argmax(expected - price * seconds))
     chosen = ~prunable
     chosen[np.flatnonzero(prunable)[order[:size]]] = True
@@ -121,11 +125,29 @@ def prune_batch(candidates: list[Candidate], state: BatchState, plan: Plan) -> P
         gains=open_gains,
         expected_nodes=_sums(scores, chosen, sizes),
         price=price,
+        node_s=float(open_gains[order[size]] / price) if size < len(order) else 0.0,
         goodput=float(expected[size] / seconds[size]),
         expected_tokens=float(expected[size]),
         predicted_verify_s=float(verify_s[size]),
         reason=_reason(size, order, open_gains, verify_s, price, fixed),
     )
+
+
+def price_of(
+    expected: NDArray[np.float64], seconds: NDArray[np.float64], plain_s: float, sequences: int, waiting: int
+) -> float:
+    """R + mu Q: R is the best goodput of a batch, with what was drafted for it or without any of it.
+
+    Prompts that share the step are left out of all seconds here: they are run whatever is decoded, so what a second is
+    worth does not depend on them.
+
+    Args:
+        expected, seconds: float64 [sizes]; weighted tokens and seconds of a drafted step, prompts apart.
+        plain_s: of a step that is not drafted. Weights are 1 on average, so it brings a token per sequence.
+    """
+    goodput = max(float((expected / seconds).max()), sequences / plain_s)
+    # A waiting request loses its share of the batch's goodput for as long as the step lasts.
+    return goodput * (1 + waiting / sequences)
 
 
 def another_layer(frontiers: list[Frontier], plan: Plan) -> bool:
@@ -139,7 +161,7 @@ def another_layer(frontiers: list[Frontier], plan: Plan) -> bool:
     kappa = plan.calibration.kappa
     gain = sum(f.weight * float(f.scores.sum()) * kappa[int(f.sampled), min(f.depth, DEPTHS - 1)] for f in smart)
     nodes = sum(len(f.scores) for f in smart)
-    node_s = plan.cost.draft_node_s + cheapest_node_s(plan.cost)
+    node_s = plan.cost.draft_node_s + plan.cost.node_s
     return gain > plan.price * (plan.cost.draft_layer_s + node_s * nodes)
 
 

@@ -46,6 +46,7 @@ _SCALARS = (
     "goodput",
     "price",
     "catch_up_tokens",
+    "node_s",
 )
 
 

@@ -52,7 +52,7 @@ class CostModel:
         draft_layer_s: d0, one more tree layer.
         draft_node_s: d1, one more node in a layer.
         step_overhead_s: C_step, all of a step that is neither drafting nor verification.
-        node_s: the least that one more verified node costs at the load the plan was made for.
+        node_s: what one more verified node has been worth lately: the best one left out, as seconds at the price.
         paper: the fit used by the `smart-paper` policy, if there is one.
     """
 
@@ -156,6 +156,7 @@ class StepRecord:
         step_s: seconds of the whole step.
         goodput: weighted tokens per second this step was expected to bring at the chosen size, 0 if undrafted.
         price: R + mu * Q of this step, tokens per second, 0 if undrafted.
+        node_s: worth of the best node that was drafted and not verified, as seconds at the price; 0 if there was none.
         catch_up_tokens: what the drafter ran to bring its cache up to date; where they are many, the step does not
             teach draft costs.
     """
@@ -184,6 +185,7 @@ class StepRecord:
     price: float
     outcomes: NodeOutcomes = field(default_factory=NodeOutcomes.empty)
     catch_up_tokens: int = 0
+    node_s: float = 0.0
 
 
 @dataclass(frozen=True)

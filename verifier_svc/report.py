@@ -55,6 +55,7 @@ def step_record(
         step_s=step_s,
         goodput=drafts.pruning.goodput if drafts.pruning else 0.0,
         price=drafts.pruning.price if drafts.pruning else 0.0,
+        node_s=drafts.pruning.node_s if drafts.pruning else 0.0,
         outcomes=concatenate(outcomes),
         catch_up_tokens=drafts.stats.catch_up_tokens,
     )

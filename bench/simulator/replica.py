@@ -67,6 +67,7 @@ class Drafted(NamedTuple):
     draft_s: float
     layer_nodes: tuple[int, ...] = ()
     predicted_s: float = 0.0
+    node_s: float = 0.0
     verified: Callable[[], list[Verified]] = list
 
 
@@ -193,7 +194,9 @@ class Replica:
         if self._policy.prices_drafting:  # only then is the gate asked
             self._gate.drafted(asked, pruning.gains, layer_nodes, draft_s, now_s + draft_s)
         nodes = sum(int(keep.sum()) for keep in pruning.keep)
-        return Drafted(nodes, accepted, draft_s, layer_nodes, pruning.predicted_verify_s, lambda: verified)
+        return Drafted(
+            nodes, accepted, draft_s, layer_nodes, pruning.predicted_verify_s, pruning.node_s, lambda: verified
+        )
 
     def _layers(
         self, frontiers: list[list[NDArray[np.float32]]], weights: list[float] | None, most: int
@@ -251,7 +254,7 @@ class Replica:
             waiting=len(self.waiting), free_slots=max(0, self._free), draft_s=drafted.draft_s,
             drafter_s=max(0.0, drafted.draft_s - self._device.draft_round_trip_s),
             draft_layer_nodes=drafted.layer_nodes, verify_s=verify_s, predicted_verify_s=drafted.predicted_s,
-            step_s=step_s, goodput=0.0, price=0.0, outcomes=concatenate(outcomes),
+            step_s=step_s, goodput=0.0, price=0.0, node_s=drafted.node_s, outcomes=concatenate(outcomes),
         )  # fmt: skip
         self._state.observe(record)
         self._plan = self._planned(end_s)

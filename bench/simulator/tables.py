@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bench.simulator.worlds import OUTCOMES, World
 from drafter_svc.growth import GrowingTree
 from drafter_svc.sessions import Session
-from planner.cost import cheapest_node_s, plain_decode_s
+from planner.cost import plain_decode_s
 from planner.policies import Policy
 from planner.rule import Candidate
 from treeline.drafting import DraftSequence
@@ -102,9 +102,11 @@ class Tables:
         return self._tables[key]
 
     def _key(self, plan: Plan, requests: int) -> tuple[int, ...]:
-        """What the policy's `keep` reads of plan and batch, in levels."""
+        """What the policy's `keep` and `expand` read of plan and batch, in levels."""
         if self._policy.prices_drafting:
-            return (_level(max(LEAST_THRESHOLD, plan.price * cheapest_node_s(plan.cost))),)
+            node_s = plan.cost.node_s
+            worths = (plan.price * node_s, plan.price * (node_s + plan.cost.draft_node_s))
+            return tuple(_level(max(LEAST_THRESHOLD, worth)) for worth in worths)
         if self._policy.spec == "smart-paper":
             return (requests, _level(plain_decode_s(plan.cost)))
         return ()

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.cost import cheapest_node_s, paper_layer_s, plain_decode_s
+from planner.cost import paper_layer_s, plain_decode_s
 from planner.policies.base import MAX_DEPTH, Growth, Layer, top
-from treeline.plan import PaperFit, Plan
+from treeline.plan import DEPTHS, PaperFit, Plan
 
 SMART_CHILDREN = 6
+SPARE = 0.5
+"""Nodes are offered down to this share of what the verifier last wanted, so that it always has some to leave out."""
 PAPER_CHILDREN = 8
 PAPER_ALPHA = 0.8
 PAPER_BUDGET_NODES = 200
@@ -54,4 +56,10 @@ class Smart(Growth):
     prices_drafting = True
 
     def keep(self, layer: Layer, plan: Plan) -> NDArray[np.bool_]:
-        return layer.weight * layer.scores > plan.price * cheapest_node_s(plan.cost)
+        return layer.weight * layer.scores > SPARE * plan.price * plan.cost.node_s
+
+    def expand(self, layer: Layer, kept: NDArray[np.bool_], plan: Plan) -> NDArray[np.intp]:
+        """Nodes of which a child would pay for drafting it and for its place among those verified."""
+        kappa = plan.calibration.kappa[int(layer.sampled), min(layer.depth, DEPTHS - 1)]
+        node_s = plan.cost.draft_node_s + plan.cost.node_s
+        return np.flatnonzero(kept & (layer.weight * layer.scores * kappa > plan.price * node_s))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -58,6 +60,19 @@ def test_smart_does_not_keep_what_does_not_pay():
     free = grow_one("smart", ScriptedProposer(full_table(8, [0.9, 0.05])), a_plan=plan(price=0.0))
     dear = grow_one("smart", ScriptedProposer(full_table(8, [0.9, 0.05])), a_plan=plan(price=1e9, layer_s=1.0))
     assert len(dear) < len(free)
+
+
+def test_smart_runs_the_model_only_where_a_child_would_be_worth_its_place():
+    a_plan = plan(price=100.0)
+    a_plan = replace(a_plan, cost=replace(a_plan.cost, node_s=0.003))  # a node has to be worth 0.3
+    model = ScriptedProposer(full_table(8, [0.7, 0.35, 0.05]))
+    tree = grow_one("smart", model, a_plan=a_plan)
+    assert model.asked[:2] == [[()], [(0,), (1,)]]
+    assert (1,) in paths(tree)
+    assert (2,) not in paths(tree)
+    # What is offered goes further down than what is expanded: the verifier is to have a choice.
+    expanded = {path for asked in model.asked for path in asked}
+    assert paths(tree) - expanded
 
 
 def test_off_and_exhausted_allowances_grow_nothing():

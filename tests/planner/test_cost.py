@@ -41,11 +41,11 @@ def test_longer_context_adds_what_it_added_in_the_profile_for_every_sequence():
 
 
 def test_the_cheapest_node_is_the_flattest_secant():
-    assert cheapest_slope_s(CostModel((STEPS,)), 1, 64) == 0.0
-    assert cheapest_slope_s(linear_cost(token_s=0.002), 1, 64) == pytest.approx(0.002)
+    assert cheapest_slope_s(CostModel((STEPS,)), 1, 64, 1) == 0.0
+    assert cheapest_slope_s(linear_cost(token_s=0.002), 1, 64, 1) == pytest.approx(0.002)
     two_prices = CostCurve(1, 64, (1, 9, 129), (0.03, 0.03, 0.03 + 120 * 0.001))
-    assert cheapest_slope_s(CostModel((two_prices,)), 1, 64) == 0.0
-    assert cheapest_slope_s(CostModel((two_prices,)), 16, 64) == pytest.approx(0.001)
+    assert cheapest_slope_s(CostModel((two_prices,)), 1, 64, 1) == 0.0
+    assert cheapest_slope_s(CostModel((two_prices,)), 16, 64, 16) == pytest.approx(0.001)
     assert plain_decode_s(linear_cost(fixed_s=0.03, token_s=0.001)) == pytest.approx(0.031)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from planner.cost import cheapest_node_s, verify_seconds
+from planner.cost import verify_seconds
 from planner.loop import DEAD_BAND, PlanMaker, VerifierState
 from planner.policies import parse_policy
+from planner.policies.smart import SPARE
 from planner.rule import BatchState, Candidate, prune_batch
 from planner.signals import Signals
 from tests.planner.builders import record
@@ -63,7 +64,7 @@ class World:
 
     def _step(self, sequences: int) -> None:
         tree = bushy_tree()
-        worth = tree.path_products(tree.draft_probs) > self.plan.price * cheapest_node_s(self.plan.cost)
+        worth = tree.path_products(tree.draft_probs) > SPARE * self.plan.price * self.plan.cost.node_s
         candidates = [Candidate(tree.select(worth), SMART, 1.0, False)] * sequences
         pruning = prune_batch(candidates, BatchState(sequences, 64, DRAFT_S, 0), self.plan)
         nodes = sum(int(keep.sum()) for keep in pruning.keep)
@@ -75,7 +76,8 @@ class World:
         self._state.observe(
             record(unix_s=self.now_s, sequences=sequences, running=sequences, tokens=tokens, verified_nodes=nodes,
                    context_tokens=64 * sequences, emitted_tokens=emitted, draft_s=DRAFT_S, verify_s=verify_s,
-                   predicted_verify_s=pruning.predicted_verify_s, step_s=verify_s + DRAFT_S + 0.001)
+                   predicted_verify_s=pruning.predicted_verify_s, node_s=pruning.node_s,
+                   step_s=verify_s + DRAFT_S + 0.001)
         )  # fmt: skip
         self.sizes.append((self.now_s, nodes / sequences))
 
@@ -128,6 +130,16 @@ def test_waiting_requests_that_could_start_raise_the_price():
 def test_nodes_are_dearer_where_the_batch_fills_the_hardware():
     world = World()
     world.run(2.0, 1)
-    assert world.plan.cost.node_s < 0.0005
+    alone = world.plan.price * world.plan.cost.node_s
     world.run(2.0, 32)
-    assert world.plan.cost.node_s == pytest.approx(0.0012, rel=0.3)
+    crowded = world.plan.price * world.plan.cost.node_s
+    assert crowded > 2 * alone
+
+
+def test_a_verifier_that_left_nothing_out_would_have_had_more_at_what_the_pass_costs_there():
+    state, maker = VerifierState(VerifierProfile(CURVES), ""), PlanMaker(LimitsConfig(), PlannerConfig())
+    assert maker.make(state, Signals(10)).cost.node_s == pytest.approx(0.0, abs=1e-9)
+    state.observe(record(sequences=8, tokens=32, verify_s=0.0496, step_s=0.0496, emitted_tokens=20))
+    assert maker.make(state, Signals(10)).cost.node_s == pytest.approx(0.0012, rel=0.1)
+    state.observe(record(unix_s=1010.0, sequences=8, tokens=32, verify_s=0.0496, step_s=0.0496, node_s=0.003))
+    assert maker.make(state, Signals(10)).cost.node_s == pytest.approx(0.003, rel=0.01)

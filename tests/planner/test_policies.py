@@ -92,11 +92,19 @@ def test_eagle2_expands_the_best_of_the_layer_and_reranks_all_at_the_end():
     assert policy.finish(scores, np.asarray([-1, -1, 0, 0, 1], np.int32)).tolist() == [True, False, True, True, False]
 
 
-def test_smart_keeps_what_could_be_worth_the_cheapest_node():
-    # One more token costs 1 ms at least; at 30 tokens/s a node must be accepted with more than 0.03.
-    assert parse_policy("smart").keep(layer([0.5, 0.031, 0.029]), PLAN).tolist() == [True, True, False]
-    heavy = layer([0.016, 0.014], weight=2.0)
+def test_smart_offers_down_to_half_of_what_a_node_has_to_be_worth():
+    # A node costs 1 ms; at 30 tokens/s it is worth verifying if it is accepted with 0.03.
+    assert parse_policy("smart").keep(layer([0.5, 0.016, 0.014]), PLAN).tolist() == [True, True, False]
+    heavy = layer([0.008, 0.007], weight=2.0)
     assert parse_policy("smart").keep(heavy, PLAN).tolist() == [True, False]
+
+
+def test_smart_expands_where_a_child_pays_for_drafting_and_verifying():
+    plan = replace(PLAN, cost=replace(PLAN.cost, draft_node_s=0.001))
+    enough = 30 * (0.001 + 0.001) / float(plan.calibration.kappa[0, 1])
+    candidates = layer([0.5, 1.01 * enough, 0.99 * enough])
+    assert parse_policy("smart").expand(candidates, np.ones(3, np.bool_), plan).tolist() == [0, 1]
+    assert parse_policy("smart").expand(candidates, np.zeros(3, np.bool_), plan).tolist() == []
 
 
 def test_smart_paper_is_the_papers_formula():

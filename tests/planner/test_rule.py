@@ -79,10 +79,14 @@ def check_against_brute_force(candidates: list[Candidate], state: BatchState, pl
         gain = sum(
             c.weight * c.ratio * s[list(kept)].sum() for c, s, kept in zip(candidates, scores, forest, strict=True)
         )
-        forests.append((base + gain, seconds[state.base_tokens + sum(map(len, forest))]))
-    best_goodput = max(gain / cost for gain, cost in forests)
+        forests.append((base + gain, state.base_tokens + sum(map(len, forest))))
+    # Prompts are run whatever is decoded: a second is worth what it is worth without them.
+    prompts = state.base_tokens - len(candidates)
+    alone_s = verify_seconds(plan.cost, len(candidates), state.context_tokens, 64) + 0.001
+    drafted = max(gain / (alone_s[tokens - prompts] + state.draft_s) for gain, tokens in forests)
+    best_goodput = max(drafted, len(candidates) / alone_s[len(candidates)])
     price = best_goodput * (1 + state.waiting_startable / len(candidates))
-    best_value = max(gain - price * cost for gain, cost in forests)
+    best_value = max(gain - price * seconds[tokens] for gain, tokens in forests)
 
     pruning = prune_batch(candidates, state, plan)
     assert pruning.price == pytest.approx(price, rel=1e-5)
@@ -134,6 +138,40 @@ def test_higher_weight_takes_nodes_from_lower():
         [Candidate(tree, SMART, 4.0, False), Candidate(tree, SMART, 0.25, False)], BatchState(2, 64, 0.0, 0), plan
     ).keep
     assert heavy.sum() > light.sum()
+
+
+def test_a_prompt_in_the_step_makes_nodes_no_cheaper():
+    # The pass gets dearer by the token from 64 tokens on: a prompt makes it long, and its nodes dear.
+    tokens = (1, 64, 512)
+    plan = plan_with(CostModel((CostCurve(1, 64, tokens, (0.02, 0.02, 0.244)),)))
+    tree = DraftTree.build(list(range(4)), [-1, 0, 1, 2], [0.45] * 4)
+    candidates = [Candidate(tree, SMART, 1.0, False)] * 4
+    alone = prune_batch(candidates, BatchState(4, 64, 0.0, 0), plan)
+    beside = prune_batch(candidates, BatchState(4 + 400, 64, 0.0, 0), plan)
+    assert beside.price == pytest.approx(alone.price)
+    assert all(keep.all() for keep in alone.keep)
+    worthy = path_scores(candidates[0], plan) > alone.price * 0.0005
+    assert not worthy.all()
+    for keep in beside.keep:
+        np.testing.assert_array_equal(keep, worthy)
+
+
+def test_drafts_that_do_not_pay_make_time_no_cheaper():
+    tree = DraftTree.build([1], [-1], [0.3])
+    pruning = prune_batch([Candidate(tree, SMART, 1.0, False)], BatchState(1, 64, 1.0, 0), plan_with(linear_cost()))
+    assert pruning.price == pytest.approx(1 / 0.031)
+
+
+def test_the_best_node_left_out_says_what_a_node_has_to_be_worth():
+    tree = DraftTree.build(list(range(6)), [-1, 0, 1, 2, 3, 4], [0.7] * 6)
+    plan = plan_with(linear_cost(token_s=0.01))
+    pruning = prune_batch([Candidate(tree, SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan)
+    kept = int(pruning.keep[0].sum())
+    worth = path_scores(Candidate(tree, SMART, 1.0, False), plan)[kept]
+    assert 0 < kept < 6
+    assert pruning.node_s * pruning.price == pytest.approx(worth, rel=1e-5)
+    everything = prune_batch([Candidate(tree, SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan_with(linear_cost()))
+    assert everything.node_s == 0.0
 
 
 def test_nothing_drafted_is_plain_decoding():
