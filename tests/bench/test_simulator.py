@@ -137,7 +137,8 @@ def test_a_fixed_tree_falls_below_plain_decoding_as_the_batch_grows_and_smart_do
 @pytest.mark.parametrize("load", ["1", "8", "32"])
 @pytest.mark.parametrize("shape", CURVES)
 def test_smart_is_as_fast_as_the_best_fixed_setting_at_every_load(shape, load):
-    speed = {p: simulate(scenario(shape, 1000), p, parse_load(load)).tokens_per_s for p in (*FIXED, "smart")}
+    steps = 4000 if load == "32" else 1000  # prompts take most of the time there, and their lengths scatter
+    speed = {p: simulate(scenario(shape, steps), p, parse_load(load)).tokens_per_s for p in (*FIXED, "smart")}
     assert speed["smart"] >= 0.98 * speed["off"]
     assert speed["smart"] >= 0.97 * max(speed[policy] for policy in FIXED)
 
