@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ PassMaker = Callable[[Point], Pass]
 def load_transformers(spec: str, like: LanguageModel) -> PreTrainedModel:
     """The same model as transformers runs it: its own modules and sdpa attention, in the same type and place."""
     with progress_bars(False):
-        hf = AutoModelForCausalLM.from_pretrained(
+        hf: Any = AutoModelForCausalLM.from_pretrained(
             resolve_model(spec), dtype=like.dtype, attn_implementation="sdpa", local_files_only=True
         )
     return hf.to(like.device).eval()

@@ -6,7 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from transformers import ContinuousBatchingConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig
 
 from bench.peers import Answerer, Answers, MissingPeerError
 
@@ -15,7 +15,7 @@ PROMPT_LOOKUP_TOKENS = 10
 PAGE_TOKENS = 256
 
 
-def generate_one_by_one(hf: PreTrainedModel, max_tokens: int, **options: Any) -> Answerer:
+def generate_one_by_one(hf: Any, max_tokens: int, **options: Any) -> Answerer:
     """`generate`, one request after the other: assisted generation takes no more than one."""
 
     @torch.inference_mode()
@@ -31,7 +31,7 @@ def generate_one_by_one(hf: PreTrainedModel, max_tokens: int, **options: Any) ->
     return answer
 
 
-def continuous_batching(hf: PreTrainedModel, max_tokens: int) -> Answerer:
+def continuous_batching(hf: Any, max_tokens: int) -> Answerer:
     """`generate_batch` with as many requests at a time as asked for and just the KV cache that they need."""
     greedy = deepcopy(hf.generation_config)
     assert greedy is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -73,7 +73,7 @@ def _lineage(event: FunctionEvent | None) -> Iterator[FunctionEvent]:
 
 
 def _shapes(event: FunctionEvent) -> list[list[int]]:
-    return [shape for shape in event.input_shapes or [] if isinstance(shape, list) and shape]
+    return [shape for shape in cast(list[Any], event.input_shapes or []) if isinstance(shape, list) and shape]
 
 
 @contextmanager

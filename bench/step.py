@@ -159,7 +159,9 @@ def _measure(subject: Subject, point: Point, limit: MachineLimit, repeats: int) 
     for system, measured in passes.items():
         spent = phases_ms(measured, point.context, device.type == "cuda")
         python_ms = max(0.0, median(taken_ms[system]) - sum(spent.values()))
-        phases.append(Phases(subject.model, system, *place[1:], *(spent[phase] for phase in PHASES), python_ms))
+        each: dict[str, Any] = {f"{phase}_ms": spent[phase] for phase in PHASES}
+        at = (point.tokens, point.sequences, point.context)
+        phases.append(Phases(subject.model, system, *at, **each, python_ms=python_ms))
     return row, phases
 
 

@@ -41,8 +41,9 @@ def _panel(axes: Axes, rows: list[Row]) -> None:
             ("x--", "transformers", [row.transformers_ms for row in line]),
             (":", "limit", [row.limit_ms for row in line]),
         ):
-            if None not in values:
-                axes.plot(tokens, values, style, color=colour, label=name if index == 0 else None)
+            known = [value for value in values if value is not None]
+            if len(known) == len(values):
+                axes.plot(tokens, known, style, color=colour, label=name if index == 0 else None)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("tokens")
