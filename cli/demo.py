@@ -54,6 +54,8 @@ PROMPTS = (
     DemoPrompt("story", "Begin a story about a lighthouse keeper who finds a letter.", temperature=0.8),
 )
 SEED = 7
+WARM_UP_TOKENS = 16
+"""A service that has just started pays for first calls, and its planner knows nothing yet: neither is compared."""
 TIMEOUT_S = 300.0
 
 
@@ -106,7 +108,8 @@ def show_demo(client: TreelineClient, console: Console, max_tokens: int) -> None
     console.print(f"{info.model} ({info.architecture}, {info.dtype}) at {client.target}, policy {policy}\n")
     for prompt in PROMPTS:
         console.print(f"[bold]{prompt.label:>8}[/] > {escape(prompt.text.splitlines()[0])}")
-    console.print()
+    console.print("\nwarming up ...\n")
+    run_round(client, WARM_UP_TOKENS, None, lambda label, text: None)
     with_trees, trees_s = run_round(client, max_tokens, None, Narrator(console))
     console.print("\nthe same prompts with policy=off ...")
     plain, plain_s = run_round(client, max_tokens, "off", lambda label, text: None)
