@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lm.device import processor_name
 from treeline.errors import ConfigError
 
 OWN_PROMPTS = Path(__file__).parent / "prompts.jsonl"
@@ -47,16 +48,8 @@ def write_report(path: Path, config: dict[str, Any], rows: list[dict[str, Any]],
 
 
 def machine() -> dict[str, Any]:
-    return {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()}
+    return {"processor": processor_name(), "cores": os.cpu_count(), "system": platform.system()}
 
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in VERSIONS_OF}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import torch
 
 from treeline.config import ModelConfig
@@ -35,3 +38,12 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def has_bfloat16_kernels() -> bool:
     """True if oneDNN has bfloat16 kernels for this processor; torch's own are slower than float32."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def processor_name() -> str:
+    """This machine's processor, as it calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 import treeline
+from lm.device import processor_name
 from lm.kv_cache import KVCache
 from lm.model import LanguageModel
 from lm.store import cache_folder
@@ -51,7 +51,7 @@ def _identity(model: LanguageModel, cache: KVCache) -> dict[str, Any]:
         "model": model.name,
         "architecture": model.architecture,
         "parameters": sum(parameter.numel() for parameter in model.hf.parameters()),
-        "device": torch.cuda.get_device_name(model.device) if on_cuda else _processor(),
+        "device": torch.cuda.get_device_name(model.device) if on_cuda else processor_name(),
         "dtype": str(model.dtype),
         "threads": torch.get_num_threads(),
         "kv_cache_tokens": cache.total_blocks * cache.block_tokens,
@@ -91,11 +91,3 @@ def _save(path: Path, identity: dict[str, Any], curves: tuple[CostCurve, ...]) -
         os.replace(file.name, path)
     except OSError as error:
         logger.warning("the device profile cannot be stored in %s: %s", path.parent, error.strerror)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
