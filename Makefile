@@ -3,13 +3,14 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-setup: $(STAMP) ## Make .venv with the locked dependencies, and fetch the default model
+setup: $(INSTALLED) ## Make .venv with the locked dependencies, and fetch the default model
 	$(BIN)/treeline models pull default
 
 # torch goes first and alone, so that pip takes a CPU build where one is at hand.
@@ -18,8 +19,12 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet "pip==25.3"
 	$(BIN)/pip install --progress-bar on --quiet "torch==2.13.0"
 	$(BIN)/pip install --progress-bar on --quiet -r requirements.lock
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $(STAMP)
+
+# Builds the kernels where there is a C compiler.
+$(INSTALLED): $(STAMP) setup.py $(wildcard lm/kernels/*)
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $(INSTALLED)
 
 demo: setup ## The main job: start everything, stream answers, compare with plain decoding, stop
 	$(BIN)/treeline demo
@@ -33,17 +38,17 @@ test: setup ## The whole test suite
 test-slow: setup ## Tests that take minutes: every policy against transformers on the default model
 	$(BIN)/python -m pytest -m slow --override-ini addopts="-q -s"
 
-lint: $(STAMP) ## Style, types, contracts
+lint: $(INSTALLED) ## Style, types, contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint
 	$(BIN)/buf format -d --exit-code
 
-proto: $(STAMP) ## Regenerate the code of the contracts
+proto: $(INSTALLED) ## Regenerate the code of the contracts
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. proto/treeline/v1/*.proto
 
 clean: ## Remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info build lm/_kernels*.so
 
 .PHONY: help setup demo serve test test-slow lint proto clean

@@ -40,6 +40,7 @@ def examine(config: Config) -> Iterator[tuple[bool, str, str]]:
         except PackageNotFoundError:
             yield False, package, "not installed: pip install 'treeline[serve]'"
     yield True, "cpu", f"{os.cpu_count()} cores; {', '.join(_cpu_flags()) or 'no vector extensions that matter'}"
+    yield _kernels()
     yield _gpus()
     yield _models()
     for name, host, port in (
@@ -55,6 +56,14 @@ def _cpu_flags() -> list[str]:
     except OSError:
         return []
     return [flag for flag in CPU_FLAGS if flag in known]
+
+
+def _kernels() -> tuple[bool, str, str]:
+    try:
+        from lm.native import library
+    except ImportError:
+        return True, "kernels", "unknown without torch"
+    return True, "kernels", "compiled" if library() else "torch's own (ours need a C compiler at installation, and AVX2)"
 
 
 def _gpus() -> tuple[bool, str, str]:
