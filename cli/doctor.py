@@ -63,7 +63,7 @@ def _kernels() -> tuple[bool, str, str]:
         from lm.native import library
     except ImportError:
         return True, "kernels", "unknown without torch"
-    return True, "kernels", "compiled" if library() else "torch's own (ours need a C compiler at installation, and AVX2)"
+    return True, "kernels", "compiled" if library() else "torch's own: ours need a C compiler at installation, and AVX2"
 
 
 def _gpus() -> tuple[bool, str, str]:

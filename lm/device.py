@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lm.native import library
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
 
@@ -23,11 +24,24 @@ def torch_dtype(config: ModelConfig) -> torch.dtype:
     """The weights' type. "auto" is bfloat16 where the device multiplies it faster than float32.
 
     Raises:
-        ConfigError: as `torch_device`.
+        ConfigError: as `torch_device`, or the weights cannot be quantised here.
     """
+    if config.quantization in ("int8", "int4"):
+        _check_quantization(config)
+        return torch.float32
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     return torch.bfloat16 if multiplies_bfloat16(torch_device(config.device)) else torch.float32
+
+
+def _check_quantization(config: ModelConfig) -> None:
+    asked = f"quantization '{config.quantization}'"
+    if torch_device(config.device).type != "cpu":
+        raise ConfigError(f"{asked} is for the CPU; set device: cpu")
+    if config.dtype == "bfloat16":
+        raise ConfigError(f"{asked} computes in float32, not in bfloat16")
+    if library() is None:
+        raise ConfigError(f"{asked} needs this package's kernels, which were not built or do not fit this processor")
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

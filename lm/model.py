@@ -70,7 +70,7 @@ class LanguageModel:
             hf.to(device)
             _check_weights(hf, report["missing_keys"])
             fuse_layers(hf)
-            pack_linear_layers(hf)
+            pack_linear_layers(hf, config.quantization)
             _let_go_of_files(hf)
         except Exception as error:  # The reader of damaged weights raises anything.
             raise ConfigError(f"cannot load model '{config.model}': {one_line(error)}") from error

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lm.device import has_bfloat16_kernels
+from lm.grouped_linear import GroupedLinear, kernel
+from lm.quantized import GROUP, GroupedWeight, find_groups, round_to_q4_1, round_to_q8_0
+from treeline.config import Quantization
+
+ROUNDING: dict[Quantization, Callable[[Tensor], GroupedWeight | None]] = {
+    "auto": find_groups,
+    "none": lambda weight: None,
+    "int8": round_to_q8_0,
+    "int4": round_to_q4_1,
+}
 
 
 class PackedLinear(nn.Module):
@@ -37,14 +50,28 @@ def packed_dtypes() -> set[torch.dtype]:
 
 
 @torch.inference_mode()
-def pack_linear_layers(model: nn.Module) -> None:
-    """Replace the linear layers of `model` on the CPU by packed ones, where this processor has kernels for them.
+def pack_linear_layers(model: nn.Module, quantization: Quantization = "auto") -> None:
+    """Replace the linear layers of `model` on the CPU by faster ones, where this processor has kernels for them.
 
     Any other layer stays as it is. A weight that the embedding shares stays there as well.
+
+    Args:
+        quantization: as in `ModelConfig`; rounding needs the kernel, float32, and whole groups.
     """
-    packable = packed_dtypes()
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             # Subclasses may compute something else.
-            if type(layer) is nn.Linear and layer.weight.dtype in packable and layer.weight.device.type == "cpu":
-                setattr(parent, name, PackedLinear(layer))
+            if type(layer) is nn.Linear and layer.weight.device.type == "cpu":
+                setattr(
+                    parent, name, _packed(layer, "int8" if quantization == "int4" and layer is head else quantization)
+                )
+
+
+def _packed(layer: nn.Linear, quantization: Quantization) -> nn.Module:
+    weight = layer.weight.detach()
+    if kernel() is not None and weight.dtype == torch.float32 and weight.shape[1] % GROUP == 0:
+        groups = ROUNDING[quantization](weight)
+        if groups is not None:
+            return GroupedLinear(groups, layer.bias)
+    return PackedLinear(layer) if weight.dtype in packed_dtypes() else layer

@@ -34,6 +34,9 @@ class ResourcesConfig(Section):
     replicas: int = Field(default=1, ge=1)
 
 
+Quantization = Literal["auto", "none", "int8", "int4"]
+
+
 class ModelConfig(Section):
     """A language model: "default", a Hugging Face id, a folder, or a .gguf file."""
 
@@ -41,6 +44,11 @@ class ModelConfig(Section):
     name: str | None = Field(default=None, description="name under which it is served; the model's own by default")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="auto: bfloat16 where the device is fast with it, else float32"
+    )
+    quantization: Quantization = Field(
+        default="auto",
+        description="auto: float32 weights that come in groups of 4 or 8 bits (GGUF) stay so, and lose nothing; int8, "
+        "int4: all are rounded to such, and the rounded model is the target; on the CPU",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves it to torch")

@@ -97,11 +97,11 @@ static inline void multiply_all(
  *
  * tiles: per ROWS outputs features_in / GROUP groups of `bits` 4 or 8; rows beyond features_out are padding. */
 void treeline_grouped_linear(
-    const uint8_t *tiles, int bits, const float *bias, const float *inputs, float *outputs, int64_t tokens,
-    int64_t features_in, int64_t features_out) {
+    const uint8_t *tiles, int64_t bits, const float *bias, const float *inputs, float *outputs, int64_t tokens,
+    int64_t features_in, int64_t features_out, int64_t threads) {
     int64_t groups = features_in / GROUP, count = (features_out + ROWS - 1) / ROWS;
     int64_t tile_bytes = groups * (bits == 4 ? sizeof(Group4) : sizeof(Group8));
-    #pragma omp parallel for schedule(static)
+    #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t tile = 0; tile < count; tile++) {
         float weights[GROUP][ROWS] __attribute__((aligned(64))), sums[TOKEN_BLOCK][ROWS] __attribute__((aligned(64)));
         const uint8_t *codes = tiles + tile * tile_bytes;

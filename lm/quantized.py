@@ -1,0 +1,106 @@
+"""Weights whose groups of 32 neighbours share a scale, with 4 or 8 bits each, as GGUF files hold them.
+
+Formats go by their names in GGUF: Q4_0, Q4_1 and Q8_0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GROUP = 32
+TILE_ROWS = 32
+"""Of the kernel's layout (`lm/kernels/linear.c`)."""
+
+Bits = Literal[4, 8]
+
+
+@dataclass(frozen=True)
+class GroupedWeight:
+    """A matrix: scale * codes + minimum, in float32 and rounded once.
+
+    Attributes:
+        codes: uint8 [rows, groups, 32], below 2^bits.
+        scale: float16 [rows, groups].
+        minimum: float16 [rows, groups]; with 8 bits it is -128 scales, and is not kept.
+    """
+
+    bits: Bits
+    codes: Tensor
+    scale: Tensor
+    minimum: Tensor | None
+
+    def floats(self) -> Tensor:
+        """float32 [rows, columns]."""
+        scale, codes = self.scale.float()[..., None], self.codes.float()
+        # Products of codes and scales are exact.
+        value = scale * (codes - 128) if self.minimum is None else scale * codes + self.minimum.float()[..., None]
+        return value.flatten(1)
+
+    def tiles(self) -> Tensor:
+        """uint8 [tiles, groups, bytes]: the layout of the kernel; rows beyond the last one are zero."""
+        parts = [self.scale[..., None], self._words()]
+        if self.minimum is not None:
+            parts.insert(1, self.minimum[..., None])
+        return torch.cat([_tiled(part) for part in parts], dim=2)
+
+    def _words(self) -> Tensor:
+        """int32 [rows, groups, 4 or 8]: codes side by side, the first one lowest."""
+        codes = self.codes.unflatten(2, (-1, 32 // self.bits))
+        words = torch.zeros(codes.shape[:3], dtype=torch.int32)
+        for place in range(codes.shape[3]):
+            words |= codes[..., place].int() << (place * self.bits)
+        return words
+
+
+def find_groups(weight: Tensor) -> GroupedWeight | None:
+    """The groups that a float32 matrix [rows, columns] was made of, such that not one bit of it is lost; else None."""
+    if weight.dtype != torch.float32 or weight.shape[1] % GROUP:
+        return None
+    for round_to in (round_to_q4_1, round_to_q4_0, round_to_q8_0):
+        if torch.equal(round_to(weight[:1]).floats(), weight[:1]):
+            found = round_to(weight)
+            return found if torch.equal(found.floats(), weight) else None
+    return None
+
+
+def round_to_q4_1(weight: Tensor) -> GroupedWeight:
+    """`weight` float32 [rows, whole groups] in 16 steps from each group's least value to its greatest."""
+    values = weight.unflatten(1, (-1, GROUP))
+    low, high = values.amin(2), values.amax(2)
+    return _rounded(values, 4, ((high - low) / 15).half(), low.half())
+
+
+def round_to_q4_0(weight: Tensor) -> GroupedWeight:
+    """The same in 16 steps around 0, the first of which is each group's value farthest from it."""
+    values = weight.unflatten(1, (-1, GROUP))
+    farthest = values.gather(2, values.abs().argmax(2, keepdim=True))[..., 0]
+    scale = (farthest / -8).half()
+    return _rounded(values, 4, scale, -8 * scale)
+
+
+def round_to_q8_0(weight: Tensor) -> GroupedWeight:
+    """The same in 255 steps around 0, the last of which is each group's greatest magnitude."""
+    values = weight.unflatten(1, (-1, GROUP))
+    scale = (values.abs().amax(2) / 127).half()
+    return _rounded(values, 8, scale, None)
+
+
+def _rounded(values: Tensor, bits: Bits, scale: Tensor, minimum: Tensor | None) -> GroupedWeight:
+    """`values` [rows, groups, 32] as the nearest codes."""
+    first = -128 * scale.float() if minimum is None else minimum.float()
+    steps = torch.where(scale == 0, 1.0, scale.float())[..., None]
+    codes = ((values - first[..., None]) / steps).round_().clamp_(0, 2**bits - 1)
+    return GroupedWeight(bits, codes.to(torch.uint8), scale, minimum)
+
+
+def _tiled(part: Tensor) -> Tensor:
+    """[rows, groups, n] -> uint8 [tiles, groups, bytes], the rows of a tile side by side."""
+    padded = F.pad(
+        part.view(torch.int16) if part.dtype == torch.float16 else part, (0, 0, 0, 0, 0, -len(part) % TILE_ROWS)
+    )
+    return padded.unflatten(0, (-1, TILE_ROWS)).permute(0, 2, 3, 1).contiguous().view(torch.uint8).flatten(2)
