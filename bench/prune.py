@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 import numpy as np
 
 from planner.calibration import prior
-from planner.gate import Supply, outlook
+from planner.gate import DraftGate
 from planner.policies import parse_policy
-from planner.rule import BatchState, Candidate, prune_batch
+from planner.rule import BatchState, Candidate, Frontier, another_layer, prune_batch
 from treeline.plan import CostCurve, CostModel, Plan
 from treeline.tree import ROOT, DraftTree
 
@@ -21,30 +21,38 @@ MAX_DEPTH = 8
 WARM_UP = 20
 
 
-def run_prune(requests: int, nodes: int, repeats: int, seed: int = 0) -> list[dict]:
-    """Rows of median, lowest and highest microseconds: choosing nodes, cutting trees, deciding whether to draft.
+def run_prune(requests: Sequence[int], nodes: Sequence[int], repeats: int, seed: int = 0) -> Iterator[dict]:
+    """Rows of median, lowest and highest microseconds, for every number of requests and of each one's nodes.
 
-    Trees are random, of `nodes` each; the context grows with every repeat, as it does in service.
+    Timed are all decisions of a step: whether to draft (gate), whether to draft another layer (asked once a layer, here
+    of as many nodes as the square root of a tree's), which nodes to verify (prune_batch), and cutting the trees to
+    these. Trees are random; the context grows with every repeat, as it does in service.
     """
     random = np.random.default_rng(seed)
+    for batch in requests:
+        for size in nodes:
+            for what, function in _decisions(random, batch, size).items():
+                yield {"what": what, "requests": batch, "nodes": size, **_microseconds(function, repeats)}
+
+
+def _decisions(random: np.random.Generator, requests: int, nodes: int) -> dict[str, Callable[[int], object]]:
+    """What a step decides, each as a function of how often it was asked."""
     smart, plan = parse_policy("smart"), _plan()
     candidates = [Candidate(_tree(random, nodes), smart, 1.0, bool(i % 2)) for i in range(requests)]
+    layer = [c.tree.draft_probs[: int(nodes**0.5)] for c in candidates]
+    frontiers = [Frontier(smart, 1.0, scores, 2, c.sampled) for scores, c in zip(layer, candidates, strict=True)]
 
     def state(repeat: int) -> BatchState:
         return BatchState(requests, 256 + repeat, 0.004, 0)
 
-    pruning = prune_batch(candidates, state(0), plan)
-    supply = Supply()
-    supply.observe(requests, pruning.gains, (requests,) * 4)
-    timed: dict[str, Callable[[int], object]] = {
+    pruning, gate = prune_batch(candidates, state(0), plan), DraftGate()
+    gate.drafted(requests, pruning.gains, (requests,) * 4, 0.004, 0.0)
+    return {
+        "gate": lambda repeat: gate.decide(requests, requests, state(repeat), plan, False, 0.0),
+        "another_layer": lambda repeat: another_layer(frontiers, plan),
         "prune_batch": lambda repeat: prune_batch(candidates, state(repeat), plan),
         "cut trees": lambda repeat: [c.tree.select(kept) for c, kept in zip(candidates, pruning.keep, strict=True)],
-        "gate": lambda repeat: outlook(supply, requests, requests, state(repeat), plan, False),
     }
-    return [
-        {"what": what, "requests": requests, "nodes": nodes, **_microseconds(function, repeats)}
-        for what, function in timed.items()
-    ]
 
 
 def _microseconds(function: Callable[[int], object], repeats: int) -> dict[str, float]:

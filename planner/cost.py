@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeline.plan import CostCurve, CostModel, PaperFit
+from treeline.plan import CostCurve, CostModel, PaperFit, Reading
 
 MAX_PAPER_EXPONENT = 50.0
 NODES_AHEAD = 64
@@ -21,16 +20,20 @@ def verify_seconds(cost: CostModel, sequences: int, context_tokens: int, max_tok
     goes on at the mean slope. Between regions it is linear in sequences; longer context adds, per sequence, what it
     added in the profile for that sequence's share of the tokens.
     """
-    # Rounded up, so that the next step finds it read already, whatever its size.
-    size = 1 << max(6, max_tokens.bit_length())
-    seconds, per_context_token = _read(cost.verify, sequences, size)
-    beyond = max(0, context_tokens - _shortest_context(cost.verify))
-    return cost.verify_scale * (seconds[: max_tokens + 1] + beyond * per_context_token[: max_tokens + 1])
+    short, seconds, per_context_token = _reading(cost, sequences, max_tokens)
+    beyond = max(0, context_tokens - short)
+    return per_context_token[: max_tokens + 1] * beyond + seconds[: max_tokens + 1]
+
+
+def pass_s(cost: CostModel, sequences: int, context_tokens: int, tokens: int) -> float:
+    """`verify_seconds` of one number of tokens."""
+    short, seconds, per_context_token = _reading(cost, sequences, tokens)
+    return float(seconds[tokens]) + max(0, context_tokens - short) * float(per_context_token[tokens])
 
 
 def plain_decode_s(cost: CostModel) -> float:
     """Seconds of one token of one sequence, undrafted: the paper's c_T."""
-    return float(verify_seconds(cost, 1, _shortest_context(cost.verify), 1)[1])
+    return pass_s(cost, 1, 0, 1)
 
 
 def cheapest_slope_s(cost: CostModel, sequences: int, context_tokens: int, tokens: int) -> float:
@@ -84,12 +87,22 @@ def curve_seconds(curve: CostCurve, tokens: NDArray[np.int64]) -> NDArray[np.flo
     return seconds + np.maximum(0, tokens - curve.tokens[-1]) * _mean_slope(curve)
 
 
-@lru_cache(maxsize=128)
-def _read(curves: tuple[CostCurve, ...], sequences: int, size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """float64 [size] each: seconds at the shortest context, and what each context token per sequence adds."""
-    tokens = np.arange(size)
+def _reading(cost: CostModel, sequences: int, max_tokens: int) -> Reading:
+    """The curves at 0 to at least `max_tokens` tokens, read once per plan."""
+    # Rounded up, so that the next step finds it read already, whatever its size.
+    size = 1 << max(6, max_tokens.bit_length())
+    reading = cost.readings.get((sequences, size))
+    if reading is None:
+        reading = cost.readings[sequences, size] = _read(cost, sequences, np.arange(size))
+    return reading
+
+
+def _read(cost: CostModel, sequences: int, tokens: NDArray[np.intp]) -> Reading:
+    curves = cost.verify
     seconds = sum(share * curve_seconds(curves[index], tokens) for index, share in curve_weights(curves, sequences))
-    return np.maximum.accumulate(seconds), context_seconds(curves, sequences, tokens)
+    per_context_token = context_seconds(curves, sequences, tokens)
+    short = _shortest_context(curves)
+    return short, cost.verify_scale * np.maximum.accumulate(seconds), cost.verify_scale * per_context_token
 
 
 def _mean_slope(curve: CostCurve) -> float:

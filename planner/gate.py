@@ -33,7 +33,7 @@ class Supply:
         self._requests = self._steps = self._layers = self._model_nodes = 0.0
         self._nodes, self._gains = np.zeros(WORTH_BINS), np.zeros(WORTH_BINS)
 
-    def observe(self, requests: int, gains: NDArray[np.float64], layer_nodes: tuple[int, ...]) -> None:
+    def observe(self, requests: int, gains: NDArray[np.floating], layer_nodes: tuple[int, ...]) -> None:
         """One step's drafts, for this many requests."""
         kept = math.exp(-requests / WINDOW_REQUESTS)
         bins = (np.sqrt(np.minimum(gains, 1.0)) * (WORTH_BINS - 1)).astype(np.intp)
@@ -133,7 +133,7 @@ class DraftGate:
         return Decision(0, f"drafting would bring {found.drafted:.0f} tok/s, plain decoding {found.plain:.0f}")
 
     def drafted(
-        self, requests: int, gains: NDArray[np.float64], layer_nodes: tuple[int, ...], draft_s: float, now_s: float
+        self, requests: int, gains: NDArray[np.floating], layer_nodes: tuple[int, ...], draft_s: float, now_s: float
     ) -> None:
         """Drafts came: the worth of their nodes, the draft model's layers, and the seconds that it all took."""
         self._late = 0

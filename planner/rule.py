@@ -8,6 +8,7 @@ so looking at every prefix of one sorted list is exact for any cost curve.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +17,11 @@ from planner.calibration import accepts
 from planner.cost import verify_seconds
 from planner.policies import Policy
 from treeline.plan import DEPTHS, Calibration, Plan
-from treeline.tree import ROOT, DraftTree
+from treeline.tree import DraftTree
 
-MAX_ACCEPTANCE = 1 - 2.0**-20
-"""Below 1, so that a child is always worth less than its parent, and any order by worth is closed under parents."""
+MAX_ACCEPTANCE = np.float32(1 - 2.0**-16)
+"""Below 1 by more than a deep path's rounding, so that a child is always worth less than its parent, and any order by
+worth is closed under parents."""
 
 
 @dataclass(frozen=True)
@@ -61,25 +63,51 @@ class Pruning:
     """What to verify, and why.
 
     Attributes:
-        keep: bool [n] per candidate, closed under parents.
-        gains: float64 [nodes]; w a(u) of every node that could have been pruned, in no order.
-        expected_nodes: per candidate, nodes of those kept that the calibration alone expects to be accepted.
+        sizes: nodes of each candidate's tree.
+        chosen: bool [nodes], trees one behind the other; closed under parents.
+        gains: float32 [prunable nodes]; w a(u) of every node that could have been pruned, in no order.
+        expected_nodes: per candidate, nodes of those chosen that the calibration alone expects to be accepted.
         price: R + mu Q, tokens per second.
-        node_s: what a node had to beat, as seconds at the price: the worth of the best one left out; 0 if none was.
         goodput: weighted tokens per second expected at the chosen size.
         expected_tokens: weighted tokens expected of the step.
-        reason: one line for people.
+        kept: how many of `gains` were chosen.
+        next_gain: the largest of `gains` that was not; 0 if there was none.
+        next_s: seconds that it would have added to the pass.
     """
 
-    keep: list[NDArray[np.bool_]]
-    gains: NDArray[np.float64]
+    sizes: list[int]
+    chosen: NDArray[np.bool_]
+    gains: NDArray[np.float32]
     expected_nodes: list[float]
     price: float
-    node_s: float
     goodput: float
     expected_tokens: float
     predicted_verify_s: float
-    reason: str
+    kept: int
+    next_gain: float
+    next_s: float
+
+    @property
+    def node_s(self) -> float:
+        """What a node had to beat, as seconds at the price: the worth of the best one left out; 0 if none was."""
+        return self.next_gain / self.price
+
+    @property
+    def keep(self) -> list[NDArray[np.bool_]]:
+        """bool [n] per candidate: `chosen`, tree by tree."""
+        ends = accumulate(self.sizes)
+        return [self.chosen[end - size : end] for end, size in zip(ends, self.sizes, strict=True)]
+
+    @property
+    def reason(self) -> str:
+        """One line for people."""
+        said = f"kept {self.kept} of {len(self.gains)} nodes at {self.price:.0f} tok/s"
+        if fixed := len(self.chosen) - len(self.gains):
+            said += f", {fixed} more by fixed policies"
+        if self.kept == len(self.gains):
+            return said
+        brings = f"{self.next_gain / self.next_s:.0f} tok/s" if self.next_s > 0 else f"{self.next_gain:.2f} tokens"
+        return f"{said}; the next would bring {brings}"
 
 
 @dataclass(frozen=True)
@@ -99,37 +127,47 @@ def prune_batch(candidates: list[Candidate], state: BatchState, plan: Plan) -> P
     `candidates` are all the requests that decode in this step. Those whose policy does not prune keep their whole
     tree; those nodes are part of the pass at every size.
     """
-    sizes = np.asarray([len(c.tree) for c in candidates])
-    scores = _scores(candidates, sizes, plan.calibration)
-    gains = np.repeat([c.weight * c.ratio for c in candidates], sizes) * scores
-    prunable = np.repeat([c.policy.prunes for c in candidates], sizes)
+    trees = [c.tree for c in candidates]
+    sizes = [len(tree.parents) for tree in trees]
+    tree_of = np.arange(len(sizes)).repeat(sizes)
+    scores = path_acceptance(trees, sizes, tree_of, [c.sampled for c in candidates], plan.calibration)
+    gains = scores * np.asarray([c.weight * c.ratio for c in candidates], np.float32)[tree_of]
+    prunable = _prunable(candidates, tree_of)
     open_gains = gains[prunable]
     fixed = len(gains) - len(open_gains)
-    order = np.argsort(-open_gains)
-    cumulative = np.concatenate(([0.0], np.cumsum(open_gains[order])))
-    expected = sum(c.weight for c in candidates) + float(gains.sum() - cumulative[-1]) + cumulative
+    # Sorting values alone is several times faster than sorting their places.
+    ranked = np.sort(open_gains)[::-1]
+    expected = np.empty(len(ranked) + 1)
+    expected[0] = sum([c.weight for c in candidates])
+    if fixed:
+        expected[0] += float(gains.sum()) - float(ranked.sum())
+    expected[1:] = ranked
+    expected = expected.cumsum()
     sequences, base = max(1, len(candidates)), state.base_tokens + fixed
-    verify_s = verify_seconds(plan.cost, sequences, state.context_tokens, base + len(order))
+    verify_s = verify_seconds(plan.cost, sequences, state.context_tokens, base + len(ranked))
     overhead_s = plan.cost.step_overhead_s
-    promptless_s = state.draft_s + overhead_s + verify_s[sequences + fixed :][: len(order) + 1]
+    promptless_s = verify_s[sequences + fixed :][: len(expected)] + (state.draft_s + overhead_s)
     price = price_of(
         expected, promptless_s, overhead_s + float(verify_s[sequences]), sequences, state.waiting_startable
     )
     verify_s = verify_s[base:]
-    seconds = state.draft_s + overhead_s + verify_s
-    size = int(np.argmax(expected - price * seconds))
-    chosen = ~prunable
-    chosen[np.flatnonzero(prunable)[order[:size]]] = True
+    size = int((expected - price * verify_s).argmax())
+    chosen = np.full(len(gains), True)
+    chosen[prunable] = _best(open_gains, ranked, size)
+    kept = chosen.nonzero()[0]
+    left_out = size < len(ranked)
     return Pruning(
-        keep=_split(chosen, sizes),
+        sizes=sizes,
+        chosen=chosen,
         gains=open_gains,
-        expected_nodes=_sums(scores, chosen, sizes),
+        expected_nodes=np.bincount(tree_of[kept], scores[kept], len(sizes)).tolist(),
         price=price,
-        node_s=float(open_gains[order[size]] / price) if size < len(order) else 0.0,
-        goodput=float(expected[size] / seconds[size]),
+        goodput=float(expected[size] / (state.draft_s + overhead_s + verify_s[size])),
         expected_tokens=float(expected[size]),
         predicted_verify_s=float(verify_s[size]),
-        reason=_reason(size, order, open_gains, verify_s, price, fixed),
+        kept=size,
+        next_gain=float(ranked[size]) if left_out else 0.0,
+        next_s=float(verify_s[size + 1] - verify_s[size]) if left_out else 0.0,
     )
 
 
@@ -155,69 +193,69 @@ def another_layer(frontiers: list[Frontier], plan: Plan) -> bool:
 
     Each node's children are worth their total acceptance, less the price of verifying one of them at least.
     """
-    if any(not f.policy.prices_drafting and f.depth < f.policy.max_depth for f in frontiers):
-        return True
-    smart = [f for f in frontiers if f.policy.prices_drafting]
-    kappa = plan.calibration.kappa
-    gain = sum(f.weight * float(f.scores.sum()) * kappa[int(f.sampled), min(f.depth, DEPTHS - 1)] for f in smart)
-    nodes = sum(len(f.scores) for f in smart)
+    kappa, gain, nodes = plan.calibration.kappa, 0.0, 0
+    for f in frontiers:
+        if f.policy.prices_drafting:
+            # Frontiers are small: a list adds up faster than an array.
+            gain += f.weight * sum(f.scores.tolist()) * float(kappa[int(f.sampled), min(f.depth, DEPTHS - 1)])
+            nodes += len(f.scores)
+        elif f.depth < f.policy.max_depth:
+            return True
     node_s = plan.cost.draft_node_s + plan.cost.node_s
     return gain > plan.price * (plan.cost.draft_layer_s + node_s * nodes)
 
 
-def _scores(candidates: list[Candidate], sizes: NDArray[np.intp], calibration: Calibration) -> NDArray[np.float64]:
-    """float64 [nodes]: a(u) of every node of the forest, trees one behind the other."""
-    total = int(sizes.sum())
+def path_acceptance(
+    trees: list[DraftTree],
+    sizes: list[int],
+    tree_of: NDArray[np.intp],
+    sampled: list[bool],
+    calibration: Calibration,
+) -> NDArray[np.float32]:
+    """float32 [nodes]: a(u) of every node of the forest, trees one behind the other.
+
+    Args:
+        sizes, sampled: per tree, its nodes, and sampled or greedy.
+        tree_of: [nodes]; whose node it is.
+    """
+    total = len(tree_of)
     if not total:
-        return np.zeros(0)
-    trees = [c.tree for c in candidates]
-    first = np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return np.zeros(0, np.float32)
+    # The roots become one more node before all others, which is its own parent.
     parents = np.concatenate([tree.parents for tree in trees])
-    # The roots become one more node behind all others, which is its own parent.
-    jump = np.full(total + 1, total)
-    np.copyto(jump[:-1], parents + first, where=parents != ROOT)
-    depths, jumps = np.ones(total + 1, np.intp), [jump]
-    depths[-1] = 0
-    while (jump := jumps[-1]).min() < total:
+    firsts = np.asarray([*accumulate(sizes, initial=1)])
+    jump = np.zeros(total + 1, np.intp)
+    np.add(parents, firsts[tree_of], out=jump[1:], where=parents >= 0)
+    jumps = [jump]
+    depths = np.ones(total + 1, np.intp)
+    depths[0] = 0
+    while np.count_nonzero(jump):
         # Pointer jumping: every round doubles the distance that is looked up the path.
         depths += depths[jump]
-        jumps.append(jump[jump])
-    sampled = np.repeat([c.sampled for c in candidates], sizes)
+        jump = jump[jump]
+        jumps.append(jump)
     sources = np.concatenate([tree.sources for tree in trees])
     probs = np.concatenate([tree.draft_probs for tree in trees])
-    edges = accepts(calibration, sources, depths[:-1], probs, sampled)
-    scores = np.ones(total + 1)
-    np.minimum(edges, MAX_ACCEPTANCE, out=scores[:-1])
+    edges = accepts(calibration, sources, depths[1:], probs, np.asarray(sampled, np.bool_)[tree_of])
+    scores = np.ones(total + 1, np.float32)
+    np.minimum(edges, MAX_ACCEPTANCE, out=scores[1:])
     for jump in jumps[:-1]:
         scores *= scores[jump]
-    return scores[:-1]
+    return scores[1:]
 
 
-def _sums(scores: NDArray[np.float64], chosen: NDArray[np.bool_], sizes: NDArray[np.intp]) -> list[float]:
-    """Of each tree, the sum over its chosen nodes."""
-    trees = np.repeat(np.arange(len(sizes)), sizes)[chosen]
-    return np.bincount(trees, weights=scores[chosen], minlength=len(sizes)).tolist()
+def _prunable(candidates: list[Candidate], tree_of: NDArray[np.intp]) -> NDArray[np.bool_] | slice:
+    """Which nodes may be left out: an index of the forest."""
+    prunes = [c.policy.prunes for c in candidates]
+    return slice(None) if all(prunes) else np.asarray(prunes)[tree_of]
 
 
-def _split(values: NDArray[np.bool_], sizes: NDArray[np.intp]) -> list[NDArray[np.bool_]]:
-    """`values` cut into pieces of these sizes."""
-    ends = np.cumsum(sizes).tolist()
-    return [values[end - size : end] for end, size in zip(ends, sizes.tolist(), strict=True)]
-
-
-def _reason(
-    size: int,
-    order: NDArray[np.intp],
-    gains: NDArray[np.float64],
-    verify_s: NDArray[np.float64],
-    price: float,
-    fixed: int,
-) -> str:
-    kept = f"kept {size} of {len(order)} nodes at {price:.0f} tok/s"
-    if fixed:
-        kept += f", {fixed} more by fixed policies"
-    if size == len(order):
-        return kept
-    added_s = verify_s[size + 1] - verify_s[size]
-    brings = f"{gains[order[size]] / added_s:.0f} tok/s" if added_s > 0 else f"{gains[order[size]]:.2f} tokens"
-    return f"{kept}; the next would bring {brings}"
+def _best(values: NDArray[np.float32], ranked: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
+    """bool [n]: the `count` largest of `values`, the earlier of equals; `ranked` is `values` in falling order."""
+    if not count:
+        return np.zeros(len(values), np.bool_)
+    least = ranked[count - 1]
+    best = values > least
+    equal = (values == least).nonzero()[0]
+    best[equal[: count - np.count_nonzero(best)]] = True
+    return best

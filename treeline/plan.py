@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,11 @@ class PaperFit:
     rho: float
 
 
+Reading = tuple[int, NDArray[np.float64], NDArray[np.float64]]
+"""(shortest context, float64 [n], float64 [n]): seconds of passes over 0 .. n - 1 tokens at that context, and what each
+context token per sequence beyond it adds."""
+
+
 @dataclass(frozen=True)
 class CostModel:
     """What a step costs, in seconds.
@@ -65,6 +71,11 @@ class CostModel:
     step_overhead_s: float = 0.0
     node_s: float = 0.0
     paper: PaperFit | None = None
+
+    @cached_property
+    def readings(self) -> dict[tuple[int, int], Reading]:
+        """What `planner.cost` has read off the curves, by (sequences, n): every step asks again."""
+        return {}
 
 
 @dataclass(frozen=True)
