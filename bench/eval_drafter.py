@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from bench.common import Prompt
+from bench.local_engine import encode
 from drafter_svc.drafter import TreeDrafter
 from lm.features import FeatureTap
 from lm.model import LanguageModel
@@ -217,10 +218,7 @@ class AnswerWriter:
         self._tap = FeatureTap(model.hf, layers) if layers is not None else None
 
     def answer(self, prompt: Prompt) -> Answer:
-        chat = [{"role": "user", "content": prompt.text}]
-        token_ids: list[int] = list(
-            self._model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)  # type: ignore[arg-type]
-        )
+        token_ids = encode(self._model.tokenizer, prompt)
         prompt_tokens = len(token_ids)
         cache = self._model.new_cache(prompt_tokens + self._max_tokens + BLOCK_TOKENS, BLOCK_TOKENS)
         kv = cache.allocate(prompt_tokens + self._max_tokens)

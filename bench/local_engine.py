@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import count, cycle
 
+from transformers import PreTrainedTokenizerFast
+
+from bench.common import Prompt
 from drafter_svc.drafter import build_drafter
 from lm.model import LanguageModel
 from lm.store import vocabulary_sha256
@@ -16,8 +20,15 @@ from treeline.plan import CostCurve, CostModel, StepRecord, VerifierProfile
 from treeline.sampling import SamplingParams
 from verifier_svc.engine import Engine
 from verifier_svc.link import LocalLink
-from verifier_svc.request import Chunk, GenerationRequest
+from verifier_svc.request import Chunk, Completion, GenerationRequest
 from verifier_svc.sequence import Output
+from verifier_svc.service import token_ids_of
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
+    """A prompt as the user's turn of a chat; as it is for a model without a chat template."""
+    chat = [{"role": "user", "content": prompt.text}]
+    return token_ids_of(prompt.text if tokenizer.chat_template is None else chat, tokenizer)
 
 
 class LocalPlanner:
@@ -95,6 +106,58 @@ def predicted_step_s(cost: CostModel, record: StepRecord) -> float:
     drafting_s += cost.draft_layer_s * len(layers) + cost.draft_node_s * sum(layers)
     draft_s = drafting_s if record.drafter_s else 0.0
     return draft_s + verify_s + cost.step_overhead_s
+
+
+class Streams:
+    """So many requests of one policy that run all the time: when one ends, the next prompt follows.
+
+    Args:
+        ignore_eos: every answer goes on to `max_tokens`.
+    """
+
+    def __init__(
+        self,
+        planned: PlannedEngine,
+        prompts: list[list[int]],
+        policy: str,
+        max_tokens: int,
+        streams: int,
+        ignore_eos: bool = False,
+    ) -> None:
+        self._planned, self._policy, self._max_tokens = planned, policy, max_tokens
+        self._prompts, self._streams, self._ignore_eos = cycle(prompts), streams, ignore_eos
+        self._ids = count()
+        self._open: set[str] = set()
+
+    def add(self, token_ids: list[int]) -> str:
+        """One request more than there were; its id."""
+        request_id = str(next(self._ids))
+        self._planned.engine.add(
+            GenerationRequest(
+                request_id,
+                token_ids,
+                SamplingParams(),
+                self._max_tokens,
+                ignore_eos=self._ignore_eos,
+                policy=self._policy,
+            )
+        )
+        self._open.add(request_id)
+        return request_id
+
+    def step(self) -> list[Output]:
+        """One step of the engine, all streams busy."""
+        while len(self._open) < self._streams:
+            self.add(next(self._prompts))
+        outputs = self._planned.step()
+        self._open -= {output.request_id for output in outputs if isinstance(output.item, Completion)}
+        return outputs
+
+    def close(self) -> None:
+        """End all that is open, and let the drafter hear of it."""
+        self._planned.engine.abort(self._open)
+        self._open.clear()
+        self._planned.step()
 
 
 def greedy_answers(

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.common import Prompt
-from bench.local_engine import PlannedEngine, greedy_answers
+from bench.local_engine import PlannedEngine, encode, greedy_answers
 from lm.device import torch_dtype
 from lm.model import LanguageModel
 from lm.store import load_tokenizer, resolve_model
@@ -74,10 +74,6 @@ class Reference:
             folder, dtype=torch_dtype(target), attn_implementation="sdpa", local_files_only=True
         ).eval()
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        chat = [{"role": "user", "content": prompt.text}]
-        return list(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))  # type: ignore[arg-type]
-
     @torch.inference_mode()
     def answer(self, token_ids: list[int], max_tokens: int) -> list[int]:
         ids = torch.tensor([token_ids])
@@ -119,7 +115,7 @@ def run_lossless(
     """Every drafter with every policy alone, then all policies mixed in batches of 8."""
     on_progress("reference")
     reference = Reference(target)
-    encoded = [reference.encode(prompt) for prompt in prompts]
+    encoded = [encode(reference.tokenizer, prompt) for prompt in prompts]
     answers = [reference.answer(token_ids, max_tokens) for token_ids in encoded]
     model = LanguageModel.load(target)
     on_progress("device profile")

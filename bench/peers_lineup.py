@@ -5,9 +5,6 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
-from bench.common import Prompt
 from bench.local_engine import PlannedEngine, greedy_answers
 from bench.passes import load_transformers
 from bench.peers import Answerer, Lineup, MissingPeerError
@@ -72,12 +69,6 @@ def build_lineup(
         note=f"{FOUR_BITS}; {ONE_BY_ONE}",
     )
     return lineup
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """A prompt as the user's turn of a chat."""
-    chat = [{"role": "user", "content": prompt.text}]
-    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))  # type: ignore[arg-type]
 
 
 def _treeline(planned: PlannedEngine, policy: str, max_tokens: int) -> Answerer:

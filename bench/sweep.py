@@ -86,17 +86,22 @@ class Swept(System, Protocol):
         ...
 
 
-def checked_policies(specs: Sequence[str]) -> tuple[str, ...]:
-    """Canonical spellings in order, without repeats; `off` goes first if it is missing, for all is compared with it.
+def parsed_policies(specs: Sequence[str]) -> tuple[str, ...]:
+    """Canonical spellings in order, without repeats.
 
     Raises:
         ConfigError: one of them is no policy.
     """
     try:
-        policies = [parse_policy(spec).spec for spec in specs]
+        return tuple(dict.fromkeys(parse_policy(spec).spec for spec in specs))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return tuple(dict.fromkeys(policies if OFF in policies else [OFF, *policies]))
+
+
+def checked_policies(specs: Sequence[str]) -> tuple[str, ...]:
+    """The same; `off` goes first if it is missing, for all is compared with it."""
+    policies = parsed_policies(specs)
+    return policies if OFF in policies else (OFF, *policies)
 
 
 def closed_blocks(settings: Settings) -> list[Block]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from bench.common import Prompt
 from bench.load import End, Request, Tokens
-from bench.local_engine import LocalPlanner, PlannedEngine, PlannedStep
+from bench.local_engine import LocalPlanner, PlannedEngine, PlannedStep, encode
 from lm.model import LanguageModel
 from treeline.client import TreelineClient
 from treeline.config import Config
@@ -19,7 +19,6 @@ from treeline.sampling import SamplingParams
 from treeline.v1 import generation_pb2 as pb
 from verifier_svc.profile import profile_verification
 from verifier_svc.request import Chunk, Completion, FinishReason, GenerationRequest, SpeculationTotals
-from verifier_svc.service import token_ids_of
 
 PROFILE_CACHE_TOKENS = 4096
 REQUEST_TIMEOUT_S = 600.0
@@ -74,8 +73,7 @@ def start_local(config: Config, prompts: Sequence[Prompt], streams: int, max_tok
         ConfigError: a model cannot be loaded, or a prompt and its answer exceed the context.
     """
     model = LanguageModel.load(config.verifier.target)
-    chat = model.tokenizer.chat_template is not None
-    token_ids = {p: token_ids_of(_messages(p) if chat else p.text, model.tokenizer) for p in prompts}
+    token_ids = {prompt: encode(model.tokenizer, prompt) for prompt in prompts}
     config = with_room(config, {prompt.id: len(ids) for prompt, ids in token_ids.items()}, streams, max_tokens)
     curves = profile_verification(model, model.new_cache(PROFILE_CACHE_TOKENS, config.verifier.kv_block_tokens))
     return LocalSystem(PlannedEngine(model, config, curves), token_ids)

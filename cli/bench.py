@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from cli.bench_engine import engine
 from cli.bench_lossless import lossless
 from cli.bench_peers import peers
 from cli.bench_prune import prune
@@ -14,6 +15,7 @@ bench = typer.Typer(
     help="Measurements that can be repeated. Run them on an otherwise idle machine.", no_args_is_help=True
 )
 bench.command()(step)
+bench.command()(engine)
 bench.command()(peers)
 bench.command()(lossless)
 bench.command()(prune)

@@ -41,8 +41,9 @@ def peers(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from bench.common import OWN_PROMPTS, load_prompts, write_report
+    from bench.local_engine import encode
     from bench.peers import run_peers
-    from bench.peers_lineup import build_lineup, encode
+    from bench.peers_lineup import build_lineup
     from lm.model import LanguageModel
     from treeline.errors import ConfigError
     from verifier_svc.profile_cache import verification_profile

@@ -100,11 +100,12 @@ class Engine:
     def step(self) -> tuple[list[Output], StepRecord | None]:
         """One step of the whole batch. The record is None if there was nothing to run."""
         started_s = time.perf_counter()
-        batch = self.scheduler.schedule()
+        plan = self.plan()
+        batch = self.scheduler.schedule(plan)
         if batch.sequences == 0:
             self.draft_stage.release()
             return [], None
-        plan, context_tokens = self.plan(), batch.context_tokens
+        context_tokens = batch.context_tokens
         drafts = self.draft_stage.run(batch, plan)
         drafted_s = time.perf_counter()
         logits = self._forward(batch, drafts)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import numpy as np
+
 from lm.kv_cache import KVCache
+from planner.cost import verify_seconds
 from planner.policies import parse_policy
 from treeline.config import LimitsConfig
+from treeline.plan import Plan
 from verifier_svc.request import GenerationRequest
 from verifier_svc.sequence import Sequence
+
+MAX_STRETCH = 2.25
+"""A pass with prompts in it takes at most so many times as long as without them: others wait for it. Below 3, since a
+pass late in a long prompt is dearer than the curve says."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +83,12 @@ class Scheduler:
         limit = self._limits.max_tree_nodes
         return limit if request.max_nodes is None else min(request.max_nodes, limit)
 
-    def schedule(self) -> Batch:
+    def schedule(self, plan: Plan) -> Batch:
         """Admit what fits, then take every decoding sequence and prompt chunks up to the chunk budget."""
         self._remember_prompts()
         self._admit()
         decoding = [s for s in self.running if s.output_tokens]
-        budget = self._prefill_chunk_tokens
+        budget = self._prompt_budget(decoding, plan)
         prefilling, finished_prompts = [], []
         for sequence in self.running:
             tokens = 0 if sequence.output_tokens else min(sequence.uncomputed_tokens, budget)
@@ -90,6 +98,19 @@ class Scheduler:
                 if tokens == sequence.uncomputed_tokens:
                     finished_prompts.append(sequence)
         return Batch(decoding, prefilling, finished_prompts)
+
+    def _prompt_budget(self, decoding: list[Sequence], plan: Plan) -> int:
+        """Most prompt tokens of this step: what MAX_STRETCH allows by the plan's costs, but a block at least.
+
+        Nobody waits where nobody decodes, and the built-in plan's costs are only a guess.
+        """
+        most = self._prefill_chunk_tokens
+        if not decoding or plan.version == 0:
+            return most
+        roots, context_tokens = len(decoding), sum(s.kv.length for s in decoding) // len(decoding)
+        seconds = verify_seconds(plan.cost, roots, context_tokens, roots + most)[roots:]
+        fitting = int(np.searchsorted(seconds, MAX_STRETCH * seconds[0], side="right")) - 1
+        return max(fitting, min(most, self._cache.block_tokens))
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, waiting or running, and free its blocks."""
