@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lm.kv_cache import LayerShape
+from lm.model import LanguageModel
 
 READ_BYTES = 512 << 20
 """Far more than any cache holds."""
@@ -32,7 +32,7 @@ class ModelSize:
     """What a pass has to read and to compute.
 
     Attributes:
-        weight_bytes: of all weights that every pass reads: all but the tables of which it takes single rows.
+        weight_bytes: of all weights that every pass reads, as they are held: all but tables of which it takes rows.
         token_flops: of the linear layers, for one token.
         entry_bytes: of one token's keys and values.
         entry_flops: of attention, for one token looking at one other.
@@ -44,19 +44,19 @@ class ModelSize:
     entry_flops: int
 
     @classmethod
-    def of(cls, hf: PreTrainedModel, layers: list[LayerShape]) -> ModelSize:
-        """The size of a plain model of transformers whose layers store these keys and values."""
+    def of(cls, hf: PreTrainedModel, ours: LanguageModel) -> ModelSize:
+        """The size of a model: what our runtime holds of its weights, computed with as transformers' `hf` has them."""
         output = hf.get_output_embeddings()
         tables = {id(module.weight) for module in hf.modules() if isinstance(module, nn.Embedding)}
         tables -= {id(output.weight)} if output is not None else set()
-        read = [weight for weight in hf.parameters() if id(weight) not in tables]
-        stored = sum(shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in layers)
+        used = [weight for weight in hf.parameters() if id(weight) not in tables and weight.dim() > 1]
+        stored = sum(shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in ours.layers)
         heads: int = hf.config.get_text_config().num_attention_heads
         return cls(
-            weight_bytes=sum(weight.numel() * weight.element_size() for weight in read),
-            token_flops=2 * sum(weight.numel() for weight in read if weight.dim() > 1),
+            weight_bytes=ours.weight_bytes,
+            token_flops=2 * sum(weight.numel() for weight in used),
             entry_bytes=stored * hf.dtype.itemsize,
-            entry_flops=2 * heads * sum(shape.key_dim + shape.value_dim for shape in layers),
+            entry_flops=2 * heads * sum(shape.key_dim + shape.value_dim for shape in ours.layers),
         )
 
 

@@ -90,7 +90,7 @@ def model_subject(name: str, config: ModelConfig) -> Subject:
     ours = LanguageModel.load(config)
     theirs = load_transformers(config.model, ours)
     makers = {"treeline": treeline_passes(ours), "transformers": transformers_passes(theirs, ours.layers)}
-    size = ModelSize.of(theirs, ours.layers)
+    size = ModelSize.of(theirs, ours)
     return Subject(name, size, ours.max_context_tokens, ours.dtype, ours.device, makers)
 
 

@@ -13,7 +13,7 @@ from lm.device import torch_device, torch_dtype
 from lm.fused import fuse_layers
 from lm.kv_cache import KVCache, LayerShape
 from lm.packed import PackedSequence, pack
-from lm.packed_linear import pack_linear_layers
+from lm.packed_linear import pack_linear_layers, read_bytes
 from lm.store import load_tokenizer, model_name, one_line, progress_bars, resolve_model
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
@@ -81,6 +81,11 @@ class LanguageModel:
         """Wrap a model that is already in memory; switches its attention to ours."""
         model.set_attn_implementation(IMPLEMENTATION)
         return cls(model, tokenizer, model.config.model_type)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights that every pass reads, as they are held; a table of which a pass takes rows is none."""
+        return read_bytes(self.hf)
 
     def new_cache(self, num_tokens: int, block_tokens: int) -> KVCache:
         """An empty KV cache for this model."""

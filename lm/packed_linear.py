@@ -75,3 +75,16 @@ def _packed(layer: nn.Linear, quantization: Quantization) -> nn.Module:
         if groups is not None:
             return GroupedLinear(groups, layer.bias)
     return PackedLinear(layer) if weight.dtype in packed_dtypes() else layer
+
+
+def read_bytes(model: nn.Module) -> int:
+    """Bytes of the weights that every pass over `model` reads: not those of tables of which it takes single rows."""
+    weights: dict[int, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, GroupedLinear):
+            weights[id(module)] = module.tiles
+        elif isinstance(module, PackedLinear):
+            weights[id(module)] = module.weight
+        elif not isinstance(module, nn.Embedding):
+            weights.update((id(weight), weight) for weight in module.parameters(recurse=False))
+    return sum(weight.numel() * weight.element_size() for weight in weights.values())

@@ -139,12 +139,10 @@ def test_the_limit_is_the_slower_of_reading_and_computing():
 def test_a_model_is_read_once_without_the_rows_it_only_looks_up(model):
     hf = tiny_llama()
     weights = sum(p.numel() for p in hf.parameters())
-    size = ModelSize.of(hf, model.layers)
+    size = ModelSize.of(hf, model)
     assert size.weight_bytes == 4 * (weights - 260 * 48)
+    assert size.token_flops == 2 * (weights - 260 * 48 - 5 * 48)
     assert size.entry_bytes == 4 * 2 * 2 * (8 + 8)
-    hf.tie_weights()
-    hf.lm_head.weight = hf.model.embed_tokens.weight
-    assert ModelSize.of(hf, model.layers).weight_bytes == 4 * (weights - 260 * 48)
 
 
 def test_the_command_writes_its_report_and_plot(folder, tmp_path, monkeypatch):

@@ -132,6 +132,13 @@ def test_weights_of_a_gguf_file_stay_in_their_groups(tmp_path: Path) -> None:
     for quantization, grouped in (("auto", 9), ("none", 0)):
         model = LanguageModel.load(ModelConfig(model=str(tmp_path), dtype="float32", quantization=quantization))
         assert sum(isinstance(module, GroupedLinear) for module in model.hf.modules()) == grouped
+        floats = sum(weight.numel() for weight in reference.parameters()) - 260 * 64
+        norms = 5 * 64
+        if grouped:
+            assert model.weight_bytes > 4 * norms + 5 * (floats - norms) / 8  # and some more: rows are padded
+            assert model.weight_bytes < 4 * norms + 5.5 * (floats - norms) / 8
+        else:
+            assert model.weight_bytes == 4 * floats
 
 
 def test_what_cannot_be_quantised_is_refused() -> None:
