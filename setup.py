@@ -11,7 +11,6 @@ setup(
             sorted(glob("lm/kernels/*.c")),
             depends=glob("lm/kernels/*.h"),
             extra_compile_args=["-O3", "-fno-math-errno", "-fopenmp"],
-            extra_link_args=["-fopenmp"],
             # Without a C compiler they are left out, and torch's own are used.
             optional=True,
         )

@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from pathlib import Path
 
-# Brings OpenMP's library; loaded after it, ours shares its threads.
-import torch  # noqa: F401
+import torch  # noqa: F401  (loads the OpenMP library that the kernels share)
+
+logger = logging.getLogger(__name__)
+
+OPENMP_NAMES = ("libgomp", "libiomp", "libomp")
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None if they were not built, or this processor cannot run them."""
+    """The compiled kernels; None if they were not built, or cannot run here."""
     for path in Path(__file__).parent.glob("_kernels*.so"):
-        kernels = ctypes.CDLL(str(path))
+        try:
+            _share_openmp()
+            kernels = ctypes.CDLL(str(path))
+        except OSError as error:
+            logger.warning("the compiled kernels cannot be loaded, torch's own are used: %s", error)
+            return None
         return kernels if kernels.treeline_processor_fits() else None
     return None
+
+
+def _share_openmp() -> None:
+    """Let the kernels find the OpenMP library that torch has loaded, under whatever name.
+
+    They are linked to none: threads of a second one would get in the way of torch's, which spin for a while.
+    """
+    mapped = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
+    for path in mapped:
+        if Path(path).name.startswith(OPENMP_NAMES):
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+            return
+    raise OSError("torch has loaded no OpenMP library")
