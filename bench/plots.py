@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIZE_INCHES = (8, 5)
+COLOURS = [f"C{i}" for i in range(10)] + ["gold", "navy", "lime", "teal", "salmon", "indigo"]
 MOST_DOTS = 2000
 """Steps drawn of each policy."""
 
@@ -104,4 +105,7 @@ def _band(axes: Axes, by_load: dict[float, list[float]], policy: str, policies: 
 
 def _colour(policy: str, policies: Sequence[str]) -> str:
     """The same in every plot."""
-    return "black" if policy == OFF else f"C{list(policies).index(policy) % 10}"
+    if policy == OFF:
+        return "black"
+    others = [name for name in policies if name != OFF]
+    return COLOURS[others.index(policy) % len(COLOURS)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,10 @@ from treeline.errors import ConfigError
 OFF = "off"
 MIN_SUCCESSORS = 4
 """A closed-loop block sends this many requests, or one a stream, behind the streams' first ones."""
-OPEN_REQUESTS = 16
-BLOCK_LIMIT_S = 20.0
-"""A closed-loop block of a slow policy is measured for so long; a rate needs no more."""
+MIN_ARRIVALS = 8
+"""Requests of an open-loop block, or as many as arrive within a block's seconds."""
+WARM_UP_SHARE = 0.5
+"""Of a block's seconds."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Settings:
         policies: canonical spellings, `off` among them.
         concurrency: streams of each closed loop.
         rates: arrival rates of each open loop, relative to the capacity measured with `off`.
+        block_s: a block of a policy too slow to end within so many seconds is measured for just these.
         seed: of the order of prompts and of the arrivals.
     """
 
@@ -40,6 +43,7 @@ class Settings:
     rates: tuple[float, ...]
     rounds: int
     max_tokens: int
+    block_s: float
     seed: int
 
 
@@ -74,6 +78,22 @@ class Result:
     steps: list[PlannedStep] = field(default_factory=list, repr=False)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A block that has been run.
+
+    Attributes:
+        seconds: it took, all in all.
+        prompts_s: until every stream of a closed loop had its first token; 0 of an open one.
+        result: None of a warm-up.
+    """
+
+    block: Block
+    seconds: float
+    prompts_s: float
+    result: Result | None
+
+
 class Swept(System, Protocol):
     """A system that can be swept."""
 
@@ -105,12 +125,12 @@ def checked_policies(specs: Sequence[str]) -> tuple[str, ...]:
 
 
 def closed_blocks(settings: Settings) -> list[Block]:
-    """Load by load: a warm-up of every policy, then rounds A B C, B C A, C A B, ..."""
+    """Load by load: a warm-up of every policy, then rounds that begin elsewhere each time: A B C, B C A, C A B."""
     return [
         Block("closed", streams, round_, policy)
         for streams in settings.concurrency
         for round_ in range(settings.rounds + 1)
-        for policy in _rotated(settings.policies, max(0, round_ - 1))
+        for policy in _in_turn(settings, max(1, round_))
     ]
 
 
@@ -120,18 +140,18 @@ def open_blocks(settings: Settings) -> list[Block]:
         Block("open", rate, round_, policy)
         for rate in settings.rates
         for round_ in range(1, settings.rounds + 1)
-        for policy in _rotated(settings.policies, round_ - 1)
+        for policy in _in_turn(settings, round_)
     ]
 
 
-def run_sweep(system: Swept, prompts: Sequence[Prompt], settings: Settings) -> Iterator[Result | None]:
-    """Run all blocks, one at each turn; a warm-up brings None."""
+def run_sweep(system: Swept, prompts: Sequence[Prompt], settings: Settings) -> Iterator[Turn]:
+    """Run all blocks, one at a time."""
     shuffled = random.Random(settings.seed).sample(prompts, len(prompts))
     closed: list[Result] = []
     for block in closed_blocks(settings):
-        result = _run_closed(system, block, shuffled, settings)
-        closed += [result] if result else []
-        yield result
+        turn = _run_closed(system, block, shuffled, settings)
+        closed += [turn.result] if turn.result else []
+        yield turn
     if settings.rates:
         requests_per_s = capacity(closed)
         for block in open_blocks(settings):
@@ -163,22 +183,27 @@ def closed_requests(block: Block, prompts: Sequence[Prompt], max_tokens: int) ->
     return _requests(block, prompts, (block.round - 1) * len(lengths), lengths)
 
 
-def _run_closed(system: Swept, block: Block, prompts: Sequence[Prompt], settings: Settings) -> Result | None:
+def _run_closed(system: Swept, block: Block, prompts: Sequence[Prompt], settings: Settings) -> Turn:
+    started_s = time.perf_counter()
     system.begin(block.policy)
     requests = closed_requests(block, prompts, settings.max_tokens)
-    window = closed_loop(system, requests, int(block.load), BLOCK_LIMIT_S)
+    limit_s = settings.block_s if block.round else WARM_UP_SHARE * settings.block_s
+    window = closed_loop(system, requests, int(block.load), limit_s)
     steps = system.take_steps()
-    return Result(block, measure(window), window.answers, steps=steps) if block.round else None
+    result = Result(block, measure(window), window.answers, steps=steps) if block.round else None
+    return Turn(block, time.perf_counter() - started_s, window.opened_s - started_s, result)
 
 
 def _run_open(
     system: Swept, block: Block, prompts: Sequence[Prompt], settings: Settings, requests_per_s: float
-) -> Result:
+) -> Turn:
+    started_s = time.perf_counter()
     system.begin(block.policy)
-    requests = _requests(block, prompts, (block.round - 1) * OPEN_REQUESTS, [settings.max_tokens] * OPEN_REQUESTS)
-    arrivals_s = poisson_arrivals(requests_per_s, OPEN_REQUESTS, settings.seed + block.round)
-    window = open_loop(system, requests, arrivals_s)
-    return Result(block, measure(window), window.answers, requests_per_s, system.take_steps())
+    count = max(MIN_ARRIVALS, round(requests_per_s * settings.block_s))
+    requests = _requests(block, prompts, (block.round - 1) * count, [settings.max_tokens] * count)
+    window = open_loop(system, requests, poisson_arrivals(requests_per_s, count, settings.seed + block.round))
+    result = Result(block, measure(window), window.answers, requests_per_s, system.take_steps())
+    return Turn(block, time.perf_counter() - started_s, 0.0, result)
 
 
 def _requests(block: Block, prompts: Sequence[Prompt], first: int, lengths: Sequence[int]) -> list[Request]:
@@ -189,6 +214,7 @@ def _requests(block: Block, prompts: Sequence[Prompt], first: int, lengths: Sequ
     ]
 
 
-def _rotated(policies: tuple[str, ...], by: int) -> tuple[str, ...]:
-    by %= len(policies)
-    return policies[by:] + policies[:by]
+def _in_turn(settings: Settings, round_: int) -> tuple[str, ...]:
+    """The policies in the order of a round, counted from 1; beginnings are spread over all policies."""
+    by = (round_ - 1) * len(settings.policies) // settings.rounds
+    return settings.policies[by:] + settings.policies[:by]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any
 
 from bench.sweep import Result
 from treeline.plan import StepRecord
 
 
-def write_trace(file: TextIO, result: Result) -> None:
-    """One JSON line for each step of a block."""
+def write_trace(path: Path, result: Result) -> None:
+    """One JSON line more for each step of a block."""
     block = result.block
-    for step in result.steps:
-        where = {"policy": block.policy, "loop": block.loop, "load": block.load, "round": block.round}
-        file.write(json.dumps({**where, **_step(step.record)}) + "\n")
-    file.flush()
+    where = {"policy": block.policy, "loop": block.loop, "load": block.load, "round": block.round}
+    with path.open("a") as file:
+        file.writelines(json.dumps({**where, **_step(step.record)}) + "\n" for step in result.steps)
 
 
 def _step(record: StepRecord) -> dict[str, Any]:

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import ConfigFile, TlsCa, Token
+from cli.options import ConfigFile, JsonFile, Limit, Prompts, TlsCa, Token, numbers
 from treeline.config import load_config
 from treeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from bench.common import Prompt
-    from bench.sweep import Result, Settings, Swept
+    from bench.sweep import Block, Result, Settings, Swept, Turn
 
-POLICIES = "off chain:2 chain:4 eagle2:2,2,4 eagle2:4,4,12 eagle2:6,10,60 smart-paper smart"
+POLICIES = (
+    "off smart smart-paper eagle2:2,2,4 eagle2:4,4,12 eagle2:6,10,60 chain:3 static:2-2-1 sequoia:16,6 opt-tree:16,6 "
+    "smartspec sglang-ema vllm-adaptive"
+)
 INTERRUPTED = 130
 
-Number = TypeVar("Number", int, float)
+
+@dataclass(frozen=True)
+class Files:
+    """Where to write what, if anywhere."""
+
+    json: Path | None
+    markdown: Path | None
+    plots: Path | None
+    trace: Path | None
 
 
 def sweep(
@@ -32,12 +41,11 @@ def sweep(
         str,
         typer.Option(help="Poisson arrivals of the open loops, as shares of plain decoding's capacity; '' for none."),
     ] = "0.5 0.9",
-    prompts: Annotated[
-        Path | None, typer.Option(help="JSON lines of {id, category, turns}; own prompts by default.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts.", show_default=False)] = None,
+    prompts: Prompts = None,
+    limit: Limit = None,
     max_tokens: Annotated[int, typer.Option(min=8, help="Most tokens of each answer.")] = 48,
     rounds: Annotated[int, typer.Option(min=1, help="Blocks of each policy at each load, behind a warm-up.")] = 3,
+    block_seconds: Annotated[float, typer.Option(min=0.1, help="A block is measured for no longer.")] = 20.0,
     seed: Annotated[int, typer.Option(help="Of the order of prompts, and of the arrivals.")] = 0,
     config: ConfigFile = None,
     target: Annotated[
@@ -45,27 +53,26 @@ def sweep(
     ] = None,
     token: Token = None,
     tls_ca: TlsCa = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    json_file: JsonFile = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Write plots into this folder.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write every step's outcomes here, as JSON lines.")] = None,
 ) -> None:
     """Measure policies over load, closed loop and open loop, in interleaved blocks, and compare their texts.
 
-    Ctrl-C stops and writes what has been measured so far.
+    Tells after the first block about how long it will take. Ctrl-C stops and writes what has been measured so far.
     """
-    from bench.common import OWN_PROMPTS, load_prompts, write_report
-    from bench.plots import plot_sweep, require_matplotlib
+    from bench.common import OWN_PROMPTS, load_prompts
+    from bench.plots import require_matplotlib
     from bench.sweep import Settings, checked_policies
-    from bench.sweep_report import report
-    from bench.sweep_tables import markdown
 
     settings = Settings(
         policies=checked_policies(policies.split()),
-        concurrency=_numbers("concurrency", concurrency, int),
-        rates=_numbers("rates", rates, float),
+        concurrency=numbers("--concurrency", concurrency, int),
+        rates=numbers("--rates", rates, float),
         rounds=rounds,
         max_tokens=max_tokens,
+        block_s=block_seconds,
         seed=seed,
     )
     if not settings.concurrency:
@@ -75,40 +82,32 @@ def sweep(
     if plots is not None:
         require_matplotlib()
     loaded = load_prompts(prompts or OWN_PROMPTS, limit)
-    results, complete = _run(settings, loaded, lambda: _system(target, token, tls_ca, config, loaded, settings), trace)
-    if not results:
-        raise typer.Exit(INTERRUPTED)
-    found = report(results)
-    tables = markdown(found)
-    typer.echo(tables)
-    if markdown_file is not None:
-        markdown_file.write_text(tables)
-    if json_file is not None:
-        told = {**vars(settings), "prompts": len(loaded), "complete": complete}
-        told |= {"target": target} if target else {"treeline": load_config(config).model_dump(mode="json")}
-        rows = found.pop("rows")
-        write_report(json_file, told, rows, **found)
-    if plots is not None:
-        plot_sweep(plots, results)
+    files = Files(json_file, markdown_file, plots, trace)
+
+    def start() -> Swept:
+        if target is not None:
+            return _service(target, token, tls_ca, settings)
+        return _engine(config, loaded, settings)
+
+    results, complete = _run(settings, loaded, start, files.trace)
+    if results:
+        what = {"target": target} if target else {"treeline": load_config(config).model_dump(mode="json")}
+        _write(files, {**asdict(settings), "prompts": len(loaded), "complete": complete, **what}, results)
     if not complete:
         raise typer.Exit(INTERRUPTED)
 
 
-def _system(
-    target: str | None,
-    token: str | None,
-    tls_ca: Path | None,
-    config: Path | None,
-    prompts: list[Prompt],
-    settings: Settings,
-) -> Swept:
-    from bench.systems import RemoteSystem, start_local
+def _service(target: str, token: str | None, tls_ca: Path | None, settings: Settings) -> Swept:
+    from bench.systems import RemoteSystem
     from treeline.client import TreelineClient
 
-    streams = max(settings.concurrency)
-    if target is not None:
-        return RemoteSystem(TreelineClient(target, token, tls_ca), streams)
-    return start_local(load_config(config), prompts, streams, settings.max_tokens)
+    return RemoteSystem(TreelineClient(target, token, tls_ca), max(settings.concurrency))
+
+
+def _engine(config: Path | None, prompts: list[Prompt], settings: Settings) -> Swept:
+    from bench.systems import start_local
+
+    return start_local(load_config(config), prompts, max(settings.concurrency), settings.max_tokens)
 
 
 def _run(
@@ -118,44 +117,82 @@ def _run(
     from bench.sweep import closed_blocks, open_blocks, run_sweep
     from bench.trace import write_trace
 
-    results: list[Result] = []
     blocks = [*closed_blocks(settings), *open_blocks(settings)]
-    with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(_progress())
-        task = progress.add_task("loading and profiling", total=len(blocks))
-        file = stack.enter_context(trace.open("w")) if trace else None
+    done: list[Turn] = []
+    if trace is not None:
+        trace.write_text("")
+    complete = False
+    with _Bar(settings, blocks) as bar:
         try:
-            system = start()
-            turns = run_sweep(system, prompts, settings)
-            for block in blocks:
-                kind = "warm-up" if not block.round else f"round {block.round}"
-                progress.update(task, description=f"{block.loop} {block.load:g}, {kind}, {block.policy}")
-                result = next(turns)
-                progress.advance(task)
-                if result is not None:
-                    results.append(result)
-                    if file is not None:
-                        write_trace(file, result)
+            for turn in run_sweep(start(), prompts, settings):
+                done.append(turn)
+                bar.show(done)
+                if turn.result is not None and trace is not None:
+                    write_trace(trace, turn.result)
+            complete = True
         except KeyboardInterrupt:
-            return results, False
-    return results, True
+            pass
+    return [turn.result for turn in done if turn.result is not None], complete
 
 
-def _progress() -> Progress:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+class _Bar:
+    """Which block is run, and how long all others will take. A context manager."""
 
-    columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Blocks differ in length: the time left goes by all of them so far.
-    return Progress(*columns, console=Console(stderr=True), speed_estimate_period=86400)
+    def __init__(self, settings: Settings, blocks: list[Block]) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._settings, self._blocks = settings, blocks
+        self._progress = Progress(
+            TextColumn("{task.description:<40}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=Console(stderr=True),
+        )
+        self._task = self._progress.add_task("loading and profiling", total=len(blocks), left="")
+
+    def show(self, done: list[Turn]) -> None:
+        from bench.forecast import seconds_left
+
+        left = self._blocks[len(done) :]
+        minutes = seconds_left(done, left, self._settings) / 60
+        if len(done) == 1:
+            self._progress.console.print(f"{len(self._blocks)} blocks, about {minutes:.0f} minutes")
+        self._progress.update(
+            self._task,
+            completed=len(done),
+            description=_described(left[0]) if left else "done",
+            left=f"about {minutes:.0f} min left",
+        )
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
 
 
-def _numbers(name: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
-    """Positive numbers separated by commas or spaces, in order, without repeats."""
-    try:
-        numbers = [kind(part) for part in text.replace(",", " ").split()]
-    except ValueError:
-        raise ConfigError(f"--{name} '{text}': numbers separated by spaces") from None
-    if any(number <= 0 for number in numbers):
-        raise ConfigError(f"--{name} '{text}': numbers above 0")
-    return tuple(dict.fromkeys(numbers))
+def _described(block: Block) -> str:
+    kind = "warm-up" if not block.round else f"round {block.round}"
+    return f"{block.loop} {block.load:g}, {kind}, {block.policy}"
+
+
+def _write(files: Files, described: dict[str, Any], results: list[Result]) -> None:
+    from bench.common import write_report
+    from bench.plots import plot_sweep
+    from bench.sweep_report import report
+    from bench.sweep_tables import markdown
+
+    found = report(results)
+    tables = markdown(found)
+    typer.echo(tables)
+    if files.markdown is not None:
+        files.markdown.write_text(tables)
+    if files.json is not None:
+        rows = found.pop("rows")
+        write_report(files.json, described, rows, **found)
+    if files.plots is not None:
+        plot_sweep(files.plots, results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,15 @@ import yaml
 from typer.testing import CliRunner
 
 from bench.common import OWN_PROMPTS, load_prompts
-from bench.sweep import Block, Settings, checked_policies, closed_blocks, closed_requests, open_blocks
+from bench.forecast import seconds_left
+from bench.sweep import Block, Settings, Turn, checked_policies, closed_blocks, closed_requests, open_blocks
 from bench.systems import LocalSystem
+from cli.bench_sweep import POLICIES
 from cli.main import app
 from tests.verifier_svc.services import save_tiny_model
 from treeline.errors import ConfigError
 
-SETTINGS = Settings(("off", "chain:2", "smart"), (1, 4), (0.5,), rounds=3, max_tokens=16, seed=0)
+SETTINGS = Settings(("off", "chain:2", "smart"), (1, 4), (0.5,), rounds=3, max_tokens=16, block_s=20.0, seed=0)
 MEASURES = ("tokens_per_s", "accepted_length", "tree_nodes", "ttft_ms_p50", "itl_ms_p50", "itl_ms_p95")
 
 
@@ -33,6 +36,30 @@ def test_policies_take_turns_in_every_round_and_each_of_them_goes_first():
     assert [block.load for block in closed_blocks(SETTINGS)] == [1] * 12 + [4] * 12
     assert order(closed_blocks(SETTINGS), 1) == order(closed_blocks(SETTINGS), 4) == [rounds[0], *rounds]
     assert order(open_blocks(SETTINGS), 0.5) == rounds
+
+
+def test_beginnings_are_spread_over_all_policies_however_few_rounds_there_are():
+    settings = replace(SETTINGS, policies=("off", "a", "b", "c"), rounds=2)
+    assert order(closed_blocks(settings), 1) == ["off a b c", "off a b c", "b c off a"]
+
+
+def test_by_default_every_policy_is_swept():
+    names = {policy.partition(":")[0] for policy in checked_policies(POLICIES.split())}
+    assert names == {
+        "off", "chain", "static", "sequoia", "eagle2", "opt-tree", "smartspec", "sglang-ema", "vllm-adaptive",
+        "smart-paper", "smart",
+    }  # fmt: skip
+
+
+def test_the_time_left_goes_by_what_was_seen_of_a_policy_then_of_a_load_then_by_the_streams():
+    def turn(load: int, policy: str, seconds: float, prompts_s: float) -> Turn:
+        return Turn(Block("closed", load, 1, policy), seconds, prompts_s, None)
+
+    done = [turn(1, "off", 4.0, 1.0), turn(2, "off", 6.0, 2.0), turn(2, "smart", 10.0, 2.0)]
+    assert seconds_left(done, [Block("closed", 2, 2, "smart")], SETTINGS) == 10.0
+    assert seconds_left(done, [Block("closed", 2, 1, "chain:2")], SETTINGS) == 8.0
+    assert seconds_left(done, [Block("closed", 8, 1, "off")] * 2, SETTINGS) == 2 * (20.0 + 8 * 1.0)
+    assert seconds_left(done, [], SETTINGS) == 0
 
 
 def test_all_policies_of_a_round_are_asked_the_same_and_rounds_differ():
@@ -105,6 +132,7 @@ def test_the_command_writes_everything(config_file, tmp_path):
     assert report["summary"]["against_best_eagle2"]["setting"] == "eagle2:2,2,4"
     assert {row["policy"] for row in report["predictions"]} == set(report["config"]["policies"])
 
+    assert "blocks, about" in result.stderr
     assert files["tables.md"].read_text().strip() in result.stdout
     drawn = {path.name: path.read_bytes()[:4] for path in (tmp_path / "plots").iterdir()}
     assert drawn == dict.fromkeys(("speedup.png", "tree-size.png", "step-time.png"), b"\x89PNG")
