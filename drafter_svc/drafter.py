@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from drafter_svc.growth import GrowingTree, grow
 from drafter_svc.head_proposer import HeadProposer
 from drafter_svc.layered_proposer import LayeredProposer
@@ -20,12 +22,16 @@ from lm.store import DEFAULT_NAME
 from lm.store import vocabulary_sha256 as sha256_of
 from planner.policies import parse_policy
 from treeline.config import DEFAULT_MODEL, DrafterConfig, LimitsConfig, ModelConfig
-from treeline.drafting import DraftReply, DraftRequest, DraftStats, FeatureSpec
+from treeline.drafting import NO_FEATURES, DraftReply, DraftRequest, DraftSequence, DraftStats, FeatureSpec
 from treeline.errors import ConfigError
 from treeline.plan import Plan
+from treeline.sampling import SamplingParams
 from treeline.tree import DraftTree
 
 KV_BLOCK_TOKENS = 16
+WARM_UP_BATCHES = (1, 4, 8, 8)
+WARM_UP_TOKENS = 16
+WARM_UP_NODES = 8
 DEFAULT_HEAD = Path(__file__).parent / "heads" / DEFAULT_NAME
 """The default target's."""
 
@@ -94,8 +100,11 @@ class TreeDrafter:
         admitted, held, evicted = self._sessions.admit(request.sequences)
         for session_id in evicted:
             self._release(session_id)
-        for proposer in self._proposers:
-            proposer.begin(list(admitted.values()))
+        for lookup in self._lookups:
+            lookup.begin(list(admitted.values()))
+        if self._model is not None:
+            modelled = [s.session_id for s in request.sequences if s.max_layers and s.session_id in admitted]
+            self._model.begin([admitted[session_id] for session_id in modelled])
         trees = {
             sequence.session_id: GrowingTree(admitted[sequence.session_id], sequence, policy)
             for sequence, policy in zip(request.sequences, policies, strict=True)
@@ -104,6 +113,19 @@ class TreeDrafter:
         grow(list(trees.values()), plan, self._lookups, self._model)
         finished: dict[int, DraftTree] = {session_id: tree.finish() for session_id, tree in trees.items()}
         return DraftReply(request.step_id, finished, held, self._stats(started_s, plan))
+
+    def warm_up(self) -> None:
+        """Draft for batches of several sizes: a first call takes many times as long, and no step is to wait for it."""
+        sessions = [-1 - i for i in range(max(WARM_UP_BATCHES))]
+        rows = np.zeros((WARM_UP_TOKENS - 1, self.features.width), np.uint16) if self.features else NO_FEATURES
+        tokens = list(range(WARM_UP_TOKENS))
+        for batch in WARM_UP_BATCHES:
+            sequences = [
+                DraftSequence(session, 0, tokens, SamplingParams(), "smart", WARM_UP_NODES, WARM_UP_NODES, 1.0, rows)
+                for session in sessions[:batch]
+            ]
+            self.draft(DraftRequest(0, sequences))
+        self.draft(DraftRequest(0, [], sessions))
 
     def measure(self) -> tuple[float, float]:
         """(seconds of a draft layer, seconds of each node in it); 0 without a model or head."""

@@ -79,6 +79,11 @@ class GrowingTree:
         """Whether there may be another layer."""
         return bool(self.layer) and self.depth < self.max_depth and self.sequence.max_nodes > 0
 
+    @property
+    def models(self) -> bool:
+        """Whether the draft model may be asked for the next layer."""
+        return self.grows and self.depth < self.sequence.max_layers
+
     def path(self, node: int) -> list[int]:
         """Nodes from a child of the root down to `node`, itself included; empty for ROOT."""
         nodes = []
@@ -220,7 +225,7 @@ def grow(trees: list[GrowingTree], plan: Plan, lookups: list[Proposer], model: P
     long as another layer pays for the whole batch; the lookups may then go on alone.
     """
     growing = [tree for tree in trees if tree.grows]
-    wanted = [(tree, tree.layer) for tree in growing] if model else []
+    wanted = [(tree, tree.layer) for tree in growing if tree.models] if model else []
     while growing:
         proposals: dict[int, list[tuple[Source, Children]]] = {id(tree): [] for tree in growing}
         modelled = []
@@ -236,7 +241,7 @@ def grow(trees: list[GrowingTree], plan: Plan, lookups: list[Proposer], model: P
         for tree in growing:
             tree.add_layer(proposals[id(tree)], plan, batch=len(trees))
         growing = [tree for tree in growing if tree.grows]
-        wanted = _next_model_layer([tree for tree in modelled if tree.grows], plan)
+        wanted = _next_model_layer([tree for tree in modelled if tree.models], plan)
 
 
 def _next_model_layer(trees: list[GrowingTree], plan: Plan) -> list[tuple[GrowingTree, list[int]]]:

@@ -77,6 +77,7 @@ class HeadProposer(LayeredProposer[_Followed]):
             return {}
         bits = torch.from_numpy(np.concatenate(features).view(np.int16)).view(torch.bfloat16)
         packed = [run for _, _, run in runs]
+        self.stats.catch_up_tokens += sum(len(run.token_ids) - 1 for run in packed)
         logits, states = self._head.forward(packed, self._head.states(bits), self._cache)
         self._cache.commit([(run.cache, list(range(run.cache.scratch))) for run in packed])
         ends = np.cumsum([len(run.token_ids) for run in packed]) - 1

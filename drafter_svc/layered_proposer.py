@@ -6,7 +6,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Generic
 
 import numpy as np
@@ -104,7 +103,8 @@ class LayeredProposer(ABC, Generic[P]):
             if repeat and time.perf_counter() > deadline_s:
                 break
         self._cache.free(kv)
-        one_s, many_s = median(seconds[1]), median(seconds[PROFILE_NODES])
+        # Whatever else the machine does only adds time: other services start at the same moment.
+        one_s, many_s = min(seconds[1]), min(seconds[PROFILE_NODES])
         node_s = max(0.0, many_s - one_s) / (PROFILE_NODES - 1)
         return max(0.0, one_s - node_s), node_s
 

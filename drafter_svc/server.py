@@ -64,8 +64,8 @@ class DrafterServer:
         Raises:
             ConfigError: the draft model cannot be used, or a certificate, token or port is wrong.
         """
-        watcher: PlanWatcher
         worker = ThreadPoolExecutor(1, thread_name_prefix="drafter")
+        watcher = PlanWatcher(planner, "", config.limits, config.internal)
         drafter = await asyncio.get_running_loop().run_in_executor(worker, _build, config, lambda: watcher.plan)
         registry = CollectorRegistry()
         service = DraftingService(drafter, config.limits, worker, DrafterMetrics(registry))
@@ -74,7 +74,6 @@ class DrafterServer:
         health_servicer = await add_standard_services(server, SERVICE)
         endpoint = bind(server, config.internal)
         metrics_port = serve_metrics(registry, config.metrics)
-        watcher = PlanWatcher(planner, "", config.limits, config.internal)
         await server.start()
         logger.info("drafter %s listens on %s", drafter.info.name, endpoint)
         return cls(endpoint, metrics_port, server, health_servicer, service, watcher)
@@ -188,4 +187,6 @@ def _build(config: Config, plan: Callable[[], Plan]) -> TreeDrafter:
     modelled = "model" in drafter.kind or find_head(drafter, target) is not None
     if modelled and (target.model == DEFAULT_MODEL or Path(target.model).expanduser().exists()):
         target_sha256 = vocabulary_sha256(load_tokenizer(resolve_model(target.model)))
-    return build_drafter(drafter, target, config.limits, plan, target_sha256)
+    built = build_drafter(drafter, target, config.limits, plan, target_sha256)
+    built.warm_up()
+    return built

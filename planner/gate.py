@@ -1,4 +1,5 @@
-"""Is drafting worth it in this step? Decided before anything is drafted, from what recent drafts offered and cost."""
+"""Is drafting worth it in this step, and how much of it? Decided before anything is drafted, from what recent drafts
+offered and cost."""
 
 from __future__ import annotations
 
@@ -10,11 +11,14 @@ from numpy.typing import NDArray
 
 from planner.cost import verify_seconds
 from planner.rule import BatchState, price_of
-from treeline.plan import CostModel, Plan
+from treeline.drafting import ALL_LAYERS
+from treeline.plan import DEPTHS, CostModel, Plan
 
 WORTH_BINS = 32
 WINDOW_REQUESTS = 32.0
 """What drafts offered is averaged over about this many requests' trees."""
+LAYERS = DEPTHS + 1
+"""Lookups, which take no layer of the draft model, and its layers; the last one stands for all further ones."""
 START_MARGIN = 0.02
 """Drafting that has stopped starts again when it gains this share of plain decoding; so it does not flap."""
 PROBE_SHARE = 0.01
@@ -24,42 +28,70 @@ MAX_LATE = 7
 
 
 class Supply:
-    """What drafting offers a request: how many nodes of which worth, and how many draft-model layers and nodes it took.
+    """What drafting offers a request: how many nodes of which worth, and how many draft-model nodes these took.
 
-    Averages over recent drafts. Worth is w a(u), of all drafted nodes, whether they were verified or not.
+    Averages over recent drafts, for every layer of the draft model apart; each over the drafts that were permitted to
+    run it. Worth is w a(u), of all drafted nodes, whether they were verified or not.
     """
 
     def __init__(self) -> None:
-        self._requests = self._steps = self._layers = self._model_nodes = 0.0
-        self._nodes, self._gains = np.zeros(WORTH_BINS), np.zeros(WORTH_BINS)
+        self._nodes, self._gains = np.zeros((LAYERS, WORTH_BINS)), np.zeros((LAYERS, WORTH_BINS))
+        self._requests, self._steps, self._runs, self._model_nodes = np.zeros((4, LAYERS))
 
-    def observe(self, requests: int, gains: NDArray[np.floating], layer_nodes: tuple[int, ...]) -> None:
-        """One step's drafts, for this many requests."""
-        kept = math.exp(-requests / WINDOW_REQUESTS)
+    def observe(
+        self,
+        requests: int,
+        layers: int,
+        gains: NDArray[np.floating],
+        node_layers: NDArray[np.intp],
+        layer_nodes: tuple[int, ...],
+    ) -> None:
+        """One step's drafts, for this many requests, which were permitted so many layers of the draft model.
+
+        Args:
+            node_layers: how many layers each of `gains`' nodes took: 0 for what lookups alone proposed.
+            layer_nodes: nodes that the draft model ran, by layer.
+        """
+        seen = slice(0, min(layers, LAYERS - 1) + 1)
+        for average in (self._nodes, self._gains, self._requests, self._steps, self._runs, self._model_nodes):
+            average[seen] *= math.exp(-requests / WINDOW_REQUESTS)
+        self._requests[seen] += requests
+        self._steps[seen] += 1
+        for layer, nodes in enumerate(layer_nodes, 1):
+            self._runs[min(layer, LAYERS - 1)] += 1
+            self._model_nodes[min(layer, LAYERS - 1)] += nodes
         bins = (np.sqrt(np.minimum(gains, 1.0)) * (WORTH_BINS - 1)).astype(np.intp)
-        self._nodes = kept * self._nodes + np.bincount(bins, minlength=WORTH_BINS)
-        self._gains = kept * self._gains + np.bincount(bins, weights=gains, minlength=WORTH_BINS)
-        self._requests = kept * self._requests + requests
-        self._steps = kept * self._steps + 1
-        self._layers = kept * self._layers + len(layer_nodes)
-        self._model_nodes = kept * self._model_nodes + sum(layer_nodes)
+        places = np.minimum(node_layers, LAYERS - 1) * WORTH_BINS + bins
+        size, shape = LAYERS * WORTH_BINS, (LAYERS, WORTH_BINS)
+        self._nodes += np.bincount(places, minlength=size).reshape(shape)
+        self._gains += np.bincount(places, weights=gains, minlength=size).reshape(shape)
 
     @property
     def known(self) -> bool:
-        return self._requests > 0
+        return bool(self._requests[-1] > 0)
 
-    def curve(self, requests: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(nodes, gain) [WORTH_BINS + 1] for so many requests, cumulative from 0 and from the worthiest on."""
-        share = requests / self._requests
-        nodes, gains = np.cumsum(self._nodes[::-1]) * share, np.cumsum(self._gains[::-1]) * share
-        return np.concatenate(([0.0], nodes)), np.concatenate(([0.0], gains))
+    def curves(self, requests: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(nodes, gain) [LAYERS, WORTH_BINS + 1] for so many requests, with at most so many layers.
 
-    def draft_s(self, cost: CostModel, requests: int, connected: bool) -> float:
-        """Predicted seconds of drafting; `connected`: a message goes to the drafter and a layer is run in any case."""
-        layers = self._layers / self._steps
-        shared_s = cost.draft_round_trip_s + cost.draft_layer_s * layers
-        nodes = self._model_nodes / self._requests * requests
-        return (0.0 if connected else shared_s) + cost.draft_sequence_s * requests + cost.draft_node_s * nodes
+        Both are cumulative from 0 and from the worthiest on.
+        """
+        share = requests / self._requests[:, None]
+        nodes, gains = (
+            np.cumsum(np.cumsum(counts * share, axis=0)[:, ::-1], axis=1) for counts in (self._nodes, self._gains)
+        )
+        return np.pad(nodes, ((0, 0), (1, 0))), np.pad(gains, ((0, 0), (1, 0)))
+
+    def draft_s(self, cost: CostModel, requests: int, connected: bool) -> NDArray[np.float64]:
+        """Predicted seconds of drafting [LAYERS] with at most so many layers.
+
+        Args:
+            connected: a message goes to the drafter and its layers are run in any case.
+        """
+        nodes = np.cumsum(self._model_nodes / self._requests) * requests
+        own_s = cost.draft_sequence_s * requests + cost.draft_node_s * nodes
+        if connected:
+            return own_s
+        return own_s + cost.draft_round_trip_s + cost.draft_layer_s * np.cumsum(self._runs / self._steps)
 
 
 @dataclass(frozen=True)
@@ -69,45 +101,58 @@ class Outlook:
     Attributes:
         drafted, plain: goodput, weighted tokens per second.
         gain: what drafting adds, in tokens, its time paid at the price R + mu Q.
+        layers: of the draft model with which it adds most; 0 for lookups alone.
+        draft_s: predicted seconds of drafting by limit of layers [LAYERS].
     """
 
     drafted: float
     plain: float
     gain: float
+    layers: int
+    draft_s: NDArray[np.float64]
 
 
 def outlook(supply: Supply, requests: int, sequences: int, state: BatchState, plan: Plan, connected: bool) -> Outlook:
-    """The rule of `prune_batch`, before there are trees: R over all sizes, drafted, and over not drafting at all.
+    """The rule of `prune_batch`, before there are trees: R over all sizes and layers, and over not drafting at all.
 
     Args:
         requests: those that would be drafted, out of `sequences` that decode; weights are 1 on average.
     """
-    nodes, gains = supply.curve(requests)
-    most = state.base_tokens + math.ceil(nodes[-1])
+    nodes, gains = supply.curves(requests)
+    most = state.base_tokens + math.ceil(nodes[-1, -1])
     pass_s = plan.cost.step_overhead_s + verify_seconds(plan.cost, sequences, state.context_tokens, most)
     draft_s = supply.draft_s(plan.cost, requests, connected)
     # Not the prompts' time, but the trees' beside prompts.
-    promptless_s = draft_s + np.interp(sequences + nodes, np.arange(most + 1), pass_s)
+    promptless_s = draft_s[:, None] + np.interp(sequences + nodes, np.arange(most + 1), pass_s)
     drafted, plain_s = sequences + gains, float(pass_s[sequences])
     price = price_of(drafted, promptless_s, plain_s, sequences, state.waiting_startable)
-    seconds = draft_s + np.interp(state.base_tokens + nodes, np.arange(most + 1), pass_s)
-    gain = float((gains - price * (seconds - pass_s[state.base_tokens])).max())
-    return Outlook(float((drafted / promptless_s).max()), sequences / plain_s, gain)
+    seconds = draft_s[:, None] + np.interp(state.base_tokens + nodes, np.arange(most + 1), pass_s)
+    gain = (gains - price * (seconds - pass_s[state.base_tokens])).max(axis=1)
+    layers = int(np.argmax(gain))
+    best = float((drafted[layers] / promptless_s[layers]).max())
+    return Outlook(best, sequences / plain_s, float(gain[layers]), layers, draft_s)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """How many requests to draft for (0: none), and why not all, for people."""
+    """For how many requests to draft (0: none), and why not for all, for people.
+
+    Attributes:
+        layers: most layers of the draft model; 0 asks for lookups alone.
+        expected_s: predicted seconds of drafting; infinite while nothing is known of it.
+    """
 
     requests: int
     reason: str = ""
+    layers: int = ALL_LAYERS
+    expected_s: float = math.inf
 
 
 class DraftGate:
     """Opens and closes drafting for the requests that leave it to the planner; one per verifier.
 
-    While closed, a few requests are drafted now and then: as often as costs PROBE_SHARE of the time. A drafter that is
-    late is left alone for longer each time.
+    Now and then, as often as costs PROBE_SHARE of the time, a step is drafted with all layers, whatever pays: while
+    the gate is closed, for a few requests. A drafter that is late is left alone for longer each time.
     """
 
     def __init__(self) -> None:
@@ -119,26 +164,38 @@ class DraftGate:
     def decide(
         self, requests: int, sequences: int, state: BatchState, plan: Plan, connected: bool, now_s: float
     ) -> Decision:
-        """For how many of `requests` to draft now. Arguments as for `outlook`."""
+        """For how many of `requests` to draft now, and how far. Arguments as for `outlook`."""
         if self._late and now_s < self._probe_at_s:
             return Decision(0, "the drafter was late and is left alone for a while")
         if not self._supply.known:
             return Decision(requests)
         found = outlook(self._supply, requests, sequences, state, plan, connected)
         self._drafting = found.gain > (0.0 if self._drafting else START_MARGIN * sequences)
+        probing = now_s >= self._probe_at_s
         if self._drafting:
-            return Decision(requests)
-        if now_s >= self._probe_at_s:
-            return Decision(min(requests, PROBE_REQUESTS), "probing")
+            layers = ALL_LAYERS if probing else found.layers
+            return Decision(requests, "", layers, float(found.draft_s[min(layers, LAYERS - 1)]))
+        if probing:
+            probed = min(requests, PROBE_REQUESTS)
+            expected_s = float(self._supply.draft_s(plan.cost, probed, connected)[-1])
+            return Decision(probed, "probing", expected_s=expected_s)
         return Decision(0, f"drafting would bring {found.drafted:.0f} tok/s, plain decoding {found.plain:.0f}")
 
     def drafted(
-        self, requests: int, gains: NDArray[np.floating], layer_nodes: tuple[int, ...], draft_s: float, now_s: float
+        self,
+        decision: Decision,
+        gains: NDArray[np.floating],
+        node_layers: NDArray[np.intp],
+        layer_nodes: tuple[int, ...],
+        draft_s: float,
+        now_s: float,
     ) -> None:
-        """Drafts came: the worth of their nodes, the draft model's layers, and the seconds that it all took."""
+        """Drafts came, as decided: their nodes (as for `Supply.observe`), and the seconds that it all took."""
         self._late = 0
-        self._supply.observe(requests, gains, layer_nodes)
-        self._probe_at_s = now_s + draft_s / PROBE_SHARE
+        self._supply.observe(decision.requests, decision.layers, gains, node_layers, layer_nodes)
+        if decision.layers >= LAYERS - 1:
+            # A draft that something held up must not put off the next one.
+            self._probe_at_s = now_s + min(draft_s, decision.expected_s) / PROBE_SHARE
 
     def late(self, draft_s: float, now_s: float) -> None:
         """Nothing came within `draft_s`."""

@@ -31,7 +31,8 @@ class RecursiveLeastSquares:
         self._mean = self.theta.copy()
         self._prior, self._covariance = covariance, covariance
         self._noise, self._memory = noise, memory
-        self._innovations: deque[float] = deque(maxlen=SPREAD_STEPS)
+        # Nothing has been seen yet, so the first large ones are outliers too, first calls for instance.
+        self._innovations: deque[float] = deque([0.0] * SPREAD_STEPS, maxlen=SPREAD_STEPS)
 
     @property
     def variances(self) -> NDArray[np.float64]:

@@ -65,7 +65,7 @@ class Pruning:
     Attributes:
         sizes: nodes of each candidate's tree.
         chosen: bool [nodes], trees one behind the other; closed under parents.
-        gains: float32 [prunable nodes]; w a(u) of every node that could have been pruned, in no order.
+        gains: float32 [prunable nodes]; w a(u) of every node that could have been pruned, tree by tree.
         expected_nodes: per candidate, nodes of those chosen that the calibration alone expects to be accepted.
         price: R + mu Q, tokens per second.
         goodput: weighted tokens per second expected at the chosen size.

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression, least_squares
 
 from planner.cost import context_seconds, curve_seconds, curve_weights
+from planner.draft_costs import DraftCosts
 from planner.rls import RecursiveLeastSquares
 from treeline.plan import CostCurve, CostModel, PaperFit, StepRecord, VerifierProfile
 
@@ -22,12 +23,6 @@ SCALE_DEVIATION, POINT_DEVIATION, CONTEXT_DEVIATION = 0.5, 0.15, 0.5
 """How far, as logarithms of ratios, the whole device, one point of the profile and the context's part may drift."""
 VERIFY_MEMORY = 0.9995
 MAX_LOG_SCALE = 3.0
-DRAFT_DEVIATION_S = (1e-3, 1e-4, 5e-3, 5e-4)
-"""Prior deviations of round trip, request, layer and node."""
-DRAFT_NOISE_S = 1e-3
-DRAFT_MEMORY = 0.999
-CATCH_UP_TOKENS = 4
-"""A drafter runs this many committed tokens per request in ordinary steps (accepted leaves, lookups' tokens)."""
 
 
 class CostTracker:
@@ -44,9 +39,7 @@ class CostTracker:
         self._offsets = _offsets(profile.verify, self._short)
         drift = _drift([profile.verify[index] for index in self._offsets])
         self._verify = RecursiveLeastSquares(np.zeros(len(drift)), drift, NOISE, VERIFY_MEMORY)
-        drafting = np.asarray([0.0, 0.0, profile.draft_layer_s, profile.draft_node_s])
-        spread = np.diag(np.square(DRAFT_DEVIATION_S))
-        self._draft = RecursiveLeastSquares(drafting, spread, DRAFT_NOISE_S, DRAFT_MEMORY)
+        self._draft = DraftCosts(profile.draft_layer_s, profile.draft_node_s)
         self._paper = fit_paper(profile.verify[0], profile.draft_node_s)
         self._overheads: deque[float] = deque(maxlen=WINDOW_STEPS)
         self._errors: deque[float] = deque(maxlen=ERROR_STEPS)
@@ -60,10 +53,7 @@ class CostTracker:
             self._errors.append(abs(record.predicted_verify_s / record.verify_s - 1))
         self._observe_verification(record)
         self._overheads.append(max(0.0, record.step_s - record.draft_s - record.verify_s))
-        if record.drafter_s and record.catch_up_tokens <= CATCH_UP_TOKENS * record.sequences:
-            layers = record.draft_layer_nodes
-            x = np.asarray([1.0, record.sequences, len(layers), sum(layers)])
-            self._draft.update(x, record.draft_s - float(x @ self._draft.theta))
+        self._draft.observe(record)
         self._model = None
 
     def model(self) -> CostModel:
@@ -119,7 +109,7 @@ class CostTracker:
             points = slice(first, first + len(curve.tokens))
             seconds, certainty = curve.seconds * np.exp(theta[points]), 1 / self._verify.variances[points]
             short[index] = replace(curve, seconds=tuple(isotonic_regression(seconds, weights=certainty).x.tolist()))
-        round_trip_s, sequence_s, layer_s, node_s = np.maximum(self._draft.theta, 0.0).tolist()
+        round_trip_s, sequence_s, layer_s, node_s = self._draft.seconds.tolist()
         return CostModel(
             verify=tuple(
                 short[index] if index in short else self._moved(curve, short, float(np.exp(theta[1])))

@@ -47,6 +47,7 @@ _SCALARS = (
     "price",
     "catch_up_tokens",
     "node_s",
+    "drafted_requests",
 )
 
 

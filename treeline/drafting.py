@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from treeline.sampling import SamplingParams
 from treeline.tree import DraftTree
 
+ALL_LAYERS = 255
 NO_FEATURES = np.zeros((0, 0), np.uint16)
 
 
@@ -48,6 +49,8 @@ class DraftSequence:
         weight: value of this request's tokens relative to others (priority).
         features: uint16 [k, width], the bits of bfloat16: what the target made of the tokens just before the last k of
             the whole sequence. Only tokens whose features were not sent before need to have theirs among them.
+        max_layers: most layers of the draft model to run for it. Beyond them lookups go on alone; with 0 they do so
+            from the root on, and the model is not even brought up to date.
     """
 
     session_id: int
@@ -59,6 +62,7 @@ class DraftSequence:
     max_depth: int
     weight: float = 1.0
     features: NDArray[np.uint16] = field(default_factory=lambda: NO_FEATURES)
+    max_layers: int = ALL_LAYERS
 
     @property
     def length(self) -> int:

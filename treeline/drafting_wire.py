@@ -96,6 +96,7 @@ def _sequence_to_proto(sequence: DraftSequence) -> pb.DraftSequence:
         policy=sequence.policy,
         max_nodes=sequence.max_nodes,
         max_depth=sequence.max_depth,
+        max_layers=sequence.max_layers,
         weight=sequence.weight,
         feature_rows=len(sequence.features),
         features=sequence.features.astype("<u2").tobytes(),
@@ -119,6 +120,7 @@ def _sequence_from_proto(message: pb.DraftSequence) -> DraftSequence:
         policy=message.policy,
         max_nodes=message.max_nodes,
         max_depth=message.max_depth,
+        max_layers=message.max_layers,
         weight=message.weight,
         features=_features_from_proto(message),
     )

@@ -170,6 +170,7 @@ class StepRecord:
         node_s: worth of the best node that was drafted and not verified, as seconds at the price; 0 if there was none.
         catch_up_tokens: what the drafter ran to bring its cache up to date; where they are many, the step does not
             teach draft costs.
+        drafted_requests: requests that the drafter was asked to draft for.
     """
 
     step_id: int
@@ -197,6 +198,7 @@ class StepRecord:
     outcomes: NodeOutcomes = field(default_factory=NodeOutcomes.empty)
     catch_up_tokens: int = 0
     node_s: float = 0.0
+    drafted_requests: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -10,16 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.cost import verify_seconds
-from planner.gate import DraftGate
+from planner.gate import Decision, DraftGate
 from planner.rule import BatchState, Candidate, Pruning, prune_batch
 from treeline.config import LimitsConfig
-from treeline.drafting import DraftLink, DraftReply, DraftRequest, DraftSequence, DraftStats
+from treeline.drafting import ALL_LAYERS, NO_FEATURES, DraftLink, DraftReply, DraftRequest, DraftSequence, DraftStats
 from treeline.plan import Plan
-from treeline.tree import DraftTree
+from treeline.tree import ROOT, DraftTree, Source
 from verifier_svc.hidden_states import HiddenStates
 from verifier_svc.scheduler import Batch, Scheduler
 from verifier_svc.sequence import Sequence
 from verifier_svc.walk import Walk
+
+PATIENCE = 4.0
+"""A draft is waited for this many times as long as predicted; in comparison, going on without it is cheap."""
+PATIENCE_FLOOR_S = 0.01
+PATIENCE_MEMORY = 0.9
+"""After a late draft the next one is given twice the time, and with each that comes this share of it is kept."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,23 @@ class Drafts:
         return self.trees.get(sequence.session_id, DraftTree.empty())
 
 
+class Patience:
+    """How long drafts are waited for: a few times as long as predicted; longer while predictions prove wrong."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s, self._times = timeout_s, PATIENCE
+
+    def limit_s(self, expected_s: float) -> float:
+        """Of a draft predicted to take so long; the time-out for one of which nothing is known (infinite)."""
+        return min(self._timeout_s, PATIENCE_FLOOR_S + self._times * expected_s)
+
+    def came(self) -> None:
+        self._times = max(PATIENCE, PATIENCE_MEMORY * self._times)
+
+    def late(self) -> None:
+        self._times *= 2
+
+
 class DraftStage:
     """Owns the link to the drafter and the gate before it, and what the drafter has still to hear: ended sessions, the
     target's features."""
@@ -61,10 +85,11 @@ class DraftStage:
     ) -> None:
         self.link = link
         self.hidden_states = hidden_states
-        self.unreleased: list[int] = []
+        self._told: set[int] = set()  # sessions the drafter may hold, for all we know after a late draft
+        self._unreleased: list[int] = []
         self._scheduler = scheduler
         self._limits = limits
-        self._timeout_s = timeout_s
+        self._patience = Patience(timeout_s)
         self._clock = clock
         self._step_id = 0
         self._gate = DraftGate()
@@ -73,31 +98,50 @@ class DraftStage:
     def ready(self) -> bool:
         return self.link is not None and self.link.ready
 
+    @property
+    def owes_release(self) -> bool:
+        """Whether the drafter can be told now of requests that have ended."""
+        return bool(self._unreleased) and self.ready
+
     def run(self, batch: Batch, plan: Plan) -> Drafts:
         """The trees to verify in this step; without any if drafting is off, away, late or not worth it."""
         started_s = self._clock()
         self.hidden_states.follow(self.link.features if self.link else None)
         weights = _weights(batch.decoding, started_s)
-        asked, refusal = self._choose(batch, plan, started_s)
+        asked, decision = self._choose(batch, plan, started_s)
         if not asked:
             self.release()
-            return Drafts(predicted_verify_s=self._plain_verify_s(batch, plan), refusal=refusal)
-        features = self.hidden_states.unsent(asked)
-        messages = [self._message(s, weights[s.session_id], f, plan) for s, f in zip(asked, features, strict=True)]
-        reply = self._exchange(messages)
+            return Drafts(predicted_verify_s=self._plain_verify_s(batch, plan), refusal=decision.reason)
+        modelled = [s for s in asked if _layers(s, decision)]
+        features = {s.session_id: f for s, f in zip(modelled, self.hidden_states.unsent(modelled), strict=True)}
+        messages = [
+            self._message(s, weights[s.session_id], features.get(s.session_id, NO_FEATURES), _layers(s, decision), plan)
+            for s in asked
+        ]
+        self._told.update(s.session_id for s in asked)
+        reply = self._exchange(messages, self._patience.limit_s(decision.expected_s))
         draft_s = self._clock() - started_s
         if reply is None:
+            self._patience.late()
             self._gate.late(draft_s, self._clock())
             predicted_s = self._plain_verify_s(batch, plan)
             return Drafts(draft_s=draft_s, predicted_verify_s=predicted_s, refusal="the drafter did not answer in time")
-        for sequence, sent in zip(asked, features, strict=True):
+        self._patience.came()
+        for sequence in asked:
             sequence.drafter_tokens = reply.held.get(sequence.session_id, len(sequence.token_ids))
             if sequence.session_id in reply.held:
                 self.hidden_states.lost(sequence)
-            elif len(sent):
+            elif len(features.get(sequence.session_id, ())):
                 self.hidden_states.sent(sequence)
-        drafts = self._prune(batch, asked, weights, reply, plan, draft_s)
-        return self._finish(asked, drafts, started_s)
+        drafts, offered = self._prune(batch, asked, weights, reply, plan, draft_s)
+        now_s = self._clock()
+        # Pruning is part of what drafting takes.
+        drafts = replace(drafts, draft_s=now_s - started_s)
+        if decision.requests and drafts.pruning:
+            learnt = replace(decision, requests=sum(s.policy.prunes for s in asked))
+            layers, gains = _node_layers(offered), drafts.pruning.gains
+            self._gate.drafted(learnt, gains, layers, drafts.stats.layer_nodes, drafts.draft_s, now_s)
+        return drafts
 
     def learn(self, sequences: list[Sequence], drafts: Drafts, walks: list[Walk]) -> None:
         """What became of each sequence's tree in this step; one walk per sequence, in order."""
@@ -110,35 +154,34 @@ class DraftStage:
     def forget(self, sequence: Sequence) -> None:
         """The request has ended: its session is to be released."""
         self.hidden_states.forget(sequence)
-        if sequence.drafter_tokens:
-            self.unreleased.append(sequence.session_id)
+        if sequence.session_id in self._told:
+            self._told.remove(sequence.session_id)
+            self._unreleased.append(sequence.session_id)
 
     def release(self) -> None:
         """Tell the drafter which requests have ended, when nothing else is to be said."""
-        if not self.ready:
-            self.unreleased = []  # a drafter that is away has lost its sessions with the stream
-        elif self.unreleased:
-            self._exchange([])
+        if self.owes_release:
+            self._exchange([], self._patience.limit_s(math.inf))
 
-    def _choose(self, batch: Batch, plan: Plan, now_s: float) -> tuple[list[Sequence], str]:
-        """The requests to draft for in this step, and, if there are none, why.
+    def _choose(self, batch: Batch, plan: Plan, now_s: float) -> tuple[list[Sequence], Decision]:
+        """The requests to draft for in this step, and what was decided of those whose drafting has a price.
 
         Fixed policies always want their trees; for the others the gate decides.
         """
         wanting = [s for s in batch.decoding if self._allowance(s, plan)[0] > 0]
         if not wanting:
-            return [], "no request of this step may draft"
+            return [], Decision(0, "no request of this step may draft")
         if not self.ready:
-            return [], "no drafter"
+            return [], Decision(0, "no drafter")
         asked = [s for s in wanting if not s.policy.prices_drafting]
         smart = [s for s in wanting if s.policy.prices_drafting]
         if not smart:
-            return asked, ""
+            return asked, Decision(0)
         state, sequences = self._state(batch, 0.0), len(batch.decoding)
         decision = self._gate.decide(len(smart), sequences, state, plan, bool(asked), now_s)
         # A probe is cheapest with those whom the drafter has followed furthest.
         smart.sort(key=lambda s: len(s.token_ids) - s.drafter_tokens)
-        return asked + smart[: decision.requests], decision.reason
+        return asked + smart[: decision.requests], decision
 
     def _allowance(self, sequence: Sequence, plan: Plan) -> tuple[int, int]:
         """(nodes, depth) this request may use now. The last token to come needs no draft: it is the bonus token."""
@@ -165,7 +208,9 @@ class DraftStage:
         tokens, sequences = state.base_tokens, max(1, len(batch.decoding))
         return float(verify_seconds(plan.cost, sequences, state.context_tokens, tokens)[tokens])
 
-    def _message(self, sequence: Sequence, weight: float, features: NDArray[np.uint16], plan: Plan) -> DraftSequence:
+    def _message(
+        self, sequence: Sequence, weight: float, features: NDArray[np.uint16], max_layers: int, plan: Plan
+    ) -> DraftSequence:
         max_nodes, max_depth = self._allowance(sequence, plan)
         start = min(sequence.drafter_tokens, len(sequence.token_ids) - 1)
         return DraftSequence(
@@ -176,17 +221,17 @@ class DraftStage:
             policy=sequence.policy.spec,
             max_nodes=max_nodes,
             max_depth=max_depth,
+            max_layers=max_layers,
             weight=weight * sequence.acceptance.ratio,
             features=features,
         )
 
-    def _exchange(self, sequences: list[DraftSequence]) -> DraftReply | None:
+    def _exchange(self, sequences: list[DraftSequence], limit_s: float) -> DraftReply | None:
         assert self.link is not None
         self._step_id += 1
-        reply = self.link.draft(DraftRequest(self._step_id, sequences, self.unreleased), self._timeout_s)
-        if reply is not None:
-            self.unreleased = []
-        return reply
+        # A late message arrives all the same, and a broken stream takes its sessions with it.
+        released, self._unreleased = self._unreleased, []
+        return self.link.draft(DraftRequest(self._step_id, sequences, released), limit_s)
 
     def _prune(
         self,
@@ -196,7 +241,8 @@ class DraftStage:
         reply: DraftReply,
         plan: Plan,
         draft_s: float,
-    ) -> Drafts:
+    ) -> tuple[Drafts, list[DraftTree]]:
+        """What to verify, and the trees that could have been pruned."""
         allowed = {s.session_id: self._allowance(s, plan) for s in asked}
         candidates = []
         for sequence in batch.decoding:
@@ -210,22 +256,33 @@ class DraftStage:
         pruning = prune_batch(candidates, self._state(batch, draft_s), plan)
         kept = [candidate.tree.select(keep) for candidate, keep in zip(candidates, pruning.keep, strict=True)]
         sessions = [s.session_id for s in batch.decoding]
-        return Drafts(
+        drafts = Drafts(
             trees={session: tree for session, tree in zip(sessions, kept, strict=True) if session in allowed},
             drafted_nodes={s: len(c.tree) for s, c in zip(sessions, candidates, strict=True) if s in allowed},
             pruning=pruning,
             stats=reply.stats,
             predicted_verify_s=pruning.predicted_verify_s,
         )
+        return drafts, [candidate.tree for candidate in candidates if candidate.policy.prunes]
 
-    def _finish(self, asked: list[Sequence], drafts: Drafts, started_s: float) -> Drafts:
-        """Count what drafting took, pruning included, and let the gate learn from it."""
-        now_s = self._clock()
-        draft_s = now_s - started_s
-        requests = sum(s.policy.prunes for s in asked)
-        if requests and drafts.pruning:
-            self._gate.drafted(requests, drafts.pruning.gains, drafts.stats.layer_nodes, draft_s, now_s)
-        return replace(drafts, draft_s=draft_s)
+
+def _layers(sequence: Sequence, decision: Decision) -> int:
+    """Layers of the draft model that may be run for a request."""
+    return decision.layers if sequence.policy.prices_drafting else ALL_LAYERS
+
+
+def _node_layers(trees: list[DraftTree]) -> NDArray[np.intp]:
+    """intp [nodes]: layers of the draft model that each node took: the depth of the last model's node on its path."""
+    sizes = [len(tree) for tree in trees]
+    total, first = sum(sizes), np.repeat(np.cumsum(sizes) - sizes, sizes)
+    parents = np.concatenate([tree.parents for tree in trees])
+    parents = np.where(parents == ROOT, total, parents + first)
+    layers = np.zeros(total + 1, np.intp)
+    for_lookups = np.concatenate([tree.sources for tree in trees]) == Source.NGRAM
+    layers[:-1] = np.where(for_lookups, 0, np.concatenate([tree.depths for tree in trees]))
+    while not np.array_equal(layers[:-1], below := np.maximum(layers[:-1], layers[parents])):
+        layers[:-1] = below
+    return layers[:-1]
 
 
 def _weights(sequences: list[Sequence], now_s: float) -> dict[int, float]:

@@ -95,7 +95,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True while requests wait or run, or the drafter has still to be told of ended ones."""
-        return bool(self._sequences) or bool(self.draft_stage.unreleased)
+        return bool(self._sequences) or self.draft_stage.owes_release
 
     def step(self) -> tuple[list[Output], StepRecord | None]:
         """One step of the whole batch. The record is None if there was nothing to run."""

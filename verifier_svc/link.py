@@ -82,7 +82,7 @@ class GrpcLink:
         try:
             return pending.result(timeout_s)
         except concurrent.futures.TimeoutError:
-            logger.warning("no draft within %.2f s; going on without", timeout_s)
+            logger.info("no draft within %.2f s; going on without", timeout_s)
             return None
         except ConnectionError:
             return None

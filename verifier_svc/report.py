@@ -58,6 +58,7 @@ def step_record(
         node_s=drafts.pruning.node_s if drafts.pruning else 0.0,
         outcomes=concatenate(outcomes),
         catch_up_tokens=drafts.stats.catch_up_tokens,
+        drafted_requests=len(drafts.drafted_nodes),
     )
 
 

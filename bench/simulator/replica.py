@@ -15,7 +15,7 @@ from bench.simulator.devices import Device
 from bench.simulator.tables import MAX_DEPTH, Cut, Table, Tables
 from bench.simulator.worlds import OUTCOMES
 from planner.cost import verify_seconds
-from planner.gate import DraftGate
+from planner.gate import Decision, DraftGate
 from planner.loop import PlanMaker, VerifierState
 from planner.policies import Policy
 from planner.rule import BatchState, Frontier, another_layer, prune_batch
@@ -68,6 +68,7 @@ class Drafted(NamedTuple):
     layer_nodes: tuple[int, ...] = ()
     predicted_s: float = 0.0
     node_s: float = 0.0
+    requests: int = 0
     verified: Callable[[], list[Verified]] = list
 
 
@@ -161,15 +162,16 @@ class Replica:
         if not layers:
             return none
         if not self._policy.prices_drafting:
-            return self._draft_for(decoding, sequences, layers, state)
-        asked = self._gate.decide(sequences, sequences, state, plan, False, now_s).requests
-        if not asked:
+            return self._draft_for(decoding, Decision(sequences), layers, state)
+        decision = self._gate.decide(sequences, sequences, state, plan, False, now_s)
+        if not decision.requests:
             return none
-        return self._draft_for(decoding, asked, min(layers, plan.max_depth), state, now_s)
+        return self._draft_for(decoding, decision, min(layers, plan.max_depth), state, now_s)
 
     def _draft_for(
-        self, decoding: list[Running], asked: int, layers: int, state: BatchState, now_s: float = 0.0
+        self, decoding: list[Running], decision: Decision, layers: int, state: BatchState, now_s: float = 0.0
     ) -> Drafted:
+        asked = decision.requests
         table = self._tables.table(self._plan, asked, layers)
         worlds = self._random.integers(len(table.trees), size=asked)
         outcomes = self._random.integers(OUTCOMES, size=asked)
@@ -179,10 +181,10 @@ class Replica:
             accepted[:asked] = table.accepted[worlds, outcomes]
             nodes, draft_s = int(table.nodes[worlds].sum()), self._draft_s(layer_nodes)
             whole = partial(_whole, table, worlds, outcomes)
-            return Drafted(nodes, accepted, draft_s, layer_nodes, verified=whole)
+            return Drafted(nodes, accepted, draft_s, layer_nodes, requests=asked, verified=whole)
         trees = [table.trees[w] for w in worlds.tolist()]
         weights = _weights(decoding)
-        layer_nodes = self._layers([tree.frontiers for tree in trees], weights, layers)
+        layer_nodes = self._layers([tree.frontiers for tree in trees], weights, min(layers, decision.layers))
         cuts = [tree.cut(len(layer_nodes)) for tree in trees]
         draft_s = self._draft_s(layer_nodes)
         candidates = [cut.candidate for cut in cuts]
@@ -192,10 +194,11 @@ class Replica:
         verified = list(map(Verified, cuts, pruning.keep, outcomes.tolist()))
         accepted[:asked] = [int((cut.on_path[outcome] & keep).sum()) for cut, keep, outcome in verified]
         if self._policy.prices_drafting:  # only then is the gate asked
-            self._gate.drafted(asked, pruning.gains, layer_nodes, draft_s, now_s + draft_s)
+            node_layers = np.concatenate([cut.candidate.tree.depths for cut in cuts])
+            self._gate.drafted(decision, pruning.gains, node_layers, layer_nodes, draft_s, now_s + draft_s)
         nodes = sum(int(keep.sum()) for keep in pruning.keep)
         return Drafted(
-            nodes, accepted, draft_s, layer_nodes, pruning.predicted_verify_s, pruning.node_s, lambda: verified
+            nodes, accepted, draft_s, layer_nodes, pruning.predicted_verify_s, pruning.node_s, asked, lambda: verified
         )
 
     def _layers(
@@ -252,7 +255,7 @@ class Replica:
             verified_nodes=drafted.nodes, accepted_nodes=int(drafted.accepted.sum()),
             emitted_tokens=round(self._interval[0] / self._interval[1] * step_s), running=len(decoding),
             waiting=len(self.waiting), free_slots=max(0, self._free), draft_s=drafted.draft_s,
-            drafter_s=max(0.0, drafted.draft_s - self._device.draft_round_trip_s),
+            drafter_s=max(0.0, drafted.draft_s - self._device.draft_round_trip_s), drafted_requests=drafted.requests,
             draft_layer_nodes=drafted.layer_nodes, verify_s=verify_s, predicted_verify_s=drafted.predicted_s,
             step_s=step_s, goodput=0.0, price=0.0, node_s=drafted.node_s, outcomes=concatenate(outcomes),
         )  # fmt: skip

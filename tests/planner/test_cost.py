@@ -81,14 +81,48 @@ def test_drafting_costs_are_learnt_from_requests_layers_and_nodes():
         drafter_s = 0.0002 * sequences + 0.010 * len(layers) + 0.001 * sum(layers)
         draft_s = 0.0007 + drafter_s + (0.3 if step % 20 == 7 else 0.0)  # now and then something else takes the CPU
         tracked.observe(
-            record(sequences=sequences, drafter_s=drafter_s, draft_s=draft_s, draft_layer_nodes=layers, step_s=1.0)
+            record(
+                sequences=32,
+                drafted_requests=sequences,
+                drafter_s=drafter_s,
+                draft_s=draft_s,
+                draft_layer_nodes=layers,
+                step_s=1.0,
+            )
         )
         tracked.observe(record(drafter_s=0.4, draft_s=0.4, draft_layer_nodes=(1,), step_s=1.0, catch_up_tokens=400))
     cost = tracked.model()
     assert cost.draft_sequence_s == pytest.approx(0.0002, rel=0.2)
-    assert cost.draft_layer_s == pytest.approx(0.010, rel=0.05)
-    assert cost.draft_node_s == pytest.approx(0.001, rel=0.05)
+    assert cost.draft_layer_s == pytest.approx(0.010, rel=0.1)
+    assert cost.draft_node_s == pytest.approx(0.001, rel=0.1)
     assert cost.draft_round_trip_s == pytest.approx(0.0007, abs=0.0005)
+
+
+def test_the_first_drafts_are_slow_and_hardly_count():
+    """First calls take ten times as long; right behind them drafting must not look that dear."""
+    tracked = tracker()
+    layers = (7, 20, 30)
+    usual_s = 0.001 + 7 * 0.0003 + 3 * 0.004 + 57 * 0.0002
+
+    def drafted(times: float) -> None:
+        tracked.observe(
+            record(sequences=7, drafted_requests=7, drafter_s=0.01, draft_s=times * usual_s, draft_layer_nodes=layers)
+        )
+
+    def predicted() -> float:
+        cost = tracked.model()
+        fixed_s = cost.draft_round_trip_s + 7 * cost.draft_sequence_s
+        return fixed_s + 3 * cost.draft_layer_s + 57 * cost.draft_node_s
+
+    for _ in range(3):
+        drafted(10.0)
+    assert predicted() < 4 * usual_s
+    for _ in range(5):
+        drafted(1.0)
+    assert predicted() == pytest.approx(usual_s, rel=0.3)
+    for _ in range(30):
+        drafted(2.0)
+    assert predicted() == pytest.approx(2 * usual_s, rel=0.15), "a lasting slow-down is believed"
 
 
 def test_errors_are_of_what_was_predicted_before_the_step():

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from planner.gate import PROBE_REQUESTS, PROBE_SHARE, DraftGate, Supply, outlook
+from planner.gate import PROBE_REQUESTS, PROBE_SHARE, Decision, DraftGate, Supply, outlook
 from planner.rule import BatchState
 from tests.planner.builders import linear_cost, plan_with
+from treeline.drafting import ALL_LAYERS
 from treeline.plan import Plan
 
 SATURATED = linear_cost(fixed_s=0.001, token_s=0.004, draft_round_trip_s=0.002, draft_layer_s=0.004)
@@ -18,10 +19,15 @@ WORTHY = np.asarray([0.7, 0.5, 0.3])
 
 
 def supply_of(gains: np.ndarray, requests: int = 1, layers: tuple[int, ...] = (1, 1, 1)) -> Supply:
+    """Every request's nodes are a chain, each of a layer of its own; of lookups alone if the model runs no layer."""
     supply = Supply()
     for _ in range(100):
-        supply.observe(requests, np.tile(gains, requests), layers)
+        supply.observe(requests, ALL_LAYERS, np.tile(gains, requests), chains(gains, requests, layers), layers)
     return supply
+
+
+def chains(gains: np.ndarray, requests: int, layers: tuple[int, ...]) -> np.ndarray:
+    return np.tile(np.arange(1, len(gains) + 1) if layers else np.zeros(len(gains), int), requests)
 
 
 def state(sequences: int, waiting: int = 0) -> BatchState:
@@ -39,9 +45,9 @@ def test_the_outlook_is_the_rule_over_what_drafts_offer():
 
 
 def test_what_is_offered_is_scaled_to_the_requests_at_hand():
-    nodes, gains = supply_of(WORTHY, requests=4).curve(32)
-    assert nodes[-1] == pytest.approx(96)
-    assert gains[-1] == pytest.approx(32 * 1.5)
+    nodes, gains = supply_of(WORTHY, requests=4).curves(32)
+    assert nodes[-1, -1] == pytest.approx(96)
+    assert gains[:4, -1] == pytest.approx([0, 32 * 0.7, 32 * 1.2, 32 * 1.5])
     assert (np.diff(nodes) >= 0).all()
 
 
@@ -76,14 +82,18 @@ class World:
         """Requests drafted in each step."""
         self.draft_s, asked, until_s = 0.0, [], self.now_s + seconds
         while self.now_s < until_s:
-            requests = self.gate.decide(sequences, sequences, state(sequences), plan, False, self.now_s).requests
-            asked.append(requests)
+            decision = self.gate.decide(sequences, sequences, state(sequences), plan, False, self.now_s)
+            asked.append(requests := decision.requests)
             self.now_s += 0.03
             if requests:
-                cost = plan.cost.draft_round_trip_s + 3 * plan.cost.draft_layer_s
+                layers = min(3, decision.layers)
+                cost = plan.cost.draft_round_trip_s + layers * plan.cost.draft_layer_s
                 self.now_s += cost
                 self.draft_s += cost
-                self.gate.drafted(requests, np.tile(gains, requests), (requests,) * 3, cost, self.now_s)
+                drafted = gains[:layers]
+                node_layers = chains(drafted, requests, (1,))
+                offered, ran = np.tile(drafted, requests), (requests,) * layers
+                self.gate.drafted(decision, offered, node_layers, ran, cost, self.now_s)
         return asked
 
 
@@ -106,9 +116,61 @@ def test_probes_find_out_that_the_text_has_become_easy():
     assert world.run(1.0, 16, plan, WORTHY).count(0) == 0
 
 
+LOOKUPS_FIRST = np.asarray([0, 0, 0, 1, 2, 3])
+"""Layers that the nodes of one request took: three found by lookups, and one of each layer of the model."""
+
+
+def test_where_the_draft_model_is_too_dear_lookups_go_on_alone():
+    gains = np.asarray([0.9, 0.8, 0.7, 0.6, 0.5, 0.45])
+    supply = Supply()
+    supply.observe(8, ALL_LAYERS, np.tile(gains, 8), np.tile(LOOKUPS_FIRST, 8), (8, 8, 8))
+    dear = outlook(supply, 8, 8, state(8), plan_with(replace(IDLE, draft_layer_s=0.1)), False)
+    assert (dear.layers, dear.gain > 0) == (0, True)
+    cheap = outlook(supply, 8, 8, state(8), plan_with(replace(IDLE, draft_layer_s=1e-5)), False)
+    assert cheap.layers == 3
+
+
+def test_a_first_draft_that_went_much_too_far_closes_nothing():
+    """Before costs and acceptance are known the drafter grows trees that no step could pay for."""
+    gate, plan = DraftGate(), plan_with(replace(IDLE, draft_node_s=0.001))
+    ran = (7, 44, 120, 113, 41, 24)
+    gains = np.repeat([0.6, 0.1, 0.02, 0.01, 0.005, 0.001], ran)
+    node_layers = np.repeat(np.arange(1, 7), ran)
+    first = gate.decide(7, 7, state(7), plan, False, 0.0)
+    gate.drafted(first, gains, node_layers, ran, 0.4, 0.5)
+    then = gate.decide(7, 7, state(7), plan, False, 0.5)
+    assert (then.requests, then.layers) == (7, 1)
+    assert then.expected_s == pytest.approx(0.002 + 0.004 + 7 * 0.001)
+
+
+def test_layers_that_are_not_run_are_remembered_and_tried_again():
+    world, now_and_then = World(DraftGate()), replace(IDLE, draft_layer_s=0.02)
+    plan = plan_with(now_and_then)
+    gains = np.asarray([0.8, 0.05, 0.02])
+    world.run(2.0, 4, plan, gains)
+    decisions = []
+    for _ in range(400):
+        decisions.append(decision := world.gate.decide(4, 4, state(4), plan, False, world.now_s))
+        layers = min(3, decision.layers)
+        offered, node_layers = np.tile(gains[:layers], 4), np.tile(np.arange(1, layers + 1), 4)
+        world.now_s += 0.1
+        world.gate.drafted(decision, offered, node_layers, (4,) * layers, layers * 0.02, world.now_s)
+    assert {decision.layers for decision in decisions} == {1, ALL_LAYERS}
+    assert 4 < sum(decision.layers == ALL_LAYERS for decision in decisions) < 16
+
+
+def test_a_draft_that_something_held_up_does_not_put_off_the_next_probe():
+    gate, plan = DraftGate(), plan_with(SATURATED)
+    gate.drafted(Decision(32), np.tile(WORTHY, 32), chains(WORTHY, 32, (1,)), (32,) * 3, 0.014, 0.0)
+    probe = gate.decide(32, 32, state(32), plan, False, 10.0)
+    assert probe.reason == "probing"
+    gate.drafted(probe, np.tile(WORTHY, 8), chains(WORTHY, 8, (1,)), (8,) * 3, 5.0, 15.0)
+    assert gate.decide(32, 32, state(32), plan, False, 17.0).reason == "probing"
+
+
 def test_near_the_break_even_drafting_does_not_flap():
     supply, gate, random = supply_of(WORTHY), DraftGate(), np.random.default_rng(0)
-    gate.drafted(1, WORTHY, (1, 1, 1), 0.01, 0.0)
+    gate.drafted(Decision(1), WORTHY, chains(WORTHY, 1, (1,)), (1, 1, 1), 0.01, 0.0)
     low, high = 0.0, 0.2
     for _ in range(40):  # the round trip at which drafting just pays
         middle = (low + high) / 2
@@ -132,5 +194,5 @@ def test_a_drafter_that_is_late_is_left_alone_for_longer_each_time():
             now_s += 0.1
         waits.append(now_s - asked_s)
     assert waits == pytest.approx([2, 4, 8, 16], abs=0.2)
-    gate.drafted(1, WORTHY, (1, 1, 1), 0.01, now_s)
+    gate.drafted(Decision(1), WORTHY, chains(WORTHY, 1, (1,)), (1, 1, 1), 0.01, now_s)
     assert gate.decide(1, 1, state(1), plan, False, now_s).requests == 1

@@ -163,3 +163,47 @@ def test_what_became_of_a_requests_drafts_counts_in_its_own_next_trees(model):
     assert sequence.acceptance.ratio < 0.5
     assert max(verified[:5]) == 4
     assert verified[-1] < 4
+
+
+class LateLink(ChainLink):
+    """Answers once, then never in time; its first answer tells what to expect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.released: list[int] = []
+        self.limits_s: list[float] = []
+
+    def draft(self, request: DraftRequest, timeout_s: float) -> DraftReply | None:
+        self.released += request.released
+        if request.sequences:
+            self.limits_s.append(timeout_s)
+        reply = super().draft(request, timeout_s)
+        return reply if len(self.limits_s) == 1 else None
+
+
+def test_a_late_draft_is_given_up_early_and_its_session_released(model):
+    link = LateLink()
+    engine = Engine(model, link, lambda: plan(0.010, 0.0002, draft_round_trip_s=0.001), CONFIG)
+    engine.add(request("r"))
+    for _ in range(60):
+        engine.step()
+    first, second, *more = link.limits_s
+    assert first == CONFIG.verifier.draft_timeout_s, "nothing is known yet"
+    assert second < 0.1
+    assert more == sorted(more), "what comes late again and again was predicted wrong"
+    engine.abort(["r"])
+    assert engine.has_work
+    engine.step()
+    assert link.released == [1]
+    assert not engine.has_work
+
+
+def test_a_request_that_was_only_ever_drafted_late_is_released_too(model):
+    link = LateLink()
+    link.limits_s.append(0.0)  # even the first answer is late
+    engine = Engine(model, link, lambda: plan(0.010, 0.0002), CONFIG)
+    steps(engine, [request("r")], 3)
+    assert link.asked
+    engine.abort(["r"])
+    engine.step()
+    assert link.released == [1]

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atreeline/v1/drafting.proto\x12\x0btreeline.v1\"l\n\rDraftSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x1a\n\x12repetition_penalty\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x06\"\xe1\x01\n\rDraftSequence\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.treeline.v1.DraftSampling\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12\x11\n\tmax_nodes\x18\x06 \x01(\r\x12\x11\n\tmax_depth\x18\x07 \x01(\r\x12\x0e\n\x06weight\x18\x08 \x01(\x01\x12\x14\n\x0c\x66\x65\x61ture_rows\x18\t \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\n \x01(\x0c\"`\n\x0c\x44raftRequest\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12-\n\tsequences\x18\x02 \x03(\x0b\x32\x1a.treeline.v1.DraftSequence\x12\x10\n\x08released\x18\x03 \x03(\x04\"s\n\x04Tree\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0f\n\x07parents\x18\x03 \x03(\x11\x12\x13\n\x0b\x64raft_probs\x18\x04 \x03(\x02\x12\r\n\x05ranks\x18\x05 \x01(\x0c\x12\x0f\n\x07sources\x18\x06 \x01(\x0c\"0\n\nHeldTokens\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\xcf\x01\n\rDraftResponse\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12 \n\x05trees\x18\x02 \x03(\x0b\x32\x11.treeline.v1.Tree\x12%\n\x04held\x18\x03 \x03(\x0b\x32\x17.treeline.v1.HeldTokens\x12\x0f\n\x07\x64raft_s\x18\x04 \x01(\x01\x12\x13\n\x0blayer_nodes\x18\x05 \x03(\r\x12\x17\n\x0f\x63\x61tch_up_tokens\x18\x06 \x01(\r\x12\x14\n\x0cplan_version\x18\x07 \x01(\x04\x12\x0f\n\x07layer_s\x18\x08 \x03(\x01\"\x17\n\x15GetDrafterInfoRequest\"\xa8\x01\n\x16GetDrafterInfoResponse\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x19\n\x11vocabulary_sha256\x18\x03 \x01(\t\x12\x0f\n\x07layer_s\x18\x04 \x01(\x01\x12\x0e\n\x06node_s\x18\x05 \x01(\x01\x12\x15\n\rfeature_width\x18\x06 \x01(\r\x12\x16\n\x0e\x66\x65\x61ture_layers\x18\x07 \x03(\r2\xb0\x01\n\x0f\x44raftingService\x12\x42\n\x05\x44raft\x12\x19.treeline.v1.DraftRequest\x1a\x1a.treeline.v1.DraftResponse(\x01\x30\x01\x12Y\n\x0eGetDrafterInfo\x12\".treeline.v1.GetDrafterInfoRequest\x1a#.treeline.v1.GetDrafterInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atreeline/v1/drafting.proto\x12\x0btreeline.v1\"l\n\rDraftSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x1a\n\x12repetition_penalty\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x06\"\xf5\x01\n\rDraftSequence\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.treeline.v1.DraftSampling\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12\x11\n\tmax_nodes\x18\x06 \x01(\r\x12\x11\n\tmax_depth\x18\x07 \x01(\r\x12\x0e\n\x06weight\x18\x08 \x01(\x01\x12\x14\n\x0c\x66\x65\x61ture_rows\x18\t \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\n \x01(\x0c\x12\x12\n\nmax_layers\x18\x0b \x01(\r\"`\n\x0c\x44raftRequest\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12-\n\tsequences\x18\x02 \x03(\x0b\x32\x1a.treeline.v1.DraftSequence\x12\x10\n\x08released\x18\x03 \x03(\x04\"s\n\x04Tree\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0f\n\x07parents\x18\x03 \x03(\x11\x12\x13\n\x0b\x64raft_probs\x18\x04 \x03(\x02\x12\r\n\x05ranks\x18\x05 \x01(\x0c\x12\x0f\n\x07sources\x18\x06 \x01(\x0c\"0\n\nHeldTokens\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\xcf\x01\n\rDraftResponse\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12 \n\x05trees\x18\x02 \x03(\x0b\x32\x11.treeline.v1.Tree\x12%\n\x04held\x18\x03 \x03(\x0b\x32\x17.treeline.v1.HeldTokens\x12\x0f\n\x07\x64raft_s\x18\x04 \x01(\x01\x12\x13\n\x0blayer_nodes\x18\x05 \x03(\r\x12\x17\n\x0f\x63\x61tch_up_tokens\x18\x06 \x01(\r\x12\x14\n\x0cplan_version\x18\x07 \x01(\x04\x12\x0f\n\x07layer_s\x18\x08 \x03(\x01\"\x17\n\x15GetDrafterInfoRequest\"\xa8\x01\n\x16GetDrafterInfoResponse\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x19\n\x11vocabulary_sha256\x18\x03 \x01(\t\x12\x0f\n\x07layer_s\x18\x04 \x01(\x01\x12\x0e\n\x06node_s\x18\x05 \x01(\x01\x12\x15\n\rfeature_width\x18\x06 \x01(\r\x12\x16\n\x0e\x66\x65\x61ture_layers\x18\x07 \x03(\r2\xb0\x01\n\x0f\x44raftingService\x12\x42\n\x05\x44raft\x12\x19.treeline.v1.DraftRequest\x1a\x1a.treeline.v1.DraftResponse(\x01\x30\x01\x12Y\n\x0eGetDrafterInfo\x12\".treeline.v1.GetDrafterInfoRequest\x1a#.treeline.v1.GetDrafterInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,19 +34,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAFTSAMPLING']._serialized_start=43
   _globals['_DRAFTSAMPLING']._serialized_end=151
   _globals['_DRAFTSEQUENCE']._serialized_start=154
-  _globals['_DRAFTSEQUENCE']._serialized_end=379
-  _globals['_DRAFTREQUEST']._serialized_start=381
-  _globals['_DRAFTREQUEST']._serialized_end=477
-  _globals['_TREE']._serialized_start=479
-  _globals['_TREE']._serialized_end=594
-  _globals['_HELDTOKENS']._serialized_start=596
-  _globals['_HELDTOKENS']._serialized_end=644
-  _globals['_DRAFTRESPONSE']._serialized_start=647
-  _globals['_DRAFTRESPONSE']._serialized_end=854
-  _globals['_GETDRAFTERINFOREQUEST']._serialized_start=856
-  _globals['_GETDRAFTERINFOREQUEST']._serialized_end=879
-  _globals['_GETDRAFTERINFORESPONSE']._serialized_start=882
-  _globals['_GETDRAFTERINFORESPONSE']._serialized_end=1050
-  _globals['_DRAFTINGSERVICE']._serialized_start=1053
-  _globals['_DRAFTINGSERVICE']._serialized_end=1229
+  _globals['_DRAFTSEQUENCE']._serialized_end=399
+  _globals['_DRAFTREQUEST']._serialized_start=401
+  _globals['_DRAFTREQUEST']._serialized_end=497
+  _globals['_TREE']._serialized_start=499
+  _globals['_TREE']._serialized_end=614
+  _globals['_HELDTOKENS']._serialized_start=616
+  _globals['_HELDTOKENS']._serialized_end=664
+  _globals['_DRAFTRESPONSE']._serialized_start=667
+  _globals['_DRAFTRESPONSE']._serialized_end=874
+  _globals['_GETDRAFTERINFOREQUEST']._serialized_start=876
+  _globals['_GETDRAFTERINFOREQUEST']._serialized_end=899
+  _globals['_GETDRAFTERINFORESPONSE']._serialized_start=902
+  _globals['_GETDRAFTERINFORESPONSE']._serialized_end=1070
+  _globals['_DRAFTINGSERVICE']._serialized_start=1073
+  _globals['_DRAFTINGSERVICE']._serialized_end=1249
 # @@protoc_insertion_point(module_scope)

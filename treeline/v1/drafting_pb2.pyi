@@ -21,7 +21,7 @@ class DraftSampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class DraftSequence(_message.Message):
-    __slots__ = ("session_id", "start", "token_ids", "sampling", "policy", "max_nodes", "max_depth", "weight", "feature_rows", "features")
+    __slots__ = ("session_id", "start", "token_ids", "sampling", "policy", "max_nodes", "max_depth", "weight", "feature_rows", "features", "max_layers")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,7 @@ class DraftSequence(_message.Message):
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     FEATURE_ROWS_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
+    MAX_LAYERS_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     start: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -42,7 +43,8 @@ class DraftSequence(_message.Message):
     weight: float
     feature_rows: int
     features: bytes
-    def __init__(self, session_id: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[DraftSampling, _Mapping]] = ..., policy: _Optional[str] = ..., max_nodes: _Optional[int] = ..., max_depth: _Optional[int] = ..., weight: _Optional[float] = ..., feature_rows: _Optional[int] = ..., features: _Optional[bytes] = ...) -> None: ...
+    max_layers: int
+    def __init__(self, session_id: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[DraftSampling, _Mapping]] = ..., policy: _Optional[str] = ..., max_nodes: _Optional[int] = ..., max_depth: _Optional[int] = ..., weight: _Optional[float] = ..., feature_rows: _Optional[int] = ..., features: _Optional[bytes] = ..., max_layers: _Optional[int] = ...) -> None: ...
 
 class DraftRequest(_message.Message):
     __slots__ = ("step_id", "sequences", "released")
