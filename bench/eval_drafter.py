@@ -5,12 +5,9 @@ Whatever is measured, the text is given: a draft is right if the target's next t
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -38,8 +35,6 @@ POLICIES = {"chain:5": "chain:5", "tree:16": "eagle2:6,4,16"}
 """Names of the accepted lengths, and how they are drafted."""
 MAX_NODES, MAX_DEPTH = 64, 8
 BINS = 10
-TIMED_NODES = 8
-TIMED_ROUNDS = 10
 BLOCK_TOKENS = 16
 
 
@@ -235,46 +230,3 @@ class AnswerWriter:
                 break
         bits = torch.cat(features).view(torch.int16).numpy().view(np.uint16) if features else None
         return Answer(prompt.category, prompt_tokens, token_ids, bits)
-
-
-def pass_costs(model: LanguageModel, drafter: TreeDrafter) -> dict[str, float]:
-    """Seconds of a draft pass over 8 nodes and of target passes over 1, 6 and 17 tokens, interleaved, medians."""
-    cache = model.new_cache(256, BLOCK_TOKENS)
-    kv = cache.allocate(192)
-    assert kv is not None
-    model.forward([PackedSequence(kv, list(range(128)), logits="none")], cache)
-    cache.commit([(kv, list(range(128)))])
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for _ in range(TIMED_ROUNDS):
-        for tokens in (1, 6, 17):
-            started_s = time.perf_counter()
-            model.forward([PackedSequence(kv, [5] * tokens, np.asarray([-1] + [0] * (tokens - 1), np.int32))], cache)
-            seconds[f"target_{tokens}"].append(time.perf_counter() - started_s)
-            cache.commit([(kv, [])])
-        layer_s, node_s = drafter.measure()
-        seconds["draft_8"].append(layer_s + TIMED_NODES * node_s)
-    return {name: median(values) for name, values in seconds.items()}
-
-
-def predicted_speedup(accepted_length: float, tokens: int, layers: int, costs: dict[str, float]) -> float:
-    """Of steps that draft `layers` layers and verify `tokens` tokens: E * C(1) / (C(tokens) + drafting)."""
-    return accepted_length * costs["target_1"] / (costs[f"target_{tokens}"] + layers * costs["draft_8"])
-
-
-def plot_acceptance(path: Path, summaries: dict[str, dict[str, Any]]) -> None:
-    """Acceptance by depth, and reliability, of each drafter."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    depth, reliability_axes = figure.subplots(1, 2)
-    for name, summary in summaries.items():
-        by_depth = summary["acceptance_by_depth"]
-        depth.plot(list(map(int, by_depth)), list(by_depth.values()), marker="o", label=name)
-        rows = summary["reliability"]
-        reliability_axes.plot([r["probability"] for r in rows], [r["accepted"] for r in rows], marker="o", label=name)
-    depth.set(xlabel="depth", ylabel="share of reached nodes with an accepted child", ylim=(0, 1), title="tree of 16")
-    reliability_axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
-    reliability_axes.set(xlabel="drafter's probability", ylabel="accepted", title="reliability")
-    depth.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)

@@ -59,8 +59,13 @@ class PeerRow:
 
 @dataclass
 class Lineup:
-    """Who takes part, and who cannot. The first peer's answers are the reference."""
+    """Who takes part, and who cannot. The first peer's answers are the reference.
 
+    Attributes:
+        on_progress: called with who is built next: some convert the model for a while.
+    """
+
+    on_progress: Callable[[str], None] = lambda what: None
     peers: list[Peer] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
 
@@ -68,6 +73,7 @@ class Lineup:
         self, system: str, mode: str, build: Callable[[], Answerer], *, serial: bool = False, note: str = ""
     ) -> None:
         """Build a peer, or note why it is missing."""
+        self.on_progress(f"loading {system} {mode}")
         try:
             self.peers.append(Peer(system, mode, build(), serial, note))
         except MissingPeerError as error:
@@ -87,9 +93,9 @@ def run_peers(
     A peer that fails on its first prompt is moved to the missing ones.
 
     Args:
-        on_progress: called with what comes next, once for each peer and concurrency in each round.
+        on_progress: called with what comes next: each peer's warm-up, each peer at each concurrency in each round.
     """
-    _warm_up(lineup, prompts[:1])
+    _warm_up(lineup, prompts[:1], on_progress)
     rates: dict[tuple[int, int], list[float]] = {}
     answers: dict[tuple[int, int], Answers] = {}
     for _ in range(rounds):
@@ -112,8 +118,9 @@ def run_peers(
     return rows
 
 
-def _warm_up(lineup: Lineup, prompts: list[list[int]]) -> None:
+def _warm_up(lineup: Lineup, prompts: list[list[int]], on_progress: Callable[[str], None]) -> None:
     for peer in list(lineup.peers):
+        on_progress(f"{peer.system} {peer.mode}, warm-up")
         try:
             peer.answer(prompts, 1)
         except MissingPeerError as error:

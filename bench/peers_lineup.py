@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,14 +27,16 @@ def build_lineup(
     curves: tuple[CostCurve, ...],
     max_tokens: int,
     concurrencies: list[int],
+    on_progress: Callable[[str], None] = lambda what: None,
 ) -> Lineup:
     """All peers, transformers' plain `generate` first.
 
     Args:
         model: the configuration's target; decides the type in which transformers runs it too.
         curves: of this device, for the planner.
+        on_progress: called with who is loaded next.
     """
-    spec, lineup = config.verifier.target.model, Lineup()
+    spec, lineup = config.verifier.target.model, Lineup(on_progress)
     hf = load_transformers(spec, model)
 
     def assisted() -> Answerer:

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import ConfigFile
-from treeline.config import load_config
+from cli.options import ConfigFile, JsonFile, Prompts
+from treeline.config import Config, load_config
+from treeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from bench.common import Prompt
     from bench.peers import Missing, PeerRow
 
 
 def peers(
     config: ConfigFile = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="JSON lines of {id, category, turns}; own prompts by default.")
-    ] = None,
+    prompts: Prompts = None,
     limit: Annotated[int, typer.Option(min=1, help="Use the first so many prompts.")] = 8,
     max_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of each answer.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="How often every system answers all prompts, in turns.")] = 3,
     concurrency: Annotated[
         list[int] | None, typer.Option(min=1, help="Requests at a time; may be given repeatedly.  [default: 1, 8]")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Compare greedy decoding end to end with transformers, OpenVINO GenAI and llama.cpp; names whoever is missing.
 
@@ -37,65 +34,67 @@ def peers(
 
     from dataclasses import asdict
 
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from bench.common import OWN_PROMPTS, load_prompts, write_report
-    from bench.local_engine import encode
-    from bench.peers import run_peers
-    from bench.peers_lineup import build_lineup
-    from lm.model import LanguageModel
-    from treeline.errors import ConfigError
-    from verifier_svc.profile_cache import verification_profile
 
     texts = load_prompts(prompts or OWN_PROMPTS, limit)
-    console = Console()
-    columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=None)
-        model = LanguageModel.load(loaded.verifier.target)
-        encoded = [encode(model.tokenizer, prompt) for prompt in texts]
-        room = min(model.max_context_tokens, loaded.limits.max_context_tokens) - max_tokens
-        if any(len(prompt) > room for prompt in encoded):
-            raise ConfigError(f"a prompt and its {max_tokens} new tokens exceed the context of {room + max_tokens}")
-        cache = model.new_cache(loaded.verifier.kv_cache_tokens, loaded.verifier.kv_block_tokens)
-        curves = verification_profile(model, cache)
-        del cache
-        lineup = build_lineup(model, loaded, curves, max_tokens, concurrencies)
-        runs = sum(1 if peer.serial else len(concurrencies) for peer in lineup.peers)
-        bar.update(task, total=1 + rounds * runs, description="warming up")
-        rows = run_peers(
-            lineup,
-            encoded,
-            model.eos_token_ids,
-            rounds,
-            concurrencies,
-            lambda what: bar.update(task, advance=1, description=what),
-        )
-    _show(console, rows, lineup.missing)
+    rows, missing = _measure(loaded, texts, max_tokens, rounds, concurrencies)
+    _show(rows, missing)
     if json_file is not None:
         described = {
             "config": loaded.model_dump(mode="json"),
-            "prompts": len(encoded),
+            "prompts": len(texts),
             "max_tokens": max_tokens,
             "rounds": rounds,
         }
-        missing = [asdict(peer) for peer in lineup.missing]
-        write_report(json_file, described, [asdict(row) for row in rows], missing=missing)
+        write_report(json_file, described, [asdict(row) for row in rows], missing=[asdict(peer) for peer in missing])
 
 
-def _show(console: Console, rows: list[PeerRow], missing: list[Missing]) -> None:
-    from rich.table import Table
+def _measure(
+    config: Config, texts: list[Prompt], max_tokens: int, rounds: int, concurrencies: list[int]
+) -> tuple[list[PeerRow], list[Missing]]:
+    from bench.local_engine import encode
+    from bench.peers import run_peers
+    from bench.peers_lineup import build_lineup
+    from cli.shown import Counted
+    from lm.model import LanguageModel
+    from verifier_svc.profile_cache import verification_profile
 
+    with Counted("loading") as bar:
+        model = LanguageModel.load(config.verifier.target)
+        encoded = [encode(model.tokenizer, prompt) for prompt in texts]
+        most = min(model.max_context_tokens, config.limits.max_context_tokens)
+        if max(map(len, encoded)) + max_tokens > most:
+            raise ConfigError(f"a prompt and its {max_tokens} new tokens exceed the context of {most}")
+        cache = model.new_cache(config.verifier.kv_cache_tokens, config.verifier.kv_block_tokens)
+        curves = verification_profile(model, cache)
+        del cache
+        lineup = build_lineup(model, config, curves, max_tokens, concurrencies, bar.begin)
+        runs = sum(1 if peer.serial else len(concurrencies) for peer in lineup.peers)
+        bar.expect(len(lineup.peers) + len(lineup.missing) + len(lineup.peers) + rounds * runs)
+        rows = run_peers(lineup, encoded, model.eos_token_ids, rounds, concurrencies, bar.begin)
+    return rows, lineup.missing
+
+
+def _show(rows: list[PeerRow], missing: list[Missing]) -> None:
+    from rich.console import Console
+
+    from cli.shown import table
+
+    console = Console()
     ours = {row.concurrency: row.tokens_per_s for row in rows if (row.system, row.mode) == ("treeline", "smart")}
-    table = Table(title="greedy decoding, end to end")
-    for heading in ("system", "mode", "at a time", "tokens/s", "of smart", "agreement"):
-        table.add_column(heading, justify="left" if heading in ("system", "mode") else "right")
-    for row in sorted(rows, key=lambda row: row.concurrency):
-        ratio = row.tokens_per_s / ours[row.concurrency]
-        numbers = (str(row.concurrency), f"{row.tokens_per_s:.1f}", f"{ratio:.2f}", f"{row.agreement:.0%}")
-        table.add_row(row.system, row.mode, *numbers)
-    console.print(table)
+    headings = ("system", "mode", "at a time", "tokens/s", "of smart", "agreement")
+    lines = [
+        [
+            row.system,
+            row.mode,
+            str(row.concurrency),
+            f"{row.tokens_per_s:.1f}",
+            f"{row.tokens_per_s / ours[row.concurrency]:.2f}",
+            f"{row.agreement:.0%}",
+        ]
+        for row in sorted(rows, key=lambda row: row.concurrency)
+    ]
+    console.print(table("greedy decoding, end to end", headings, lines, names=2))
     for note in dict.fromkeys(row.note for row in rows if row.note):
         who = dict.fromkeys(f"{row.system} {row.mode}" for row in rows if row.note == note)
         console.print(f"{', '.join(who)}: {note}", highlight=False)

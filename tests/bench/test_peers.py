@@ -64,7 +64,7 @@ def test_who_cannot_be_built_or_cannot_answer_is_missing():
     rows = run_peers(lineup, PROMPTS, frozenset(), 2, [1], seen.append)
     assert [row.system for row in rows] == ["transformers"]
     assert [(m.mode, m.reason) for m in lineup.missing] == [("unbuilt", "not here"), ("mute", "not here")]
-    assert len(seen) == 2
+    assert seen == ["transformers plain, warm-up", "other mute, warm-up", *["transformers plain, 1"] * 2]
 
 
 def test_transformers_modes_answer_alike():

@@ -1,0 +1,106 @@
+"""What trials of a drafter say: summaries, the cost of passes, the speed-up that follows, a plot."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from bench.eval_drafter import BLOCK_TOKENS, DrafterTrial, Tally
+from drafter_svc.drafter import TreeDrafter
+from lm.model import LanguageModel
+from lm.packed import PackedSequence
+
+TIMED_NODES = 8
+TIMED_ROUNDS = 10
+
+
+def pass_costs(model: LanguageModel, drafter: TreeDrafter) -> dict[str, float]:
+    """Seconds of a draft pass over 8 nodes and of target passes over 1, 6 and 17 tokens, interleaved, medians."""
+    cache = model.new_cache(256, BLOCK_TOKENS)
+    kv = cache.allocate(192)
+    assert kv is not None
+    model.forward([PackedSequence(kv, list(range(128)), logits="none")], cache)
+    cache.commit([(kv, list(range(128)))])
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for _ in range(TIMED_ROUNDS):
+        for tokens in (1, 6, 17):
+            started_s = time.perf_counter()
+            model.forward([PackedSequence(kv, [5] * tokens, np.asarray([-1] + [0] * (tokens - 1), np.int32))], cache)
+            seconds[f"target_{tokens}"].append(time.perf_counter() - started_s)
+            cache.commit([(kv, [])])
+        layer_s, node_s = drafter.measure()
+        seconds["draft_8"].append(layer_s + TIMED_NODES * node_s)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def predicted_speedup(accepted_length: float, tokens: int, layers: int, costs: dict[str, float]) -> float:
+    """Of steps that draft `layers` layers and verify `tokens` tokens: E * C(1) / (C(tokens) + drafting)."""
+    return accepted_length * costs["target_1"] / (costs[f"target_{tokens}"] + layers * costs["draft_8"])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that was found out about a drafter and its parts.
+
+    Attributes:
+        target: its name.
+        summaries: by kind of drafter.
+        by_category: the same by kind, then by category of prompt.
+        costs_s: of passes (see `pass_costs`).
+    """
+
+    target: str
+    summaries: dict[str, dict[str, Any]]
+    by_category: dict[str, dict[str, dict[str, Any]]]
+    costs_s: dict[str, float]
+
+    @property
+    def pass_ratio(self) -> float:
+        """A draft pass over 8 nodes, in target passes over 1 token."""
+        return self.costs_s["draft_8"] / self.costs_s["target_1"]
+
+
+def evaluation(model: LanguageModel, trials: dict[str, DrafterTrial], kind: str) -> Evaluation:
+    """What the trials of several kinds of drafter say; costs are those of `kind`."""
+    costs_s = pass_costs(model, trials[kind].drafter)
+
+    def described(tally: Tally) -> dict[str, Any]:
+        summary = tally.summary()
+        lengths = summary["accepted_length"]
+        speedups = {
+            "chain:5": predicted_speedup(lengths["chain:5"], 6, 5, costs_s),
+            "tree:16": predicted_speedup(lengths["tree:16"], 17, 6, costs_s),
+        }
+        return summary | {"predicted_speedup": speedups}
+
+    by_kind = {
+        name: {category: described(tally) for category, tally in trial.tallies.items()}
+        for name, trial in trials.items()
+    }
+    summaries = {name: tallies.pop("") for name, tallies in by_kind.items()}
+    return Evaluation(model.name, summaries, by_kind, costs_s)
+
+
+def plot_acceptance(path: Path, summaries: dict[str, dict[str, Any]]) -> None:
+    """Acceptance by depth, and reliability, of each drafter."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    depth, reliability_axes = figure.subplots(1, 2)
+    for name, summary in summaries.items():
+        by_depth = summary["acceptance_by_depth"]
+        depth.plot(list(map(int, by_depth)), list(by_depth.values()), marker="o", label=name)
+        rows = summary["reliability"]
+        reliability_axes.plot([r["probability"] for r in rows], [r["accepted"] for r in rows], marker="o", label=name)
+    depth.set(xlabel="depth", ylabel="share of reached nodes with an accepted child", ylim=(0, 1), title="tree of 16")
+    reliability_axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
+    reliability_axes.set(xlabel="drafter's probability", ylabel="accepted", title="reliability")
+    depth.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
