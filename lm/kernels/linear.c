@@ -99,14 +99,16 @@ static void multiply_all(
     for (int side = 0; side < ROWS; side += 16) {
         const float(*w)[ROWS] = (const float(*)[ROWS])(weights[0] + side), *x = inputs;
         float(*s)[ROWS] = (float(*)[ROWS])(sums[0] + side);
-        int64_t left = tokens;
-        for (; left >= TOKENS; left -= TOKENS, x += TOKENS * stride, s += TOKENS) multiply(w, x, stride, s, TOKENS, 2);
-        switch (left) {
-            case 5: multiply(w, x, stride, s, 5, 2); break;
-            case 4: multiply(w, x, stride, s, 4, 2); break;
-            case 3: multiply(w, x, stride, s, 3, 2); break;
-            case 2: multiply(w, x, stride, s, 2, 2); break;
-            case 1: multiply(w, x, stride, s, 1, 2); break;
+        for (int64_t left = tokens, now; left; left -= now, x += now * stride, s += now) {
+            now = left <= TOKENS ? left : left <= TOKENS + 2 ? 4 : TOKENS; /* 6 and 2 are slower than 4 and 4 */
+            switch (now) {
+                case 6: multiply(w, x, stride, s, 6, 2); break;
+                case 5: multiply(w, x, stride, s, 5, 2); break;
+                case 4: multiply(w, x, stride, s, 4, 2); break;
+                case 3: multiply(w, x, stride, s, 3, 2); break;
+                case 2: multiply(w, x, stride, s, 2, 2); break;
+                case 1: multiply(w, x, stride, s, 1, 2); break;
+            }
         }
     }
 }
