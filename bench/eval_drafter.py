@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from bench.common import Prompt
 from bench.local_engine import encode
 from drafter_svc.drafter import TreeDrafter
-from lm.features import FeatureTap
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from planner.calibration import Calibrator
@@ -210,7 +209,7 @@ class AnswerWriter:
     def __init__(self, model: LanguageModel, layers: tuple[int, ...] | None, max_tokens: int) -> None:
         """`layers`: what the head reads besides the final states; None keeps nothing."""
         self._model, self._max_tokens = model, max_tokens
-        self._tap = FeatureTap(model.hf, layers) if layers is not None else None
+        self._tap = model.tap(layers) if layers is not None else None
 
     def answer(self, prompt: Prompt) -> Answer:
         token_ids = encode(self._model.tokenizer, prompt)

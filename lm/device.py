@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from lm.native import library
 from treeline.config import ModelConfig
@@ -52,6 +56,24 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def has_bfloat16_kernels() -> bool:
     """True if oneDNN has bfloat16 kernels for this processor; torch's own are slower than float32."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def upload(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """`array` on `device`. On CUDA through pinned memory, and without waiting; on the CPU not even copied."""
+    tensor = torch.from_numpy(array)
+    # torch gives pinned memory back for reuse only when the copies that read it are done.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def download(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """`tensor` on the host, and what waits until it is there: on CUDA it comes through pinned memory meanwhile."""
+    if tensor.device.type != "cuda":
+        return tensor, lambda: None
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived.synchronize
 
 
 def processor_name() -> str:

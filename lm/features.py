@@ -32,8 +32,16 @@ class FeatureTap:
 
     def take(self) -> Tensor:
         """The last pass' features [tokens, width] in the model's dtype, layers in order, the normed output last."""
+        return torch.cat(self.parts(), dim=-1)
+
+    def parts(self) -> list[Tensor]:
+        """The same by layer, each [tokens, hidden], which are then the caller's; empty once taken."""
         parts, self._parts = self._parts, []
-        return torch.cat(parts, dim=-1)
+        return parts
+
+    def put(self, parts: list[Tensor]) -> None:
+        """These are the last pass' parts: a captured pass runs without the modules that they are read off."""
+        self._parts = parts
 
     def close(self) -> None:
         """Read no more."""

@@ -14,7 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lm.device import upload
 from lm.prefix_index import PrefixIndex
+
+TILE_SLOTS = 128
+"""The storage is whole tiles of so many slots, as blocked kernels like to read it."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,10 @@ class KVCache:
     Args:
         layers: one shape per layer.
         num_tokens: rounded down to whole blocks, at least one.
+
+    Attributes:
+        keys, values: per layer [slots, kv_heads, head_dim], views of the storage.
+        trash_slot: behind all blocks; what is written there belongs to nobody.
     """
 
     def __init__(
@@ -98,7 +106,8 @@ class KVCache:
         self._index = PrefixIndex(block_tokens)
         # One storage [tensors, slots, kv_heads, head_dim] per distinct shape: a plain model has one for all its layers.
         shapes = [(s.kv_heads, dim) for s in layers for dim in (s.key_dim, s.value_dim)]
-        slots = self.total_blocks * block_tokens
+        self.trash_slot = self.total_blocks * block_tokens
+        slots = (self.trash_slot // TILE_SLOTS + 1) * TILE_SLOTS
         storages = {
             shape: torch.zeros(count, slots, *shape, dtype=dtype, device=device)
             for shape, count in Counter(shapes).items()
@@ -107,7 +116,6 @@ class KVCache:
         views = [next(tensors[shape]) for shape in shapes]
         self._storages = list(storages.values())
         self.keys, self.values = views[::2], views[1::2]
-        """Per layer [slots, kv_heads, head_dim], views of the storage."""
 
     @property
     def free_blocks(self) -> int:
@@ -189,7 +197,7 @@ class KVCache:
             sequence.scratch = 0
         if not sources:
             return
+        device = self._storages[0].device
+        source, target = upload(np.concatenate(sources), device), upload(np.concatenate(targets), device)
         for storage in self._storages:
-            source = torch.from_numpy(np.concatenate(sources)).to(storage.device)
-            target = torch.from_numpy(np.concatenate(targets)).to(storage.device)
             storage.index_copy_(1, target, storage.index_select(1, source))

@@ -6,14 +6,18 @@ import inspect
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from lm.attention import CONTEXT, IMPLEMENTATION, Probe, TreeAttention, UnsupportedAttentionError
+from lm.attention import CONTEXT, IMPLEMENTATION, AttentionContext, Probe, UnsupportedAttentionError
 from lm.device import torch_device, torch_dtype
+from lm.features import FeatureTap
 from lm.fused import fuse_layers
+from lm.graphs import Outputs
 from lm.kv_cache import KVCache, LayerShape
-from lm.packed import PackedSequence, pack
+from lm.packed import PackedSequence
 from lm.packed_linear import pack_linear_layers, read_bytes
+from lm.passes import Passes
 from lm.store import load_tokenizer, model_name, one_line, progress_bars, resolve_model
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
@@ -29,6 +33,7 @@ class LanguageModel:
         max_context_tokens: longest sequence it can attend over.
         eos_token_ids: tokens that end a text.
         architecture: its class in transformers.
+        passes: how its passes are run.
     """
 
     def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
@@ -38,9 +43,11 @@ class LanguageModel:
         self.architecture = type(hf).__name__
         self.device = hf.device
         self.dtype = hf.dtype
-        self.layers, self.vocab_size = _probe(hf)
+        self.layers, self.vocab_size, windows = _probe(hf)
         self.max_context_tokens = _max_context_tokens(hf.config.get_text_config())
         self.eos_token_ids = _eos_token_ids(hf, tokenizer)
+        self.passes = Passes(windows, self.device)
+        self._tap: FeatureTap | None = None
 
     @classmethod
     def load(cls, config: ModelConfig) -> LanguageModel:
@@ -103,25 +110,52 @@ class LanguageModel:
         """
         if not sequences:
             return torch.empty(0, self.vocab_size, device=self.device)
-        batch = pack(sequences)
-        token_ids, positions, rows = (
-            torch.from_numpy(column).to(self.device) for column in (batch.token_ids, batch.positions, batch.rows)
-        )
+        logits, *features = self.passes.run(self._run, sequences, cache)
+        if self._tap is not None:
+            self._tap.put(features)
+        return logits.float()
+
+    def capture(self, cache: KVCache) -> None:
+        """On CUDA capture the passes over this idle cache, in bounded time and memory, and log how long it took."""
+        self.passes.capture(self._run, cache)
+
+    def tap(self, layers: tuple[int, ...]) -> FeatureTap:
+        """Read the features of these layers off every pass, until it is closed or another tap takes its place.
+
+        Raises:
+            ConfigError: as `FeatureTap`.
+        """
+        tap = FeatureTap(self.hf, layers)
+        if self._tap is not None:
+            self._tap.close()
+        self._tap = tap
+        self.passes.forget_captured()
+        return tap
+
+    def _run(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        states: Tensor | None,
+        rows: Tensor | None,
+        context: AttentionContext,
+    ) -> Outputs:
+        """The `Body` of its passes: logits, then what the tap reads off."""
+        if self._tap is not None:
+            self._tap.put([])
         output = self.hf(
             input_ids=token_ids[None],
             position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=rows,
-            **{CONTEXT: TreeAttention(batch, cache)},
+            logits_to_keep=0 if rows is None else rows,
+            **{CONTEXT: context},
         )
-        for sequence in sequences:
-            sequence.cache.scratch += len(sequence.token_ids)
-        return output.logits[0].float()
+        return output.logits[0], *(() if self._tap is None else self._tap.parts())
 
 
 @torch.inference_mode()
-def _probe(hf: PreTrainedModel) -> tuple[list[LayerShape], int]:
-    """What each layer stores, and the width of the logits, from a pass over two tokens.
+def _probe(hf: PreTrainedModel) -> tuple[list[LayerShape], int, set[int | None]]:
+    """What each layer stores, the width of the logits, and the windows of attention, from a pass over two tokens.
 
     Raises:
         ConfigError: this architecture's state is more than plain keys and values, or it is not decoder-only.
@@ -159,7 +193,8 @@ def _probe(hf: PreTrainedModel) -> tuple[list[LayerShape], int]:
         for layer, kind in enumerate(getattr(config, "layer_types", None) or ())
     ):
         raise refuse("its sliding layers do not tell their window")
-    return [probe.shapes[layer] for layer in range(config.num_hidden_layers)], logits.shape[2]
+    shapes = [probe.shapes[layer] for layer in range(config.num_hidden_layers)]
+    return shapes, logits.shape[2], set(probe.windows.values())
 
 
 def _let_go_of_files(hf: PreTrainedModel) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lm.device import download, upload
 from lm.features import FeatureTap
 from lm.model import LanguageModel
 from treeline.drafting import NO_FEATURES, FeatureSpec
@@ -37,6 +38,8 @@ class HiddenStates:
         self._spec: FeatureSpec | None = None
         self._tap: FeatureTap | None = None
         self._rows: dict[int, deque[NDArray[np.uint16]]] = {}
+        self._wait: Callable[[], None] = lambda: None
+        """Until the last rows have come from the device."""
         self._sent_tokens: dict[int, int] = {}
 
     def follow(self, spec: FeatureSpec | None) -> None:
@@ -52,7 +55,7 @@ class HiddenStates:
         if spec is None:
             return
         try:
-            self._tap = FeatureTap(self._model.hf, spec.layers)
+            self._tap = self._model.tap(spec.layers)
         except ConfigError as error:
             logger.warning("the drafter's head gets no features: %s", error)
             return
@@ -80,8 +83,9 @@ class HiddenStates:
         for sequence, tokens in batch.prefilling:
             chosen.append((sequence, np.arange(first + max(0, tokens - self._window_tokens), first + tokens)))
             first += tokens
-        rows = torch.from_numpy(np.concatenate([rows for _, rows in chosen])).to(self._model.device)
-        values = self._tap.take()[rows].to("cpu", torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        rows = upload(np.concatenate([rows for _, rows in chosen]), self._model.device)
+        bits, self._wait = download(self._tap.take()[rows].bfloat16().view(torch.int16))
+        values = bits.numpy().view(np.uint16)
         start = 0
         for sequence, indices in chosen:
             kept = self._rows.setdefault(sequence.session_id, deque(maxlen=self._window_tokens))
@@ -93,6 +97,7 @@ class HiddenStates:
 
         What would make the message too large stays for a later step.
         """
+        self._wait()
         budget_bytes = self._budget_bytes
         found = []
         for sequence in sequences:

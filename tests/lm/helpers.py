@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.attention.flex_attention
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from lm.kv_cache import KVCache, SequenceCache
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
+from lm.passes import Passes
+
+
+def pad_passes(passes: Passes) -> None:
+    """Run them padded on the CPU as well, uncompiled and uncaptured."""
+    passes.padded = True
+    # torch would compile the uncompiled kernel's steps one by one.
+    torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
 
 
 @torch.inference_mode()

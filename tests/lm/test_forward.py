@@ -10,6 +10,7 @@ from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from tests.lm.helpers import (
     fragmented,
+    pad_passes,
     path_to,
     prefill,
     random_parents,
@@ -21,9 +22,16 @@ from tests.lm.tiny import CONFIGS, tiny_model, tiny_tokenizer
 TIGHT = {"rtol": 1e-4, "atol": 2e-5}
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
+PADDED = ["llama", "mistral-sliding", "gemma2-softcap", "gpt2"]
+
+
+@pytest.fixture(scope="module", params=[*CONFIGS, *(f"{kind}, padded" for kind in PADDED)])
 def model(request: pytest.FixtureRequest) -> LanguageModel:
-    return LanguageModel.from_hf(tiny_model(request.param), tiny_tokenizer())
+    kind, _, padded = request.param.partition(", ")
+    made = LanguageModel.from_hf(tiny_model(kind), tiny_tokenizer())
+    if padded:
+        pad_passes(made.passes)
+    return made
 
 
 def test_the_reference_tells_tokens_apart(model: LanguageModel) -> None:
