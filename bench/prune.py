@@ -9,7 +9,7 @@ from statistics import median
 import numpy as np
 
 from planner.calibration import prior
-from planner.gate import DraftGate
+from planner.gate import Decision, DraftGate
 from planner.policies import parse_policy
 from planner.rule import BatchState, Candidate, Frontier, another_layer, prune_batch
 from treeline.plan import CostCurve, CostModel, Plan
@@ -24,9 +24,9 @@ WARM_UP = 20
 def run_prune(requests: Sequence[int], nodes: Sequence[int], repeats: int, seed: int = 0) -> Iterator[dict]:
     """Rows of median, lowest and highest microseconds, for every number of requests and of each one's nodes.
 
-    Timed are all decisions of a step: whether to draft (gate), whether to draft another layer (asked once a layer, here
-    of as many nodes as the square root of a tree's), which nodes to verify (prune_batch), and cutting the trees to
-    these. Trees are random; the context grows with every repeat, as it does in service.
+    Timed are all decisions of a step: whether to draft (gate), whether to draft another layer (asked once a layer),
+    which nodes to verify (prune_batch), and cutting the trees to these. Trees are random; the context grows with every
+    repeat, as it does in service.
     """
     random = np.random.default_rng(seed)
     for batch in requests:
@@ -39,14 +39,14 @@ def _decisions(random: np.random.Generator, requests: int, nodes: int) -> dict[s
     """What a step decides, each as a function of how often it was asked."""
     smart, plan = parse_policy("smart"), _plan()
     candidates = [Candidate(_tree(random, nodes), smart, 1.0, bool(i % 2)) for i in range(requests)]
-    layer = [c.tree.draft_probs[: int(nodes**0.5)] for c in candidates]
-    frontiers = [Frontier(smart, 1.0, scores, 2, c.sampled) for scores, c in zip(layer, candidates, strict=True)]
+    frontiers = [Frontier(smart, 1.0, 8, float(random.uniform(1, 4)), 2, c.sampled) for c in candidates]
 
     def state(repeat: int) -> BatchState:
         return BatchState(requests, 256 + repeat, 0.004, 0)
 
     pruning, gate = prune_batch(candidates, state(0), plan), DraftGate()
-    gate.drafted(requests, pruning.gains, (requests,) * 4, 0.004, 0.0)
+    node_layers = np.concatenate([c.tree.depths for c in candidates])
+    gate.drafted(Decision(requests), pruning.gains, node_layers, (requests,) * MAX_DEPTH, 0.004, 0.0)
     return {
         "gate": lambda repeat: gate.decide(requests, requests, state(repeat), plan, False, 0.0),
         "another_layer": lambda repeat: another_layer(frontiers, plan),

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bench.simulator.conditions import CONDITIONS
 from treeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bench.simulator.load import Load
+    from bench.simulator.simulation import Result, Scenario
+    from bench.simulator.worlds import AcceptanceLaw
 
 POLICIES = "off chain:4 eagle2:4,4,12 eagle2:6,10,60 sequoia:16,6 smartspec vllm-adaptive smart-paper smart"
 LOADS = "1 2 4 8 16 32 64"
@@ -39,53 +46,74 @@ def simulate(
     over_confidence: Annotated[
         float | None, typer.Option(min=0.1, help="The drafter claims so many times the true probability.")
     ] = None,
-    noisy_neighbour: Annotated[
-        float, typer.Option(min=1, help="Passes take so many times as long a quarter of the time.")
-    ] = 1.0,
-    drift: Annotated[float, typer.Option(min=0.1, help="Passes take so many times as long at the end.")] = 1.0,
-    heavy_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of requests whose tokens weigh four times as much.")
-    ] = 0.0,
+    conditions: Annotated[
+        str, typer.Option(help="What disturbs it, separated by spaces: " + ", ".join(CONDITIONS) + ".")
+    ] = "steady",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a picture (PNG) here.")] = None,
 ) -> None:
-    """Simulate policies over load: real decisions, simulated passes. Prints a Markdown table."""
-    from dataclasses import asdict, replace
-
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from bench.common import write_report
+    """Simulate policies over load: real decisions, simulated passes. Prints Markdown tables."""
     from bench.simulator.devices import measured
     from bench.simulator.devices import preset as preset_device
     from bench.simulator.load import parse_load
-    from bench.simulator.report import markdown, plot, rows, run_all
-    from bench.simulator.simulation import Result, Scenario
-    from bench.simulator.worlds import EAGLE3_LIKE, law_from_trace
+    from bench.simulator.simulation import Scenario
 
     device = measured(curves, draft_layer_ms / 1e3, draft_node_ms / 1e3) if curves else preset_device(preset)
-    law = law_from_trace(trace) if trace else EAGLE3_LIKE
-    if over_confidence is not None:
-        law = replace(law, over_confidence=over_confidence)
+    law = _law(trace, over_confidence)
+    scenario = Scenario(device, law, steps, seed, replicas, prompt_tokens, output_tokens)
     names, parsed = _policies(policies), [parse_load(load) for load in dict.fromkeys(loads.split())]
-    if not names or not parsed:
-        raise ConfigError("at least one policy and one load")
-    scenario = Scenario(
-        device, law, steps, seed, replicas, prompt_tokens, output_tokens, noisy_neighbour, drift, heavy_share
-    )
-    results: list[Result] = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("simulating", total=len(names) * len(parsed))
-        for result in run_all(scenario, names, parsed):
-            results.append(result)
-            progress.update(task, advance=1, description=f"{result.policy} at {result.load}")
-    made = rows(results, parsed, names)
-    typer.echo(markdown(made))
+    disturbed = list(dict.fromkeys(conditions.split()))
+    if not names or not parsed or not disturbed:
+        raise ConfigError("at least one policy, one load and one kind of conditions")
+    made = _run(scenario, names, parsed, disturbed)
+    _report(made, disturbed)
     if json_file is not None:
-        config = {name: value for name, value in asdict(scenario).items() if name != "device"}
+        from bench.common import write_report
+
+        config = {name: value for name, value in asdict(scenario).items() if name not in ("device", "conditions")}
         write_report(json_file, {**config, "device": device.name}, made)
     if plot_file is not None:
-        plot(plot_file, made, names, parsed, f"{device.name}, {replicas} replica(s): simulated")
+        from bench.simulator.report import plot
+
+        first = [row for row in made if row["conditions"] == disturbed[0]]
+        plot(plot_file, first, names, parsed, f"{device.name}, {replicas} replica(s), {disturbed[0]}: simulated")
+
+
+def _run(scenario: Scenario, policies: list[str], loads: list[Load], conditions: list[str]) -> list[dict[str, Any]]:
+    """All cells, with progress: rows in the order asked for, each with its conditions."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from bench.simulator.conditions import parse_conditions
+    from bench.simulator.report import rows, run_all
+
+    results: dict[str, list[Result]] = {name: [] for name in conditions}
+    for name in conditions:
+        parse_conditions(name)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("simulating", total=len(policies) * len(loads) * len(conditions))
+        for name, result in run_all(scenario, policies, loads, conditions):
+            results[name].append(result)
+            progress.update(task, advance=1, description=f"{result.policy} at {result.load}, {name}")
+    return [{"conditions": name, **row} for name in conditions for row in rows(results[name], loads, policies)]
+
+
+def _report(made: list[dict[str, Any]], conditions: list[str]) -> None:
+    from bench.simulator.report import markdown, steps_per_s, summary
+
+    for name in conditions:
+        heading = f"Conditions: {name}\n\n" if len(conditions) > 1 else ""
+        typer.echo(heading + markdown([row for row in made if row["conditions"] == name]) + "\n")
+    if compared := summary(made):
+        typer.echo(compared + "\n")
+    typer.echo("Simulated steps per second of one process:\n\n" + steps_per_s(made))
+
+
+def _law(trace: Path | None, over_confidence: float | None) -> AcceptanceLaw:
+    from bench.simulator.worlds import EAGLE3_LIKE, law_from_trace
+
+    law = law_from_trace(trace) if trace else EAGLE3_LIKE
+    return law if over_confidence is None else replace(law, over_confidence=over_confidence)
 
 
 def _policies(spellings: str) -> list[str]:

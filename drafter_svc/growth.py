@@ -138,8 +138,9 @@ class GrowingTree:
         all_scores, limit = np.asarray(self._scores, np.float32), self.sequence.max_nodes
         if len(self) >= limit:
             nodes = nodes[all_scores[nodes] > np.partition(all_scores, -limit)[-limit]]
-        scores = all_scores[nodes]
-        return nodes.tolist(), Frontier(self.policy, self.sequence.weight, scores, self.depth, self.sampled)
+        acceptance = float(all_scores[nodes].sum())
+        frontier = Frontier(self.policy, self.sequence.weight, len(nodes), acceptance, self.depth, self.sampled)
+        return nodes.tolist(), frontier
 
     def finish(self) -> DraftTree:
         """The tree, after the policy's last cut."""

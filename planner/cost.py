@@ -11,6 +11,7 @@ from treeline.plan import CostCurve, CostModel, PaperFit, Reading
 
 MAX_PAPER_EXPONENT = 50.0
 NODES_AHEAD = 64
+STEPS_AHEAD = np.arange(1, NODES_AHEAD + 1)
 
 
 def verify_seconds(cost: CostModel, sequences: int, context_tokens: int, max_tokens: int) -> NDArray[np.float64]:
@@ -38,8 +39,10 @@ def plain_decode_s(cost: CostModel) -> float:
 
 def cheapest_slope_s(cost: CostModel, sequences: int, context_tokens: int, tokens: int) -> float:
     """Seconds per node of the cheapest way to grow a pass of `tokens`: the smallest secant that starts there."""
-    seconds = verify_seconds(cost, sequences, context_tokens, tokens + NODES_AHEAD)[tokens:]
-    return float(((seconds[1:] - seconds[0]) / np.arange(1, len(seconds))).min())
+    short, seconds, per_context_token = _reading(cost, sequences, tokens + NODES_AHEAD)
+    ahead = slice(tokens, tokens + NODES_AHEAD + 1)
+    ahead_s = seconds[ahead] + max(0, context_tokens - short) * per_context_token[ahead]
+    return float(((ahead_s[1:] - ahead_s[0]) / STEPS_AHEAD).min())
 
 
 def paper_layer_s(fit: PaperFit, nodes: int) -> tuple[float, float]:

@@ -112,11 +112,12 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Frontier:
-    """Nodes of one request that the draft model would be run on next. `scores`: float32 [m], path acceptance."""
+    """Nodes of one request that the draft model would be run on next. `acceptance`: the sum of a(u) over them."""
 
     policy: Policy
     weight: float
-    scores: NDArray[np.float32]
+    nodes: int
+    acceptance: float
     depth: int
     sampled: bool
 
@@ -196,9 +197,8 @@ def another_layer(frontiers: list[Frontier], plan: Plan) -> bool:
     kappa, gain, nodes = plan.calibration.kappa, 0.0, 0
     for f in frontiers:
         if f.policy.prices_drafting:
-            # Frontiers are small: a list adds up faster than an array.
-            gain += f.weight * sum(f.scores.tolist()) * float(kappa[int(f.sampled), min(f.depth, DEPTHS - 1)])
-            nodes += len(f.scores)
+            gain += f.weight * f.acceptance * float(kappa[int(f.sampled), min(f.depth, DEPTHS - 1)])
+            nodes += f.nodes
         elif f.depth < f.policy.max_depth:
             return True
     node_s = plan.cost.draft_node_s + plan.cost.node_s

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field, replace
 
@@ -12,12 +11,9 @@ from numpy.typing import NDArray
 from lm.kv_cache import SequenceCache
 from planner.calibration import RequestAcceptance
 from planner.policies import Policy
+from planner.weights import urgency
 from verifier_svc.output import Detokenizer
 from verifier_svc.request import Chunk, Completion, FinishReason, GenerationRequest, SpeculationTotals
-
-MAX_URGENCY = 8.0
-TOKENS_PER_DOUBLING = 4.0
-"""A request that is this many tokens behind its target counts double."""
 
 
 @dataclass
@@ -77,16 +73,12 @@ class Sequence:
         return len(self.token_ids) - self.kv.length
 
     def urgency(self, now_s: float) -> float:
-        """1 to MAX_URGENCY: how much more this request's tokens count because it is behind its target.
-
-        Behind by k tokens, those that are due since the first one less those that were emitted: 2^(k / 4).
-        """
+        """How much more this request's tokens count because it is behind its target."""
         target_s = self.request.target_s
         if target_s is None or self.first_token_s is None:
             return 1.0
         behind_tokens = (now_s - self.first_token_s) / target_s - (self.output_tokens - 1)
-        doublings = min(max(0.0, behind_tokens / TOKENS_PER_DOUBLING), math.log2(MAX_URGENCY))
-        return 2.0**doublings
+        return urgency(behind_tokens)
 
     def weight(self, now_s: float) -> float:
         """What one of its tokens is worth now, among those of other requests."""

@@ -10,34 +10,40 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.simulator.conditions import parse_conditions
 from bench.simulator.load import Load
-from bench.simulator.simulation import Result, Scenario, simulate
+from bench.simulator.simulation import WARM_UP, Result, Scenario, simulate
 from planner.policies import parse_policy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-OFF = "off"
+OFF, SMART = "off", "smart"
 ORACLE = "oracle-fixed"
 FIXED = ("off", "chain", "static", "sequoia", "eagle2", "opt-tree")
 SIZE_INCHES = (8, 9)
 
 
-def run_all(scenario: Scenario, policies: Sequence[str], loads: Sequence[Load]) -> Iterator[Result]:
-    """Results as they come, one per policy and load, in parallel over the cores; steps are shared out evenly."""
-    cells = [(policy, load) for load in loads for policy in policies]
+def run_all(
+    scenario: Scenario, policies: Sequence[str], loads: Sequence[Load], conditions: Sequence[str]
+) -> Iterator[tuple[str, Result]]:
+    """(conditions, result) as they come, one per cell, in parallel over the cores; steps are shared out evenly."""
+    cells = [(name, policy, load) for name in conditions for load in loads for policy in policies]
     each = replace(scenario, steps=max(1, scenario.steps // len(cells)))
+    met = {name: replace(each, conditions=parse_conditions(name)) for name in conditions}
     pool = ProcessPoolExecutor(min(len(cells), os.cpu_count() or 1))
     try:
-        futures = [pool.submit(simulate, each, policy, load) for policy, load in cells]
+        futures = {pool.submit(simulate, met[name], policy, load): name for name, policy, load in cells}
         for future in as_completed(futures):
-            yield future.result()
+            yield futures[future], future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def rows(results: Sequence[Result], loads: Sequence[Load], policies: Sequence[str]) -> list[dict[str, Any]]:
     """One row per load and policy in the order given, with the speed-up over off and the best fixed policy's row.
+
+    All results are of the same conditions.
 
     A closed loop's speed-up is of its goodput; under open arrivals goodput is what arrives, and the speed-up is of the
     median time between tokens.
@@ -66,10 +72,12 @@ def _row(result: Result, off: Result | None, load: Load) -> dict[str, Any]:
 
 
 def markdown(made: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
+    """The rows as a Markdown table. Targets: share of those requests that met their time per token."""
+    targets = any(row["targets_met"] is not None for row in made)
     lines = [
-        "| load | policy | tok/s | speed-up | batch | nodes | length | TTFT p50/p95 ms | per token p50/p95 ms |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| load | policy | tok/s | speed-up | batch | nodes | length | TTFT p50/p95 ms | per token p50/p95 ms |"
+        + (" targets |" if targets else ""),
+        "|---|---|---|---|---|---|---|---|---|" + ("---|" if targets else ""),
     ]
     for row in made:
         name = f"{row['policy']} ({row['setting']})" if "setting" in row else row["policy"]
@@ -78,7 +86,34 @@ def markdown(made: Sequence[dict[str, Any]]) -> str:
             f"| {row['mean_batch']:.1f} | {row['tree_nodes']:.1f} | {row['accepted_length']:.2f} "
             f"| {_ms(row['ttft_s_p50'])} / {_ms(row['ttft_s_p95'])} "
             f"| {_ms(row['itl_s_p50'])} / {_ms(row['itl_s_p95'])} |"
+            + (f" {_number(row['targets_met'], 2)} |" if targets else "")
         )
+    return "\n".join(lines)
+
+
+def summary(made: Sequence[dict[str, Any]]) -> str:
+    """How smart compares at every load and under all conditions, as a Markdown table; empty without `smart`."""
+    speedups = {(row["conditions"], row["load"], row["policy"]): row["speedup"] for row in made}
+    lines = ["| conditions | load | smart / off | smart / best fixed |", "|---|---|---|---|"]
+    for (conditions, load, policy), smart in speedups.items():
+        best = speedups.get((conditions, load, ORACLE))
+        if policy == SMART and smart is not None and best:
+            lines.append(f"| {conditions} | {load} | {smart:.2f} | {smart / best:.2f} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def steps_per_s(made: Sequence[dict[str, Any]]) -> str:
+    """What the simulator itself managed: steps per second of one process, by policy over loads, as a Markdown table."""
+    loads = list(dict.fromkeys(row["load"] for row in made))
+    lines = ["| policy | " + " | ".join(loads) + " |", "|---" * (1 + len(loads)) + "|"]
+    for policy in dict.fromkeys(row["policy"] for row in made if row["policy"] != ORACLE):
+        speeds = []
+        for load in loads:
+            cells = [row for row in made if (row["policy"], row["load"]) == (policy, load)]
+            # A quarter of the steps is warm-up: simulated, but not counted.
+            done, wall_s = sum(row["steps"] for row in cells) / (1 - WARM_UP), sum(row["wall_s"] for row in cells)
+            speeds.append(f"{done / wall_s:.0f}" if wall_s else "")
+        lines.append(f"| {policy} | " + " | ".join(speeds) + " |")
     return "\n".join(lines)
 
 
@@ -108,9 +143,7 @@ def plot(
 
 def _line(axes: Axes, cells: Sequence[dict[str, Any]], value: str, policy: str) -> None:
     streams = [float(row["load"]) for row in cells]
-    axes.plot(
-        streams, [row[value] for row in cells], marker="o", linewidth=3 if policy == "smart" else 1.2, label=policy
-    )
+    axes.plot(streams, [row[value] for row in cells], marker="o", linewidth=3 if policy == SMART else 1.2, label=policy)
     axes.set_xscale("log", base=2)
     axes.set_xticks(streams, [f"{stream:g}" for stream in streams])
     axes.grid(alpha=0.3)

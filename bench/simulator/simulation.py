@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import heapq
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from bench.simulator.conditions import STEADY, TARGET_OF_PLAIN, Conditions
+from bench.simulator.counts import Counts, Result
 from bench.simulator.devices import Device
 from bench.simulator.load import Load, arrivals
-from bench.simulator.replica import PREFILL_CHUNK_TOKENS, Replica, Request, Step
+from bench.simulator.replica import Replica, Step
+from bench.simulator.slots import PREFILL_CHUNK_TOKENS, Request
 from bench.simulator.tables import Tables
-from bench.simulator.worlds import AcceptanceLaw, World
-from planner.cost import verify_seconds
-from planner.loop import PlanMaker
+from bench.simulator.worlds import AcceptanceLaw, Draws, World
+from planner.cost import pass_s
+from planner.loop import PlanMaker, VerifierState
 from planner.policies import parse_policy
 from treeline.config import Config
 from treeline.plan import CostModel
@@ -24,8 +28,6 @@ WORLDS = 64
 WARM_UP = 0.25
 """This share of the steps is not counted: batches fill and calibration settles."""
 SLOTS = 64
-NOISY_PERIOD_S = 20.0
-NOISY_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,7 @@ class Scenario:
 
     Attributes:
         steps: verification steps over all replicas.
-        noisy_factor: a neighbour slows each replica's passes by this for a quarter of the time.
-        drift_factor: passes cost this much more at the end than at the start.
-        heavy_share: share of requests whose tokens weigh four times as much.
+        every_step: planners see every step, as in service, and not one per plan.
     """
 
     device: Device
@@ -46,151 +46,106 @@ class Scenario:
     replicas: int = 1
     prompt_tokens: int = 256
     output_tokens: int = 256
-    noisy_factor: float = 1.0
-    drift_factor: float = 1.0
-    heavy_share: float = 0.0
+    conditions: Conditions = STEADY
+    every_step: bool = False
 
 
-@dataclass(frozen=True)
-class Result:
-    """One policy under one load. Tokens per second of all replicas; latencies in seconds, NaN where there were none."""
+class Fleet:
+    """Replicas, the requests that come to them, and the clock; a step at a time.
 
-    policy: str
-    load: str
-    tokens_per_s: float
-    steps: int
-    mean_batch: float
-    tree_nodes: float
-    accepted_length: float
-    ttft_s_p50: float
-    ttft_s_p95: float
-    itl_s_p50: float
-    itl_s_p95: float
+    Attributes:
+        replicas: verifiers, each with a drafter and a planner.
+        now_s: when the last step began.
+    """
 
+    def __init__(self, scenario: Scenario, policy_spec: str, load: Load) -> None:
+        policy, slots = parse_policy(policy_spec), int(load.amount) if load.closed else SLOTS
+        draws, random = Draws(scenario.law, scenario.seed), np.random.default_rng([scenario.seed, 1])
+        tables = Tables(policy, [World(draws, index) for index in range(WORLDS)])
+        maker, fresh = PlanMaker(Config().limits, Config().planner), VerifierState(scenario.device.profile, "")
+        conditions = scenario.conditions
+        self.replicas = [
+            Replica(
+                scenario.device, policy, tables, slots, maker, fresh,
+                np.random.default_rng([scenario.seed, 2, index]), conditions.overlap, conditions.target_share > 0,
+                scenario.every_step,
+            )
+            for index in range(scenario.replicas)
+        ]  # fmt: skip
+        self.now_s = 0.0
+        self._scenario, self._closed = scenario, load.closed
+        self._requests = _requests(scenario, random)
+        self._events: list[tuple[float, int]] = []  # when a replica's step ends
+        self._busy = np.zeros(scenario.replicas, np.bool_)
+        self._requests_at = np.zeros(scenario.replicas, np.int64)
+        self._times: Iterator[float] = iter(())
+        if load.closed:
+            for index in range(scenario.replicas):
+                for _ in range(slots):
+                    self._arrive(index, 0.0)
+        else:
+            mean_per_s = load.amount * plain_requests_per_s(scenario) * scenario.replicas
+            self._times = arrivals(load, mean_per_s, random)
+        self._arrival_s = next(self._times, math.inf)
 
-class _Counts:
-    """What is counted of the steps after the warm-up."""
+    def step(self, progress: float) -> Step | None:
+        """The next step of any replica; None if one had nothing to do. progress: share of all steps that are done."""
+        while not self._events or self._arrival_s <= self._events[0][0]:
+            self._arrive(int(self._requests_at.argmin()), self._arrival_s)  # the least loaded one
+            self._arrival_s = next(self._times)
+        self.now_s, index = heapq.heappop(self._events)
+        replica = self.replicas[index]
+        replica.slowdown = self._scenario.conditions.slowdown(self.now_s, index, progress)
+        step = replica.step(self.now_s)
+        if step is None:
+            self._busy[index] = False
+            return None
+        heapq.heappush(self._events, (step.end_s, index))
+        if step.finished is not None:
+            self._requests_at[index] -= len(step.finished.itl_s)
+            if self._closed:
+                for _ in step.finished.itl_s:
+                    self._arrive(index, step.end_s)
+        return step
 
-    def __init__(self) -> None:
-        self.steps = self.sequences = self.nodes = self.tokens = 0
-        self._ttft_s: list[float] = []
-        self._waits_s: list[float] = []
-        self._token_counts: list[int] = []
-
-    def add(self, step: Step) -> None:
-        self.steps += 1
-        self.sequences += len(step.tokens)
-        self.nodes += step.nodes
-        self.tokens += int(step.tokens.sum()) + len(step.first_token_s)
-        self._ttft_s += step.first_token_s
-        counts = np.bincount(step.tokens)
-        for tokens in np.flatnonzero(counts).tolist():
-            self._waits_s.append(step.step_s / tokens)
-            self._token_counts.append(tokens * int(counts[tokens]))
-
-    def result(self, policy: str, load: str, seconds: float) -> Result:
-        ttft = np.quantile(self._ttft_s, [0.5, 0.95]).tolist() if self._ttft_s else [math.nan, math.nan]
-        itl = _weighted_quantiles(self._waits_s, self._token_counts, [0.5, 0.95])
-        sequences = max(1, self.sequences)
-        decoded = self.tokens - len(self._ttft_s)
-        return Result(
-            policy, load, self.tokens / seconds if seconds else 0.0, self.steps, self.sequences / max(1, self.steps),
-            self.nodes / sequences, decoded / sequences, *ttft, *itl,
-        )  # fmt: skip
+    def _arrive(self, index: int, now_s: float) -> None:
+        self.replicas[index].waiting.append(next(self._requests)._replace(arrived_s=now_s))
+        self._requests_at[index] += 1
+        if not self._busy[index]:
+            self._busy[index] = True
+            heapq.heappush(self._events, (now_s, index))
 
 
 def simulate(scenario: Scenario, policy_spec: str, load: Load) -> Result:
     """Run one policy under one load. The same seed gives the same result, and all policies the same worlds."""
-    policy = parse_policy(policy_spec)
-    random = np.random.default_rng([scenario.seed, 1])
-    worlds = [World(scenario.law, (scenario.seed, 0, index)) for index in range(WORLDS)]
-    tables, maker = Tables(policy, worlds), PlanMaker(Config().limits, Config().planner)
-    slots = int(load.amount) if load.closed else SLOTS
-    replicas = [
-        Replica(scenario.device, policy, tables, slots, maker, np.random.default_rng([scenario.seed, 2, index]))
-        for index in range(scenario.replicas)
-    ]
-    requests = _requests(scenario, random)
-    events: list[tuple[float, int]] = []  # when a replica's step ends
-    times: Iterator[float] = iter(())
-    if load.closed:
-        for index, replica in enumerate(replicas):
-            replica.waiting.extend(next(requests)._replace(arrived_s=0.0) for _ in range(slots))
-            heapq.heappush(events, (0.0, index))
-    else:
-        times = arrivals(load, load.amount * plain_requests_per_s(scenario) * scenario.replicas, random)
-    busy = [load.closed] * len(replicas)
-    arrival_s, counts = next(times, math.inf), _Counts()
-    warm, counted_from_s, now_s = int(WARM_UP * scenario.steps), 0.0, 0.0
+    started_s = time.perf_counter()
+    fleet, counts = Fleet(scenario, policy_spec, load), Counts()
+    warm, counted_from_s = int(WARM_UP * scenario.steps), 0.0
     for done in range(scenario.steps):
-        now_s, index, arrival_s = _next_event(events, replicas, busy, requests, times, arrival_s)
+        step = fleet.step(done / scenario.steps)
         if done == warm:
-            counted_from_s = now_s
-        replicas[index].slowdown = _slowdown(scenario, now_s, index, done)
-        step = replicas[index].step(now_s)
-        if step is None:
-            busy[index] = False
-            continue
-        if load.closed:
-            replicas[index].waiting.extend(next(requests)._replace(arrived_s=step.end_s) for _ in step.finished)
-        heapq.heappush(events, (step.end_s, index))
-        if done >= warm:
+            counted_from_s = fleet.now_s
+        if step is not None and done >= warm:
             counts.add(step)
-    return counts.result(policy_spec, load.spec, now_s - counted_from_s)
+    return counts.result(policy_spec, load.spec, fleet.now_s - counted_from_s, time.perf_counter() - started_s)
 
 
 def plain_requests_per_s(scenario: Scenario) -> float:
     """What one replica serves without speculation, all slots full; its prompts' passes included."""
     context_tokens = scenario.prompt_tokens + scenario.output_tokens // 2
-    seconds = verify_seconds(CostModel(scenario.device.profile.verify), SLOTS, context_tokens, PREFILL_CHUNK_TOKENS)
-    decode_s = (float(seconds[SLOTS]) + scenario.device.step_overhead_s) * scenario.output_tokens / SLOTS
-    prefill_s = (
-        (float(seconds[PREFILL_CHUNK_TOKENS]) - float(seconds[SLOTS])) * scenario.prompt_tokens / (PREFILL_CHUNK_TOKENS)
-    )
-    return 1 / (decode_s + prefill_s)
-
-
-def _next_event(
-    events: list[tuple[float, int]],
-    replicas: list[Replica],
-    busy: list[bool],
-    requests: Iterator[Request],
-    times: Iterator[float],
-    arrival_s: float,
-) -> tuple[float, int, float]:
-    """(time, replica) of the next step, and of the next arrival; those before it join the least loaded replica."""
-    while not events or arrival_s <= events[0][0]:
-        index = min(range(len(replicas)), key=lambda i: replicas[i].requests)
-        replicas[index].waiting.append(next(requests)._replace(arrived_s=arrival_s))
-        if not busy[index]:
-            busy[index] = True
-            heapq.heappush(events, (arrival_s, index))
-        arrival_s = next(times, math.inf)
-    now_s, index = heapq.heappop(events)
-    return now_s, index, arrival_s
+    cost = CostModel(scenario.device.profile.verify)
+    plain_s, chunk_s = (pass_s(cost, SLOTS, context_tokens, tokens) for tokens in (SLOTS, PREFILL_CHUNK_TOKENS))
+    decode_s = (plain_s + scenario.device.step_overhead_s) * scenario.output_tokens / SLOTS
+    return 1 / (decode_s + (chunk_s - plain_s) * scenario.prompt_tokens / PREFILL_CHUNK_TOKENS)
 
 
 def _requests(scenario: Scenario, random: np.random.Generator) -> Iterator[Request]:
     """Prompts and answers of geometric length around their means."""
+    plain_s = pass_s(CostModel(scenario.device.profile.verify), 1, 0, 1) + scenario.device.step_overhead_s
     while True:
         prompts = 16 + random.geometric(1 / max(1, scenario.prompt_tokens - 16), 256)
         outputs = 1 + random.geometric(1 / max(1, scenario.output_tokens - 1), 256)
-        weights = np.where(random.random(256) < scenario.heavy_share, 4.0, 1.0)
-        for prompt, output, weight in zip(prompts.tolist(), outputs.tolist(), weights.tolist(), strict=True):
-            yield Request(0.0, prompt, output, weight)
-
-
-def _slowdown(scenario: Scenario, now_s: float, index: int, done: int) -> float:
-    drift = 1 + (scenario.drift_factor - 1) * done / scenario.steps
-    offset_s = index * NOISY_PERIOD_S * 0.618  # neighbours of different replicas are noisy at different times
-    noisy = (now_s + offset_s) % NOISY_PERIOD_S < NOISY_SHARE * NOISY_PERIOD_S
-    return drift * (scenario.noisy_factor if noisy else 1.0)
-
-
-def _weighted_quantiles(values: list[float], weights: list[int], q: list[float]) -> list[float]:
-    if not values:
-        return [math.nan] * len(q)
-    order = np.argsort(values)
-    cumulative = np.cumsum(np.asarray(weights)[order])
-    places = np.searchsorted(cumulative, np.asarray(q) * cumulative[-1])
-    return np.asarray(values)[order][places].tolist()
+        targeted = random.random(256) < scenario.conditions.target_share
+        targets_s = np.where(targeted, TARGET_OF_PLAIN * plain_s, math.inf)
+        for prompt, output, target_s in zip(prompts.tolist(), outputs.tolist(), targets_s.tolist(), strict=True):
+            yield Request(0.0, prompt, output, target_s)

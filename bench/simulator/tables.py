@@ -9,11 +9,12 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.simulator.worlds import OUTCOMES, World
+from bench.simulator.worlds import MAX_DEPTH, OUTCOMES, World
 from drafter_svc.growth import GrowingTree
 from drafter_svc.sessions import Session
 from planner.cost import plain_decode_s
 from planner.policies import Policy
+from planner.policies.smart import PAPER_BUDGET_NODES
 from planner.rule import Candidate
 from treeline.drafting import DraftSequence
 from treeline.plan import Plan
@@ -25,15 +26,27 @@ LEVEL = math.log(1.25)
 LEAST_THRESHOLD = 1e-3
 """Nodes worth less than this are cut by the limit on nodes anyway."""
 MAX_NODES = 64
-MAX_DEPTH = 8
+FRESH_GROWTH = 4
+"""Calibration changes fast at first, later only the noise of its estimates does: trees are grown anew at plans 4, 16,
+64 and so on."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A grown tree down to some depth. on_path: bool [OUTCOMES, nodes]."""
+    """A grown tree down to some depth.
+
+    Attributes:
+        on_path: bool [OUTCOMES, nodes]; whether the target goes through a node.
+    """
 
     candidate: Candidate
     on_path: NDArray[np.bool_]
+
+    @cached_property
+    def reached(self) -> NDArray[np.bool_]:
+        """bool [OUTCOMES, nodes]: whether the target goes through a node's parent."""
+        with_root = np.concatenate([self.on_path, np.ones((OUTCOMES, 1), np.bool_)], axis=1)
+        return with_root[:, self.candidate.tree.parents]
 
 
 @dataclass(frozen=True)
@@ -41,46 +54,51 @@ class Grown:
     """One world's tree, grown as deep as the policy alone would go.
 
     Attributes:
-        frontiers: for each layer, path acceptance of the nodes run through the draft model for the layer below it.
-        cuts: for each number of layers from 0 on, the tree that these give.
+        tree: all of it.
+        run: for each layer, how many nodes the draft model was run on, and the sum of their path acceptance; the root
+            first.
     """
 
-    frontiers: list[NDArray[np.float32]]
-    cuts: list[Cut]
-
-    def cut(self, layers: int) -> Cut:
-        return self.cuts[min(layers, len(self.cuts) - 1)]
+    tree: DraftTree
+    run: list[tuple[int, float]]
 
 
 class Table:
     """Trees of one policy over all worlds, under one plan.
 
     Attributes:
-        trees: one per world.
+        layer_nodes: int64 [worlds, MAX_DEPTH]; nodes that the draft model is run on for each layer.
+        layer_acceptance: float64 [worlds, MAX_DEPTH]; the sum of their path acceptance.
     """
 
-    def __init__(self, trees: list[Grown]) -> None:
-        self.trees = trees
+    def __init__(self, policy: Policy, worlds: list[World], grown: list[Grown]) -> None:
+        self._policy, self._worlds, self._grown = policy, worlds, grown
+        self._cuts: dict[int, list[Cut]] = {}
+        self.layer_nodes = np.zeros((len(grown), MAX_DEPTH), np.int64)
+        self.layer_acceptance = np.zeros((len(grown), MAX_DEPTH))
+        for world, one in enumerate(grown):
+            for layer, (nodes, acceptance) in enumerate(one.run):
+                self.layer_nodes[world, layer], self.layer_acceptance[world, layer] = nodes, acceptance
+
+    def cuts(self, layers: int) -> list[Cut]:
+        """Of every world, the tree that so many layers give."""
+        if layers not in self._cuts:
+            self._cuts[layers] = [self._cut(*pair, layers) for pair in zip(self._worlds, self._grown, strict=True)]
+        return self._cuts[layers]
 
     @cached_property
     def nodes(self) -> NDArray[np.int64]:
         """int64 [worlds]: nodes of the whole trees."""
-        return np.asarray([len(tree.cuts[-1].candidate.tree) for tree in self.trees])
+        return np.asarray([len(cut.candidate.tree) for cut in self.cuts(MAX_DEPTH)])
 
     @cached_property
     def accepted(self) -> NDArray[np.int64]:
         """int64 [worlds, OUTCOMES]: accepted nodes of the whole trees."""
-        return np.asarray([tree.cuts[-1].on_path.sum(1) for tree in self.trees]).reshape(-1, OUTCOMES)
+        return np.asarray([cut.on_path.sum(1) for cut in self.cuts(MAX_DEPTH)])
 
-    @cached_property
-    def layer_nodes(self) -> NDArray[np.int64]:
-        """int64 [worlds, MAX_DEPTH]: nodes run through the draft model for each layer of the whole trees."""
-        counts = np.zeros((len(self.trees), MAX_DEPTH), np.int64)
-        for row, tree in zip(counts, self.trees, strict=True):
-            row[0] = len(tree.cuts) > 1
-            sizes = [len(scores) for scores in tree.frontiers]
-            row[1 : 1 + len(sizes)] = sizes
-        return counts
+    def _cut(self, world: World, grown: Grown, layers: int) -> Cut:
+        tree = grown.tree if layers >= len(grown.run) else grown.tree.select(grown.tree.depths <= layers)
+        return Cut(Candidate(tree, self._policy, 1.0, False), world.on_path(tree.token_ids))
 
 
 class Tables:
@@ -94,11 +112,11 @@ class Tables:
     def table(self, plan: Plan, requests: int, layers: int) -> Table:
         """The trees for a step that drafts `layers` layers for so many requests."""
         if plan.version >= self._fresh_until:
-            # Calibration changes fast at first; later only the noise of its estimates does.
-            self._tables, self._fresh_until = {}, 2 * plan.version
+            self._tables, self._fresh_until = {}, FRESH_GROWTH * plan.version
         key = (layers, *self._key(plan, requests))
         if key not in self._tables:
-            self._tables[key] = Table([self._grow(world, plan, requests, layers) for world in self._worlds])
+            grown = [self._grow(world, plan, requests, layers) for world in self._worlds]
+            self._tables[key] = Table(self._policy, self._worlds, grown)
         return self._tables[key]
 
     def _key(self, plan: Plan, requests: int) -> tuple[int, ...]:
@@ -108,29 +126,22 @@ class Tables:
             worths = (plan.price * node_s, plan.price * (node_s + plan.cost.draft_node_s))
             return tuple(_level(max(LEAST_THRESHOLD, worth)) for worth in worths)
         if self._policy.spec == "smart-paper":
-            return (requests, _level(plain_decode_s(plan.cost)))
+            return (min(MAX_NODES, PAPER_BUDGET_NODES // requests), _level(plain_decode_s(plan.cost)))
         return ()
 
     def _grow(self, world: World, plan: Plan, requests: int, layers: int) -> Grown:
         nodes = plan.max_nodes if self._policy.prices_drafting else MAX_NODES
         wanted = DraftSequence(0, 0, [0], SamplingParams(), self._policy.spec, nodes, layers)
         tree = GrowingTree(Session(0, [0]), wanted, self._policy)
-        frontiers, run = [], [ROOT] if tree.grows else []
-        while run:
-            tree.add_layer([(Source.SYNTHETIC, world.propose(tree, run))], plan, requests)
-            run = []
+        run, layer = [(1, 1.0)], [ROOT]
+        while layer:
+            tree.add_layer([(Source.SYNTHETIC, world.propose(tree, layer))], plan, requests)
+            layer = []
             if tree.grows:
-                run, frontier = tree.frontier(plan)
-                if run:
-                    frontiers.append(frontier.scores)
-        finished = tree.finish()
-        depths = finished.depths
-        layers_run = 1 + len(frontiers) if wanted.max_depth else 0
-        cuts = [self._cut(world, finished.select(depths <= depth)) for depth in range(layers_run + 1)]
-        return Grown(frontiers, cuts)
-
-    def _cut(self, world: World, tree: DraftTree) -> Cut:
-        return Cut(Candidate(tree, self._policy, 1.0, False), world.on_path(tree.token_ids))
+                layer, frontier = tree.frontier(plan)
+                if layer:
+                    run.append((frontier.nodes, frontier.acceptance))
+        return Grown(tree.finish(), run)
 
 
 def _level(value: float) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from treeline.tree import ROOT
 
 OUTCOMES = 16
 """Independent answers of the target to each world."""
+DRAWS = 4096
+HASH, HASHES = 0x9E3779B97F4A7C15, 2**64 - 1
 MAX_DEPTH = 8
 MAX_RANKS = 8
 LEAST_PROB, MOST_PROB = 1e-6, 0.999
@@ -40,68 +41,80 @@ class AcceptanceLaw:
     concentration: float
     over_confidence: float
 
-    def draw(self, depth: int, random: np.random.Generator) -> NDArray[np.float64]:
-        """float64 [ranks]: true acceptance of the children of one node; its mean is that of `depth`."""
+    def draw(self, depth: int, count: int, random: np.random.Generator) -> NDArray[np.float64]:
+        """float64 [count, ranks]: true acceptance of the children of so many nodes; its mean is that of `depth`."""
         means = np.asarray(self.acceptance[min(depth, len(self.acceptance)) - 1])
         first, rest = means[0], 1 - means[0]
         # The first choice is never less likely than the second, which shares what the first one leaves.
         least = means[1] / (rest + means[1]) if len(means) > 1 else 0.0
         mean = (first - least) / (1 - least)
-        share = random.beta(max(1e-3, mean * self.concentration), max(1e-3, (1 - mean) * self.concentration))
-        drawn = least + (1 - least) * share
-        return np.concatenate(([drawn], means[1:] * (1 - drawn) / rest))
+        share = random.beta(max(1e-3, mean * self.concentration), max(1e-3, (1 - mean) * self.concentration), count)
+        drawn = least + (1 - least) * share[:, None]
+        return np.concatenate((drawn, means[1:] * (1 - drawn) / rest), axis=1)
 
 
 EAGLE3_LIKE = AcceptanceLaw(((0.72, 0.12, 0.05, 0.03, 0.015, 0.01, 0.005, 0.005),), 1.5, 1.2)
 """An assumption, not a measurement: a head whose first choice is right in 72 of 100 places, at any depth."""
 
 
+class Draws:
+    """What may lie below a node, drawn in bulk: DRAWS kinds of node for every depth.
+
+    Attributes:
+        true: float64 [MAX_DEPTH, DRAWS, ranks]; acceptance of the children.
+        chosen: uint8 [MAX_DEPTH, DRAWS, OUTCOMES]; the child that the target goes to, `ranks` if to none.
+    """
+
+    def __init__(self, law: AcceptanceLaw, seed: int) -> None:
+        random = np.random.default_rng([seed, 0])
+        self.law = law
+        self.true = np.stack([law.draw(depth + 1, DRAWS, random) for depth in range(MAX_DEPTH)])
+        fates = random.random((MAX_DEPTH, DRAWS, 1, OUTCOMES))
+        self.chosen = (fates > self.true.cumsum(-1)[..., None]).sum(2).astype(np.uint8)
+
+
 class World:
     """The tree below one root as the drafter and the target would know it; made node by node as it is asked for.
 
-    Nodes are numbered as they are made; the random numbers of a node depend on its path alone, so every policy meets
-    the same worlds.
+    Nodes are numbered as they are made; what lies below a node depends on its path alone, so every policy meets the
+    same worlds.
     """
 
-    def __init__(self, law: AcceptanceLaw, seed: Sequence[int]) -> None:
-        self._law, self._seed = law, list(seed)
-        self._paths: list[tuple[int, ...]] = []
+    def __init__(self, draws: Draws, index: int) -> None:
+        self._draws = draws
+        self._ranks = draws.true.shape[-1]
+        self._root = (index * HASH, 0, np.ones(OUTCOMES, np.bool_))
+        self._nodes: list[tuple[int, int, NDArray[np.bool_]]] = []  # hash of the path, depth, outcomes through it
         self._probs: list[float] = []
-        self._on_path: list[NDArray[np.bool_]] = []
         self._children: dict[int, range] = {}
 
     def children(self, node: int) -> range:
         """Numbers of the node's children, first choice first."""
         if node not in self._children:
-            path = () if node == ROOT else self._paths[node]
-            random = np.random.default_rng([*self._seed, *(rank + 1 for rank in path)])
-            true = self._law.draw(len(path) + 1, random)
-            chosen = np.searchsorted(np.cumsum(true), random.random(OUTCOMES))
-            above = np.ones(OUTCOMES, np.bool_) if node == ROOT else self._on_path[node]
-            first = len(self._paths)
-            claimed = np.clip(true * self._law.over_confidence, LEAST_PROB, MOST_PROB).tolist()
-            for rank, prob in enumerate(claimed):
-                self._paths.append((*path, rank))
-                self._probs.append(prob)
-                self._on_path.append(above & (chosen == rank))
-            self._children[node] = range(first, len(self._paths))
+            path, depth, above = self._root if node == ROOT else self._nodes[node]
+            kind = min(depth, MAX_DEPTH - 1), (path * HASH >> 20) % DRAWS
+            through = above & (self._draws.chosen[kind] == np.arange(self._ranks)[:, None])
+            claimed = np.clip(self._draws.true[kind] * self._draws.law.over_confidence, LEAST_PROB, MOST_PROB)
+            first = len(self._nodes)
+            self._nodes += [((path * 31 + rank + 1) & HASHES, depth + 1, row) for rank, row in enumerate(through)]
+            self._probs += claimed.tolist()
+            self._children[node] = range(first, len(self._nodes))
         return self._children[node]
 
     def propose(self, tree: GrowingTree, nodes: list[int]) -> Children:
         """Children of some nodes of a growing tree, whose token ids are this world's node numbers."""
-        proposed = Children()
+        proposed, most = Children(), tree.policy.max_children
         for node in nodes:
-            parent = ROOT if node == ROOT else tree.token_ids[node]
-            for rank, child in enumerate(self.children(parent)[: tree.policy.max_children]):
-                proposed.parents.append(node)
-                proposed.token_ids.append(child)
-                proposed.probs.append(self._probs[child])
-                proposed.ranks.append(rank)
+            children = self.children(ROOT if node == ROOT else tree.token_ids[node])[:most]
+            proposed.parents.extend([node] * len(children))
+            proposed.token_ids.extend(children)
+            proposed.probs.extend(self._probs[children.start : children.stop])
+            proposed.ranks.extend(range(len(children)))
         return proposed
 
     def on_path(self, nodes: NDArray[np.int32]) -> NDArray[np.bool_]:
         """bool [OUTCOMES, n]: whether the target goes through these nodes."""
-        return np.asarray([self._on_path[node] for node in nodes.tolist()], np.bool_).reshape(-1, OUTCOMES).T
+        return np.asarray([self._nodes[node][2] for node in nodes.tolist()], np.bool_).reshape(-1, OUTCOMES).T
 
 
 def law_from_trace(path: Path) -> AcceptanceLaw:

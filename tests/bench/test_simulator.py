@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 
+from bench.simulator.conditions import Conditions
 from bench.simulator.devices import PRESETS, Device, measured, preset
 from bench.simulator.load import arrivals, parse_load
-from bench.simulator.report import markdown, rows
+from bench.simulator.report import markdown, rows, summary
 from bench.simulator.simulation import Scenario, simulate
-from bench.simulator.worlds import EAGLE3_LIKE, AcceptanceLaw, World, law_from_trace
+from bench.simulator.worlds import EAGLE3_LIKE, AcceptanceLaw, Draws, World, law_from_trace
 from treeline.errors import ConfigError
 from treeline.plan import CostCurve, VerifierProfile
 from treeline.tree import ROOT
@@ -31,11 +32,12 @@ def scenario(shape: str, steps: int = 400, **changes) -> Scenario:
 def test_worlds_follow_the_law():
     law = AcceptanceLaw(((0.6, 0.2, 0.05), (0.3, 0.1, 0.02)), 2.0, 1.0)
     random = np.random.default_rng(0)
-    drawn = np.asarray([law.draw(1, random) for _ in range(4000)])
+    drawn = law.draw(1, 4000, random)
     np.testing.assert_allclose(drawn.mean(0), law.acceptance[0], atol=0.02)
     assert (np.diff(drawn, axis=1) <= 1e-9).all()
     assert drawn.sum(1).max() < 1
-    worlds = [World(law, (0, index)) for index in range(400)]
+    draws = Draws(law, 0)
+    worlds = [World(draws, index) for index in range(400)]
     below_first = [world.children(world.children(ROOT)[0]) for world in worlds]
     firsts = np.asarray([world.on_path(np.asarray([0]))[:, 0] for world in worlds])
     seconds = np.asarray([w.on_path(np.asarray([c[0]]))[:, 0] for w, c in zip(worlds, below_first, strict=True)])
@@ -45,7 +47,8 @@ def test_worlds_follow_the_law():
 
 
 def test_a_world_is_the_same_in_whatever_order_it_is_asked():
-    one, other = World(EAGLE3_LIKE, (1, 2)), World(EAGLE3_LIKE, (1, 2))
+    draws = Draws(EAGLE3_LIKE, 1)
+    one, other = World(draws, 2), World(draws, 2)
     first, second = one.children(ROOT)[:2]
     below = one.children(first), one.children(second)
     other.children(ROOT)
@@ -57,7 +60,7 @@ def test_a_trace_gives_back_the_law_it_was_drawn_from(tmp_path):
     random = np.random.default_rng(0)
     lines = []
     for _ in range(500):
-        probs = EAGLE3_LIKE.draw(1, random)[:3]
+        probs = EAGLE3_LIKE.draw(1, 1, random)[0, :3]
         chosen = int(np.searchsorted(np.cumsum(probs), random.random()))
         outcomes = {"depth": [1] * 3, "rank": [0, 1, 2], "prob": (probs * 1.2).tolist()}
         lines.append(json.dumps({"outcomes": {**outcomes, "accepted": [rank == chosen for rank in range(3)]}}))
@@ -150,7 +153,8 @@ def test_smart_is_as_fast_as_a_good_fixed_setting_between_the_extremes():
 
 
 def test_open_arrivals_noise_drift_and_weights_run_over_many_replicas():
-    shaken = scenario("staircase", 600, replicas=3, noisy_factor=2.0, drift_factor=1.3, heavy_share=0.3)
+    conditions = Conditions(noisy_factor=2.0, drift_factor=1.3, target_share=0.3)
+    shaken = scenario("staircase", 600, replicas=3, conditions=conditions)
     result = simulate(shaken, "smart", parse_load("bursty:0.6"))
     assert result.tokens_per_s > 0
     assert 0 < result.ttft_s_p50 <= result.ttft_s_p95
@@ -160,9 +164,10 @@ def test_open_arrivals_noise_drift_and_weights_run_over_many_replicas():
 def test_the_report_compares_with_off_and_names_the_best_fixed_setting():
     loads, policies = [parse_load("1"), parse_load("2")], ["off", "chain:2", "smart"]
     results = [simulate(scenario("convex", 200), policy, load) for load in loads for policy in policies]
-    made = rows(results, loads, policies)
+    made = [{"conditions": "steady", **row} for row in rows(results, loads, policies)]
     assert [row["policy"] for row in made] == [*policies, "oracle-fixed"] * 2
     assert made[0]["speedup"] == 1.0
     assert made[3]["setting"] in ("off", "chain:2")
     assert made[3]["speedup"] == max(made[0]["speedup"], made[1]["speedup"])
     assert f"oracle-fixed ({made[3]['setting']})" in markdown(made)
+    assert f"| steady | 1 | {made[2]['speedup']:.2f} | {made[2]['speedup'] / made[3]['speedup']:.2f} |" in summary(made)

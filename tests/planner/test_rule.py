@@ -182,7 +182,7 @@ def test_nothing_drafted_is_plain_decoding():
 
 
 def frontier(policy, scores: list[float], depth: int = 1) -> Frontier:
-    return Frontier(policy, 1.0, np.asarray(scores, np.float32), depth, False)
+    return Frontier(policy, 1.0, len(scores), sum(scores), depth, False)
 
 
 def test_another_layer_is_run_while_it_brings_more_than_its_price():

@@ -8,6 +8,7 @@ import torch
 from lm.model import LanguageModel
 from planner.calibration import prior
 from planner.gate import PROBE_REQUESTS
+from planner.weights import MAX_URGENCY
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from treeline.config import Config, LimitsConfig, ModelConfig, VerifierConfig
 from treeline.drafting import DraftReply, DraftRequest
@@ -17,7 +18,7 @@ from treeline.tree import DraftTree
 from verifier_svc.engine import Engine
 from verifier_svc.output import Detokenizer
 from verifier_svc.request import Chunk, GenerationRequest
-from verifier_svc.sequence import MAX_URGENCY, Sequence
+from verifier_svc.sequence import Sequence
 
 LIMITS = LimitsConfig(max_running_requests=16, max_context_tokens=256, max_tree_nodes=16, max_tree_depth=6)
 CONFIG = Config(

@@ -1,0 +1,166 @@
+"""The drafting half of a simulated step, as `verifier_svc.draft_stage` does it: real decisions about drawn trees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.simulator.devices import Device
+from bench.simulator.tables import Cut, Table, Tables
+from bench.simulator.worlds import MAX_DEPTH, OUTCOMES
+from planner.gate import Decision, DraftGate
+from planner.policies import Policy
+from planner.rule import BatchState, Candidate, Frontier, Pruning, another_layer, prune_batch
+from treeline.plan import NodeOutcomes, Plan
+from treeline.tree import DraftTree
+
+DRAWN = 4096
+"""Random numbers are drawn this many at a time."""
+
+
+class Drawn(NamedTuple):
+    """The world and the outcome that each request meets. `cuts`: the trees of all worlds."""
+
+    cuts: list[Cut]
+    worlds: list[int]
+    outcomes: list[int]
+
+    def met(self) -> list[Cut]:
+        """The tree of each request."""
+        return [self.cuts[world] for world in self.worlds]
+
+    def accepted(self, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """int64 [requests]: accepted nodes of each. chosen: bool [nodes], trees one behind the other."""
+        rows = [self.cuts[world].on_path[k] for world, k in zip(self.worlds, self.outcomes, strict=True)]
+        tree_of = np.arange(len(rows)).repeat([len(row) for row in rows])
+        return np.bincount(tree_of[(np.concatenate(rows) & chosen).nonzero()[0]], minlength=len(rows))
+
+    def observed(self, chosen: NDArray[np.bool_] | None) -> NodeOutcomes:
+        """What the target's walks have shown of every chosen child of every node they reached. None: all are chosen."""
+        cuts = self.met()
+        trees = [cut.candidate.tree for cut in cuts]
+        seen = np.concatenate([cut.reached[k] for cut, k in zip(cuts, self.outcomes, strict=True)])
+        if chosen is not None:
+            seen &= chosen
+        return NodeOutcomes(
+            sources=np.concatenate([tree.sources for tree in trees])[seen],
+            depths=np.concatenate([tree.depths for tree in trees])[seen].astype(np.uint8),
+            ranks=np.concatenate([tree.ranks for tree in trees])[seen],
+            sampled=np.zeros(np.count_nonzero(seen), np.bool_),
+            draft_probs=np.concatenate([tree.draft_probs for tree in trees])[seen],
+            accepted=np.concatenate([cut.on_path[k] for cut, k in zip(cuts, self.outcomes, strict=True)])[seen],
+        )
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """What speculation brought to a step.
+
+    Attributes:
+        nodes: verified ones.
+        accepted: int64 [requests]; accepted nodes of those that were drafted, the first of the batch.
+        layer_nodes: nodes that the draft model was run on, layer by layer.
+        pruning: None unless the policy prunes.
+    """
+
+    nodes: int
+    accepted: NDArray[np.int64]
+    draft_s: float
+    layer_nodes: tuple[int, ...]
+    drawn: Drawn
+    pruning: Pruning | None = None
+
+    def observed(self) -> NodeOutcomes:
+        return self.drawn.observed(None if self.pruning is None else self.pruning.chosen)
+
+
+class Drafting:
+    """One verifier's gate and what it asks of its drafter."""
+
+    def __init__(self, device: Device, policy: Policy, tables: Tables, random: np.random.Generator) -> None:
+        self._device, self._policy, self._tables, self._random = device, policy, tables, random
+        self._gate = DraftGate()
+        self._undrafted = Candidate(DraftTree.empty(), policy, 1.0, False)
+        self._fates = np.zeros(0, np.int64)
+
+    def run(
+        self, sequences: int, running: int, weights: NDArray[np.float64] | None, state: BatchState, plan: Plan,
+        now_s: float, hidden_s: float,
+    ) -> Drafted | None:  # fmt: skip
+        """What becomes of a step of so many decoding requests; None if nothing is drafted.
+
+        Args:
+            weights: None if all are 1.
+            hidden_s: so much of drafting delays nothing, as the other half of the batch is verified meanwhile.
+        """
+        decision, layers = Decision(sequences), min(MAX_DEPTH, self._policy.layers(plan, running, False))
+        if layers and self._policy.prices_drafting:
+            layers = min(layers, plan.max_depth)
+            decision = self._gate.decide(sequences, sequences, state, plan, False, now_s)
+        if not layers or not decision.requests:
+            return None
+        table = self._tables.table(plan, decision.requests, layers)
+        worlds, outcomes = self._draw(len(table.layer_nodes), decision.requests)
+        if not self._policy.prunes:
+            return self._whole(table, worlds, outcomes)
+        layers = max(1, min(layers, decision.layers))
+        drafted = self._pruned(table, worlds, outcomes, sequences, weights, layers, state, plan, hidden_s)
+        if self._policy.prices_drafting and drafted.pruning is not None:  # only then is the gate asked
+            node_layers = np.concatenate([cut.candidate.tree.depths for cut in drafted.drawn.met()])
+            gains, draft_s = drafted.pruning.gains, drafted.draft_s
+            self._gate.drafted(decision, gains, node_layers, drafted.layer_nodes, draft_s, now_s + draft_s)
+        return drafted
+
+    def _draw(self, worlds: int, requests: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        if len(self._fates) < requests:
+            self._fates = self._random.integers(worlds * OUTCOMES, size=DRAWN)
+        fates, self._fates = self._fates[:requests], self._fates[requests:]
+        return fates // OUTCOMES, fates % OUTCOMES
+
+    def _whole(self, table: Table, worlds: NDArray[np.int64], outcomes: NDArray[np.int64]) -> Drafted:
+        layer_nodes = tuple(n for n in table.layer_nodes[worlds].sum(0).tolist() if n)
+        drawn = Drawn(table.cuts(MAX_DEPTH), worlds.tolist(), outcomes.tolist())
+        nodes, accepted = int(table.nodes[worlds].sum()), table.accepted[worlds, outcomes]
+        return Drafted(nodes, accepted, self._draft_s(layer_nodes), layer_nodes, drawn)
+
+    def _pruned(
+        self, table: Table, worlds: NDArray[np.int64], outcomes: NDArray[np.int64], sequences: int,
+        weights: NDArray[np.float64] | None, layers: int, state: BatchState, plan: Plan, hidden_s: float,
+    ) -> Drafted:  # fmt: skip
+        layer_nodes = self._layers(table, worlds, weights, layers, plan)
+        draft_s = self._draft_s(layer_nodes)
+        drawn = Drawn(table.cuts(len(layer_nodes)), worlds.tolist(), outcomes.tolist())
+        candidates = [cut.candidate for cut in drawn.met()]
+        candidates += [self._undrafted] * (sequences - len(candidates))
+        if weights is not None:
+            candidates = [replace(c, weight=w) for c, w in zip(candidates, weights.tolist(), strict=True)]
+        delay_s = max(0.0, draft_s - hidden_s)
+        beside = BatchState(state.base_tokens, state.context_tokens, delay_s, state.waiting_startable)
+        pruning = prune_batch(candidates, beside, plan)
+        accepted = drawn.accepted(pruning.chosen)
+        return Drafted(pruning.kept, accepted, draft_s, layer_nodes, drawn, pruning)
+
+    def _layers(
+        self, table: Table, worlds: NDArray[np.int64], weights: NDArray[np.float64] | None, most: int, plan: Plan
+    ) -> tuple[int, ...]:
+        """Nodes run through the draft model for each layer, as long as the rule wants another one."""
+        acceptance = table.layer_acceptance[worlds]
+        if weights is not None:
+            acceptance = acceptance * weights[: len(worlds), None]
+        per_layer = zip(table.layer_nodes[worlds].sum(0).tolist(), acceptance.sum(0).tolist(), strict=True)
+        layer_nodes = [next(per_layer)[0]]
+        for depth, (nodes, accepted) in enumerate(per_layer, start=1):
+            # The rule is a sum over nodes, so the whole batch may go in as one request.
+            frontier = Frontier(self._policy, 1.0, nodes, accepted, depth, False)
+            if depth == most or not nodes or not another_layer([frontier], plan):
+                break
+            layer_nodes.append(nodes)
+        return tuple(layer_nodes)
+
+    def _draft_s(self, layer_nodes: tuple[int, ...]) -> float:
+        profile = self._device.profile
+        model_s = len(layer_nodes) * profile.draft_layer_s + sum(layer_nodes) * profile.draft_node_s
+        return self._device.draft_round_trip_s + model_s
