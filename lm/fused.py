@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -19,6 +18,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from lm.attention import CONTEXT, AttentionContext, AttentionOptions
+from lm.elementwise import LANES, TORCH, elementwise_for
 
 FUSED = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 """Layers that compute just what `FusedLayer` does; their subclasses may not."""
@@ -49,19 +49,20 @@ class FusedLayer(nn.Module):
         self.gate_up_proj = _joined([mlp.gate_proj, mlp.up_proj])
         self.down_proj, self._activation = mlp.down_proj, mlp.act_fn
         self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        sizes = (self.o_proj.out_features, self._head_dim, mlp.down_proj.in_features)
+        self._whole_lanes = all(size % LANES == 0 for size in sizes)
 
     def forward(self, hidden_states: Tensor, position_embeddings: Tensor, **kwargs: Any) -> Tensor:
         """hidden_states [1, tokens, hidden] -> the same; position_embeddings as `ComplexRotary` gives them."""
         context: AttentionContext = kwargs[CONTEXT]
-        queries, keys, values = self._heads
-        qkv = self.qkv_proj(_norm(self.input_norm, hidden_states))[0].unflatten(-1, (-1, self._head_dim))
-        turned, value = qkv.split((queries + keys, values), dim=1)
-        pairs = torch.view_as_complex(turned.float().unflatten(-1, (-1, 2)))
-        query, key = torch.view_as_real(pairs * position_embeddings).flatten(2).to(qkv.dtype).split((queries, keys), 1)
+        work = elementwise_for(hidden_states) if self._whole_lanes else TORCH
+        qkv = self.qkv_proj(work.norm(hidden_states, self.input_norm))[0]
+        heads = work.rotate(qkv.view(len(qkv), -1, self._head_dim), sum(self._heads[:2]), position_embeddings)
+        query, key, value = heads.split(self._heads, 1)
         mixed = context.attend(self._index, query, key, value, self._options)
-        hidden_states = hidden_states + self.o_proj(mixed.reshape(1, len(mixed), -1))
-        gate, up = self.gate_up_proj(_norm(self.mlp_norm, hidden_states)).chunk(2, dim=-1)
-        return hidden_states + self.down_proj(self._activation(gate) * up)
+        attended = self.o_proj(mixed.reshape(1, len(mixed), -1))
+        hidden_states, normed = work.add_norm(hidden_states, attended, self.mlp_norm)
+        return hidden_states + self.down_proj(work.gated(self.gate_up_proj(normed), self._activation))
 
 
 class ComplexRotary(nn.Module):
@@ -95,10 +96,6 @@ def _window(layer: Any) -> int | None:
     if isinstance(layer, MistralDecoderLayer):
         return layer.self_attn.config.sliding_window
     return layer.self_attn.sliding_window if isinstance(layer, Qwen2DecoderLayer) else None
-
-
-def _norm(norm: Any, hidden_states: Tensor) -> Tensor:
-    return F.rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def _joined(projections: list[nn.Linear], order: Tensor | None = None) -> nn.Linear:

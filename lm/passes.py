@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lm.attention import TreeAttention
 from lm.device import upload
 from lm.graphs import Outputs
 from lm.kv_cache import KVCache
+from lm.native_attention import attention_for
 from lm.packed import PackedBatch, PackedSequence, pack
 from lm.static_pass import BUCKETS, Body, StaticPasses
 
@@ -47,7 +47,7 @@ class Passes:
         if outputs is None:
             columns = (upload(column, self._device) for column in (batch.token_ids, batch.positions, batch.rows))
             token_ids, positions, rows = columns
-            outputs = body(token_ids, positions, states, rows, TreeAttention(batch, cache))
+            outputs = body(token_ids, positions, states, rows, attention_for(batch, cache))
         for sequence in sequences:
             sequence.cache.scratch += len(sequence.token_ids)
         return outputs

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.attention.flex_attention
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from lm import elementwise, native_attention
 from lm.kv_cache import KVCache, SequenceCache
 from lm.model import LanguageModel
+from lm.native import library
 from lm.packed import PackedSequence
 from lm.passes import Passes
 
@@ -19,6 +22,20 @@ def pad_passes(passes: Passes) -> None:
     passes.padded = True
     # torch would compile the uncompiled kernel's steps one by one.
     torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
+
+
+WAYS = [
+    pytest.param("kernels", marks=pytest.mark.skipif(library() is None, reason="the kernels are not built")),
+    "torch",
+]
+"""Attention and elementwise work by our kernels, or by torch as where they are not built."""
+
+
+def compute(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take one of `WAYS` for the rest of a test."""
+    if way == "torch":
+        for module in (elementwise, native_attention):
+            monkeypatch.setattr(module, "library", lambda: None)
 
 
 @torch.inference_mode()

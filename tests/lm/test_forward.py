@@ -9,6 +9,8 @@ import torch
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from tests.lm.helpers import (
+    WAYS,
+    compute,
     fragmented,
     pad_passes,
     path_to,
@@ -32,6 +34,11 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
     if padded:
         pad_passes(made.passes)
     return made
+
+
+@pytest.fixture(autouse=True, params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute(request.param, monkeypatch)
 
 
 def test_the_reference_tells_tokens_apart(model: LanguageModel) -> None:

@@ -13,7 +13,7 @@ from lm.features import FeatureTap
 from lm.fused import FusedLayer, fuse_layers
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
-from tests.lm.helpers import path_to, prefill, random_parents, random_tokens, reference_logits
+from tests.lm.helpers import WAYS, compute, path_to, prefill, random_parents, random_tokens, reference_logits
 from tests.lm.tiny import _SHAPE, CONFIGS, tiny_model, tiny_tokenizer
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
@@ -24,6 +24,11 @@ FUSABLE: dict[str, PreTrainedConfig] = {
     "qwen2": CONFIGS["qwen2"],
     "qwen2-mixed": Qwen2Config(**_SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
 }
+
+
+@pytest.fixture(autouse=True, params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute(request.param, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", FUSABLE)
