@@ -9,7 +9,8 @@ from itertools import count, cycle
 from transformers import PreTrainedTokenizerFast
 
 from bench.common import Prompt
-from drafter_svc.drafter import build_drafter
+from drafter_svc.drafter import DrafterInfo, TreeDrafter, build_drafter
+from drafter_svc.proposer import Proposer
 from lm.model import LanguageModel
 from lm.store import vocabulary_sha256
 from planner.cost import verify_seconds
@@ -71,12 +72,16 @@ class PlannedEngine:
         steps: all steps so far; may be emptied.
     """
 
-    def __init__(self, model: LanguageModel, config: Config, curves: tuple[CostCurve, ...]) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: Config,
+        curves: tuple[CostCurve, ...],
+        proposer: Proposer | None = None,
+    ) -> None:
+        """`proposer`: drafts in place of the drafter that `config` describes."""
         self._config = config
-        sha256 = vocabulary_sha256(model.tokenizer)
-        drafter = build_drafter(
-            config.drafter, config.verifier.target, config.limits, lambda: self.planner.plan, sha256
-        )
+        drafter = self._build_drafter(model) if proposer is None else self._drafter_of(proposer)
         self._profile = VerifierProfile(curves, drafter.info.layer_s, drafter.info.node_s)
         self.planner = self.new_planner()
         verifier = config.verifier.model_copy(update={"prefix_caching": False})
@@ -87,6 +92,14 @@ class PlannedEngine:
     def new_planner(self) -> LocalPlanner:
         """One that knows the device's profile and nothing else."""
         return LocalPlanner(self._profile, self._config)
+
+    def _build_drafter(self, model: LanguageModel) -> TreeDrafter:
+        config, sha256 = self._config, vocabulary_sha256(model.tokenizer)
+        return build_drafter(config.drafter, config.verifier.target, config.limits, lambda: self.planner.plan, sha256)
+
+    def _drafter_of(self, proposer: Proposer) -> TreeDrafter:
+        sessions = self._config.drafter.max_sessions
+        return TreeDrafter(DrafterInfo("proposer"), sessions, lambda: self.planner.plan, [proposer])
 
     def step(self) -> list[Output]:
         cost = self.planner.plan.cost

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 
 from bench.common import Prompt
 from bench.load import End, Request, Tokens
-from bench.local_engine import LocalPlanner, PlannedEngine, PlannedStep, encode
+from bench.local_engine import LocalPlanner, PlannedEngine, PlannedStep, encode, greedy_answers
+from bench.synthetic import Acceptance, SyntheticProposer
 from lm.model import LanguageModel
 from treeline.client import TreelineClient
-from treeline.config import Config
+from treeline.config import Config, DrafterConfig
 from treeline.errors import ConfigError, QueueFullError, TreelineError
+from treeline.plan import CostCurve
 from treeline.sampling import SamplingParams
 from treeline.v1 import generation_pb2 as pb
 from verifier_svc.profile import profile_verification
@@ -66,8 +68,13 @@ class LocalSystem:
         return steps
 
 
-def start_local(config: Config, prompts: Sequence[Prompt], streams: int, max_tokens: int) -> LocalSystem:
+def start_local(
+    config: Config, prompts: Sequence[Prompt], streams: int, max_tokens: int, acceptance: Acceptance | None = None
+) -> LocalSystem:
     """The system that `config` describes, its models loaded and measured, with room for so many streams at once.
+
+    Args:
+        acceptance: draft so well, whatever drafter is configured.
 
     Raises:
         ConfigError: a model cannot be loaded, or a prompt and its answer exceed the context.
@@ -76,7 +83,27 @@ def start_local(config: Config, prompts: Sequence[Prompt], streams: int, max_tok
     token_ids = {prompt: encode(model.tokenizer, prompt) for prompt in prompts}
     config = with_room(config, {prompt.id: len(ids) for prompt, ids in token_ids.items()}, streams, max_tokens)
     curves = profile_verification(model, model.new_cache(PROFILE_CACHE_TOKENS, config.verifier.kv_block_tokens))
-    return LocalSystem(PlannedEngine(model, config, curves), token_ids)
+    proposer = None
+    if acceptance is not None:
+        proposer = _synthetic(acceptance, model, config, curves, list(token_ids.values()), streams, max_tokens)
+    return LocalSystem(PlannedEngine(model, config, curves, proposer), token_ids)
+
+
+def _synthetic(
+    acceptance: Acceptance,
+    model: LanguageModel,
+    config: Config,
+    curves: tuple[CostCurve, ...],
+    prompts: list[list[int]],
+    streams: int,
+    max_tokens: int,
+) -> SyntheticProposer:
+    """Drafts of this quality for these prompts, whose answers are written now."""
+    plain = config.model_copy(update={"drafter": DrafterConfig(kind="ngram")})
+    planned = PlannedEngine(model, plain, curves)
+    answers, _ = greedy_answers(planned, prompts, ["off"] * len(prompts), max_tokens, streams)
+    known = {tuple(prompt): answer for prompt, answer in zip(prompts, answers, strict=True)}
+    return SyntheticProposer(acceptance, known, model.vocab_size)
 
 
 def with_room(config: Config, prompt_tokens: dict[str, int], streams: int, max_tokens: int) -> Config:

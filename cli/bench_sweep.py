@@ -16,6 +16,7 @@ from treeline.errors import ConfigError
 if TYPE_CHECKING:
     from bench.common import Prompt
     from bench.sweep import Block, Result, Settings, Swept, Turn
+    from bench.synthetic import Acceptance
 
 POLICIES = (
     "off smart smart-paper eagle2:2,2,4 eagle2:4,4,12 eagle2:6,10,60 chain:3 static:2-2-1 sequoia:16,6 opt-tree:16,6 "
@@ -48,6 +49,13 @@ def sweep(
     block_seconds: Annotated[float, typer.Option(min=0.1, help="A block is measured for no longer.")] = 20.0,
     seed: Annotated[int, typer.Option(help="Of the order of prompts, and of the arrivals.")] = 0,
     config: ConfigFile = None,
+    acceptance: Annotated[
+        str | None,
+        typer.Option(
+            help="Draft synthetically: the true token is the first, second, ... choice with these probabilities, such "
+            "as 0.6,0.15,0.05; those of deeper nodes follow behind a slash."
+        ),
+    ] = None,
     target: Annotated[
         str | None, typer.Option(help="host:port of a running service, instead of an engine in this process.")
     ] = None,
@@ -65,6 +73,7 @@ def sweep(
     from bench.common import OWN_PROMPTS, load_prompts
     from bench.plots import require_matplotlib
     from bench.sweep import Settings, checked_policies
+    from bench.synthetic import parse_acceptance
 
     settings = Settings(
         policies=checked_policies(policies.split()),
@@ -77,8 +86,9 @@ def sweep(
     )
     if not settings.concurrency:
         raise ConfigError("--concurrency: give at least one number of streams")
-    if target and (trace or config):
-        raise ConfigError("--trace and --config describe an engine in this process: leave out --target")
+    drafts = parse_acceptance(acceptance) if acceptance else None
+    if target and (trace or config or drafts):
+        raise ConfigError("--trace, --config and --acceptance are for an engine in this process: leave out --target")
     if plots is not None:
         require_matplotlib()
     loaded = load_prompts(prompts or OWN_PROMPTS, limit)
@@ -87,12 +97,13 @@ def sweep(
     def start() -> Swept:
         if target is not None:
             return _service(target, token, tls_ca, settings)
-        return _engine(config, loaded, settings)
+        return _engine(config, loaded, settings, drafts)
 
     results, complete = _run(settings, loaded, start, files.trace)
     if results:
-        what = {"target": target} if target else {"treeline": load_config(config).model_dump(mode="json")}
-        _write(files, {**asdict(settings), "prompts": len(loaded), "complete": complete, **what}, results)
+        described = {**asdict(settings), "prompts": len(loaded), "acceptance": acceptance, "complete": complete}
+        described |= {"target": target} if target else {"treeline": load_config(config).model_dump(mode="json")}
+        _write(files, described, results)
     if not complete:
         raise typer.Exit(INTERRUPTED)
 
@@ -104,10 +115,10 @@ def _service(target: str, token: str | None, tls_ca: Path | None, settings: Sett
     return RemoteSystem(TreelineClient(target, token, tls_ca), max(settings.concurrency))
 
 
-def _engine(config: Path | None, prompts: list[Prompt], settings: Settings) -> Swept:
+def _engine(config: Path | None, prompts: list[Prompt], settings: Settings, drafts: Acceptance | None) -> Swept:
     from bench.systems import start_local
 
-    return start_local(load_config(config), prompts, max(settings.concurrency), settings.max_tokens)
+    return start_local(load_config(config), prompts, max(settings.concurrency), settings.max_tokens, drafts)
 
 
 def _run(

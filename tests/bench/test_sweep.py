@@ -144,6 +144,18 @@ def test_the_command_writes_everything(config_file, tmp_path):
         assert sum(step["outcomes"]["accepted"]) == step["accepted_nodes"]
 
 
+def test_drafts_of_a_given_quality_are_swept_without_a_drafter(config_file, tmp_path):
+    report = tmp_path / "report.json"
+    options = ["--acceptance", "0.9,0.05", "--rates", "", "--json", str(report)]
+    result = run(config_file, *options, policies="off chain:3")
+    assert result.exit_code == 0, result.output
+    written = json.loads(report.read_text())
+    assert written["config"]["acceptance"] == "0.9,0.05"
+    assert written["identical_outputs"] is True
+    chains = [row for row in written["rows"] if row["policy"] == "chain:3"]
+    assert all(2 < row["accepted_length"] < 4 for row in chains)
+
+
 def test_ctrl_c_writes_what_has_been_measured(config_file, tmp_path, monkeypatch):
     begun, begin = [], LocalSystem.begin
 
@@ -169,6 +181,7 @@ def test_ctrl_c_writes_what_has_been_measured(config_file, tmp_path, monkeypatch
         (["--concurrency", "0"], "numbers above 0"),
         (["--concurrency", ""], "at least one number of streams"),
         (["--target", "127.0.0.1:1"], "leave out --target"),
+        (["--acceptance", "0.9,0.9"], "adding up to 1 at most"),
         (["--max-tokens", "500"], "exceeds limits.max_context_tokens"),
     ],
 )

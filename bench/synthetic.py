@@ -1,0 +1,124 @@
+"""Drafts of a given quality, for targets that have no drafter: the true next token planted among wrong ones.
+
+The target's answers are known from a run without drafts. Trees are grown by the policies as ever and verified by real
+passes, so that outputs stay the target's own; only drafting costs nothing but Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from drafter_svc.proposer import Children
+from drafter_svc.sessions import Session
+from treeline.errors import ConfigError
+from treeline.tree import ROOT, Source
+
+if TYPE_CHECKING:
+    from drafter_svc.growth import GrowingTree
+
+LEAST_PROB = 1e-3
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """How good drafts are.
+
+    Attributes:
+        by_depth: for depth 1, 2, ..., the last one for all deeper: probabilities that the true token is the first,
+            second, ... choice below a node that was accepted.
+    """
+
+    by_depth: tuple[tuple[float, ...], ...]
+
+    def ranks(self, depth: int) -> tuple[float, ...]:
+        return self.by_depth[min(depth, len(self.by_depth)) - 1]
+
+
+def parse_acceptance(text: str) -> Acceptance:
+    """From "0.6,0.15,0.05/0.5,0.1": ranks separated by commas, depths by slashes.
+
+    Raises:
+        ConfigError: these are no such probabilities.
+    """
+    try:
+        parsed = tuple(tuple(float(rank) for rank in depth.split(",")) for depth in text.split("/"))
+    except ValueError:
+        parsed = ()
+    if not parsed or any(min(ranks) < 0 or sum(ranks) > 1 for ranks in parsed):
+        raise ConfigError(
+            f"acceptance '{text}': probabilities by rank separated by commas, such as 0.6,0.15,0.05, adding up to 1 at "
+            "most; depths separated by slashes"
+        )
+    return Acceptance(parsed)
+
+
+class SyntheticProposer:
+    """Knows how each sequence goes on, and plants that among decoys: at each position at one rank, or not at all.
+
+    Below a node that is not on the true path there are only decoys, with the probabilities that a drafter would claim
+    which knows its acceptance and not the truth.
+
+    Args:
+        answers: by prompt, the token ids that the target said.
+    """
+
+    source = Source.SYNTHETIC
+
+    def __init__(
+        self, acceptance: Acceptance, answers: dict[tuple[int, ...], list[int]], vocab_size: int, seed: int = 0
+    ) -> None:
+        self._acceptance, self._vocab_size, self._seed = acceptance, vocab_size, seed
+        self._texts = [[*prompt, *answer] for prompt, answer in answers.items()]
+        self._of_session: dict[int, list[int]] = {}
+        self._following: dict[int, list[int]] = {}
+        """By session of this step, what follows its root."""
+
+    def begin(self, sessions: list[Session]) -> None:
+        self._following = {session.session_id: self._rest(session) for session in sessions}
+
+    def propose(self, wanted: list[tuple[GrowingTree, list[int]]]) -> list[Children]:
+        return [self._children(tree, nodes) for tree, nodes in wanted]
+
+    def release(self, session_id: int) -> None:
+        self._of_session.pop(session_id, None)
+
+    def _rest(self, session: Session) -> list[int]:
+        """Nothing if the text is none of those known."""
+        length = len(session.tokens)
+        for text in (self._of_session.get(session.session_id, []), *self._texts):
+            if text[:length] == session.tokens:
+                self._of_session[session.session_id] = text
+                return text[length:]
+        return []
+
+    def _children(self, tree: GrowingTree, nodes: list[int]) -> Children:
+        children, following = Children(), self._following[tree.session.session_id]
+        depth = tree.depth + 1
+        ranks = self._acceptance.ranks(depth)
+        true = following[depth - 1] if depth <= len(following) else None
+        position = len(tree.session.tokens) + depth - 1
+        planted = None if true is None else self._rank(true, position, ranks)
+        for node in nodes:
+            path = [tree.token_ids[n] for n in tree.path(node)] if node != ROOT else []
+            on_path = path == following[: depth - 1]
+            for rank, prob in enumerate(ranks[: tree.policy.max_children]):
+                right = on_path and rank == planted
+                children.parents.append(node)
+                children.token_ids.append(true if right and true is not None else self._decoy(true, position, rank))
+                children.probs.append(max(prob, LEAST_PROB))
+                children.ranks.append(rank)
+        return children
+
+    def _rank(self, true: int, position: int, ranks: tuple[float, ...]) -> int | None:
+        """Where the true token is planted at this position: the same whenever it is asked."""
+        digest = hashlib.blake2b(f"{self._seed} {position} {true}".encode(), digest_size=8).digest()
+        drawn = int.from_bytes(digest, "little") / 2**64
+        return next((rank for rank, below in enumerate(accumulate(ranks)) if drawn < below), None)
+
+    def _decoy(self, true: int | None, position: int, rank: int) -> int:
+        """Some token that is not the true one, another one for each rank."""
+        first = 0 if true is None else true + 1
+        return (first + (position * 7 + rank) % (self._vocab_size - 1)) % self._vocab_size
