@@ -39,7 +39,8 @@ def openvino_genai(
         except RuntimeError as error:
             raise MissingPeerError(f"cannot load {gguf.name}: {error}") from error
 
-    pipelines = {concurrency: pipeline(concurrency) for concurrency in {1, *concurrencies}}
+    # Loading converts the whole model. One at a time needs no pipeline of its own: any takes them one by one.
+    pipelines = {concurrency: pipeline(concurrency) for concurrency in {*concurrencies} - {1} or {1}}
 
     def answer(prompts: list[list[int]], concurrency: int) -> Answers:
         config = genai.GenerationConfig(max_new_tokens=max_tokens)
@@ -48,8 +49,10 @@ def openvino_genai(
         if prompt_lookup:
             config.num_assistant_tokens, config.max_ngram_size = LOOKUP_TOKENS, LOOKUP_NGRAM
         inputs = [openvino.Tensor(np.asarray([prompt], np.int64)) for prompt in prompts]
+        pipe = pipelines[max(pipelines) if concurrency == 1 else concurrency]
+        together = [[one] for one in inputs] if concurrency == 1 else [inputs]
         try:
-            results = pipelines[concurrency].generate(inputs, [config] * len(inputs))
+            results = [result for some in together for result in pipe.generate(some, [config] * len(some))]
         except RuntimeError as error:
             raise MissingPeerError(f"cannot run {gguf.name}: {error}") from error
         return [list(result.m_generation_ids[0]) for result in results]

@@ -15,7 +15,7 @@ from treeline.errors import ConfigError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SIZE_INCHES = (8, 5)
+SIZE_INCHES = (9, 5)
 COLOURS = [f"C{i}" for i in range(10)] + ["gold", "navy", "lime", "teal", "salmon", "indigo"]
 MOST_DOTS = 2000
 """Steps drawn of each policy."""
@@ -54,7 +54,7 @@ def _plot(path: Path, draw: Callable[[Axes], None]) -> Path:
     axes = figure.subplots()
     draw(axes)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside center right")
     figure.savefig(path, dpi=150)
     return path
 
