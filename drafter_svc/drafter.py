@@ -208,6 +208,7 @@ def _build_model(config: DrafterConfig, limits: LimitsConfig) -> tuple[DrafterIn
     assert config.model is not None
     model = LanguageModel.load(config.model)
     cache = model.new_cache(config.kv_cache_tokens, KV_BLOCK_TOKENS)
+    model.capture(cache)
     info = DrafterInfo(model.name, model.vocab_size, sha256_of(model.tokenizer))
     return info, ModelProposer(model, cache, limits.max_tree_nodes)
 
@@ -217,6 +218,7 @@ def _build_head(
 ) -> tuple[DrafterInfo, LayeredProposer]:
     head = DraftHead.load(folder, target)
     cache = head.new_cache(config.kv_cache_tokens, KV_BLOCK_TOKENS)
+    head.capture(cache)
     features = FeatureSpec(head.config.feature_layers, head.config.feature_width)
     info = DrafterInfo(head.name, head.vocab_size, head.config.vocabulary_sha256, features=features)
     return info, HeadProposer(head, cache, limits.max_tree_nodes)

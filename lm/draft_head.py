@@ -18,14 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel
 
-from lm.attention import CONTEXT, IMPLEMENTATION, TreeAttention
+from lm.attention import CONTEXT, IMPLEMENTATION, AttentionContext
 from lm.device import torch_dtype
 from lm.fused import fuse_layers
+from lm.graphs import Outputs
 from lm.kv_cache import KVCache, LayerShape
 from lm.model import torch_device
-from lm.packed import PackedSequence, pack
+from lm.packed import PackedSequence
 from lm.packed_linear import pack_linear_layers
+from lm.passes import Passes
 from lm.sampling import Row, top_drafts
+from lm.static_pass import BUCKETS
 from lm.store import one_line, progress_bars, resolve_model
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
@@ -109,6 +112,7 @@ class DraftHead:
     Attributes:
         name: of its folder.
         draft_ids: int64 [draft_vocab_size]; the target's token of each column of logits.
+        passes: how its passes are run.
     """
 
     def __init__(
@@ -122,6 +126,8 @@ class DraftHead:
         config = module.config
         head_dim = config.hidden_size // config.heads
         self.layers = [LayerShape(config.kv_heads, head_dim, head_dim)] * config.layers
+        states = torch.zeros(BUCKETS[-1], config.hidden_size, dtype=self.dtype, device=self.device)
+        self.passes = Passes({None}, self.device, states)
 
     @classmethod
     def load(cls, folder: Path, target: ModelConfig) -> DraftHead:
@@ -187,15 +193,25 @@ class DraftHead:
         Raises:
             ValueError: as `LanguageModel.forward`.
         """
-        batch = pack(sequences)
-        token_ids, positions, rows = (
-            torch.from_numpy(column).to(self.device) for column in (batch.token_ids, batch.positions, batch.rows)
-        )
-        context = TreeAttention(batch, cache)
+        logits, out = self.passes.run(self._run, sequences, cache, states)
+        return logits.float(), out
+
+    def capture(self, cache: KVCache) -> None:
+        """As `LanguageModel.capture`."""
+        self.passes.capture(self._run, cache)
+
+    def _run(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        states: Tensor | None,
+        rows: Tensor | None,
+        context: AttentionContext,
+    ) -> Outputs:
+        """The `Body` of its passes: logits and output states."""
+        assert states is not None
         out = self._module(self._embedding(token_ids)[None], states[None], positions[None], context)[0]
-        for sequence in sequences:
-            sequence.cache.scratch += len(sequence.token_ids)
-        return self._output(out[rows]).float(), out
+        return self._output(out if rows is None else out[rows]), out
 
 
 def load_plain(target: ModelConfig) -> PreTrainedModel:

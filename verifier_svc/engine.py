@@ -49,6 +49,7 @@ class Engine:
     def __init__(self, model: LanguageModel, link: DraftLink | None, plan: Callable[[], Plan], config: Config) -> None:
         self.model = model
         self.cache = model.new_cache(config.verifier.kv_cache_tokens, config.verifier.kv_block_tokens)
+        model.capture(self.cache)
         verifier = config.verifier
         self.scheduler = Scheduler(self.cache, config.limits, verifier.prefill_chunk_tokens, verifier.prefix_caching)
         hidden_states = HiddenStates(model, config.limits.max_message_bytes)
@@ -150,7 +151,7 @@ class Engine:
         rows = [row for sequence, tree in zip(sequences, trees, strict=True) for row in _rows(sequence, tree)]
         if not rows:
             return []
-        own_tokens = choose_tokens(logits, rows).tolist()
+        own_tokens = choose_tokens(logits, rows).tolist()  # The step waits for the device here, and nowhere else.
         walks, first_row = [], 0
         for tree in trees:
             walks.append(target_walk(tree, own_tokens[first_row : first_row + 1 + len(tree)]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from lm.packed import PackedSequence, pack
 from lm.static_pass import BUCKETS, LOGITS_OF_ALL, MOST_SEQUENCES, StaticPasses, bucket
 from tests.lm.helpers import fragmented, pad_passes, prefill, random_parents, random_tokens, reference_logits
 from tests.lm.tiny import _SHAPE, tiny_llama, tiny_model, tiny_tokenizer
+from tests.lm.tiny_head import tiny_head
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -194,6 +196,24 @@ def test_tiles_cover_what_is_seen_once_and_little_else(padded: LanguageModel, wi
         assert set(seen) <= set(held)
         assert len(held) <= len(seen) + 2 * (block + 1)
     assert counts.max() < slots // TILE_SLOTS, "a sequence's tokens do not read the whole store"
+
+
+@pytest.mark.parametrize("wanted", ["all", "last"])
+def test_a_draft_head_says_the_same_padded(padded: LanguageModel, wanted: Literal["all", "last"]) -> None:
+    rng = np.random.default_rng(8)
+    tokens, parents = [random_tokens(rng, 6), random_tokens(rng, 3)], [random_parents(rng, 6), random_parents(rng, 3)]
+    states = torch.from_numpy(rng.normal(size=(9, 48)).astype(np.float32))
+    results = []
+    for pads in (False, True):
+        head = tiny_head(padded.hf)
+        head.passes.padded = pads
+        cache = head.new_cache(64, 16)
+        places = [cache.allocate(16) for _ in tokens]
+        packed = [PackedSequence(*each, wanted) for each in zip(places, tokens, parents, strict=True)]
+        results.append(head.forward(packed, states, cache))
+        assert [place.scratch for place in places] == [6, 3]
+    for pads, plain in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(pads, plain, **CLOSE)
 
 
 def test_shared_prefix_blocks_are_seen_by_all_who_share_them(padded: LanguageModel) -> None:

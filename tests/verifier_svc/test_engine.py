@@ -8,6 +8,7 @@ import torch
 
 from lm.model import LanguageModel
 from planner.fallback import builtin_plan
+from tests.lm.helpers import pad_passes
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from tests.verifier_svc.doubles import OracleDrafter, SilentLink
 from treeline.config import Config, LimitsConfig, ModelConfig, VerifierConfig
@@ -120,6 +121,20 @@ def test_greedy_equals_transformers_with_every_policy(model, policy):
         accepted = sum(outputs[r.request_id][-1].speculation.accepted_nodes for r in requests)
         assert accepted > 0, "nothing was ever accepted, so nothing was tested"
     assert_all_free(engine, drafter)
+
+
+def test_padded_passes_write_the_same_text(model):
+    """As on a GPU: prompts, trees and plain steps in buckets of tokens."""
+    padded = LanguageModel.from_hf(tiny_llama(), tiny_tokenizer())
+    pad_passes(padded.passes)
+    known, requests = Known(), []
+    for index, prompt in enumerate(prompts(model, 3)):
+        known.add(prompt, plain_greedy(model, prompt, 10))
+        requests.append(
+            GenerationRequest(f"r{index}", prompt, SamplingParams(), 10, ignore_eos=True, policy="static:2-1")
+        )
+    outputs = run(engine_for(padded, OracleDrafter(known, model.vocab_size)), requests)
+    assert [tokens_of(outputs[r.request_id]) for r in requests] == [answer for _, answer in known.answers]
 
 
 @pytest.mark.parametrize(
