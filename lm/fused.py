@@ -8,6 +8,7 @@ pairs, so that the order does not matter to them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,14 +81,19 @@ class ComplexRotary(nn.Module):
 
 
 @torch.no_grad()
-def fuse_layers(hf: PreTrainedModel) -> None:
-    """Put fused layers in place of those of `hf`, if it is of Llama's kind; any other model stays as it is."""
+def fuse_layers(hf: PreTrainedModel, finish: Callable[[nn.Module], object] = lambda layer: None) -> None:
+    """Put fused layers in place of those of `hf`, if it is of Llama's kind; any other model stays as it is.
+
+    Args:
+        finish: called with each layer once it is in place; meanwhile only one layer's weights are there twice.
+    """
     body: Any = hf.base_model
     layers = getattr(body, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not all(type(layer) in FUSED for layer in layers):
         return
     for index, layer in enumerate(layers):
         layers[index] = FusedLayer(layer, _window(layer))
+        finish(layers[index])
     body.rotary_emb = ComplexRotary(body.rotary_emb)
 
 

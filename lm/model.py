@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -76,8 +77,9 @@ class LanguageModel:
             hf, report = loaded
             hf.to(device)
             _check_weights(hf, report["missing_keys"])
-            fuse_layers(hf)
-            pack_linear_layers(hf, config.quantization)
+            pack = functools.partial(pack_linear_layers, quantization=config.quantization)
+            fuse_layers(hf, finish=pack)
+            pack(hf)
             _let_go_of_files(hf)
         except Exception as error:  # The reader of damaged weights raises anything.
             raise ConfigError(f"cannot load model '{config.model}': {one_line(error)}") from error
