@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import logging
 from pathlib import Path
 
@@ -26,6 +27,13 @@ def library() -> ctypes.CDLL | None:
             return None
         return kernels if kernels.treeline_processor_fits() else None
     return None
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Hex digest of the compiled kernels; empty without any. What was measured with one may not hold for another."""
+    kernels = library()
+    return "" if kernels is None else hashlib.sha256(Path(kernels._name).read_bytes()).hexdigest()
 
 
 def _share_openmp() -> None:

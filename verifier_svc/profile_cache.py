@@ -17,7 +17,7 @@ import treeline
 from lm.device import processor_name
 from lm.kv_cache import KVCache
 from lm.model import LanguageModel
-from lm.native import library
+from lm.native import fingerprint
 from lm.store import cache_folder
 from treeline.plan import CostCurve
 from verifier_svc.profile import profile_verification
@@ -55,7 +55,7 @@ def _identity(model: LanguageModel, cache: KVCache) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(model.device) if on_cuda else processor_name(),
         "dtype": str(model.dtype),
         "layers": sorted({type(layer).__name__ for layer in model.hf.modules()}),
-        "kernels": library() is not None,
+        "kernels": fingerprint(),
         "threads": torch.get_num_threads(),
         "kv_cache_tokens": cache.total_blocks * cache.block_tokens,
         "torch": torch.__version__,

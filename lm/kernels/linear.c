@@ -59,55 +59,66 @@ INLINE void decode_group(const uint8_t *group, int bits, float weights[GROUP][RO
     }
 }
 
-/* sums += weights^T inputs over one group, for a single token: nothing is written down in between. */
-INLINE void multiply_one(const uint8_t *group, int bits, const float *inputs, float *sums) {
-    v8f scales[VECTORS][4], minimum[VECTORS], sum[VECTORS];
-    for (int v = 0; v < VECTORS; v++) {
-        scales_of(group, bits, v, scales[v], &minimum[v]);
-        sum[v] = *(v8f *)(sums + 8 * v);
+/* sums[t] += weights^T inputs[t] over one group, for up to 4 tokens and `count` vectors of outputs from the first given
+ * one on, all known when compiled: no weight is written down in between. */
+INLINE void multiply_few(
+    const uint8_t *group, int bits, const float *inputs, int64_t stride, float (*sums)[ROWS], int tokens, int first,
+    int count) {
+    v8f scales[VECTORS][4], minimum[VECTORS], sum[4][VECTORS];
+    for (int v = 0; v < count; v++) {
+        scales_of(group, bits, first + v, scales[v], &minimum[v]);
+        for (int t = 0; t < tokens; t++) sum[t][v] = *(v8f *)(sums[t] + 8 * (first + v));
     }
     for (int w = 0; w < GROUP * bits / 32; w++) {
         v8u word[VECTORS];
-        for (int v = 0; v < VECTORS; v++) word[v] = *(const v8u *)(words_of(group, bits, w) + 8 * v);
+        for (int v = 0; v < count; v++) word[v] = *(const v8u *)(words_of(group, bits, w) + 8 * (first + v));
         for (int half = 0; half < 2; half++) {
             for (int j = 0; j < 16 / bits; j++, inputs++)
-                for (int v = 0; v < VECTORS; v++) sum[v] += decode(word[v], bits, j, scales[v][j], minimum[v]) * *inputs;
-            for (int v = 0; v < VECTORS; v++) word[v] >>= 16;
+                for (int v = 0; v < count; v++) {
+                    v8f weight = decode(word[v], bits, j, scales[v][j], minimum[v]);
+                    for (int t = 0; t < tokens; t++) sum[t][v] += weight * inputs[t * stride];
+                }
+            for (int v = 0; v < count; v++) word[v] >>= 16;
         }
     }
-    for (int v = 0; v < VECTORS; v++) *(v8f *)(sums + 8 * v) = sum[v];
+    for (int t = 0; t < tokens; t++)
+        for (int v = 0; v < count; v++) *(v8f *)(sums[t] + 8 * (first + v)) = sum[t][v];
 }
 
-/* sums[t] += weights^T inputs[t] over one group, for `count` vectors of outputs and `tokens`, known when compiled. */
+/* sums[t] += weights^T inputs[t] over one group, for 16 outputs and `tokens`, known when compiled. */
 INLINE void multiply(
-    const float (*weights)[ROWS], const float *inputs, int64_t stride, float (*sums)[ROWS], int tokens, int count) {
-    v8f sum[2 * TOKENS];
-    for (int t = 0; t < tokens; t++)
-        for (int v = 0; v < count; v++) sum[t * count + v] = *(v8f *)(sums[t] + 8 * v);
+    const float (*weights)[ROWS], const float *inputs, int64_t stride, float (*sums)[ROWS], int tokens) {
+    v8f left[TOKENS], right[TOKENS];
+    for (int t = 0; t < tokens; t++) {
+        left[t] = *(v8f *)sums[t];
+        right[t] = *(v8f *)(sums[t] + 8);
+    }
     for (int k = 0; k < GROUP; k++)
-        for (int t = 0; t < tokens; t++)
-            for (int v = 0; v < count; v++)
-                sum[t * count + v] += *(const v8f *)(weights[k] + 8 * v) * inputs[t * stride + k];
-    for (int t = 0; t < tokens; t++)
-        for (int v = 0; v < count; v++) *(v8f *)(sums[t] + 8 * v) = sum[t * count + v];
+        for (int t = 0; t < tokens; t++) {
+            left[t] += *(const v8f *)weights[k] * inputs[t * stride + k];
+            right[t] += *(const v8f *)(weights[k] + 8) * inputs[t * stride + k];
+        }
+    for (int t = 0; t < tokens; t++) {
+        *(v8f *)sums[t] = left[t];
+        *(v8f *)(sums[t] + 8) = right[t];
+    }
 }
 
-static void multiply_all(
+/* The same for all outputs and any number of tokens. */
+static void multiply_many(
     const float (*weights)[ROWS], const float *inputs, int64_t stride, float (*sums)[ROWS], int64_t tokens) {
-    /* Two tokens take more outputs at a time, since a sum waits for the one before. */
-    if (tokens == 2) return multiply(weights, inputs, stride, sums, 2, VECTORS);
     for (int side = 0; side < ROWS; side += 16) {
         const float(*w)[ROWS] = (const float(*)[ROWS])(weights[0] + side), *x = inputs;
         float(*s)[ROWS] = (float(*)[ROWS])(sums[0] + side);
         for (int64_t left = tokens, now; left; left -= now, x += now * stride, s += now) {
             now = left <= TOKENS ? left : left <= TOKENS + 2 ? 4 : TOKENS; /* 6 and 2 are slower than 4 and 4 */
             switch (now) {
-                case 6: multiply(w, x, stride, s, 6, 2); break;
-                case 5: multiply(w, x, stride, s, 5, 2); break;
-                case 4: multiply(w, x, stride, s, 4, 2); break;
-                case 3: multiply(w, x, stride, s, 3, 2); break;
-                case 2: multiply(w, x, stride, s, 2, 2); break;
-                case 1: multiply(w, x, stride, s, 1, 2); break;
+                case 6: multiply(w, x, stride, s, 6); break;
+                case 5: multiply(w, x, stride, s, 5); break;
+                case 4: multiply(w, x, stride, s, 4); break;
+                case 3: multiply(w, x, stride, s, 3); break;
+                case 2: multiply(w, x, stride, s, 2); break;
+                case 1: multiply(w, x, stride, s, 1); break;
             }
         }
     }
@@ -117,14 +128,22 @@ static void multiply_all(
 INLINE void multiply_tile(
     const uint8_t *tile, int bits, const float *inputs, int64_t groups, float (*sums)[ROWS], int64_t tokens) {
     float weights[GROUP][ROWS] __attribute__((aligned(64)));
+    int64_t stride = GROUP * groups;
     memset(sums, 0, tokens * sizeof(*sums));
-    for (int64_t g = 0; g < groups; g++, tile += group_bytes(bits), inputs += GROUP) {
-        if (tokens == 1) {
-            multiply_one(tile, bits, inputs, sums[0]);
-        } else {
+    for (int64_t g = 0; g < groups; g++, tile += group_bytes(bits), inputs += GROUP) switch (tokens) {
+        case 1: multiply_few(tile, bits, inputs, stride, sums, 1, 0, 4); break;
+        case 2: multiply_few(tile, bits, inputs, stride, sums, 2, 0, 4); break;
+        case 3:
+            multiply_few(tile, bits, inputs, stride, sums, 3, 0, 2);
+            multiply_few(tile, bits, inputs, stride, sums, 3, 2, 2);
+            break;
+        case 4:
+            multiply_few(tile, bits, inputs, stride, sums, 4, 0, 2);
+            multiply_few(tile, bits, inputs, stride, sums, 4, 2, 2);
+            break;
+        default:
             decode_group(tile, bits, weights);
-            multiply_all(weights, inputs, GROUP * groups, sums, tokens);
-        }
+            multiply_many(weights, inputs, stride, sums, tokens);
     }
 }
 
