@@ -106,7 +106,7 @@ def _report(made: list[dict[str, Any]], conditions: list[str]) -> None:
         typer.echo(heading + markdown([row for row in made if row["conditions"] == name]) + "\n")
     if compared := summary(made):
         typer.echo(compared + "\n")
-    typer.echo("Simulated steps per second of one process:\n\n" + steps_per_s(made))
+    typer.echo("Simulated steps per second of processor time:\n\n" + steps_per_s(made))
 
 
 def _law(trace: Path | None, over_confidence: float | None) -> AcceptanceLaw:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from treeline.errors import ConfigError
 
-NOISY_PERIOD_S = 20.0
+NOISY_PERIOD_S = 4.0
 NOISY_SHARE = 0.25
 NOISY_FACTOR = 2.0
 DRIFT_FACTOR = 1.6
+HOG_FACTOR = 2.0
 TARGET_SHARE = 0.5
 TARGET_OF_PLAIN = 0.45
 
@@ -21,6 +22,7 @@ class Conditions:
     Attributes:
         noisy_factor: a neighbour slows each replica's passes by this for NOISY_SHARE of every NOISY_PERIOD_S.
         drift_factor: passes cost this much more at the end than at the start.
+        hog_factor: something else on the processor slows all passes by this in the second half.
         target_share: share of requests that ask for a time per output token, TARGET_OF_PLAIN of a plain pass over one.
         overlap: the drafter works on one half of the batch while the verifier works on the other, so that a step costs
             the longer of the two. A batch of one has no halves.
@@ -28,6 +30,7 @@ class Conditions:
 
     noisy_factor: float = 1.0
     drift_factor: float = 1.0
+    hog_factor: float = 1.0
     target_share: float = 0.0
     overlap: bool = False
 
@@ -36,7 +39,7 @@ class Conditions:
         drift = 1 + (self.drift_factor - 1) * progress
         offset_s = replica * NOISY_PERIOD_S * 0.618  # neighbours of different replicas are noisy at different times
         noisy = (now_s + offset_s) % NOISY_PERIOD_S < NOISY_SHARE * NOISY_PERIOD_S
-        return drift * (self.noisy_factor if noisy else 1.0)
+        return drift * (self.noisy_factor if noisy else 1.0) * (self.hog_factor if progress >= 0.5 else 1.0)
 
 
 STEADY = Conditions()
@@ -44,6 +47,7 @@ CONDITIONS = {
     "steady": STEADY,
     "noisy-neighbour": Conditions(noisy_factor=NOISY_FACTOR),
     "drifting-costs": Conditions(drift_factor=DRIFT_FACTOR),
+    "hog": Conditions(hog_factor=HOG_FACTOR),
     "mixed-targets": Conditions(target_share=TARGET_SHARE),
     "overlapped": Conditions(overlap=True),
 }

@@ -17,7 +17,7 @@ class Result:
     Attributes:
         targets_met: share of the requests with a target for their time per token that met it; NaN if none has one.
         prediction_error: median of |predicted - true| / true seconds of the passes.
-        wall_s: seconds that the simulation itself took.
+        cpu_s: processor seconds that the simulation itself took.
     """
 
     policy: str
@@ -33,7 +33,7 @@ class Result:
     itl_s_p95: float
     targets_met: float
     prediction_error: float
-    wall_s: float
+    cpu_s: float
 
 
 class Counts:
@@ -56,14 +56,14 @@ class Counts:
         for tokens, count in enumerate(np.bincount(step.tokens).tolist()):
             if count:
                 self.tokens += tokens * count
-                self._waits_s.append(step.step_s / tokens)
+                self._waits_s.append(step.wait_s / tokens)
                 self._token_counts.append(tokens * count)
         if step.finished is not None:
             targeted = step.finished.target_s < math.inf
             self._targeted += int(targeted.sum())
             self._met += int((step.finished.itl_s <= step.finished.target_s)[targeted].sum())
 
-    def result(self, policy: str, load: str, seconds: float, wall_s: float) -> Result:
+    def result(self, policy: str, load: str, seconds: float, cpu_s: float) -> Result:
         ttft = np.quantile(self._ttft_s, [0.5, 0.95]).tolist() if self._ttft_s else [math.nan, math.nan]
         itl = _weighted_quantiles(self._waits_s, self._token_counts, [0.5, 0.95])
         sequences = max(1, self.sequences)
@@ -71,7 +71,7 @@ class Counts:
             policy, load, (self.tokens + len(self._ttft_s)) / seconds if seconds else 0.0, self.steps,
             self.sequences / max(1, self.steps), self.nodes / sequences, self.tokens / sequences, *ttft, *itl,
             self._met / self._targeted if self._targeted else math.nan,
-            float(np.median(self._errors)) if self._errors else math.nan, wall_s,
+            float(np.median(self._errors)) if self._errors else math.nan, cpu_s,
         )  # fmt: skip
 
 

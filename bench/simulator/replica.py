@@ -27,19 +27,23 @@ NOISE = 0.02
 
 
 class Step(NamedTuple):
-    """One step: when it ends, how long it takes, verified nodes, and tokens of each decoding request.
+    """One step: when it ends, verified nodes, and tokens of each decoding request.
 
     Attributes:
+        wait_s: since those requests' last step: the step itself, and that of the other half of the batch, if halves
+            take turns.
         verify_s, predicted_s: seconds of the pass, and what the plan said of them.
+        prefill_tokens: of prompts, in the pass.
         first_token_s: how long those waited whose first token came.
     """
 
     end_s: float
-    step_s: float
+    wait_s: float
     nodes: int
     tokens: NDArray[np.int64]
     verify_s: float
     predicted_s: float
+    prefill_tokens: int
     first_token_s: list[float]
     finished: Finished | None
 
@@ -65,7 +69,7 @@ class Replica:
         self._random, self._maker, self._interval_s = random, maker, Config().planner.interval_s
         self._state, self._signals = deepcopy(fresh), Signals(1.0)
         self._noise: list[float] = []
-        self._half = 0
+        self._half, self._last_s = 0, 0.0
         self._plan = self._planned(0.0)
         self._interval = [0, 0.0]  # tokens and seconds since the last plan
 
@@ -91,7 +95,8 @@ class Replica:
         predicted_s = pass_s(self._plan.cost, max(1, sequences), context_tokens, tokens)
         verify_s = self._verify_s(sequences, context_tokens, tokens)
         draft_s = drafted.draft_s if drafted else 0.0
-        if sequences < slots.decoding:
+        overlapped = sequences < slots.decoding
+        if overlapped:
             draft_s = max(0.0, draft_s - verify_s)  # drafted while the other half was verified
         step_s = draft_s + verify_s + self._device.step_overhead_s
         emitted = np.ones(sequences, np.int64)
@@ -107,7 +112,9 @@ class Replica:
             if sequences and (self._every_step or end_s >= self._next_plan_s):
                 self._learn(state, sequences, drafted, tokens, draft_s, verify_s, predicted_s, step_s, end_s)
         nodes = drafted.nodes if drafted else 0
-        return Step(end_s, step_s, nodes, emitted, verify_s, predicted_s, waited, slots.finish(end_s))
+        wait_s, self._last_s = step_s + overlapped * self._last_s, step_s
+        finished = slots.finish(end_s)
+        return Step(end_s, wait_s, nodes, emitted, verify_s, predicted_s, prefill_tokens, waited, finished)
 
     def _part(self) -> slice:
         """The decoding requests of this step: all, or every other one if drafting and verifying overlap."""

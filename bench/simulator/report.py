@@ -103,7 +103,7 @@ def summary(made: Sequence[dict[str, Any]]) -> str:
 
 
 def steps_per_s(made: Sequence[dict[str, Any]]) -> str:
-    """What the simulator itself managed: steps per second of one process, by policy over loads, as a Markdown table."""
+    """What the simulator itself managed: steps per second of processor time by policy and load, as a Markdown table."""
     loads = list(dict.fromkeys(row["load"] for row in made))
     lines = ["| policy | " + " | ".join(loads) + " |", "|---" * (1 + len(loads)) + "|"]
     for policy in dict.fromkeys(row["policy"] for row in made if row["policy"] != ORACLE):
@@ -111,8 +111,8 @@ def steps_per_s(made: Sequence[dict[str, Any]]) -> str:
         for load in loads:
             cells = [row for row in made if (row["policy"], row["load"]) == (policy, load)]
             # A quarter of the steps is warm-up: simulated, but not counted.
-            done, wall_s = sum(row["steps"] for row in cells) / (1 - WARM_UP), sum(row["wall_s"] for row in cells)
-            speeds.append(f"{done / wall_s:.0f}" if wall_s else "")
+            done, cpu_s = sum(row["steps"] for row in cells) / (1 - WARM_UP), sum(row["cpu_s"] for row in cells)
+            speeds.append(f"{done / cpu_s:.0f}" if cpu_s else "")
         lines.append(f"| {policy} | " + " | ".join(speeds) + " |")
     return "\n".join(lines)
 

@@ -108,6 +108,15 @@ class Fleet:
                     self._arrive(index, step.end_s)
         return step
 
+    def set_streams(self, streams: int) -> None:
+        """From now on so many closed-loop streams per replica; others hang up, new ones ask at once."""
+        for index, replica in enumerate(self.replicas):
+            replica.waiting.clear()
+            replica.slots.drop(streams)
+            self._requests_at[index] = replica.slots.count
+            for _ in range(streams - replica.slots.count):
+                self._arrive(index, self.now_s)
+
     def _arrive(self, index: int, now_s: float) -> None:
         self.replicas[index].waiting.append(next(self._requests)._replace(arrived_s=now_s))
         self._requests_at[index] += 1
@@ -118,7 +127,7 @@ class Fleet:
 
 def simulate(scenario: Scenario, policy_spec: str, load: Load) -> Result:
     """Run one policy under one load. The same seed gives the same result, and all policies the same worlds."""
-    started_s = time.perf_counter()
+    started_s = time.process_time()
     fleet, counts = Fleet(scenario, policy_spec, load), Counts()
     warm, counted_from_s = int(WARM_UP * scenario.steps), 0.0
     for done in range(scenario.steps):
@@ -127,7 +136,7 @@ def simulate(scenario: Scenario, policy_spec: str, load: Load) -> Result:
             counted_from_s = fleet.now_s
         if step is not None and done >= warm:
             counts.add(step)
-    return counts.result(policy_spec, load.spec, fleet.now_s - counted_from_s, time.perf_counter() - started_s)
+    return counts.result(policy_spec, load.spec, fleet.now_s - counted_from_s, time.process_time() - started_s)
 
 
 def plain_requests_per_s(scenario: Scenario) -> float:

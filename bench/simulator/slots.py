@@ -97,6 +97,13 @@ class Slots:
         self.decoding -= len(ended)
         return finished
 
+    def drop(self, place: int) -> None:
+        """All requests from `place` on are cancelled."""
+        dropped = slice(place, self.count)
+        contexts = self._prompt[dropped] + self._output[dropped] - self.left[dropped]
+        self.context_tokens -= int(contexts.sum())
+        self.count, self.decoding = min(place, self.count), min(place, self.decoding)
+
     def weights(self, part: slice, now_s: float) -> NDArray[np.float64]:
         """float64 [n]: what a token of each is worth, 1 on average, as the verifier has it."""
         due = (now_s - self._first_s[part]) / self._target_s[part]

@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from bench.simulator.conditions import Conditions
+from bench.simulator.conditions import STEADY, Conditions
 from bench.simulator.devices import PRESETS, Device, measured, preset
 from bench.simulator.load import arrivals, parse_load
 from bench.simulator.report import markdown, rows, summary
-from bench.simulator.simulation import Scenario, simulate
+from bench.simulator.simulation import Fleet, Scenario, simulate
+from bench.simulator.slots import Request, Slots
 from bench.simulator.worlds import EAGLE3_LIKE, AcceptanceLaw, Draws, World, law_from_trace
 from treeline.errors import ConfigError
 from treeline.plan import CostCurve, VerifierProfile
@@ -159,6 +160,76 @@ def test_open_arrivals_noise_drift_and_weights_run_over_many_replicas():
     assert result.tokens_per_s > 0
     assert 0 < result.ttft_s_p50 <= result.ttft_s_p95
     assert 0 < result.itl_s_p50 <= result.itl_s_p95
+
+
+def test_tree_sizes_settle_within_two_seconds_of_a_step_of_the_load_and_back():
+    fleet = Fleet(served("llama-8b@h100"), "smart", parse_load("32"))
+    sizes = {}
+    for streams in (1, 32, 1):
+        fleet.set_streams(streams)
+        sizes[streams] = halves = settled(fleet, 2.0, 6.0)
+        assert halves.std() < 0.15 * halves.mean(), f"{streams} streams: it oscillates"
+    assert sizes[32].mean() < 0.3 * sizes[1].mean()
+
+
+def settled(fleet: Fleet, after_s: float, until_s: float) -> np.ndarray:
+    """Verified nodes per request in every half second from `after_s` to `until_s` from now."""
+    begun_s, nodes, requests = fleet.now_s, np.zeros(int(2 * until_s)), np.zeros(int(2 * until_s))
+    while (place := int(2 * (fleet.now_s - begun_s))) < len(nodes):
+        step = fleet.step(0.0)
+        assert step is not None
+        nodes[place] += step.nodes
+        requests[place] += len(step.tokens)
+    return (nodes / requests)[int(2 * after_s) :]
+
+
+@pytest.mark.parametrize("load", ["1", "32"])
+def test_predictions_are_right_again_within_50_steps_of_a_hog_that_halves_the_verifiers_speed(load):
+    fleet = Fleet(served("llama-8b@h100", Conditions(hog_factor=2.0)), "smart", parse_load(load))
+    before, hogged = ([fleet.step(progress) for _ in range(400)] for progress in (0.0, 1.0))
+    for steps, from_step in ((before, 200), (hogged, 50)):
+        decoded = [step for step in steps[from_step:] if step is not None and not step.prefill_tokens]
+        assert max(abs(step.predicted_s / step.verify_s - 1) for step in decoded) < 0.15
+
+
+def served(device: str, conditions: Conditions = STEADY) -> Scenario:
+    """A planner that sees every step, as in service."""
+    return Scenario(preset(device), EAGLE3_LIKE, 1, 0, conditions=conditions, every_step=True)
+
+
+def test_a_request_behind_its_target_weighs_more_and_weights_are_one_on_average():
+    slots = Slots(4)
+    for target_s in (0.01, math.inf, 0.2):
+        slots.admit(Request(0.0, 10, 100, target_s))
+    assert slots.prefill() == (30, 3)
+    assert slots.begin(3, 1.0) == [1.0] * 3
+    slots.emit(slice(0, 3), np.asarray([4, 4, 4]))
+    late, free, early = slots.weights(slice(0, 3), 1.5).tolist()
+    assert late == pytest.approx(8 * free)
+    assert early == free
+    assert late + free + early == pytest.approx(3)
+    assert slots.context_tokens == 30 + 3 + 12
+    slots.drop(1)
+    assert (slots.count, slots.context_tokens) == (1, 15)
+
+
+def test_a_step_that_overlaps_drafting_costs_the_longer_of_the_two():
+    overlapped = scenario("convex", conditions=Conditions(overlap=True))
+    chained = simulate(overlapped, "chain:4", parse_load("8"))
+    assert chained.mean_batch == pytest.approx(4, abs=0.3)
+    draft_s, verify_s = 0.0003 + 4 * 0.003 + 16 * 0.0001, CURVES["convex"][20 - 1]
+    assert draft_s < verify_s
+    one_after_the_other = simulate(scenario("convex"), "chain:4", parse_load("4"))
+    assert chained.tokens_per_s == pytest.approx(
+        one_after_the_other.tokens_per_s * (draft_s + verify_s + 0.001) / (verify_s + 0.001), rel=0.1
+    )
+
+
+def test_a_thousand_replicas_share_what_arrives():
+    many = scenario("convex", 3000, replicas=1000)
+    made = simulate(many, "off", parse_load("poisson:0.2"))
+    assert made.mean_batch < 8
+    assert made.tokens_per_s > 0
 
 
 def test_the_report_compares_with_off_and_names_the_best_fixed_setting():
