@@ -35,8 +35,10 @@ class Supply:
     """
 
     def __init__(self) -> None:
-        self._nodes, self._gains = np.zeros((LAYERS, WORTH_BINS)), np.zeros((LAYERS, WORTH_BINS))
-        self._requests, self._steps, self._runs, self._model_nodes = np.zeros((4, LAYERS))
+        # Nodes and what they gain, by layer and from the worthiest bin on; a first, empty bin lets sums begin at 0.
+        self._offered = np.zeros((2, LAYERS, 1 + WORTH_BINS))
+        self._counts = np.zeros((4, LAYERS))
+        self._requests, self._steps, self._runs, self._model_nodes = self._counts
 
     def observe(
         self,
@@ -53,33 +55,30 @@ class Supply:
             layer_nodes: nodes that the draft model ran, by layer.
         """
         seen = slice(0, min(layers, LAYERS - 1) + 1)
-        for average in (self._nodes, self._gains, self._requests, self._steps, self._runs, self._model_nodes):
-            average[seen] *= math.exp(-requests / WINDOW_REQUESTS)
+        kept = math.exp(-requests / WINDOW_REQUESTS)
+        self._counts[:, seen] *= kept
+        self._offered[:, seen] *= kept
         self._requests[seen] += requests
         self._steps[seen] += 1
         for layer, nodes in enumerate(layer_nodes, 1):
             self._runs[min(layer, LAYERS - 1)] += 1
             self._model_nodes[min(layer, LAYERS - 1)] += nodes
-        bins = (np.sqrt(np.minimum(gains, 1.0)) * (WORTH_BINS - 1)).astype(np.intp)
-        places = np.minimum(node_layers, LAYERS - 1) * WORTH_BINS + bins
-        size, shape = LAYERS * WORTH_BINS, (LAYERS, WORTH_BINS)
-        self._nodes += np.bincount(places, minlength=size).reshape(shape)
-        self._gains += np.bincount(places, weights=gains, minlength=size).reshape(shape)
+        bins = WORTH_BINS - (np.sqrt(np.minimum(gains, 1.0)) * (WORTH_BINS - 1)).astype(np.intp)
+        places = np.minimum(node_layers, LAYERS - 1) * (1 + WORTH_BINS) + bins
+        for offered, weights in zip(self._offered, (None, gains), strict=True):
+            offered += np.bincount(places, weights, offered.size).reshape(offered.shape)
 
     @property
     def known(self) -> bool:
         return bool(self._requests[-1] > 0)
 
     def curves(self, requests: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(nodes, gain) [LAYERS, WORTH_BINS + 1] for so many requests, with at most so many layers.
+        """(nodes, gain) [LAYERS, 1 + WORTH_BINS] for so many requests, with at most so many layers.
 
         Both are cumulative from 0 and from the worthiest on.
         """
-        share = requests / self._requests[:, None]
-        nodes, gains = (
-            np.cumsum(np.cumsum(counts * share, axis=0)[:, ::-1], axis=1) for counts in (self._nodes, self._gains)
-        )
-        return np.pad(nodes, ((0, 0), (1, 0))), np.pad(gains, ((0, 0), (1, 0)))
+        nodes, gains = (self._offered * (requests / self._requests)[:, None]).cumsum(axis=1).cumsum(axis=2)
+        return nodes, gains
 
     def draft_s(self, cost: CostModel, requests: int, connected: bool) -> NDArray[np.float64]:
         """Predicted seconds of drafting [LAYERS] with at most so many layers.
@@ -87,11 +86,11 @@ class Supply:
         Args:
             connected: a message goes to the drafter and its layers are run in any case.
         """
-        nodes = np.cumsum(self._model_nodes / self._requests) * requests
+        nodes = (self._model_nodes / self._requests).cumsum() * requests
         own_s = cost.draft_sequence_s * requests + cost.draft_node_s * nodes
         if connected:
             return own_s
-        return own_s + cost.draft_round_trip_s + cost.draft_layer_s * np.cumsum(self._runs / self._steps)
+        return own_s + cost.draft_round_trip_s + cost.draft_layer_s * (self._runs / self._steps).cumsum()
 
 
 @dataclass(frozen=True)

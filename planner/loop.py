@@ -17,6 +17,7 @@ from treeline.plan import CostModel, Plan, StepRecord, VerifierProfile
 
 GOODPUT_MEMORY_S = 0.4
 """Goodput forgets with this time constant: a step of the load is forgotten to 1 % within 2 s."""
+LEAST_WEIGHT = 0.01
 DEAD_BAND = 0.03
 """A price that moved by less than this share is not published: small noise must not move trees."""
 MAX_DEPTH = 8
@@ -60,15 +61,24 @@ class VerifierState:
         weights = self._recency()
         if not weights:
             return cheapest_slope_s(cost, 1, 0, 1)
-        worths = [weight * (record.node_s or _slope_s(cost, record)) for weight, record in weights]
-        return sum(worths) / sum(weight for weight, _ in weights)
+        slopes_s: dict[tuple[int, int], float] = {}  # few sizes, many steps
+        total_s = 0.0
+        for weight, record in weights:
+            node_s, size = record.node_s, (record.sequences, record.tokens)
+            if not node_s:
+                node_s = slopes_s[size] = slopes_s.get(size) or _slope_s(cost, record)
+            total_s += weight * node_s
+        return total_s / sum(weight for weight, _ in weights)
 
     def _recency(self) -> list[tuple[float, StepRecord]]:
-        """The last steps without prompts, and how much they count."""
-        return [
-            (math.exp(min(0.0, record.unix_s - self._work[-1].unix_s) / GOODPUT_MEMORY_S), record)
-            for record in self._work
-        ]
+        """The last steps without prompts, and how much they count; what counts less than a hundredth is left out."""
+        weights = []
+        for record in reversed(self._work):
+            weight = math.exp(min(0.0, record.unix_s - self._work[-1].unix_s) / GOODPUT_MEMORY_S)
+            if weight < LEAST_WEIGHT:
+                break
+            weights.append((weight, record))
+        return weights
 
     def settle(self, price: float) -> float:
         """The price to publish: the old one while the new one is nearly the same."""

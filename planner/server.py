@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["PlanningService"].full_name
 SIGNAL_INTERVAL_S = 1.0
+PAGE_INTERVAL_S = 4.0
+"""A verifier's own page takes it and the planner some ten milliseconds each, and only matters when records stop."""
 FORGET_S = 30.0
 
 
@@ -146,7 +148,7 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
         """Read every verifier's latency, from Prometheus or from its own page; none waits for another's."""
         while True:
             await asyncio.gather(*(asyncio.to_thread(self._read, verifier_id) for verifier_id in self._states))
-            await asyncio.sleep(SIGNAL_INTERVAL_S)
+            await asyncio.sleep(SIGNAL_INTERVAL_S if self._config.prometheus_url else PAGE_INTERVAL_S)
 
     def _read(self, verifier_id: str) -> None:
         state, signals = self._states.get(verifier_id), self._signals.get(verifier_id)
