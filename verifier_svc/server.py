@@ -23,6 +23,7 @@ from verifier_svc.async_engine import AsyncEngine
 from verifier_svc.engine import Engine
 from verifier_svc.interceptors import SERVICE, CallInterceptor
 from verifier_svc.link import GrpcLink, wait_for_info
+from verifier_svc.profile import warm_up
 from verifier_svc.profile_cache import verification_profile
 from verifier_svc.request import Chunk, Completion
 from verifier_svc.service import GenerationServicer
@@ -73,6 +74,7 @@ class VerifierServer:
         link = GrpcLink(drafter, config, model.vocab_size, vocabulary_sha256(model.tokenizer))
         core = Engine(model, link, lambda: watcher.plan, config)
         curves = await asyncio.to_thread(verification_profile, model, core.cache)
+        await asyncio.to_thread(warm_up, model, core.cache)
         info = await wait_for_info(link, DRAFTER_WAIT_S)
         profile = VerifierProfile(curves, info.layer_s if info else 0.0, info.node_s if info else 0.0)
         registry = CollectorRegistry()
