@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +11,7 @@ import typer
 
 from cli.options import ConfigFile, JsonFile
 from treeline.config import Config, load_config
+from treeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from bench.step import StepResult, Subject
@@ -18,6 +21,13 @@ def step(
     config: ConfigFile = None,
     drafter: Annotated[
         str | None, typer.Option(help="Measure this draft model's passes too; the configuration's drafter by default.")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Measure a model of this shape with random weights instead: llama-8b, llama-tiny."),
+    ] = None,
+    curves: Annotated[
+        Path | None, typer.Option(help="With --shape: write its profile here, for `treeline simulate --curves`.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Four points of the grid only.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Timed passes of each system at each point.")] = 5,
@@ -29,8 +39,8 @@ def step(
     Shows the phases in which the time is spent as well. Takes a few minutes for the default model on two cores.
     """
     loaded = load_config(config)
-
-    from dataclasses import asdict
+    if curves is not None and shape is None:
+        raise ConfigError("--curves goes with --shape; `treeline profile --json` prints those of a configured target")
 
     from bench.common import write_report
     from bench.step import QUICK, grid, run_step
@@ -38,12 +48,12 @@ def step(
 
     points = list(QUICK) if quick else grid()
     with Counted("loading") as bar:
-        subjects = _subjects(loaded, drafter)
+        subjects = _subjects(loaded, drafter) if shape is None else [_shaped(loaded, shape, curves)]
         bar.expect(1 + len(points) * len(subjects))
         result = run_step(subjects, points, repeats, bar.begin)
     _show(result)
     if json_file is not None:
-        described = {"config": loaded.model_dump(mode="json"), "repeats": repeats}
+        described = {"config": loaded.model_dump(mode="json"), "repeats": repeats, "shape": shape}
         more = {"limit": result.limit_json(), "phases": [asdict(row) for row in result.phases]}
         write_report(json_file, described, [asdict(row) for row in result.rows], **more)
     if plot is not None:
@@ -67,6 +77,21 @@ def _subjects(config: Config, drafter: str | None) -> list[Subject]:
     elif (folder := find_head(config.drafter, target)) is not None:
         subjects.append(head_subject(DraftHead.load(folder, target), subjects[0].max_context_tokens))
     return subjects
+
+
+def _shaped(config: Config, shape: str, curves: Path | None) -> Subject:
+    """A model of random weights; its profile is written first, if asked for."""
+    from bench.shapes import random_model, shape_subject
+
+    model = random_model(shape, config.verifier.target)
+    if curves is not None:
+        from verifier_svc.profile import profile_verification
+
+        cache = model.new_cache(config.verifier.kv_cache_tokens, config.verifier.kv_block_tokens)
+        model.capture(cache)
+        measured = [asdict(curve) for curve in profile_verification(model, cache)]
+        curves.write_text(json.dumps(measured) + "\n")
+    return shape_subject(model)
 
 
 def _show(result: StepResult) -> None:

@@ -14,10 +14,12 @@ from lm.kv_cache import KVCache
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from lm.sampling import Row, choose_tokens
+from lm.static_pass import BUCKETS
 from treeline.plan import CostCurve
 from treeline.sampling import SamplingParams
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Where passes are padded, their buckets take the place of these."""
 REGIONS = ((1, 64), (8, 64), (32, 64), (1, 768))
 """(sequences, context tokens) of each curve."""
 ROUNDS = 4
@@ -32,7 +34,7 @@ def profile_verification(model: LanguageModel, cache: KVCache) -> tuple[CostCurv
 
     Regions that do not fit the cache or the model's context are left out; the first one always fits.
     """
-    capacity, most_tokens = cache.total_blocks * cache.block_tokens, max(TOKENS)
+    capacity, most_tokens = cache.total_blocks * cache.block_tokens, max(_sizes(model))
     fitting = [(1, min(REGIONS[0][1], capacity // 2, model.max_context_tokens // 2))]
     for sequences, context_tokens in REGIONS[1:]:
         room = sequences * (context_tokens + cache.block_tokens) + most_tokens <= capacity  # in whole blocks
@@ -56,7 +58,7 @@ def warm_up(model: LanguageModel, cache: KVCache) -> None:
 def _curve(model: LanguageModel, cache: KVCache, sequences: int, context_tokens: int, until_s: float) -> CostCurve:
     room = cache.total_blocks // sequences * cache.block_tokens - context_tokens
     longest = min(model.max_context_tokens - context_tokens, room) * sequences
-    fastest = {tokens: math.inf for tokens in TOKENS if sequences <= tokens <= longest}
+    fastest = {tokens: math.inf for tokens in _sizes(model) if sequences <= tokens <= longest}
 
     def measure(counts: list[int], least_rounds: int) -> None:
         # Whatever else the machine does only adds time: the fastest of several interleaved passes is nearest the truth.
@@ -68,14 +70,25 @@ def _curve(model: LanguageModel, cache: KVCache, sequences: int, context_tokens:
                 fastest[tokens] = min(fastest.get(tokens, math.inf), passed_s)
 
     measure(list(fastest), least_rounds=2)  # a first pass is also a warm-up
-    for _ in range(REFINEMENTS):
+    for _ in range(0 if model.passes.padded else REFINEMENTS):
         middle = _steepest(fastest)
         if middle is None or time.perf_counter() > until_s:
             break
         measure([middle], least_rounds=2)
+    if model.passes.padded:
+        fastest |= _first_of_each(fastest)
     counts = sorted(fastest)
     monotone = isotonic_regression([fastest[tokens] for tokens in counts]).x
     return CostCurve(sequences, context_tokens, tuple(counts), tuple(monotone.tolist()))
+
+
+def _sizes(model: LanguageModel) -> tuple[int, ...]:
+    return BUCKETS if model.passes.padded else TOKENS
+
+
+def _first_of_each(seconds: dict[int, float]) -> dict[int, float]:
+    """Padded passes cost by their bucket: what the fewest tokens of each one take, of which the most were measured."""
+    return {low + 1: seconds[high] for low, high in pairwise(sorted(seconds)) if high - low > 1}
 
 
 def _steepest(seconds: dict[int, float]) -> int | None:

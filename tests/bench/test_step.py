@@ -6,18 +6,23 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from bench.limits import MachineLimit, ModelSize, Point, measure_limit
 from bench.passes import Pass, transformers_passes, treeline_passes
 from bench.phases import PHASES, phases_ms
+from bench.shapes import SHAPES, random_model
+from bench.simulator.devices import measured
 from bench.step import Subject, grid, head_subject, model_subject, run_step
 from bench.step_plot import plot_step
 from cli.main import app
 from lm.model import LanguageModel
+from lm.packed import PackedSequence
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from tests.lm.tiny_head import tiny_head
 from treeline.config import ModelConfig
+from treeline.errors import ConfigError
 
 CPU = torch.device("cpu")
 POINTS = [Point(1, 1, 16), Point(4, 2, 16)]
@@ -158,6 +163,34 @@ def test_the_command_writes_its_report_and_plot(folder, tmp_path, monkeypatch):
     assert len(written["rows"]) == 2
     assert written["rows"][0].keys() >= {"model", "tokens", "sequences", "context", "ours_ms", "transformers_ms"}
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_shape_of_random_weights_is_measured_and_its_curves_can_be_simulated(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.step.QUICK", tuple(POINTS))
+    monkeypatch.setattr("verifier_svc.profile.BUDGET_S", 0.5)
+    config, report, curves = tmp_path / "c.yaml", tmp_path / "r.json", tmp_path / "curves.json"
+    config.write_text("verifier: {target: {dtype: float32, device: cpu}, kv_cache_tokens: 512}\n")
+    arguments = ["--config", str(config), "--quick", "--repeats", "1", "--json", str(report), "--curves", str(curves)]
+    result = CliRunner().invoke(app, ["bench", "step", "--shape", "llama-tiny", *arguments])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["tokens"] for row in rows] == [1, 4]
+    assert all(row["ours_ms"] > 0 and row["limit_ms"] > 0 and row["transformers_ms"] is None for row in rows)
+    assert measured(curves, 0.0, 0.0).profile.verify[0].tokens[0] == 1
+
+
+def test_random_weights_have_finite_logits_and_the_shape_they_should():
+    made = random_model("llama-tiny", ModelConfig(dtype="bfloat16", device="cpu"))
+    cache = made.new_cache(64, 16)
+    logits = made.forward([PackedSequence(cache.allocate(5), [1, 2, 3, 4, 5])], cache)
+    assert logits.shape == (5, 512)
+    assert logits.isfinite().all()
+    assert logits.std() > 0
+    with torch.device("meta"):
+        big = AutoModelForCausalLM.from_config(SHAPES["llama-8b"])
+    assert sum(p.numel() for p in big.parameters()) == 8_030_261_248
+    with pytest.raises(ConfigError, match="llama-tiny"):
+        random_model("llama-9b", ModelConfig())
 
 
 def test_the_plot_leaves_out_what_was_not_measured(model, tmp_path):

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from lm.model import LanguageModel
+from lm.static_pass import BUCKETS, bucket
+from tests.lm.helpers import pad_passes
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from verifier_svc import profile, profile_cache
 from verifier_svc.profile import profile_verification
@@ -64,6 +66,23 @@ def test_a_step_is_found_where_it_is(model, monkeypatch):
     monkeypatch.setattr(profile, "_pass_s", step_at_20)
     curve = profile_verification(model, model.new_cache(2048, 4))[0]
     assert {20, 21} <= set(curve.tokens)
+
+
+def test_padded_passes_cost_by_their_bucket(monkeypatch):
+    def by_bucket(model, cache, sequences, context_tokens, tokens):
+        asked.append(tokens)
+        return 0.01 + 0.001 * bucket(tokens)
+
+    asked: list[int] = []
+    padded = LanguageModel.from_hf(tiny_llama(), tiny_tokenizer())
+    pad_passes(padded.passes)
+    monkeypatch.setattr(profile, "_pass_s", by_bucket)
+    monkeypatch.setattr(padded, "max_context_tokens", 1024)
+    curve = profile_verification(padded, padded.new_cache(4096, 16))[0]
+    assert set(asked) == set(BUCKETS)
+    tokens = np.arange(1, BUCKETS[-1] + 1)
+    expected = [0.01 + 0.001 * bucket(int(n)) for n in tokens]
+    np.testing.assert_allclose(np.interp(tokens, curve.tokens, curve.seconds), expected)
 
 
 def test_a_profile_is_measured_once_and_again_on_demand(model, folder, monkeypatch):

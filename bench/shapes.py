@@ -1,0 +1,76 @@
+"""Models of well-known shapes with random weights: what a pass costs does not depend on what the weights say."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer, models
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from bench.limits import ModelSize
+from bench.passes import treeline_passes
+from bench.step import Subject
+from lm.attention import IMPLEMENTATION
+from lm.device import torch_device, torch_dtype
+from lm.fused import fuse_layers
+from lm.model import LanguageModel
+from treeline.config import ModelConfig
+from treeline.errors import ConfigError
+
+SHAPES = {
+    "llama-8b": LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    ),
+    "llama-tiny": LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+    ),
+}
+"""Llama 3.1 8B (arXiv 2407.21783, table 3), and one small enough for anything."""
+
+
+@torch.inference_mode()
+def random_model(shape: str, config: ModelConfig) -> LanguageModel:
+    """A model of this shape on the device and in the type that `config` says, made there.
+
+    Raises:
+        ConfigError: there is no such shape, or no such device.
+    """
+    if shape not in SHAPES:
+        raise ConfigError(f"shape '{shape}': one of {', '.join(SHAPES)}")
+    # Drawing billions of weights takes longer than measuring them: they are made empty, and then filled at once.
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(
+            SHAPES[shape], dtype=torch_dtype(config), attn_implementation=IMPLEMENTATION
+        )
+    device = torch_device(config.device)
+    rotary = type(hf.model.rotary_emb)(SHAPES[shape]).to(device)
+    hf.to_empty(device=device)
+    hf.model.rotary_emb = rotary
+    for module in hf.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.weight.data.normal_(0, 0.02)
+        elif isinstance(getattr(module, "weight", None), nn.Parameter):
+            module.weight.data.fill_(1)
+    fuse_layers(hf)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, unk_token="?")))
+    return LanguageModel.from_hf(hf, tokenizer)
+
+
+def shape_subject(model: LanguageModel) -> Subject:
+    """Our passes over such a model, beside the limit of the machine; it has no peer."""
+    size = ModelSize.of(model.hf, model)
+    return Subject(
+        "target", size, model.max_context_tokens, model.dtype, model.device, {"treeline": treeline_passes(model)}
+    )
