@@ -118,6 +118,9 @@ class DraftStage:
             self._message(s, weights[s.session_id], features.get(s.session_id, NO_FEATURES), _layers(s, decision), plan)
             for s in asked
         ]
+        # A model that was not asked for long has much to catch up with, at about a node's price a token.
+        told = sum(max(len(message.token_ids), len(message.features)) for message in messages if message.max_layers)
+        decision = replace(decision, expected_s=decision.expected_s + plan.cost.draft_node_s * told)
         self._told.update(s.session_id for s in asked)
         reply = self._exchange(messages, self._patience.limit_s(decision.expected_s))
         draft_s = self._clock() - started_s

@@ -48,11 +48,13 @@ class ChainLink:
     def __init__(self) -> None:
         self.asked: list[int] = []
         self.weights: list[list[float]] = []
+        self.limits_s: list[float] = []
 
     def draft(self, request: DraftRequest, timeout_s: float) -> DraftReply:
         if request.sequences:
             self.asked.append(len(request.sequences))
             self.weights.append([sequence.weight for sequence in request.sequences])
+            self.limits_s.append(timeout_s)
         tree = DraftTree.build([5, 6, 7, 8], [-1, 0, 1, 2], [0.7] * 4)
         drafted = {s.session_id: tree for s in request.sequences if s.max_nodes >= 4 and s.max_depth >= 4}
         return DraftReply(request.step_id, drafted)
@@ -172,12 +174,9 @@ class LateLink(ChainLink):
     def __init__(self) -> None:
         super().__init__()
         self.released: list[int] = []
-        self.limits_s: list[float] = []
 
     def draft(self, request: DraftRequest, timeout_s: float) -> DraftReply | None:
         self.released += request.released
-        if request.sequences:
-            self.limits_s.append(timeout_s)
         reply = super().draft(request, timeout_s)
         return reply if len(self.limits_s) == 1 else None
 
@@ -208,3 +207,12 @@ def test_a_request_that_was_only_ever_drafted_late_is_released_too(model):
     engine.abort(["r"])
     engine.step()
     assert link.released == [1]
+
+
+def test_a_drafter_that_has_much_to_catch_up_is_waited_for_longer(model):
+    link = ChainLink()
+    engine = Engine(model, link, lambda: plan(0.010, 0.0002, draft_node_s=0.0005), CONFIG)
+    steps(engine, [request("r")], 3)
+    usual_s = link.limits_s[-1]
+    steps(engine, [request("long", prompt_token_ids=[5, 6, 7, 8] * 40)], 30)
+    assert max(link.limits_s[1:]) > usual_s + 4 * 160 * 0.0005
