@@ -30,7 +30,9 @@ class Graphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        if device.type == "cuda":
+            # One stream, since graphs share memory only if they were captured on the same one.
+            self._pool, self._aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         self.seconds = 0.0
         self.bytes = 0
 
@@ -54,12 +56,12 @@ class Graphs:
 
     def _capture(self, body: Callable[[], Outputs]) -> tuple[torch.cuda.CUDAGraph, Outputs]:
         started_s, free_bytes = time.perf_counter(), torch.cuda.mem_get_info(self._device)[0]
-        aside = torch.cuda.Stream(self._device)
-        aside.wait_stream(torch.cuda.current_stream(self._device))
+        aside, current = self._aside, torch.cuda.current_stream(self._device)
+        aside.wait_stream(current)
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP_RUNS):
                 body()
-        torch.cuda.current_stream(self._device).wait_stream(aside)
+        current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         # Other threads of the process may use the device meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):

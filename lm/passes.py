@@ -6,6 +6,7 @@ import logging
 import time
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,12 +61,15 @@ class Passes:
     def capture(self, body: Body, cache: KVCache) -> None:
         """Capture the passes of every size over an idle cache, small ones first, so that none waits for it later."""
         started_s = time.perf_counter()
-        for size in BUCKETS if self._device.type == "cuda" else ():
+        for size in BUCKETS:
+            if not self.padded or time.perf_counter() - started_s > CAPTURE_S:
+                break
             room = cache.allocate(size)
-            if room is None or not self.padded or time.perf_counter() - started_s > CAPTURE_S:
+            if room is None:
                 break
             states = None if self._states is None else self._states[:size]
-            self.run(body, [PackedSequence(room, [0] * size)], cache, states)
+            at_once = np.full(size, -1, np.int32)  # All at position 0, which every model has.
+            self.run(body, [PackedSequence(room, [0] * size, at_once)], cache, states)
             cache.free(room)
         if (static := self._static.get(cache)) is not None:
             graphs = static.graphs

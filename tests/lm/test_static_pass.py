@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig
 
 from lm.flex_attention import FlexTreeAttention, TreeMask, tiles, visible
+from lm.graphs import Graphs
 from lm.kv_cache import TILE_SLOTS, KVCache
 from lm.model import LanguageModel
 from lm.packed import PackedSequence, pack
@@ -140,6 +141,20 @@ def test_features_are_those_of_a_packed_pass(padded: LanguageModel) -> None:
         features.append(tap.take())
         assert features[-1].shape == (13, tap.width)
     torch.testing.assert_close(features[1], features[0], **CLOSE)
+
+
+def test_capturing_takes_every_size_that_fits_and_leaves_the_cache_idle(
+    padded: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(Graphs, "run", lambda self, size, body: (sizes.append(size), body())[1])
+    cache = padded.new_cache(64, 16)
+    padded.capture(cache)
+    assert sizes == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    assert cache.used_blocks == 0
+    plain = LanguageModel.from_hf(tiny_llama(), tiny_tokenizer())
+    plain.capture(plain.new_cache(64, 16))
+    assert len(sizes) == 9, "packed passes are not captured"
 
 
 def test_passes_end_with_their_cache(padded: LanguageModel) -> None:
