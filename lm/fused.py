@@ -57,11 +57,12 @@ class FusedLayer(nn.Module):
         """hidden_states [1, tokens, hidden] -> the same; position_embeddings as `ComplexRotary` gives them."""
         context: AttentionContext = kwargs[CONTEXT]
         work = elementwise_for(hidden_states) if self._whole_lanes else TORCH
-        qkv = self.qkv_proj(work.norm(hidden_states, self.input_norm))[0]
-        heads = work.rotate(qkv.view(len(qkv), -1, self._head_dim), sum(self._heads[:2]), position_embeddings)
-        query, key, value = heads.split(self._heads, 1)
+        queries, keys, _ = self._heads
+        qkv = self.qkv_proj(work.norm(hidden_states, self.input_norm))
+        heads = work.rotate(qkv.view(-1, sum(self._heads), self._head_dim), queries + keys, position_embeddings)
+        query, key, value = heads.split_with_sizes(self._heads, 1)
         mixed = context.attend(self._index, query, key, value, self._options)
-        attended = self.o_proj(mixed.reshape(1, len(mixed), -1))
+        attended = self.o_proj(mixed.reshape(1, mixed.shape[0], -1))
         hidden_states, normed = work.add_norm(hidden_states, attended, self.mlp_norm)
         return hidden_states + self.down_proj(work.gated(self.gate_up_proj(normed), self._activation))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from ctypes import c_float, c_int64, c_void_p
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,17 +26,12 @@ class _Batch(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("keys", "values")),
         *((name, c_int64) for name in ("kv_heads", "group", "key_dim", "value_dim", "window")),
         *((name, c_float) for name in ("scale", "softcap")),
     )
 
 
-class _Rows(ctypes.Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("query", "key", "value", "output")),
-        *((name, c_int64) for name in ("query_stride", "key_stride", "value_stride")),
-    )
+_ARGUMENTS: list[Any] = [c_void_p] * 5 + [c_int64, c_void_p] * 3
 
 
 def attention_for(batch: PackedBatch, cache: KVCache) -> AttentionContext:
@@ -60,6 +57,7 @@ class NativeAttention:
 
     def __init__(self, kernels: ctypes.CDLL, batch: PackedBatch, cache: KVCache) -> None:
         self._attend, self._cache = kernels.treeline_attend, cache
+        self._attend.argtypes, self._attend.restype = _ARGUMENTS, None
         spans = batch.spans
         shapes = np.array([(s.start, s.stop - s.start, s.cache.length, len(s.depths)) for s in spans], np.int64)
         _, tokens, lengths, entries = shapes.T
@@ -72,31 +70,35 @@ class NativeAttention:
         ]
         table = np.column_stack((shapes, *addresses))
         self._kept = (slots, depths, visible, table)  # The kernel reads them while this object lives.
-        self._batch = _Batch(len(spans), torch.get_num_threads(), table.ctypes.data)
+        self._batch = ctypes.byref(_Batch(len(spans), torch.get_num_threads(), table.ctypes.data))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        query, key, value = (_dense_heads(tensor) for tensor in (query, key, value))
         tokens, heads, key_dim = query.shape
-        kv_heads, value_dim = value.shape[1:]
-        output = query.new_empty(tokens, heads, value_dim)
-        where = _Layer(
+        kv_heads, value_dim = values.shape[1:]
+        output = query.new_empty((tokens, heads, value_dim))
+        query, key, value = _dense_heads(query), _dense_heads(key), _dense_heads(value)
+        self._attend(
+            self._batch,
+            _layer(kv_heads, heads // kv_heads, key_dim, value_dim, options),
             keys.data_ptr(),
             values.data_ptr(),
-            kv_heads,
-            heads // kv_heads,
-            key_dim,
-            value_dim,
-            options.window or 0,
-            options.scale,
-            options.softcap or 0.0,
+            query.data_ptr(),
+            query.stride(0),
+            key.data_ptr(),
+            key.stride(0),
+            value.data_ptr(),
+            value.stride(0),
+            output.data_ptr(),
         )
-        rows = _Rows(
-            *(tensor.data_ptr() for tensor in (query, key, value, output)),
-            *(tensor.stride(0) for tensor in (query, key, value)),
-        )
-        self._attend(ctypes.byref(self._batch), ctypes.byref(where), ctypes.byref(rows))
         return output
+
+
+@functools.lru_cache(256)
+def _layer(kv_heads: int, group: int, key_dim: int, value_dim: int, options: AttentionOptions) -> Any:
+    """A reference to the kernel's description of a layer."""
+    sizes = (kv_heads, group, key_dim, value_dim, options.window or 0)
+    return ctypes.byref(_Layer(*sizes, options.scale, options.softcap or 0.0))
 
 
 def _dense_heads(tensor: Tensor) -> Tensor:

@@ -39,17 +39,17 @@ typedef struct {
 } Batch;
 
 typedef struct {
-    float *keys, *values; /* [slots, kv_heads, dim] */
     int64_t kv_heads, group, key_dim, value_dim;
     int64_t window; /* 0: none */
     float scale, softcap; /* 0: none */
 } Layer;
 
-/* [tokens, heads, dim], heads side by side. */
 typedef struct {
-    float *query, *key, *value, *output;
+    float *keys, *values;                           /* the cache: [slots, kv_heads, dim] */
+    const float *query, *key, *value;               /* [tokens, heads, dim], heads side by side */
     int64_t query_stride, key_stride, value_stride; /* of a token */
-} Rows;
+    float *output;                                  /* [tokens, heads, value_dim] */
+} Data;
 
 typedef struct {
     const Span *span;
@@ -101,15 +101,15 @@ static Tile *cut(const Batch *batch, const Layer *layer, int64_t *count)
     return tiles;
 }
 
-static void write_entries(const Tile *tile, const Layer *layer, const Rows *rows)
+static void write_entries(const Tile *tile, const Layer *layer, const Data *data)
 {
     const Span *span = tile->span;
     const int64_t *slots = span->slots + span->length + span->entries - span->tokens;
     int64_t key_size = layer->kv_heads * layer->key_dim, value_size = layer->kv_heads * layer->value_dim;
     for (int64_t i = tile->token; i < tile->token + tile->tokens; i++) {
         int64_t row = span->start + i;
-        memcpy(layer->keys + slots[i] * key_size, rows->key + row * rows->key_stride, key_size * sizeof(float));
-        memcpy(layer->values + slots[i] * value_size, rows->value + row * rows->value_stride,
+        memcpy(data->keys + slots[i] * key_size, data->key + row * data->key_stride, key_size * sizeof(float));
+        memcpy(data->values + slots[i] * value_size, data->value + row * data->value_stride,
                value_size * sizeof(float));
     }
 }
@@ -252,7 +252,7 @@ static float weigh(const Layer *layer, float *scores, int64_t stride)
     return unit / (float)(sums[0] + sums[1] + sums[2] + sums[3]);
 }
 
-static void attend_tile(const Tile *tile, const Layer *layer, int64_t kv_head, const Rows *rows, float *scores)
+static void attend_tile(const Tile *tile, const Layer *layer, int64_t kv_head, const Data *data, float *scores)
 {
     const Span *span = tile->span;
     int64_t group = layer->group, heads = layer->kv_heads * group, count = tile->tokens * group;
@@ -260,20 +260,20 @@ static void attend_tile(const Tile *tile, const Layer *layer, int64_t kv_head, c
     int64_t value_dim = layer->value_dim, value_size = layer->kv_heads * value_dim;
     int64_t seen = tile->end - tile->first, stride = padded(seen), first_row = span->start + tile->token;
     const int64_t *slots = span->slots + tile->first;
-    const float *queries = rows->query + first_row * rows->query_stride + kv_head * group * key_dim;
-    float *output = rows->output + (first_row * heads + kv_head * group) * value_dim, *shares = scores + count * stride;
+    const float *queries = data->query + first_row * data->query_stride + kv_head * group * key_dim;
+    float *output = data->output + (first_row * heads + kv_head * group) * value_dim, *shares = scores + count * stride;
     const float *from[ENTRIES];
 
     for (int64_t entry = 0; entry < seen; entry += ENTRIES) {
         int64_t left = seen - entry;
         int size = left < ENTRIES ? padded(left) : ENTRIES;
         for (int i = 0; i < size; i++) /* what fills up the last vector is hidden later */
-            from[i] = layer->keys + slots[entry + (i < left ? i : left - 1)] * key_size + kv_head * key_dim;
+            from[i] = data->keys + slots[entry + (i < left ? i : left - 1)] * key_size + kv_head * key_dim;
         for (int64_t row = 0; row < count; row += ROWS) {
             const float *some[ROWS];
             int height = count - row < ROWS ? count - row : ROWS;
             for (int r = 0; r < height; r++)
-                some[r] = queries + (row + r) / group * rows->query_stride + (row + r) % group * key_dim;
+                some[r] = queries + (row + r) / group * data->query_stride + (row + r) % group * key_dim;
             score_rows(height, some, from, size, key_dim, scores + row * stride + entry, stride);
         }
     }
@@ -285,7 +285,7 @@ static void attend_tile(const Tile *tile, const Layer *layer, int64_t kv_head, c
     for (int64_t entry = 0; entry < seen; entry += ENTRIES) {
         int size = seen - entry < ENTRIES ? seen - entry : ENTRIES;
         for (int i = 0; i < size; i++)
-            from[i] = layer->values + slots[entry + i] * value_size + kv_head * value_dim;
+            from[i] = data->values + slots[entry + i] * value_size + kv_head * value_dim;
         for (int64_t row = 0; row < count; row += ROWS) {
             float *some[ROWS];
             int height = count - row < ROWS ? count - row : ROWS;
@@ -302,8 +302,11 @@ static void attend_tile(const Tile *tile, const Layer *layer, int64_t kv_head, c
 }
 
 /* Writes the new tokens' keys and values to their slots, then lets every new token attend. */
-void treeline_attend(const Batch *batch, const Layer *layer, const Rows *rows)
+void treeline_attend(const Batch *batch, const Layer *layer, float *keys, float *values, const float *query,
+                     int64_t query_stride, const float *key, int64_t key_stride, const float *value,
+                     int64_t value_stride, float *output)
 {
+    const Data data = {keys, values, query, key, value, query_stride, key_stride, value_stride, output};
     int64_t count, products = 0, most = 0, heads = layer->kv_heads * layer->group;
     Tile *tiles = cut(batch, layer, &count);
     for (const Tile *tile = tiles; tile < tiles + count; tile++) {
@@ -316,10 +319,10 @@ void treeline_attend(const Batch *batch, const Layer *layer, const Rows *rows)
         float *scores = malloc(most * sizeof *scores);
 #pragma omp for
         for (int64_t i = 0; i < count; i++)
-            write_entries(tiles + i, layer, rows);
+            write_entries(tiles + i, layer, &data);
 #pragma omp for schedule(dynamic) nowait
         for (int64_t unit = count * layer->kv_heads - 1; unit >= 0; unit--) /* the last tiles of a prompt take longest */
-            attend_tile(tiles + unit / layer->kv_heads, layer, unit % layer->kv_heads, rows, scores);
+            attend_tile(tiles + unit / layer->kv_heads, layer, unit % layer->kv_heads, &data, scores);
         free(scores);
     }
     free(tiles);
