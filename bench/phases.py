@@ -13,12 +13,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bench.passes import Pass
 from lm.attention import IMPLEMENTATION
+from lm.elementwise import NativeElementwise
+from lm.grouped_linear import GroupedLinear
+from lm.native_attention import NativeAttention
 
 PHASES = ("linear", "attention", "norm_rotary", "head", "sampling")
 """norm_rotary is all work element by element: norms, rotary embedding, activation, residual sums, embedding rows."""
 PROFILED_PASSES = 3
 
-_ATTENTION, _SAMPLING = "bench::attention", "bench::sampling"
+_ATTENTION, _SAMPLING, _KERNEL = "bench::attention", "bench::sampling", "kernel::"
+_KERNELS: tuple[tuple[type, str, str], ...] = (
+    (NativeAttention, "attend", "attention"),
+    *((NativeElementwise, method, "norm_rotary") for method in ("norm", "add_norm", "rotate", "gated")),
+    (GroupedLinear, "forward", "linear"),
+)
+"""Calls of our own kernels, which are no operators of torch, and their phases."""
 _ATTENTION_OPERATORS = ("scaled_dot_product", "bmm", "softmax", "index_copy_", _ATTENTION)
 _LINEAR_OPERATORS = ("linear", "addmm", "aten::mm", "pack_mm")
 
@@ -32,7 +41,7 @@ def phases_ms(measured: Pass, context: int, on_cuda: bool) -> dict[str, float]:
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     vocab_size = 0
-    with _marked_attention(), profile(activities=activities, record_shapes=True) as profiler:
+    with _marked_attention(), _marked_kernels(), profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(PROFILED_PASSES):
             logits = measured.forward()
             with record_function(_SAMPLING):
@@ -55,6 +64,10 @@ def _phase(event: FunctionEvent, vocab_size: int, context: int) -> str:
     shapes = [shape for ancestor in lineage for shape in _shapes(ancestor)]
     if _SAMPLING in names:
         return "sampling"
+    kernel = next((name.removeprefix(_KERNEL) for name in names if name.startswith(_KERNEL)), None)
+    if kernel is not None:
+        phase, _, width = kernel.partition(" ")
+        return "head" if width == str(vocab_size) else phase
     if any(part in name for name in names for part in _ATTENTION_OPERATORS):
         return "attention"
     if "aten::cat" in names and any(len(shape) == 4 and shape[-2] == context for shape in shapes):
@@ -93,5 +106,26 @@ def _marked(function: Callable[..., Any]) -> Callable[..., Any]:
     def marked(*arguments: Any, **options: Any) -> Any:
         with record_function(_ATTENTION):
             return function(*arguments, **options)
+
+    return marked
+
+
+@contextmanager
+def _marked_kernels() -> Iterator[None]:
+    """Every call of `_KERNELS` is meanwhile marked as such, that of a linear layer with its width."""
+    before = [(owner, method, getattr(owner, method)) for owner, method, _ in _KERNELS]
+    for owner, method, phase in _KERNELS:
+        setattr(owner, method, _marked_kernel(getattr(owner, method), phase))
+    try:
+        yield
+    finally:
+        for owner, method, function in before:
+            setattr(owner, method, function)
+
+
+def _marked_kernel(function: Callable[..., Any], phase: str) -> Callable[..., Any]:
+    def marked(owner: Any, *arguments: Any) -> Any:
+        with record_function(f"{_KERNEL}{phase} {getattr(owner, 'out_features', '')}"):
+            return function(owner, *arguments)
 
     return marked

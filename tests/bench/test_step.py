@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from typer.testing import CliRunner
 
 from bench.limits import MachineLimit, ModelSize, Point, measure_limit
@@ -17,8 +18,13 @@ from bench.simulator.devices import measured
 from bench.step import Subject, grid, head_subject, model_subject, run_step
 from bench.step_plot import plot_step
 from cli.main import app
+from lm.elementwise import elementwise_for
+from lm.grouped_linear import GroupedLinear
 from lm.model import LanguageModel
+from lm.native import library
+from lm.native_attention import NativeAttention
 from lm.packed import PackedSequence
+from lm.quantized import round_to_q8_0
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from tests.lm.tiny_head import tiny_head
 from treeline.config import ModelConfig
@@ -115,6 +121,23 @@ def test_phases_find_their_operators_and_leave_no_marks(model):
         assert tuple(spent) == PHASES
         assert all(ms > 0 for ms in spent.values())
     assert dict(ALL_ATTENTION_FUNCTIONS) == before
+
+
+@pytest.mark.skipif(library() is None, reason="the kernels are not built")
+def test_kernels_have_their_phases():
+    """They are no operators of torch; without marks their time would pass for Python's."""
+    layer = GroupedLinear(round_to_q8_0(torch.randn(260, 64)), None)
+    norm, attend = LlamaRMSNorm(64), NativeAttention.attend
+
+    def forward() -> torch.Tensor:
+        hidden = torch.ones(1, 1, 64)
+        return layer(elementwise_for(hidden).norm(hidden, norm))[0]
+
+    spent = phases_ms(Pass(forward, lambda rows: rows.argmax(-1).tolist(), lambda: None), 32, on_cuda=False)
+    assert spent["head"] > 0
+    assert spent["norm_rotary"] > 0
+    assert spent["linear"] == spent["attention"] == 0
+    assert NativeAttention.attend is attend
 
 
 def test_a_phase_grows_with_its_work():
