@@ -167,7 +167,7 @@ def test_tree_sizes_settle_within_two_seconds_of_a_step_of_the_load_and_back():
     sizes = {}
     for streams in (1, 32, 1):
         fleet.set_streams(streams)
-        sizes[streams] = halves = settled(fleet, 2.0, 6.0)
+        sizes[streams] = halves = settled(fleet, 2.0, 4.0)
         assert halves.std() < 0.15 * halves.mean(), f"{streams} streams: it oscillates"
     assert sizes[32].mean() < 0.3 * sizes[1].mean()
 
@@ -225,8 +225,8 @@ def test_a_step_that_overlaps_drafting_costs_the_longer_of_the_two():
     )
 
 
-def test_a_thousand_replicas_share_what_arrives():
-    many = scenario("convex", 3000, replicas=1000)
+def test_hundreds_of_replicas_share_what_arrives():
+    many = scenario("convex", 900, replicas=300)
     made = simulate(many, "off", parse_load("poisson:0.2"))
     assert made.mean_batch < 8
     assert made.tokens_per_s > 0
