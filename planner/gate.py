@@ -72,12 +72,19 @@ class Supply:
     def known(self) -> bool:
         return bool(self._requests[-1] > 0)
 
-    def curves(self, requests: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    @property
+    def lookup_gain(self) -> float:
+        """What lookups alone offer a request, in tokens."""
+        return float(self._offered[1, 0].sum() / self._requests[0]) if self.known else 0.0
+
+    def curves(self, requests: int, lookups: float = 1.0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(nodes, gain) [LAYERS, 1 + WORTH_BINS] for so many requests, with at most so many layers.
 
-        Both are cumulative from 0 and from the worthiest on.
+        Both are cumulative from 0 and from the worthiest on. `lookups`: as for `outlook`.
         """
-        nodes, gains = (self._offered * (requests / self._requests)[:, None]).cumsum(axis=1).cumsum(axis=2)
+        share = requests / self._requests
+        share[0] *= lookups
+        nodes, gains = (self._offered * share[:, None]).cumsum(axis=1).cumsum(axis=2)
         return nodes, gains
 
     def draft_s(self, cost: CostModel, requests: int, connected: bool) -> NDArray[np.float64]:
@@ -111,13 +118,22 @@ class Outlook:
     draft_s: NDArray[np.float64]
 
 
-def outlook(supply: Supply, requests: int, sequences: int, state: BatchState, plan: Plan, connected: bool) -> Outlook:
+def outlook(
+    supply: Supply,
+    requests: int,
+    sequences: int,
+    state: BatchState,
+    plan: Plan,
+    connected: bool,
+    lookups: float = 1.0,
+) -> Outlook:
     """The rule of `prune_batch`, before there are trees: R over all sizes and layers, and over not drafting at all.
 
     Args:
         requests: those that would be drafted, out of `sequences` that decode; weights are 1 on average.
+        lookups: how much lookups find for these requests, as a ratio to what they find for all.
     """
-    nodes, gains = supply.curves(requests)
+    nodes, gains = supply.curves(requests, lookups)
     most = state.base_tokens + math.ceil(nodes[-1, -1])
     pass_s = plan.cost.step_overhead_s + verify_seconds(plan.cost, sequences, state.context_tokens, most)
     draft_s = supply.draft_s(plan.cost, requests, connected)
@@ -161,14 +177,21 @@ class DraftGate:
         self._late = 0
 
     def decide(
-        self, requests: int, sequences: int, state: BatchState, plan: Plan, connected: bool, now_s: float
+        self,
+        requests: int,
+        sequences: int,
+        state: BatchState,
+        plan: Plan,
+        connected: bool,
+        now_s: float,
+        lookups: float = 1.0,
     ) -> Decision:
         """For how many of `requests` to draft now, and how far. Arguments as for `outlook`."""
         if self._late and now_s < self._probe_at_s:
             return Decision(0, "the drafter was late and is left alone for a while")
         if not self._supply.known:
             return Decision(requests)
-        found = outlook(self._supply, requests, sequences, state, plan, connected)
+        found = outlook(self._supply, requests, sequences, state, plan, connected, lookups)
         self._drafting = found.gain > (0.0 if self._drafting else START_MARGIN * sequences)
         probing = now_s >= self._probe_at_s
         if self._drafting:
@@ -179,6 +202,11 @@ class DraftGate:
             expected_s = float(self._supply.draft_s(plan.cost, probed, connected)[-1])
             return Decision(probed, "probing", expected_s=expected_s)
         return Decision(0, f"drafting would bring {found.drafted:.0f} tok/s, plain decoding {found.plain:.0f}")
+
+    @property
+    def lookup_gain(self) -> float:
+        """What lookups alone lately offered a request, in tokens."""
+        return self._supply.lookup_gain
 
     def drafted(
         self,

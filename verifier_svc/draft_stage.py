@@ -17,16 +17,11 @@ from treeline.config import LimitsConfig
 from treeline.drafting import ALL_LAYERS, NO_FEATURES, DraftLink, DraftReply, DraftRequest, DraftSequence, DraftStats
 from treeline.plan import Plan
 from treeline.tree import ROOT, DraftTree, Source
+from verifier_svc.draft_history import LookupGains, Patience
 from verifier_svc.hidden_states import HiddenStates
 from verifier_svc.scheduler import Batch, Scheduler
 from verifier_svc.sequence import Sequence
 from verifier_svc.walk import Walk
-
-PATIENCE = 4.0
-"""A draft is waited for this many times as long as predicted; in comparison, going on without it is cheap."""
-PATIENCE_FLOOR_S = 0.01
-PATIENCE_MEMORY = 0.9
-"""After a late draft the next one is given twice the time, and with each that comes this share of it is kept."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +48,6 @@ class Drafts:
         return self.trees.get(sequence.session_id, DraftTree.empty())
 
 
-class Patience:
-    """How long drafts are waited for: a few times as long as predicted; longer while predictions prove wrong."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s, self._times = timeout_s, PATIENCE
-
-    def limit_s(self, expected_s: float) -> float:
-        """Of a draft predicted to take so long; the time-out for one of which nothing is known (infinite)."""
-        return min(self._timeout_s, PATIENCE_FLOOR_S + self._times * expected_s)
-
-    def came(self) -> None:
-        self._times = max(PATIENCE, PATIENCE_MEMORY * self._times)
-
-    def late(self) -> None:
-        self._times *= 2
-
-
 class DraftStage:
     """Owns the link to the drafter and the gate before it, and what the drafter has still to hear: ended sessions, the
     target's features."""
@@ -93,6 +71,7 @@ class DraftStage:
         self._clock = clock
         self._step_id = 0
         self._gate = DraftGate()
+        self._lookups = LookupGains()
 
     @property
     def ready(self) -> bool:
@@ -144,6 +123,10 @@ class DraftStage:
             learnt = replace(decision, requests=sum(s.policy.prunes for s in asked))
             layers, gains = _node_layers(offered), drafts.pruning.gains
             self._gate.drafted(learnt, gains, layers, drafts.stats.layer_nodes, drafts.draft_s, now_s)
+            tree_of = np.repeat(np.arange(len(offered)), [len(tree) for tree in offered])
+            found = np.bincount(tree_of, gains * (layers == 0), len(offered)).tolist()
+            pruned = [s.session_id for s in batch.decoding if s.policy.prunes]
+            self._lookups.observe({i: gain for i, gain in zip(pruned, found, strict=True) if i in drafts.trees})
         return drafts
 
     def learn(self, sequences: list[Sequence], drafts: Drafts, walks: list[Walk]) -> None:
@@ -157,6 +140,7 @@ class DraftStage:
     def forget(self, sequence: Sequence) -> None:
         """The request has ended: its session is to be released."""
         self.hidden_states.forget(sequence)
+        self._lookups.forget(sequence.session_id)
         if sequence.session_id in self._told:
             self._told.remove(sequence.session_id)
             self._unreleased.append(sequence.session_id)
@@ -181,7 +165,8 @@ class DraftStage:
         if not smart:
             return asked, Decision(0)
         state, sequences = self._state(batch, 0.0), len(batch.decoding)
-        decision = self._gate.decide(len(smart), sequences, state, plan, bool(asked), now_s)
+        lookups = self._lookups.ratio([s.session_id for s in smart], self._gate.lookup_gain)
+        decision = self._gate.decide(len(smart), sequences, state, plan, bool(asked), now_s, lookups)
         # A probe is cheapest with those whom the drafter has followed furthest.
         smart.sort(key=lambda s: len(s.token_ids) - s.drafter_tokens)
         return asked + smart[: decision.requests], decision

@@ -130,6 +130,13 @@ def test_where_the_draft_model_is_too_dear_lookups_go_on_alone():
     assert cheap.layers == 3
 
 
+def test_lookups_that_find_nothing_for_the_requests_at_hand_are_not_asked():
+    plan = plan_with(IDLE)
+    supply = supply_of(WORTHY, layers=())
+    assert outlook(supply, 1, 1, state(1), plan, False, lookups=1.0).gain > 0
+    assert outlook(supply, 1, 1, state(1), plan, False, lookups=0.02).gain < 0
+
+
 def test_a_first_draft_that_went_much_too_far_closes_nothing():
     """Before costs and acceptance are known the drafter grows trees that no step could pay for."""
     gate, plan = DraftGate(), plan_with(replace(IDLE, draft_node_s=0.001))

@@ -15,6 +15,7 @@ from treeline.drafting import DraftReply, DraftRequest
 from treeline.plan import CostCurve, CostModel, Plan
 from treeline.sampling import SamplingParams
 from treeline.tree import DraftTree
+from verifier_svc.draft_history import LookupGains
 from verifier_svc.engine import Engine
 from verifier_svc.output import Detokenizer
 from verifier_svc.request import Chunk, GenerationRequest
@@ -216,3 +217,13 @@ def test_a_drafter_that_has_much_to_catch_up_is_waited_for_longer(model):
     usual_s = link.limits_s[-1]
     steps(engine, [request("long", prompt_token_ids=[5, 6, 7, 8] * 40)], 30)
     assert max(link.limits_s[1:]) > usual_s + 4 * 160 * 0.0005
+
+
+def test_those_who_stay_do_not_inherit_what_lookups_found_for_one_that_ended():
+    gains = LookupGains()
+    for _ in range(20):
+        gains.observe({1: 4.0, 2: 0.0, 3: 0.0})
+    assert gains.ratio([1, 2, 3], 4 / 3) == pytest.approx(1.0)
+    gains.forget(1)
+    assert gains.ratio([2, 3], 4 / 3) == pytest.approx(0.0, abs=1e-3)
+    assert gains.ratio([2, 3, 4], 4 / 3) == pytest.approx(1 / 3, abs=1e-3), "a new one counts as usual"
