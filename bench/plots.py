@@ -54,7 +54,7 @@ def _plot(path: Path, draw: Callable[[Axes], None]) -> Path:
     axes = figure.subplots()
     draw(axes)
     axes.grid(alpha=0.3)
-    figure.legend(fontsize="small", loc="outside center right")
+    figure.legend(fontsize="small", loc="outside right center")
     figure.savefig(path, dpi=150)
     return path
 

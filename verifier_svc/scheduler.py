@@ -16,8 +16,9 @@ from verifier_svc.request import GenerationRequest
 from verifier_svc.sequence import Sequence
 
 MAX_STRETCH = 2.25
-"""A pass with prompts in it takes at most so many times as long as without them: others wait for it. Below 3, since a
-pass late in a long prompt is dearer than the curve says."""
+"""A pass with prompts in it takes at most so many times as long as without them: those who decode wait for it. Below 3,
+since a pass late in a long prompt is dearer than the curve says. Where more prompts wait than streams decode, it may
+take as many times longer: fewer wait for more."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ class Scheduler:
             return most
         roots, context_tokens = len(decoding), sum(s.kv.length for s in decoding) // len(decoding)
         seconds = verify_seconds(plan.cost, roots, context_tokens, roots + most)[roots:]
-        fitting = int(np.searchsorted(seconds, MAX_STRETCH * seconds[0], side="right")) - 1
+        stretch = MAX_STRETCH * max(1.0, (len(self.running) - roots) / roots)
+        fitting = int(np.searchsorted(seconds, stretch * seconds[0], side="right")) - 1
         return max(fitting, min(most, self._cache.block_tokens))
 
     def remove(self, sequence: Sequence) -> None:

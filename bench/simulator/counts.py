@@ -64,12 +64,15 @@ class Counts:
             self._met += int((step.finished.itl_s <= step.finished.target_s)[targeted].sum())
 
     def result(self, policy: str, load: str, seconds: float, cpu_s: float) -> Result:
-        ttft = np.quantile(self._ttft_s, [0.5, 0.95]).tolist() if self._ttft_s else [math.nan, math.nan]
-        itl = _weighted_quantiles(self._waits_s, self._token_counts, [0.5, 0.95])
+        ttft_p50, ttft_p95 = (
+            map(float, np.quantile(self._ttft_s, [0.5, 0.95])) if self._ttft_s else (math.nan, math.nan)
+        )
+        itl_p50, itl_p95 = _weighted_quantiles(self._waits_s, self._token_counts, [0.5, 0.95])
         sequences = max(1, self.sequences)
         return Result(
             policy, load, (self.tokens + len(self._ttft_s)) / seconds if seconds else 0.0, self.steps,
-            self.sequences / max(1, self.steps), self.nodes / sequences, self.tokens / sequences, *ttft, *itl,
+            self.sequences / max(1, self.steps), self.nodes / sequences, self.tokens / sequences,
+            ttft_p50, ttft_p95, itl_p50, itl_p95,
             self._met / self._targeted if self._targeted else math.nan,
             float(np.median(self._errors)) if self._errors else math.nan, cpu_s,
         )  # fmt: skip

@@ -31,8 +31,8 @@ def plan_of(seconds_of_64: float, version: int = 1) -> Plan:
     return replace(builtin_plan(LIMITS), version=version, cost=CostModel((curve,)))
 
 
-def chunks(model: LanguageModel, plan: Plan, streams: int) -> list[int]:
-    """How the steps share out a long prompt that comes when so many others decode."""
+def chunks(model: LanguageModel, plan: Plan, streams: int, prompts: int = 1) -> list[int]:
+    """How the steps share out so many long prompts that come when so many others decode."""
     verifier = VerifierConfig(
         target=ModelConfig(dtype="float32"),
         kv_cache_tokens=1024,
@@ -49,7 +49,8 @@ def chunks(model: LanguageModel, plan: Plan, streams: int) -> list[int]:
     for index in range(streams):
         add(str(index), 3)
     engine.step()
-    add("long", LONG)
+    for index in range(prompts):
+        add(f"long {index}", LONG)
     taken: list[int] = []
     while sum(taken) < LONG:
         record = engine.step()[1]
@@ -64,6 +65,14 @@ def test_a_chunk_is_as_long_as_those_who_decode_can_bear(model):
     bearable = int(4 + (MAX_STRETCH - 1) / line) - 4
     taken = chunks(model, plan_of(11.0), streams=4)
     assert taken[:-1] == [bearable] * (len(taken) - 1)
+    assert BLOCK < bearable < CHUNK
+
+
+def test_few_who_decode_wait_longer_for_many_prompts(model):
+    line = (41.0 - 1.0) / 60
+    bearable = int(4 + (3 * MAX_STRETCH - 1) / line) - 1
+    taken = chunks(model, plan_of(41.0), streams=1, prompts=3)
+    assert taken[0] == bearable
     assert BLOCK < bearable < CHUNK
 
 
