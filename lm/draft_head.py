@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lm.attention import CONTEXT, IMPLEMENTATION, AttentionContext
 from lm.device import torch_dtype
+from lm.elementwise import LANES, TORCH, elementwise_for
 from lm.fused import fuse_layers
 from lm.graphs import Outputs
 from lm.kv_cache import KVCache, LayerShape
@@ -71,10 +73,10 @@ class HeadModule(nn.Module):
         self.config = config
         size = config.hidden_size
         parts = config.feature_width // size
-        self.feature_norms = nn.ModuleList(nn.RMSNorm(size, config.norm_eps) for _ in range(parts))
+        self.feature_norms = nn.ModuleList(LlamaRMSNorm(size, config.norm_eps) for _ in range(parts))
         self.project = nn.Linear(config.feature_width, size, bias=False)
-        self.token_norm = nn.RMSNorm(size, config.norm_eps)
-        self.state_norm = nn.RMSNorm(size, config.norm_eps)
+        self.token_norm = LlamaRMSNorm(size, config.norm_eps)
+        self.state_norm = LlamaRMSNorm(size, config.norm_eps)
         self.join = nn.Linear(2 * size, size, bias=False)
         llama = LlamaConfig(
             vocab_size=1,
@@ -95,15 +97,21 @@ class HeadModule(nn.Module):
     def states(self, features: Tensor) -> Tensor:
         """What stands for the head's own output where the target's features [n, width] are known: [n, hidden]."""
         parts = features.split(self.config.hidden_size, dim=-1)
-        normed = [norm(part) for norm, part in zip(self.feature_norms, parts, strict=True)]
+        normed = [_norm(part, norm) for norm, part in zip(self.feature_norms, parts, strict=True)]
         return self.project(torch.cat(normed, dim=-1))
 
     def forward(self, embedded: Tensor, states: Tensor, positions: Tensor, context: Any) -> Tensor:
         """Output states [1, n, hidden], normed, of tokens with these embeddings and states [1, n, hidden]."""
-        joined = self.join(torch.cat((self.token_norm(embedded), self.state_norm(states)), dim=-1))
+        joined = self.join(torch.cat((_norm(embedded, self.token_norm), _norm(states, self.state_norm)), dim=-1))
         return self.body(
             inputs_embeds=joined, position_ids=positions, use_cache=False, **{CONTEXT: context}
         ).last_hidden_state
+
+
+def _norm(hidden: Tensor, norm: nn.Module) -> Tensor:
+    """By a kernel, unless gradients are wanted."""
+    fast = not torch.is_grad_enabled() and hidden.shape[-1] % LANES == 0
+    return (elementwise_for(hidden) if fast else TORCH).norm(hidden, norm)
 
 
 class DraftHead:

@@ -8,12 +8,14 @@ pairs, so that the order does not matter to them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
@@ -96,6 +98,23 @@ def fuse_layers(hf: PreTrainedModel, finish: Callable[[nn.Module], object] = lam
         layers[index] = FusedLayer(layer, _window(layer))
         finish(layers[index])
     body.rotary_emb = ComplexRotary(body.rotary_emb)
+    body.forward = functools.partial(_forward, body)
+
+
+def _forward(
+    body: Any,
+    input_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    **kwargs: Any,
+) -> BaseModelOutputWithPast:
+    """What the body's own forward pass does around its layers, but for masks and a cache that are not ours."""
+    hidden_states = body.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    turns = body.rotary_emb(hidden_states, position_ids)
+    for layer in body.layers:
+        hidden_states = layer(hidden_states, position_embeddings=turns, **kwargs)
+    work = elementwise_for(hidden_states) if hidden_states.shape[-1] % LANES == 0 else TORCH
+    return BaseModelOutputWithPast(last_hidden_state=work.norm(hidden_states, body.norm))  # type: ignore[arg-type]
 
 
 def _window(layer: Any) -> int | None:
