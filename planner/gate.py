@@ -175,6 +175,9 @@ class DraftGate:
         self._drafting = True
         self._probe_at_s = 0.0
         self._late = 0
+        self._outlook: Outlook | None = None
+        self._seen_plan: Plan | None = None
+        self._seen_batch: tuple[float, ...] = ()
 
     def decide(
         self,
@@ -191,7 +194,7 @@ class DraftGate:
             return Decision(0, "the drafter was late and is left alone for a while")
         if not self._supply.known:
             return Decision(requests)
-        found = outlook(self._supply, requests, sequences, state, plan, connected, lookups)
+        found = self._look(requests, sequences, state, plan, connected, lookups)
         self._drafting = found.gain > (0.0 if self._drafting else START_MARGIN * sequences)
         probing = now_s >= self._probe_at_s
         if self._drafting:
@@ -202,6 +205,16 @@ class DraftGate:
             expected_s = float(self._supply.draft_s(plan.cost, probed, connected)[-1])
             return Decision(probed, "probing", expected_s=expected_s)
         return Decision(0, f"drafting would bring {found.drafted:.0f} tok/s, plain decoding {found.plain:.0f}")
+
+    def _look(
+        self, requests: int, sequences: int, state: BatchState, plan: Plan, connected: bool, lookups: float
+    ) -> Outlook:
+        """The outlook, as it was in the last step if nothing but some more context came since."""
+        batch = (requests, sequences, state.base_tokens, state.waiting_startable, connected, lookups)
+        if self._outlook is None or plan is not self._seen_plan or batch != self._seen_batch:
+            self._outlook = outlook(self._supply, requests, sequences, state, plan, connected, lookups)
+            self._seen_plan, self._seen_batch = plan, batch
+        return self._outlook
 
     @property
     def lookup_gain(self) -> float:
@@ -219,6 +232,7 @@ class DraftGate:
     ) -> None:
         """Drafts came, as decided: their nodes (as for `Supply.observe`), and the seconds that it all took."""
         self._late = 0
+        self._outlook = None
         self._supply.observe(decision.requests, decision.layers, gains, node_layers, layer_nodes)
         if decision.layers >= LAYERS - 1:
             # A draft that something held up must not put off the next one.

@@ -83,8 +83,11 @@ class HiddenStates:
         for sequence, tokens in batch.prefilling:
             chosen.append((sequence, np.arange(first + max(0, tokens - self._window_tokens), first + tokens)))
             first += tokens
-        rows = upload(np.concatenate([rows for _, rows in chosen]), self._model.device)
-        bits, self._wait = download(self._tap.take()[rows].bfloat16().view(torch.int16))
+        hidden = self._tap.take()
+        rows = np.concatenate([rows for _, rows in chosen])
+        if len(rows) < len(hidden):
+            hidden = hidden[upload(rows, self._model.device)]
+        bits, self._wait = download(hidden.bfloat16().view(torch.int16))
         values = bits.numpy().view(np.uint16)
         start = 0
         for sequence, indices in chosen:

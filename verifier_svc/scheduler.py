@@ -128,6 +128,8 @@ class Scheduler:
     @property
     def free_slots(self) -> int:
         """How many of the waiting requests could start now, slots and blocks considered."""
+        if not self.waiting:
+            return 0
         slots = self._limits.max_running_requests - len(self.running)
         blocks = self._cache.free_blocks
         startable = 0
