@@ -23,7 +23,8 @@ START_MARGIN = 0.02
 """Drafting that has stopped starts again when it gains this share of plain decoding; so it does not flap."""
 PROBE_SHARE = 0.01
 """Most of the time that drafting may take while it does not pay."""
-PROBE_REQUESTS = 8
+PROBE_REQUESTS = 2
+"""A probe, as the very first draft, is of few requests: the others wait while a drafter catches up with their texts."""
 MAX_LATE = 7
 
 
@@ -193,7 +194,7 @@ class DraftGate:
         if self._late and now_s < self._probe_at_s:
             return Decision(0, "the drafter was late and is left alone for a while")
         if not self._supply.known:
-            return Decision(requests)
+            return Decision(min(requests, PROBE_REQUESTS))
         found = self._look(requests, sequences, state, plan, connected, lookups)
         self._drafting = found.gain > (0.0 if self._drafting else START_MARGIN * sequences)
         probing = now_s >= self._probe_at_s

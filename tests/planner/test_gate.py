@@ -140,11 +140,12 @@ def test_lookups_that_find_nothing_for_the_requests_at_hand_are_not_asked():
 def test_a_first_draft_that_went_much_too_far_closes_nothing():
     """Before costs and acceptance are known the drafter grows trees that no step could pay for."""
     gate, plan = DraftGate(), plan_with(replace(IDLE, draft_node_s=0.001))
-    ran = (7, 44, 120, 113, 41, 24)
+    ran = (2, 12, 34, 32, 12, 7)
     gains = np.repeat([0.6, 0.1, 0.02, 0.01, 0.005, 0.001], ran)
     node_layers = np.repeat(np.arange(1, 7), ran)
     first = gate.decide(7, 7, state(7), plan, False, 0.0)
-    gate.drafted(first, gains, node_layers, ran, 0.4, 0.5)
+    assert first.requests == PROBE_REQUESTS
+    gate.drafted(first, gains, node_layers, ran, 0.1, 0.5)
     then = gate.decide(7, 7, state(7), plan, False, 0.5)
     assert (then.requests, then.layers) == (7, 1)
     assert then.expected_s == pytest.approx(0.002 + 0.004 + 7 * 0.001)
