@@ -174,7 +174,7 @@ class DraftGate:
     def __init__(self) -> None:
         self._supply = Supply()
         self._drafting = True
-        self._probe_at_s = 0.0
+        self._probe_at_s = self._probed_s = 0.0
         self._late = 0
         self._outlook: Outlook | None = None
         self._seen_plan: Plan | None = None
@@ -230,14 +230,22 @@ class DraftGate:
         layer_nodes: tuple[int, ...],
         draft_s: float,
         now_s: float,
+        caught_up: bool = False,
     ) -> None:
-        """Drafts came, as decided: their nodes (as for `Supply.observe`), and the seconds that it all took."""
+        """Drafts came, as decided: their nodes (as for `Supply.observe`), and the seconds that it all took.
+
+        Args:
+            caught_up: the drafter had much to catch up. What a draft costs is seen only in the next one, which a probe
+                therefore goes on with.
+        """
         self._late = 0
         self._outlook = None
         self._supply.observe(decision.requests, decision.layers, gains, node_layers, layer_nodes)
         if decision.layers >= LAYERS - 1:
             # A draft that something held up must not put off the next one.
-            self._probe_at_s = now_s + min(draft_s, decision.expected_s) / PROBE_SHARE
+            self._probed_s += min(draft_s, decision.expected_s)
+            if not caught_up:
+                self._probe_at_s, self._probed_s = now_s + self._probed_s / PROBE_SHARE, 0.0
 
     def late(self, draft_s: float, now_s: float) -> None:
         """Nothing came within `draft_s`."""

@@ -46,15 +46,15 @@ class CostTracker:
         self._model: CostModel | None = None
 
     def observe(self, record: StepRecord) -> None:
-        """Learn from one step, drafted or not. Steps that run prompts are ignored: they say nothing of verification."""
+        """Learn from one step, drafted or not. Steps that run prompts teach what drafting costs, and nothing else."""
+        self._draft.observe(record)
+        self._model = None
         if record.prefill_tokens or not record.sequences or record.verify_s <= 0:
             return
         if record.predicted_verify_s and record.plan_version:
             self._errors.append(abs(record.predicted_verify_s / record.verify_s - 1))
         self._observe_verification(record)
         self._overheads.append(max(0.0, record.step_s - record.draft_s - record.verify_s))
-        self._draft.observe(record)
-        self._model = None
 
     def model(self) -> CostModel:
         """The cost model as it is now."""

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.cost import verify_seconds
+from planner.draft_costs import CATCH_UP_TOKENS
 from planner.gate import Decision, DraftGate
 from planner.rule import BatchState, Candidate, Pruning, prune_batch
 from treeline.config import LimitsConfig
@@ -122,7 +123,8 @@ class DraftStage:
         if decision.requests and drafts.pruning:
             learnt = replace(decision, requests=sum(s.policy.prunes for s in asked))
             layers, gains = _node_layers(offered), drafts.pruning.gains
-            self._gate.drafted(learnt, gains, layers, drafts.stats.layer_nodes, drafts.draft_s, now_s)
+            stats, behind = drafts.stats, drafts.stats.catch_up_tokens > CATCH_UP_TOKENS * len(asked)
+            self._gate.drafted(learnt, gains, layers, stats.layer_nodes, drafts.draft_s, now_s, behind)
             tree_of = np.repeat(np.arange(len(offered)), [len(tree) for tree in offered])
             found = np.bincount(tree_of, gains * (layers == 0), len(offered)).tolist()
             pruned = [s.session_id for s in batch.decoding if s.policy.prunes]

@@ -109,8 +109,12 @@ class Replica:
         if not prefill_tokens:
             self._interval[0] += int(emitted.sum())
             self._interval[1] += step_s
-            if sequences and (self._every_step or end_s >= self._next_plan_s):
-                self._learn(state, sequences, drafted, tokens, draft_s, verify_s, predicted_s, step_s, end_s)
+        # Every probe is seen: there are few, and they alone tell what drafting would cost.
+        probe = drafted is not None and len(drafted.drawn.worlds) < sequences
+        if sequences and (probe or (not prefill_tokens and (self._every_step or end_s >= self._next_plan_s))):
+            self._learn(
+                state, sequences, drafted, tokens, prefill_tokens, draft_s, verify_s, predicted_s, step_s, end_s
+            )
         nodes = drafted.nodes if drafted else 0
         wait_s, self._last_s = step_s + overlapped * self._last_s, step_s
         finished = slots.finish(end_s)
@@ -137,14 +141,15 @@ class Replica:
         return pass_s(self._truth, max(1, sequences), context_tokens, tokens) * self.slowdown * self._noise.pop()
 
     def _learn(
-        self, state: BatchState, sequences: int, drafted: Drafted | None, tokens: int, draft_s: float, verify_s: float,
-        predicted_s: float, step_s: float, end_s: float,
+        self, state: BatchState, sequences: int, drafted: Drafted | None, tokens: int, prefill_tokens: int,
+        draft_s: float, verify_s: float, predicted_s: float, step_s: float, end_s: float,
     ) -> None:  # fmt: skip
         """The planner sees a step, its tokens the mean of those it did not see, and makes a plan if it is time."""
-        emitted = round(self._interval[0] / self._interval[1] * step_s)
+        emitted = round(self._interval[0] / max(self._interval[1], 1e-9) * step_s)
         record = StepRecord(
             step_id=1, unix_s=end_s, plan_version=self._plan.version, sequences=sequences, tokens=tokens,
-            prefill_tokens=0, context_tokens=state.context_tokens * sequences, drafted_nodes=0, verified_nodes=0,
+            prefill_tokens=prefill_tokens, context_tokens=state.context_tokens * sequences,
+            drafted_nodes=0, verified_nodes=0,
             accepted_nodes=0, emitted_tokens=emitted, running=self.slots.count, waiting=len(self.waiting),
             free_slots=self.slots.slots - self.slots.count, draft_s=draft_s,
             drafter_s=max(0.0, draft_s - self._device.draft_round_trip_s),

@@ -98,7 +98,19 @@ def config_file(tmp_path_factory) -> Path:
 
 def run(config_file: Path, *options: str, policies: str = "off chain:3 eagle2:2,2,4 smart"):
     loads = ["--policies", policies, "--concurrency", "1,4", "--rounds", "2", "--max-tokens", "8"]
-    command = ["bench", "sweep", "--config", str(config_file), *loads, "--rates", "0.7", "--limit", "6"]
+    command = [
+        "bench",
+        "sweep",
+        "--config",
+        str(config_file),
+        *loads,
+        "--rates",
+        "0.7",
+        "--limit",
+        "6",
+        "--block-seconds",
+        "1",
+    ]
     return CliRunner().invoke(app, [*command, *options])
 
 

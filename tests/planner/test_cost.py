@@ -72,6 +72,18 @@ def test_outliers_pauses_and_prompts_teach_nothing():
     assert predicted_s(tracked) == pytest.approx(0.034, rel=0.05)
 
 
+def test_drafting_costs_are_learnt_beside_prompts_as_well():
+    tracked = tracker()
+    usual_s = tracked.model().draft_round_trip_s
+    for _ in range(100):
+        drafting = {"drafter_s": 0.01, "draft_s": 0.011, "draft_layer_nodes": (1,), "drafted_requests": 1}
+        tracked.observe(record(prefill_tokens=64, step_s=0.5, **drafting))
+    cost = tracked.model()
+    drafted_s = cost.draft_round_trip_s + cost.draft_sequence_s + cost.draft_layer_s + cost.draft_node_s
+    assert drafted_s == pytest.approx(0.011, rel=0.1)
+    assert cost.draft_round_trip_s != usual_s
+
+
 def test_drafting_costs_are_learnt_from_requests_layers_and_nodes():
     tracked = tracker()
     random = np.random.default_rng(0)

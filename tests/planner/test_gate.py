@@ -107,6 +107,19 @@ def test_at_saturation_drafting_stops_but_for_cheap_probes_and_finds_its_way_bac
     assert world.run(2.0, 1, plan_with(IDLE), WORTHY).count(0) == 0
 
 
+def test_a_probe_that_had_much_to_catch_up_goes_on_with_one_that_has_not():
+    gate, plan = DraftGate(), plan_with(SATURATED)
+    asked, now_s = [], 0.0
+    for _ in range(8):
+        decision = gate.decide(32, 32, state(32), plan, False, now_s)
+        asked.append(decision.requests)
+        now_s += 0.01
+        if decision.requests:
+            caught_up = len([count for count in asked if count]) % 2 == 1
+            gate.drafted(decision, np.zeros(0), np.zeros(0, int), (2,), 0.01, now_s, caught_up)
+    assert asked == [PROBE_REQUESTS, PROBE_REQUESTS, 0, 0, 0, 0, 0, 0]
+
+
 def test_probes_find_out_that_the_text_has_become_easy():
     world = World(DraftGate())
     plan = plan_with(replace(IDLE, draft_layer_s=0.0))
