@@ -95,7 +95,7 @@ def test_the_image_fits_the_compose_file():
 def test_the_build_context_holds_every_package():
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
-    assert kept == packages | {"LICENSE", "README.md", "pyproject.toml", "requirements.lock"}
+    assert kept == packages | {"LICENSE", "README.md", "pyproject.toml", "requirements.lock", "setup.py"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
