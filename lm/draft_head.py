@@ -21,11 +21,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lm.attention import CONTEXT, IMPLEMENTATION, AttentionContext
 from lm.device import torch_dtype
-from lm.elementwise import LANES, TORCH, elementwise_for
+from lm.elementwise import TORCH, elementwise_for
 from lm.fused import fuse_layers
 from lm.graphs import Outputs
 from lm.kv_cache import KVCache, LayerShape
 from lm.model import torch_device
+from lm.native import LANES
 from lm.packed import PackedSequence
 from lm.packed_linear import pack_linear_layers
 from lm.passes import Passes

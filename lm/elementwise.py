@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
+from ctypes import CDLL
 from typing import Any, Protocol
 
 import torch
@@ -15,10 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from lm.native import library
-
-LANES = 8
-"""Sizes that the kernels take are multiples of this."""
+from lm.native import library, typed
 
 
 class Elementwise(Protocol):
@@ -65,9 +62,9 @@ class NativeElementwise:
 
     def __init__(self, kernels: CDLL) -> None:
         self._rms_norm, self._rotate, self._silu_times = (
-            _typed(kernels.treeline_rms_norm, "nnppppfpi"),
-            _typed(kernels.treeline_rotate, "nnnpnpi"),
-            _typed(kernels.treeline_silu_times, "nnppi"),
+            typed(kernels.treeline_rms_norm, "nnppppfpi"),
+            typed(kernels.treeline_rotate, "nnnpnpi"),
+            typed(kernels.treeline_silu_times, "nnppi"),
         )
 
     def norm(self, hidden: Tensor, norm: Any) -> Tensor:
@@ -107,10 +104,3 @@ def elementwise_for(hidden: Tensor) -> Elementwise:
     """The kernels for such rows where there are any, else torch."""
     kernels = library() if hidden.dtype == torch.float32 and hidden.is_cpu else None
     return TORCH if kernels is None else _native(kernels)
-
-
-def _typed(function: Any, kinds: str) -> Any:
-    """A kernel's function, told its arguments: n is int64, i is int, f is float, p is a pointer."""
-    types = {"n": c_int64, "i": c_int, "f": c_float, "p": c_void_p}
-    function.argtypes, function.restype = [types[kind] for kind in kinds], None
-    return function

@@ -21,7 +21,8 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from lm.attention import CONTEXT, AttentionContext, AttentionOptions
-from lm.elementwise import LANES, TORCH, elementwise_for
+from lm.elementwise import TORCH, elementwise_for
+from lm.native import LANES
 
 FUSED = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 """Layers that compute just what `FusedLayer` does; their subclasses may not."""

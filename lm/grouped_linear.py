@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from ctypes import c_int64, c_void_p
 
 import torch
 from torch import Tensor, nn
 
-from lm.native import library
+from lm.native import library, typed
 from lm.quantized import GroupedWeight
 
 
@@ -17,12 +16,7 @@ from lm.quantized import GroupedWeight
 def kernel() -> Callable[..., None] | None:
     """The product; None if there are no kernels here."""
     kernels = library()
-    if kernels is None:
-        return None
-    function = kernels.treeline_grouped_linear
-    function.restype = None
-    function.argtypes = [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64]
-    return function
+    return None if kernels is None else typed(kernels.treeline_grouped_linear, "pnpppnnnn")
 
 
 class GroupedLinear(nn.Module):

@@ -6,13 +6,17 @@ import ctypes
 import functools
 import hashlib
 import logging
+from ctypes import c_float, c_int, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch  # noqa: F401  (loads the OpenMP library that the kernels share)
 
 logger = logging.getLogger(__name__)
 
 OPENMP_NAMES = ("libgomp", "libiomp", "libomp")
+LANES = 8
+"""Numbers in a vector of the kernels: sizes that they take are multiples of it, but for those of products."""
 
 
 @functools.cache
@@ -27,6 +31,13 @@ def library() -> ctypes.CDLL | None:
             return None
         return kernels if kernels.treeline_processor_fits() else None
     return None
+
+
+def typed(function: Any, kinds: str) -> Any:
+    """A kernel's function, told its arguments: n is int64, i is int, f is float, p is a pointer."""
+    types = {"n": c_int64, "i": c_int, "f": c_float, "p": c_void_p}
+    function.argtypes, function.restype = [types[kind] for kind in kinds], None
+    return function
 
 
 @functools.cache

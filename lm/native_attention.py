@@ -13,11 +13,8 @@ from torch import Tensor
 
 from lm.attention import AttentionContext, AttentionOptions, TreeAttention
 from lm.kv_cache import KVCache
-from lm.native import library
+from lm.native import LANES, library, typed
 from lm.packed import PackedBatch
-
-LANES = 8
-"""Head sizes that the kernel takes are multiples of this."""
 
 
 class _Batch(ctypes.Structure):
@@ -29,9 +26,6 @@ class _Layer(ctypes.Structure):
         *((name, c_int64) for name in ("kv_heads", "group", "key_dim", "value_dim", "window")),
         *((name, c_float) for name in ("scale", "softcap")),
     )
-
-
-_ARGUMENTS: list[Any] = [c_void_p] * 5 + [c_int64, c_void_p] * 3
 
 
 def attention_for(batch: PackedBatch, cache: KVCache) -> AttentionContext:
@@ -56,8 +50,7 @@ class NativeAttention:
     a tree, on where blocks lie, or on the number of threads."""
 
     def __init__(self, kernels: ctypes.CDLL, batch: PackedBatch, cache: KVCache) -> None:
-        self._attend, self._cache = kernels.treeline_attend, cache
-        self._attend.argtypes, self._attend.restype = _ARGUMENTS, None
+        self._attend, self._cache = _kernel(kernels), cache
         spans = batch.spans
         shapes = np.array([(s.start, s.stop - s.start, s.cache.length, len(s.depths)) for s in spans], np.int64)
         _, tokens, lengths, entries = shapes.T
@@ -92,6 +85,11 @@ class NativeAttention:
             output.data_ptr(),
         )
         return output
+
+
+@functools.cache
+def _kernel(kernels: ctypes.CDLL) -> Any:
+    return typed(kernels.treeline_attend, "ppppp" + "np" * 3)
 
 
 @functools.lru_cache(256)

@@ -19,6 +19,11 @@ CATCH_UP_TOKENS = 4
 """A drafter runs this many committed tokens per request in ordinary steps (accepted leaves, lookups' tokens)."""
 
 
+def catches_up(catch_up_tokens: int, requests: int) -> bool:
+    """Whether a draft for so many requests had much to catch up: what it took says little of the next one."""
+    return catch_up_tokens > CATCH_UP_TOKENS * requests
+
+
 class DraftCosts:
     """Tracks r, s, d0 and d1 in r + s * requests + d0 * layers + d1 * nodes.
 
@@ -39,7 +44,7 @@ class DraftCosts:
 
     def observe(self, record: StepRecord) -> None:
         """Learn from a step in which the drafter worked, unless it had much to catch up."""
-        if not record.drafter_s or record.catch_up_tokens > CATCH_UP_TOKENS * record.drafted_requests:
+        if not record.drafter_s or catches_up(record.catch_up_tokens, record.drafted_requests):
             return
         layers = record.draft_layer_nodes
         parts_s = self.seconds * [1.0, record.drafted_requests, len(layers), sum(layers)]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.cost import verify_seconds
-from planner.draft_costs import CATCH_UP_TOKENS
+from planner.draft_costs import catches_up
 from planner.gate import Decision, DraftGate
 from planner.rule import BatchState, Candidate, Pruning, prune_batch
 from treeline.config import LimitsConfig
@@ -123,7 +123,7 @@ class DraftStage:
         if decision.requests and drafts.pruning:
             learnt = replace(decision, requests=sum(s.policy.prunes for s in asked))
             layers, gains = _node_layers(offered), drafts.pruning.gains
-            stats, behind = drafts.stats, drafts.stats.catch_up_tokens > CATCH_UP_TOKENS * len(asked)
+            stats, behind = drafts.stats, catches_up(drafts.stats.catch_up_tokens, len(asked))
             self._gate.drafted(learnt, gains, layers, stats.layer_nodes, drafts.draft_s, now_s, behind)
             tree_of = np.repeat(np.arange(len(offered)), [len(tree) for tree in offered])
             found = np.bincount(tree_of, gains * (layers == 0), len(offered)).tolist()
