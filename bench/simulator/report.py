@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,7 +32,8 @@ def run_all(
     cells = [(name, policy, load) for name in conditions for load in loads for policy in policies]
     each = replace(scenario, steps=max(1, scenario.steps // len(cells)))
     met = {name: replace(each, conditions=parse_conditions(name)) for name in conditions}
-    pool = ProcessPoolExecutor(min(len(cells), os.cpu_count() or 1))
+    # Spawned, not forked: a copy of this process would find locks taken by threads that it does not have.
+    pool = ProcessPoolExecutor(min(len(cells), os.cpu_count() or 1), multiprocessing.get_context("spawn"))
     try:
         futures = {pool.submit(simulate, met[name], policy, load): name for name, policy, load in cells}
         for future in as_completed(futures):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from typer.testing import CliRunner
@@ -8,7 +9,11 @@ from typer.testing import CliRunner
 from cli.main import app
 
 
-def test_simulate_prints_a_table_and_writes_report_and_picture(tmp_path):
+def test_simulate_prints_a_table_and_writes_report_and_picture(tmp_path, monkeypatch):
+    def fork():
+        raise AssertionError("a forked worker may find locks taken by threads that it does not have")
+
+    monkeypatch.setattr(os, "fork", fork)
     report, picture = tmp_path / "simulated.json", tmp_path / "simulated.png"
     disturbed = ["--conditions", "steady overlapped"]
     options = ["--policies", "off chain:2", "--loads", "1 2", "--steps", "800", "--seed", "3", *disturbed]
