@@ -12,6 +12,7 @@ from planner.calibration import prior
 from planner.gate import Decision, DraftGate
 from planner.policies import parse_policy
 from planner.rule import BatchState, Candidate, Frontier, another_layer, prune_batch
+from treeline.forest import Forest
 from treeline.plan import CostCurve, CostModel, Plan
 from treeline.tree import ROOT, DraftTree
 
@@ -24,8 +25,9 @@ WARM_UP = 20
 def run_prune(requests: Sequence[int], nodes: Sequence[int], repeats: int, seed: int = 0) -> Iterator[dict]:
     """Rows of median, lowest and highest microseconds, for every number of requests and of each one's nodes.
 
-    Timed are all decisions of a step: whether to draft (gate), whether to draft another layer (asked once a layer),
-    which nodes to verify (prune_batch), and cutting the trees to these. Trees are random; the context grows with every
+    Timed are all decisions of a step: whether to draft (gate; while drafting it learns from every step's drafts, and so
+    has to look again), whether to draft another layer (asked once a layer), which nodes to verify (prune_batch), and
+    cutting the trees to these. Trees are random; the context grows with every
     repeat, as it does in service.
     """
     random = np.random.default_rng(seed)
@@ -38,20 +40,32 @@ def run_prune(requests: Sequence[int], nodes: Sequence[int], repeats: int, seed:
 def _decisions(random: np.random.Generator, requests: int, nodes: int) -> dict[str, Callable[[int], object]]:
     """What a step decides, each as a function of how often it was asked."""
     smart, plan = parse_policy("smart"), _plan()
-    candidates = [Candidate(_tree(random, nodes), smart, 1.0, bool(i % 2)) for i in range(requests)]
+    forest = Forest.of([_tree(random, nodes) for _ in range(requests)])
+    candidates = [Candidate(smart, 1.0, bool(i % 2)) for i in range(requests)]
     frontiers = [Frontier(smart, 1.0, 8, float(random.uniform(1, 4)), 2, c.sampled) for c in candidates]
 
     def state(repeat: int) -> BatchState:
         return BatchState(requests, 256 + repeat, 0.004, 0)
 
-    pruning, gate = prune_batch(candidates, state(0), plan), DraftGate()
-    node_layers = np.concatenate([c.tree.depths for c in candidates])
-    gate.drafted(Decision(requests), pruning.gains, node_layers, (requests,) * MAX_DEPTH, 0.004, 0.0)
+    pruning, gate = prune_batch(forest, candidates, state(0), plan), DraftGate()
+
+    def decide(repeat: int) -> Decision:
+        return gate.decide(requests, requests, state(repeat), plan, False, 0.0)
+
+    def drafted(repeat: int) -> None:
+        gate.drafted(Decision(requests), pruning.gains, forest.model_layers(), (requests,) * MAX_DEPTH, 0.004, 0.0)
+
+    def learn_and_decide(repeat: int) -> Decision:
+        drafted(repeat)
+        return decide(repeat)
+
+    drafted(0)
     return {
-        "gate": lambda repeat: gate.decide(requests, requests, state(repeat), plan, False, 0.0),
+        "gate": decide,
+        "gate, drafting": learn_and_decide,
         "another_layer": lambda repeat: another_layer(frontiers, plan),
-        "prune_batch": lambda repeat: prune_batch(candidates, state(repeat), plan),
-        "cut trees": lambda repeat: [c.tree.select(kept) for c, kept in zip(candidates, pruning.keep, strict=True)],
+        "prune_batch": lambda repeat: prune_batch(Forest.of(forest.trees), candidates, state(repeat), plan),
+        "cut trees": lambda repeat: forest.select(pruning.chosen),
     }
 
 

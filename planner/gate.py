@@ -4,7 +4,7 @@ offered and cost."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,13 +33,17 @@ class Supply:
 
     Averages over recent drafts, for every layer of the draft model apart; each over the drafts that were permitted to
     run it. Worth is w a(u), of all drafted nodes, whether they were verified or not.
+
+    Attributes:
+        lookup_gain: what lookups alone offer a request, in tokens.
     """
 
     def __init__(self) -> None:
         # Nodes and what they gain, by layer and from the worthiest bin on; a first, empty bin lets sums begin at 0.
         self._offered = np.zeros((2, LAYERS, 1 + WORTH_BINS))
         self._counts = np.zeros((4, LAYERS))
-        self._requests, self._steps, self._runs, self._model_nodes = self._counts
+        self._requests, self._steps, self._model_nodes, self._runs = self._counts
+        self.lookup_gain = 0.0
 
     def observe(
         self,
@@ -62,21 +66,18 @@ class Supply:
         self._requests[seen] += requests
         self._steps[seen] += 1
         for layer, nodes in enumerate(layer_nodes, 1):
-            self._runs[min(layer, LAYERS - 1)] += 1
-            self._model_nodes[min(layer, LAYERS - 1)] += nodes
+            place = min(layer, LAYERS - 1)
+            self._runs[place] += 1
+            self._model_nodes[place] += nodes
         bins = WORTH_BINS - (np.sqrt(np.minimum(gains, 1.0)) * (WORTH_BINS - 1)).astype(np.intp)
         places = np.minimum(node_layers, LAYERS - 1) * (1 + WORTH_BINS) + bins
         for offered, weights in zip(self._offered, (None, gains), strict=True):
             offered += np.bincount(places, weights, offered.size).reshape(offered.shape)
+        self.lookup_gain = self._offered[1, 0].sum().item() / self._requests.item(0)
 
     @property
     def known(self) -> bool:
         return bool(self._requests[-1] > 0)
-
-    @property
-    def lookup_gain(self) -> float:
-        """What lookups alone offer a request, in tokens."""
-        return float(self._offered[1, 0].sum() / self._requests[0]) if self.known else 0.0
 
     def curves(self, requests: int, lookups: float = 1.0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(nodes, gain) [LAYERS, 1 + WORTH_BINS] for so many requests, with at most so many layers.
@@ -94,15 +95,14 @@ class Supply:
         Args:
             connected: a message goes to the drafter and its layers are run in any case.
         """
-        nodes = (self._model_nodes / self._requests).cumsum() * requests
-        own_s = cost.draft_sequence_s * requests + cost.draft_node_s * nodes
+        nodes, layers = (self._counts[2:] / self._counts[:2]).cumsum(1)
+        own_s = cost.draft_sequence_s * requests + cost.draft_node_s * (nodes * requests)
         if connected:
             return own_s
-        return own_s + cost.draft_round_trip_s + cost.draft_layer_s * (self._runs / self._steps).cumsum()
+        return own_s + cost.draft_round_trip_s + cost.draft_layer_s * layers
 
 
-@dataclass(frozen=True)
-class Outlook:
+class Outlook(NamedTuple):
     """What a step is expected to bring, drafted or not.
 
     Attributes:
@@ -137,20 +137,20 @@ def outlook(
     nodes, gains = supply.curves(requests, lookups)
     most = state.base_tokens + math.ceil(nodes[-1, -1])
     pass_s = plan.cost.step_overhead_s + verify_seconds(plan.cost, sequences, state.context_tokens, most)
-    draft_s = supply.draft_s(plan.cost, requests, connected)
+    draft_s, sizes = supply.draft_s(plan.cost, requests, connected), np.arange(most + 1)
     # Not the prompts' time, but the trees' beside prompts.
-    promptless_s = draft_s[:, None] + np.interp(sequences + nodes, np.arange(most + 1), pass_s)
-    drafted, plain_s = sequences + gains, float(pass_s[sequences])
-    price = price_of(drafted, promptless_s, plain_s, sequences, state.waiting_startable)
-    seconds = draft_s[:, None] + np.interp(state.base_tokens + nodes, np.arange(most + 1), pass_s)
-    gain = (gains - price * (seconds - pass_s[state.base_tokens])).max(axis=1)
-    layers = int(np.argmax(gain))
-    best = float((drafted[layers] / promptless_s[layers]).max())
-    return Outlook(best, sequences / plain_s, float(gain[layers]), layers, draft_s)
+    promptless_s = seconds = draft_s[:, None] + np.interp(sequences + nodes, sizes, pass_s)
+    if state.base_tokens > sequences:
+        seconds = draft_s[:, None] + np.interp(state.base_tokens + nodes, sizes, pass_s)
+    goodputs, plain_s = (sequences + gains) / promptless_s, pass_s.item(sequences)
+    price = price_of(goodputs, plain_s, sequences, state.waiting_startable)
+    gain = gains - price * (seconds - pass_s[state.base_tokens])
+    best = int(gain.argmax())
+    layers = best // gain.shape[1]
+    return Outlook(float(goodputs[layers].max()), sequences / plain_s, gain.item(best), layers, draft_s)
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """For how many requests to draft (0: none), and why not for all, for people.
 
     Attributes:

@@ -8,7 +8,7 @@ so looking at every prefix of one sorted list is exact for any cost curve.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,33 +16,29 @@ from numpy.typing import NDArray
 from planner.calibration import accepts
 from planner.cost import verify_seconds
 from planner.policies import Policy
+from treeline.forest import Forest
 from treeline.plan import DEPTHS, Calibration, Plan
-from treeline.tree import DraftTree
 
 MAX_ACCEPTANCE = np.float32(1 - 2.0**-16)
 """Below 1 by more than a deep path's rounding, so that a child is always worth less than its parent, and any order by
 worth is closed under parents."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One decoding request's part of a step.
+class Candidate(NamedTuple):
+    """One decoding request's part of a step, beside its tree.
 
     Attributes:
-        tree: as drafted; empty if nothing was drafted for this request.
         weight: of its tokens.
         ratio: how its drafts fare beside the calibration (`planner.calibration.RequestAcceptance`).
     """
 
-    tree: DraftTree
     policy: Policy
     weight: float
     sampled: bool
     ratio: float = 1.0
 
 
-@dataclass(frozen=True)
-class BatchState:
+class BatchState(NamedTuple):
     """The step that the trees would join.
 
     Attributes:
@@ -63,9 +59,9 @@ class Pruning:
     """What to verify, and why.
 
     Attributes:
-        sizes: nodes of each candidate's tree.
-        chosen: bool [nodes], trees one behind the other; closed under parents.
-        gains: float32 [prunable nodes]; w a(u) of every node that could have been pruned, tree by tree.
+        prunable: index of the forest's nodes that could be pruned.
+        chosen: bool [nodes] of the forest; closed under parents.
+        gains: float32 [prunable nodes]; w a(u) of each.
         expected_nodes: per candidate, nodes of those chosen that the calibration alone expects to be accepted.
         price: R + mu Q, tokens per second.
         goodput: weighted tokens per second expected at the chosen size.
@@ -75,7 +71,7 @@ class Pruning:
         next_s: seconds that it would have added to the pass.
     """
 
-    sizes: list[int]
+    prunable: NDArray[np.bool_] | slice
     chosen: NDArray[np.bool_]
     gains: NDArray[np.float32]
     expected_nodes: list[float]
@@ -93,12 +89,6 @@ class Pruning:
         return self.next_gain / self.price
 
     @property
-    def keep(self) -> list[NDArray[np.bool_]]:
-        """bool [n] per candidate: `chosen`, tree by tree."""
-        ends = accumulate(self.sizes)
-        return [self.chosen[end - size : end] for end, size in zip(ends, self.sizes, strict=True)]
-
-    @property
     def reason(self) -> str:
         """One line for people."""
         said = f"kept {self.kept} of {len(self.gains)} nodes at {self.price:.0f} tok/s"
@@ -110,8 +100,7 @@ class Pruning:
         return f"{said}; the next would bring {brings}"
 
 
-@dataclass(frozen=True)
-class Frontier:
+class Frontier(NamedTuple):
     """Nodes of one request that the draft model would be run on next. `acceptance`: the sum of a(u) over them."""
 
     policy: Policy
@@ -122,16 +111,25 @@ class Frontier:
     sampled: bool
 
 
-def prune_batch(candidates: list[Candidate], state: BatchState, plan: Plan) -> Pruning:
-    """The best size for the batch, over every prefix of the nodes in order of their worth.
+def prune_batch(forest: Forest, candidates: list[Candidate], state: BatchState, plan: Plan) -> Pruning:
+    """Which nodes of a batch's trees to verify, one candidate per tree.
 
     `candidates` are all the requests that decode in this step. Those whose policy does not prune keep their whole
     tree; those nodes are part of the pass at every size.
     """
-    trees = [c.tree for c in candidates]
-    sizes = [len(tree.parents) for tree in trees]
-    tree_of = np.arange(len(sizes)).repeat(sizes)
-    scores = path_acceptance(trees, sizes, tree_of, [c.sampled for c in candidates], plan.calibration)
+    scores = path_acceptance(forest, [c.sampled for c in candidates], plan.calibration)
+    return best_size(forest.tree_of, scores, candidates, state, plan)
+
+
+def best_size(
+    tree_of: NDArray[np.intp], scores: NDArray[np.float32], candidates: list[Candidate], state: BatchState, plan: Plan
+) -> Pruning:
+    """The best size for the batch, over every prefix of the nodes in order of their worth.
+
+    Args:
+        tree_of: intp [nodes]; which candidate's node it is.
+        scores: float32 [nodes]; a(u).
+    """
     gains = scores * np.asarray([c.weight * c.ratio for c in candidates], np.float32)[tree_of]
     prunable = _prunable(candidates, tree_of)
     open_gains = gains[prunable]
@@ -144,24 +142,26 @@ def prune_batch(candidates: list[Candidate], state: BatchState, plan: Plan) -> P
         expected[0] += float(gains.sum()) - float(ranked.sum())
     expected[1:] = ranked
     expected = expected.cumsum()
-    sequences, base = max(1, len(candidates)), state.base_tokens + fixed
+    sequences, base = len(candidates), state.base_tokens + fixed
     verify_s = verify_seconds(plan.cost, sequences, state.context_tokens, base + len(ranked))
     overhead_s = plan.cost.step_overhead_s
     promptless_s = verify_s[sequences + fixed :][: len(expected)] + (state.draft_s + overhead_s)
-    price = price_of(
-        expected, promptless_s, overhead_s + float(verify_s[sequences]), sequences, state.waiting_startable
-    )
+    plain_s = overhead_s + float(verify_s[sequences])
+    price = price_of(expected / promptless_s, plain_s, sequences, state.waiting_startable)
     verify_s = verify_s[base:]
     size = int((expected - price * verify_s).argmax())
-    chosen = np.full(len(gains), True)
-    chosen[prunable] = _best(open_gains, ranked, size)
-    kept = chosen.nonzero()[0]
+    best = _best(open_gains, ranked, size)
+    if fixed:
+        chosen = np.ones(len(gains), np.bool_)
+        chosen[prunable] = best
+    else:
+        chosen = best
     left_out = size < len(ranked)
     return Pruning(
-        sizes=sizes,
+        prunable=prunable,
         chosen=chosen,
         gains=open_gains,
-        expected_nodes=np.bincount(tree_of[kept], scores[kept], len(sizes)).tolist(),
+        expected_nodes=np.bincount(tree_of, scores * chosen, sequences).tolist(),
         price=price,
         goodput=float(expected[size] / (state.draft_s + overhead_s + verify_s[size])),
         expected_tokens=float(expected[size]),
@@ -172,19 +172,17 @@ def prune_batch(candidates: list[Candidate], state: BatchState, plan: Plan) -> P
     )
 
 
-def price_of(
-    expected: NDArray[np.float64], seconds: NDArray[np.float64], plain_s: float, sequences: int, waiting: int
-) -> float:
+def price_of(goodputs: NDArray[np.float64], plain_s: float, sequences: int, waiting: int) -> float:
     """R + mu Q: R is the best goodput of a batch, with what was drafted for it or without any of it.
 
     Prompts that share the step are left out of all seconds here: they are run whatever is decoded, so what a second is
     worth does not depend on them.
 
     Args:
-        expected, seconds: float64 [sizes]; weighted tokens and seconds of a drafted step, prompts apart.
+        goodputs: float64 [sizes]; weighted tokens per second of a drafted step, prompts apart.
         plain_s: of a step that is not drafted. Weights are 1 on average, so it brings a token per sequence.
     """
-    goodput = max(float((expected / seconds).max()), sequences / plain_s)
+    goodput = max(goodputs.item(goodputs.argmax()), sequences / plain_s)
     # A waiting request loses its share of the batch's goodput for as long as the step lasts.
     return goodput * (1 + waiting / sequences)
 
@@ -205,43 +203,11 @@ def another_layer(frontiers: list[Frontier], plan: Plan) -> bool:
     return gain > plan.price * (plan.cost.draft_layer_s + node_s * nodes)
 
 
-def path_acceptance(
-    trees: list[DraftTree],
-    sizes: list[int],
-    tree_of: NDArray[np.intp],
-    sampled: list[bool],
-    calibration: Calibration,
-) -> NDArray[np.float32]:
-    """float32 [nodes]: a(u) of every node of the forest, trees one behind the other.
-
-    Args:
-        sizes, sampled: per tree, its nodes, and sampled or greedy.
-        tree_of: [nodes]; whose node it is.
-    """
-    total = len(tree_of)
-    if not total:
-        return np.zeros(0, np.float32)
-    # The roots become one more node before all others, which is its own parent.
-    parents = np.concatenate([tree.parents for tree in trees])
-    firsts = np.asarray([*accumulate(sizes, initial=1)])
-    jump = np.zeros(total + 1, np.intp)
-    np.add(parents, firsts[tree_of], out=jump[1:], where=parents >= 0)
-    jumps = [jump]
-    depths = np.ones(total + 1, np.intp)
-    depths[0] = 0
-    while np.count_nonzero(jump):
-        # Pointer jumping: every round doubles the distance that is looked up the path.
-        depths += depths[jump]
-        jump = jump[jump]
-        jumps.append(jump)
-    sources = np.concatenate([tree.sources for tree in trees])
-    probs = np.concatenate([tree.draft_probs for tree in trees])
-    edges = accepts(calibration, sources, depths[1:], probs, np.asarray(sampled, np.bool_)[tree_of])
-    scores = np.ones(total + 1, np.float32)
-    np.minimum(edges, MAX_ACCEPTANCE, out=scores[1:])
-    for jump in jumps[:-1]:
-        scores *= scores[jump]
-    return scores[1:]
+def path_acceptance(forest: Forest, sampled: list[bool], calibration: Calibration) -> NDArray[np.float32]:
+    """float32 [nodes]: a(u) of every node of the forest. `sampled`: per tree, sampled or greedy."""
+    sampled_nodes = np.asarray(sampled, np.bool_)[forest.tree_of]
+    edges = accepts(calibration, forest.sources, forest.depths, forest.draft_probs, sampled_nodes)
+    return forest.path_products(np.minimum(edges, MAX_ACCEPTANCE))
 
 
 def _prunable(candidates: list[Candidate], tree_of: NDArray[np.intp]) -> NDArray[np.bool_] | slice:
@@ -255,7 +221,8 @@ def _best(values: NDArray[np.float32], ranked: NDArray[np.float32], count: int) 
     if not count:
         return np.zeros(len(values), np.bool_)
     least = ranked[count - 1]
-    best = values > least
-    equal = (values == least).nonzero()[0]
-    best[equal[: count - np.count_nonzero(best)]] = True
+    best = values >= least
+    if count < len(ranked) and ranked[count] == least:
+        equal = (values == least).nonzero()[0]
+        best[equal[count - np.count_nonzero(best) :]] = False
     return best

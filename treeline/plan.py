@@ -140,10 +140,11 @@ class NodeOutcomes:
 
     @staticmethod
     def empty() -> NodeOutcomes:
-        def column(dtype: type) -> NDArray:
-            return np.zeros(0, dtype)
+        return _NO_OUTCOMES
 
-        return NodeOutcomes(*map(column, (np.uint8, np.uint8, np.uint8, np.bool_, np.float32, np.bool_)))
+
+_BYTES, _BOOLS = np.zeros(0, np.uint8), np.zeros(0, np.bool_)
+_NO_OUTCOMES = NodeOutcomes(_BYTES, _BYTES, _BYTES, _BOOLS, np.zeros(0, np.float32), _BOOLS)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import time
 import torch
 
 from lm.sampling import logprobs
-from treeline.plan import Plan, StepRecord
+from treeline.plan import NodeOutcomes, Plan, StepRecord
 from verifier_svc.draft_stage import Drafts
 from verifier_svc.request import StepExplanation, TokenLogprobs
 from verifier_svc.scheduler import Batch, Scheduler
 from verifier_svc.sequence import Sequence
-from verifier_svc.walk import Walk, concatenate, observed
+from verifier_svc.walk import Walk, all_observed
 
 
 def step_record(
@@ -27,10 +27,11 @@ def step_record(
     step_s: float,
 ) -> StepRecord:
     """The record of a step whose first walks are those of `batch.decoding`, in order."""
-    decoded = list(zip(batch.decoding, walks[: len(batch.decoding)], strict=True))
-    outcomes = [
-        observed(drafts.tree(s), walk, not s.request.sampling.greedy) for s, walk in decoded if len(drafts.tree(s))
-    ]
+    own_walks = walks[: len(batch.decoding)]
+    outcomes = NodeOutcomes.empty()
+    if drafts.forest is not None and drafts.pruning is not None:
+        sampled = [not s.request.sampling.greedy for s in batch.decoding]
+        outcomes = all_observed(drafts.forest, drafts.pruning.chosen, own_walks, sampled)
     verified_nodes = sum(map(len, drafts.trees.values()))
     return StepRecord(
         step_id=step_id,
@@ -42,8 +43,8 @@ def step_record(
         context_tokens=context_tokens,
         drafted_nodes=sum(drafts.drafted_nodes.values()),
         verified_nodes=verified_nodes,
-        accepted_nodes=sum(len(walk.accepted) for _, walk in decoded),
-        emitted_tokens=sum(len(walk.tokens) for walk in walks),
+        accepted_nodes=sum([len(walk.accepted) for walk in own_walks]),
+        emitted_tokens=sum([len(walk.tokens) for walk in walks]),
         running=len(scheduler.running),
         waiting=len(scheduler.waiting),
         free_slots=scheduler.free_slots,
@@ -56,7 +57,7 @@ def step_record(
         goodput=drafts.pruning.goodput if drafts.pruning else 0.0,
         price=drafts.pruning.price if drafts.pruning else 0.0,
         node_s=drafts.pruning.node_s if drafts.pruning else 0.0,
-        outcomes=concatenate(outcomes),
+        outcomes=outcomes,
         catch_up_tokens=drafts.stats.catch_up_tokens,
         drafted_requests=len(drafts.drafted_nodes),
     )

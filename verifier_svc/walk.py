@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
+from numpy.typing import NDArray
 
+from treeline.forest import Forest
 from treeline.plan import NodeOutcomes
 from treeline.tree import ROOT, DraftTree
 
@@ -45,16 +48,30 @@ def target_walk(tree: DraftTree, own_tokens: Sequence[int]) -> Walk:
 
 def observed(tree: DraftTree, walk: Walk, sampled: bool) -> NodeOutcomes:
     """The outcomes that the walk has shown: of every child of every node it reached."""
-    reached = np.isin(tree.parents, [ROOT, *walk.accepted])
-    accepted = np.zeros(len(tree), np.bool_)
-    accepted[walk.accepted] = True
+    return all_observed(Forest.of([tree]), np.ones(len(tree), np.bool_), [walk], [sampled])
+
+
+def all_observed(forest: Forest, chosen: NDArray[np.bool_], walks: list[Walk], sampled: list[bool]) -> NodeOutcomes:
+    """`observed` of a batch.
+
+    Args:
+        chosen: bool [nodes] of the forest; the trees that were walked have only these.
+        walks, sampled: per tree, its walk, and whether its request is sampled.
+    """
+    kept = chosen.nonzero()[0]
+    ends = accumulate(np.bincount(forest.tree_of[kept], minlength=len(walks)).tolist(), initial=0)
+    places = [first + node for first, walk in zip(ends, walks, strict=False) for node in walk.accepted]
+    accepted = np.zeros(1 + len(chosen), np.bool_)  # roots first, as in `forest.jumps`
+    accepted[0] = True
+    accepted[1 + kept[np.asarray(places, np.intp)]] = True
+    reached = (chosen & accepted[forest.jumps[0][1:]]).nonzero()[0]
     return NodeOutcomes(
-        sources=tree.sources[reached],
-        depths=tree.depths[reached].astype(np.uint8),
-        ranks=tree.ranks[reached],
-        sampled=np.full(int(reached.sum()), sampled),
-        draft_probs=tree.draft_probs[reached],
-        accepted=accepted[reached],
+        sources=forest.sources[reached],
+        depths=forest.depths[reached].astype(np.uint8),
+        ranks=forest.ranks[reached],
+        sampled=np.asarray(sampled, np.bool_)[forest.tree_of[reached]],
+        draft_probs=forest.draft_probs[reached],
+        accepted=accepted[1:][reached],
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from bench.simulator.worlds import MAX_DEPTH, OUTCOMES
 from planner.gate import Decision, DraftGate
 from planner.policies import Policy
 from planner.rule import BatchState, Candidate, Frontier, Pruning, another_layer, prune_batch
+from treeline.forest import Forest
 from treeline.plan import NodeOutcomes, Plan
 from treeline.tree import DraftTree
 
@@ -41,7 +42,7 @@ class Drawn(NamedTuple):
     def observed(self, chosen: NDArray[np.bool_] | None) -> NodeOutcomes:
         """What the target's walks have shown of every chosen child of every node they reached. None: all are chosen."""
         cuts = self.met()
-        trees = [cut.candidate.tree for cut in cuts]
+        trees = [cut.tree for cut in cuts]
         seen = np.concatenate([cut.reached[k] for cut, k in zip(cuts, self.outcomes, strict=True)])
         if chosen is not None:
             seen &= chosen
@@ -83,7 +84,7 @@ class Drafting:
     def __init__(self, device: Device, policy: Policy, tables: Tables, random: np.random.Generator) -> None:
         self._device, self._policy, self._tables, self._random = device, policy, tables, random
         self._gate = DraftGate()
-        self._undrafted = Candidate(DraftTree.empty(), policy, 1.0, False)
+        self._candidate = Candidate(policy, 1.0, False)
         self._fates = np.zeros(0, np.int64)
 
     def run(
@@ -109,7 +110,7 @@ class Drafting:
         layers = max(1, min(layers, decision.layers))
         drafted = self._pruned(table, worlds, outcomes, sequences, weights, layers, state, plan, hidden_s)
         if self._policy.prices_drafting and drafted.pruning is not None:  # only then is the gate asked
-            node_layers = np.concatenate([cut.candidate.tree.depths for cut in drafted.drawn.met()])
+            node_layers = np.concatenate([cut.tree.depths for cut in drafted.drawn.met()])
             gains, draft_s = drafted.pruning.gains, drafted.draft_s
             self._gate.drafted(decision, gains, node_layers, drafted.layer_nodes, draft_s, now_s + draft_s)
         return drafted
@@ -133,13 +134,14 @@ class Drafting:
         layer_nodes = self._layers(table, worlds, weights, layers, plan)
         draft_s = self._draft_s(layer_nodes)
         drawn = Drawn(table.cuts(len(layer_nodes)), worlds.tolist(), outcomes.tolist())
-        candidates = [cut.candidate for cut in drawn.met()]
-        candidates += [self._undrafted] * (sequences - len(candidates))
+        trees = [cut.tree for cut in drawn.met()]
+        forest = Forest.of(trees + [DraftTree.empty()] * (sequences - len(trees)))
+        candidates = [self._candidate] * sequences
         if weights is not None:
-            candidates = [replace(c, weight=w) for c, w in zip(candidates, weights.tolist(), strict=True)]
+            candidates = [self._candidate._replace(weight=weight) for weight in weights.tolist()]
         delay_s = max(0.0, draft_s - hidden_s)
         beside = BatchState(state.base_tokens, state.context_tokens, delay_s, state.waiting_startable)
-        pruning = prune_batch(candidates, beside, plan)
+        pruning = prune_batch(forest, candidates, beside, plan)
         accepted = drawn.accepted(pruning.chosen)
         return Drafted(pruning.kept, accepted, draft_s, layer_nodes, drawn, pruning)
 

@@ -15,7 +15,6 @@ from drafter_svc.sessions import Session
 from planner.cost import plain_decode_s
 from planner.policies import Policy
 from planner.policies.smart import PAPER_BUDGET_NODES
-from planner.rule import Candidate
 from treeline.drafting import DraftSequence
 from treeline.plan import Plan
 from treeline.sampling import SamplingParams
@@ -39,14 +38,14 @@ class Cut:
         on_path: bool [OUTCOMES, nodes]; whether the target goes through a node.
     """
 
-    candidate: Candidate
+    tree: DraftTree
     on_path: NDArray[np.bool_]
 
     @cached_property
     def reached(self) -> NDArray[np.bool_]:
         """bool [OUTCOMES, nodes]: whether the target goes through a node's parent."""
         with_root = np.concatenate([self.on_path, np.ones((OUTCOMES, 1), np.bool_)], axis=1)
-        return with_root[:, self.candidate.tree.parents]
+        return with_root[:, self.tree.parents]
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Table:
     @cached_property
     def nodes(self) -> NDArray[np.int64]:
         """int64 [worlds]: nodes of the whole trees."""
-        return np.asarray([len(cut.candidate.tree) for cut in self.cuts(MAX_DEPTH)])
+        return np.asarray([len(cut.tree) for cut in self.cuts(MAX_DEPTH)])
 
     @cached_property
     def accepted(self) -> NDArray[np.int64]:
@@ -98,7 +97,7 @@ class Table:
 
     def _cut(self, world: World, grown: Grown, layers: int) -> Cut:
         tree = grown.tree if layers >= len(grown.run) else grown.tree.select(grown.tree.depths <= layers)
-        return Cut(Candidate(tree, self._policy, 1.0, False), world.on_path(tree.token_ids))
+        return Cut(tree, world.on_path(tree.token_ids))
 
 
 class Tables:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
 
 from planner.calibration import prior
+from planner.policies import Policy
+from planner.rule import BatchState, Candidate, Pruning, prune_batch
+from treeline.forest import Forest
 from treeline.plan import CostCurve, CostModel, NodeOutcomes, Plan, StepRecord
 from treeline.tree import DraftTree
 
@@ -24,6 +30,30 @@ def random_tree(random: np.random.Generator, most: int) -> DraftTree:
     n = int(random.integers(0, most + 1))
     parents = [int(random.integers(-1, i)) if i else -1 for i in range(n)]
     return DraftTree.build(list(range(n)), parents, random.uniform(0.01, 1.0, n).tolist())
+
+
+class Drafted(NamedTuple):
+    """A request and its tree."""
+
+    tree: DraftTree
+    policy: Policy
+    weight: float
+    sampled: bool
+    ratio: float = 1.0
+
+
+@dataclass(frozen=True)
+class Pruned(Pruning):
+    """`keep`: bool [n] per request: `chosen`, tree by tree."""
+
+    keep: list[np.ndarray]
+
+
+def prune(drafted: list[Drafted], state: BatchState, plan: Plan) -> Pruned:
+    forest = Forest.of([one.tree for one in drafted])
+    pruning = prune_batch(forest, [Candidate(*one[1:]) for one in drafted], state, plan)
+    ends = np.cumsum(forest.sizes)[:-1]
+    return Pruned(**vars(pruning), keep=np.split(pruning.chosen, ends))
 
 
 def outcomes(draft_probs: np.ndarray, accepted: np.ndarray, depth: int = 1) -> NodeOutcomes:

@@ -9,9 +9,9 @@ from planner.cost import verify_seconds
 from planner.loop import DEAD_BAND, PlanMaker, VerifierState
 from planner.policies import parse_policy
 from planner.policies.smart import SPARE
-from planner.rule import BatchState, Candidate, prune_batch
+from planner.rule import BatchState
 from planner.signals import Signals
-from tests.planner.builders import record
+from tests.planner.builders import Drafted, prune, record
 from treeline.config import LimitsConfig, PlannerConfig
 from treeline.plan import CostCurve, CostModel, Plan, VerifierProfile
 from treeline.tree import ROOT, DraftTree
@@ -65,8 +65,8 @@ class World:
     def _step(self, sequences: int) -> None:
         tree = bushy_tree()
         worth = tree.path_products(tree.draft_probs) > SPARE * self.plan.price * self.plan.cost.node_s
-        candidates = [Candidate(tree.select(worth), SMART, 1.0, False)] * sequences
-        pruning = prune_batch(candidates, BatchState(sequences, 64, DRAFT_S, 0), self.plan)
+        candidates = [Drafted(tree.select(worth), SMART, 1.0, False)] * sequences
+        pruning = prune(candidates, BatchState(sequences, 64, DRAFT_S, 0), self.plan)
         nodes = sum(int(keep.sum()) for keep in pruning.keep)
         tokens = sequences + nodes
         noise = self._random.lognormal(0, 0.05)

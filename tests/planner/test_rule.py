@@ -9,8 +9,8 @@ import pytest
 from planner.calibration import accepts
 from planner.cost import verify_seconds
 from planner.policies import parse_policy
-from planner.rule import BatchState, Candidate, Frontier, another_layer, prune_batch
-from tests.planner.builders import linear_cost, plan_with, random_tree
+from planner.rule import BatchState, Frontier, another_layer
+from tests.planner.builders import Drafted, linear_cost, plan_with, prune, random_tree
 from treeline.plan import CostCurve, CostModel
 from treeline.tree import ROOT, DraftTree
 
@@ -28,7 +28,7 @@ def closed_subsets(tree: DraftTree) -> list[tuple[int, ...]]:
     return found
 
 
-def path_scores(candidate: Candidate, plan) -> np.ndarray:
+def path_scores(candidate: Drafted, plan) -> np.ndarray:
     tree = candidate.tree
     edges = accepts(plan.calibration, tree.sources, tree.depths, tree.draft_probs, candidate.sampled)
     return tree.path_products(edges).astype(np.float64)
@@ -54,7 +54,7 @@ def test_the_rule_equals_brute_force_over_all_closed_forests(shape, instances):
     random = np.random.default_rng(crc32(shape.encode()))
     for _ in range(instances):
         candidates = [
-            Candidate(
+            Drafted(
                 random_tree(random, 4 if count == 3 else 5),
                 SMART if random.random() < 0.8 else CHAIN,
                 float(random.choice([0.5, 1.0, 2.0])),
@@ -69,7 +69,7 @@ def test_the_rule_equals_brute_force_over_all_closed_forests(shape, instances):
         check_against_brute_force(candidates, state, plan)
 
 
-def check_against_brute_force(candidates: list[Candidate], state: BatchState, plan) -> None:
+def check_against_brute_force(candidates: list[Drafted], state: BatchState, plan) -> None:
     scores = [path_scores(c, plan) for c in candidates]
     base = sum(c.weight for c in candidates)
     choices = [closed_subsets(c.tree) if c.policy.prunes else [tuple(range(len(c.tree)))] for c in candidates]
@@ -88,7 +88,7 @@ def check_against_brute_force(candidates: list[Candidate], state: BatchState, pl
     price = best_goodput * (1 + state.waiting_startable / len(candidates))
     best_value = max(gain - price * seconds[tokens] for gain, tokens in forests)
 
-    pruning = prune_batch(candidates, state, plan)
+    pruning = prune(candidates, state, plan)
     assert pruning.price == pytest.approx(price, rel=1e-5)
     kept_gain, kept_nodes = base, 0
     for candidate, keep, score in zip(candidates, pruning.keep, scores, strict=True):
@@ -104,21 +104,29 @@ def check_against_brute_force(candidates: list[Candidate], state: BatchState, pl
     assert pruning.expected_nodes == pytest.approx(expected_nodes, rel=1e-5)
 
 
+def test_of_equal_nodes_the_earlier_are_kept():
+    tokens = tuple(range(1, 17))
+    cost = CostModel((CostCurve(1, 64, tokens, tuple(0.03 if n <= 4 else 0.06 for n in tokens)),))
+    tree = DraftTree.build(list(range(6)), [-1, -1, -1, -1, 0, 1], [0.05] * 4 + [0.9] * 2)
+    pruning = prune([Drafted(tree, SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan_with(cost))
+    assert pruning.keep[0].tolist() == [True, True, True, False, False, False]
+
+
 def test_a_staircase_is_climbed_past_a_node_that_does_not_pay_by_itself():
     # 1 to 8 tokens cost the same, the ninth costs a lot; each node alone is worth little.
     tokens = tuple(range(1, 17))
     cost = CostModel((CostCurve(1, 64, tokens, tuple(0.03 if n <= 8 else 0.06 for n in tokens)),))
     tree = DraftTree.build(list(range(12)), [-1] * 12, [0.05] * 12)
-    pruning = prune_batch([Candidate(tree, SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan_with(cost))
+    pruning = prune([Drafted(tree, SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan_with(cost))
     assert int(pruning.keep[0].sum()) == 7
 
 
 def test_waiting_requests_raise_the_price_and_shrink_the_tree():
     plan = plan_with(linear_cost())
     tree = DraftTree.build(list(range(8)), [-1, 0, 1, 2, 3, 4, 5, 6], [0.8] * 8)
-    candidates = [Candidate(tree, SMART, 1.0, False)]
-    alone = prune_batch(candidates, BatchState(1, 64, 0.0, 0), plan)
-    queued = prune_batch(candidates, BatchState(1, 64, 0.0, 8), plan)
+    candidates = [Drafted(tree, SMART, 1.0, False)]
+    alone = prune(candidates, BatchState(1, 64, 0.0, 0), plan)
+    queued = prune(candidates, BatchState(1, 64, 0.0, 8), plan)
     assert queued.price > alone.price
     assert queued.keep[0].sum() < alone.keep[0].sum()
 
@@ -126,7 +134,7 @@ def test_waiting_requests_raise_the_price_and_shrink_the_tree():
 def test_a_step_that_is_dear_enough_verifies_nothing():
     tree = DraftTree.build([1, 2], [-1, 0], [0.3, 0.3])
     plan = plan_with(linear_cost(fixed_s=0.001, token_s=0.05))
-    pruning = prune_batch([Candidate(tree, SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan)
+    pruning = prune([Drafted(tree, SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan)
     assert not pruning.keep[0].any()
     assert "kept 0 of 2" in pruning.reason
 
@@ -134,8 +142,8 @@ def test_a_step_that_is_dear_enough_verifies_nothing():
 def test_higher_weight_takes_nodes_from_lower():
     tree = DraftTree.build(list(range(6)), [-1, 0, 1, 2, 3, 4], [0.7] * 6)
     plan = plan_with(linear_cost(token_s=0.004))
-    heavy, light = prune_batch(
-        [Candidate(tree, SMART, 4.0, False), Candidate(tree, SMART, 0.25, False)], BatchState(2, 64, 0.0, 0), plan
+    heavy, light = prune(
+        [Drafted(tree, SMART, 4.0, False), Drafted(tree, SMART, 0.25, False)], BatchState(2, 64, 0.0, 0), plan
     ).keep
     assert heavy.sum() > light.sum()
 
@@ -145,9 +153,9 @@ def test_a_prompt_in_the_step_makes_nodes_no_cheaper():
     tokens = (1, 64, 512)
     plan = plan_with(CostModel((CostCurve(1, 64, tokens, (0.02, 0.02, 0.244)),)))
     tree = DraftTree.build(list(range(4)), [-1, 0, 1, 2], [0.45] * 4)
-    candidates = [Candidate(tree, SMART, 1.0, False)] * 4
-    alone = prune_batch(candidates, BatchState(4, 64, 0.0, 0), plan)
-    beside = prune_batch(candidates, BatchState(4 + 400, 64, 0.0, 0), plan)
+    candidates = [Drafted(tree, SMART, 1.0, False)] * 4
+    alone = prune(candidates, BatchState(4, 64, 0.0, 0), plan)
+    beside = prune(candidates, BatchState(4 + 400, 64, 0.0, 0), plan)
     assert beside.price == pytest.approx(alone.price)
     assert all(keep.all() for keep in alone.keep)
     worthy = path_scores(candidates[0], plan) > alone.price * 0.0005
@@ -158,25 +166,25 @@ def test_a_prompt_in_the_step_makes_nodes_no_cheaper():
 
 def test_drafts_that_do_not_pay_make_time_no_cheaper():
     tree = DraftTree.build([1], [-1], [0.3])
-    pruning = prune_batch([Candidate(tree, SMART, 1.0, False)], BatchState(1, 64, 1.0, 0), plan_with(linear_cost()))
+    pruning = prune([Drafted(tree, SMART, 1.0, False)], BatchState(1, 64, 1.0, 0), plan_with(linear_cost()))
     assert pruning.price == pytest.approx(1 / 0.031)
 
 
 def test_the_best_node_left_out_says_what_a_node_has_to_be_worth():
     tree = DraftTree.build(list(range(6)), [-1, 0, 1, 2, 3, 4], [0.7] * 6)
     plan = plan_with(linear_cost(token_s=0.01))
-    pruning = prune_batch([Candidate(tree, SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan)
+    pruning = prune([Drafted(tree, SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan)
     kept = int(pruning.keep[0].sum())
-    worth = path_scores(Candidate(tree, SMART, 1.0, False), plan)[kept]
+    worth = path_scores(Drafted(tree, SMART, 1.0, False), plan)[kept]
     assert 0 < kept < 6
     assert pruning.node_s * pruning.price == pytest.approx(worth, rel=1e-5)
-    everything = prune_batch([Candidate(tree, SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan_with(linear_cost()))
+    everything = prune([Drafted(tree, SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan_with(linear_cost()))
     assert everything.node_s == 0.0
 
 
 def test_nothing_drafted_is_plain_decoding():
     plan = plan_with(linear_cost())
-    pruning = prune_batch([Candidate(DraftTree.empty(), SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan)
+    pruning = prune([Drafted(DraftTree.empty(), SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan)
     assert pruning.expected_tokens == 1.0
     assert pruning.predicted_verify_s == pytest.approx(0.031)
 

@@ -1,7 +1,8 @@
 import numpy as np
 
+from treeline.forest import Forest
 from treeline.tree import DraftTree
-from verifier_svc.walk import concatenate, observed, target_walk
+from verifier_svc.walk import all_observed, concatenate, observed, target_walk
 
 #        root
 #       5    7
@@ -38,6 +39,19 @@ def test_only_children_of_reached_nodes_are_observed():
     assert outcomes.depths.tolist() == [1, 1, 2, 2]
     np.testing.assert_allclose(outcomes.draft_probs, [0.6, 0.3, 0.5, 0.2])
     assert outcomes.sampled.all()
+
+
+def test_a_batch_shows_what_each_of_its_pruned_trees_would_alone():
+    forest = Forest.of([TREE, DraftTree.empty(), TREE])
+    chosen = np.asarray([True, True, False, True, False, True, False, True, False, False])
+    trees = forest.select(chosen)
+    walks = [target_walk(tree, own) for tree, own in zip(trees, ([5, 8, 0, 2], [1], [5, 6, 3]), strict=True)]
+    assert [walk.accepted for walk in walks] == [[0, 2], [], [0, 1]]
+    together = all_observed(forest, chosen, walks, [False, True, True])
+    alone = [observed(tree, walk, sampled) for tree, walk, sampled in zip(trees, walks, (0, 1, 1), strict=True)]
+    for name, column in vars(concatenate(alone)).items():
+        np.testing.assert_array_equal(getattr(together, name), column)
+    assert together.draft_probs.tolist() == np.asarray([0.6, 0.3, 0.2, 0.6, 0.5], np.float32).tolist()
 
 
 def test_concatenation_of_nothing_is_empty():
