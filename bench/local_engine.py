@@ -166,6 +166,13 @@ class Streams:
         self._open -= {output.request_id for output in outputs if isinstance(output.item, Completion)}
         return outputs
 
+    def resize(self, streams: int) -> None:
+        """So many from the next step on; where these are fewer, the clients that came last leave now."""
+        self._streams = streams
+        left = sorted(self._open, key=int)[streams:]
+        self._planned.engine.abort(left)
+        self._open.difference_update(left)
+
     def close(self) -> None:
         """End all that is open, and let the drafter hear of it."""
         self._planned.engine.abort(self._open)

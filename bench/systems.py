@@ -71,7 +71,15 @@ class LocalSystem:
 def start_local(
     config: Config, prompts: Sequence[Prompt], streams: int, max_tokens: int, acceptance: Acceptance | None = None
 ) -> LocalSystem:
-    """The system that `config` describes, its models loaded and measured, with room for so many streams at once.
+    """The system that `config` describes; arguments and errors as for `start_planned`."""
+    return LocalSystem(*start_planned(config, prompts, streams, max_tokens, acceptance))
+
+
+def start_planned(
+    config: Config, prompts: Sequence[Prompt], streams: int, max_tokens: int, acceptance: Acceptance | None = None
+) -> tuple[PlannedEngine, dict[Prompt, list[int]]]:
+    """The engine that `config` describes, its models loaded and measured, with room for so many streams at once, and
+    the token ids of the prompts.
 
     Args:
         acceptance: draft so well, whatever drafter is configured.
@@ -86,7 +94,7 @@ def start_local(
     proposer = None
     if acceptance is not None:
         proposer = _synthetic(acceptance, model, config, curves, list(token_ids.values()), streams, max_tokens)
-    return LocalSystem(PlannedEngine(model, config, curves, proposer), token_ids)
+    return PlannedEngine(model, config, curves, proposer), token_ids
 
 
 def _synthetic(

@@ -8,6 +8,7 @@ from cli.bench_engine import engine
 from cli.bench_lossless import lossless
 from cli.bench_peers import peers
 from cli.bench_prune import prune
+from cli.bench_shifts import shifts
 from cli.bench_step import step
 from cli.bench_sweep import sweep
 
@@ -20,3 +21,4 @@ bench.command()(peers)
 bench.command()(lossless)
 bench.command()(prune)
 bench.command()(sweep)
+bench.command()(shifts)
