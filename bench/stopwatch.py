@@ -13,6 +13,7 @@ import torch
 
 from bench.local_engine import PlannedEngine
 from treeline.drafting import DraftReply
+from verifier_svc import draft_stage
 
 PHASES = (
     "schedule",
@@ -27,8 +28,8 @@ PHASES = (
     "stream",
     "other",
 )
-"""draft messages: what drafter and verifier tell each other, hidden states; draft trees: sessions, lookups, growth;
-stream: tokens to text; other: packing the pass, the step's record, and whatever no clock sees."""
+"""draft messages: what drafter and verifier tell each other, hidden states, trees cut; draft trees: sessions, lookups,
+growth; stream: tokens to text; other: packing the pass, the step's record, and whatever no clock sees."""
 MODELS = ("draft passes", "verification pass")
 PLANNER = "planner"
 """Learning from the step and, now and then, a new plan. In a service this is another process: it is no phase."""
@@ -86,7 +87,7 @@ def watch(planned: PlannedEngine) -> Iterator[Stopwatch]:
         (stage, "run", "draft messages"),
         (stage, "_choose", "gate"),
         (stage.link, "draft", "draft trees"),
-        (stage, "_prune", "prune"),
+        (draft_stage, "prune_batch", "prune"),
         (stage.hidden_states, "keep", "draft messages"),
         (engine.model, "forward", "verification pass"),
         (engine, "_walk", "sample, walk"),
@@ -95,6 +96,7 @@ def watch(planned: PlannedEngine) -> Iterator[Stopwatch]:
         (engine, "_outputs", "stream"),
     ]
     stopwatch = Stopwatch(engine.model.device)
+    own = [(owner, name, vars(owner)[name]) for owner, name, _ in parts if name in vars(owner)]
     for owner, name, phase in parts:
         setattr(owner, name, partial(stopwatch.timed, phase, getattr(owner, name)))
     try:
@@ -102,3 +104,5 @@ def watch(planned: PlannedEngine) -> Iterator[Stopwatch]:
     finally:
         for owner, name, _ in parts:
             delattr(owner, name)
+        for owner, name, function in own:  # what was no class's method, but there itself
+            setattr(owner, name, function)
