@@ -8,6 +8,7 @@ from collections.abc import Callable
 from bench.local_engine import PlannedEngine, Streams
 from bench.shifts_hogs import cpu_hogs
 from bench.shifts_report import ERROR_STEPS, WITHIN, ShiftStep, plain, smoothed_errors, step_errors
+from treeline.errors import ConfigError
 from verifier_svc.request import Chunk
 
 POLICY = "smart"
@@ -15,6 +16,8 @@ ALONE, CROWD, ALONE_AGAIN = "one stream", "all streams", "one again"
 UNDISTURBED, HOGS, HOGS_GONE = "undisturbed", "hogs", "hogs gone"
 MOST_WARM_UP = 4
 """The undisturbed part is at most so many times as long as asked for, while predictions are not good yet."""
+MOST_STEPS = 20
+"""Times the steps asked for: if a prompt is run in nearly all of them, there is nothing to be measured."""
 
 
 class _Run:
@@ -101,6 +104,9 @@ def run_hogs(
 
     The first part goes on until predictions are good, for four times as many steps at most. Steps with a prompt in them
     are returned, but not counted. Other arguments as for `run_load`.
+
+    Raises:
+        ConfigError: answers are so short for so many streams that nearly every step has a prompt in it.
     """
     run = _Run(planned, prompts, max_tokens, streams)
     on_progress(UNDISTURBED)
@@ -120,10 +126,12 @@ def run_hogs(
 
 def _counted_steps(run: _Run, phase: str, count: int) -> list[ShiftStep]:
     """Steps until `count` of them had all streams decode and no prompt."""
-    taken = list[ShiftStep]()
-    while count:
+    taken, counted = list[ShiftStep](), 0
+    while counted < count:
+        if len(taken) >= MOST_STEPS * count:
+            raise ConfigError("a prompt is run in nearly every step: ask for fewer streams, or for longer answers")
         taken.append(run.step(phase))
-        count -= plain(taken[-1])
+        counted += plain(taken[-1])
     return taken
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIZE_INCHES = (10, 8)
+HEADROOM = 1.3
+"""Times the highest tree, and the most streams, above which there is room for a legend."""
 LEAST_MS_SHARE, MOST_MS_SHARE = 0.5, 4.0
 """Step times are shown from and to so many times their median: single pauses would flatten all else."""
 
@@ -58,7 +60,7 @@ def _draw_sizes(axes: Axes, steps: Sequence[ShiftStep]) -> None:
         axes.plot(times_s, sizes, ".", color="C0", alpha=0.3, label=None if index else "each step")
         smooth = smoothed_sizes(times_s, sizes)
         axes.plot(times_s, smooth, color="C0", linewidth=2, label=None if index else "running median")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, HEADROOM * max(1.0, *(step.verified for step in steps)))
     axes.set_ylabel("nodes verified per step and request")
     axes.set_title("Tree size behind steps of the load")
     axes.legend(loc="upper left")
@@ -66,7 +68,7 @@ def _draw_sizes(axes: Axes, steps: Sequence[ShiftStep]) -> None:
     times_s = [step.time_s for step in steps]
     streams.plot(times_s, [step.streams for step in steps], color="C1", drawstyle="steps-pre", label="streams")
     streams.plot(times_s, [step.sequences for step in steps], ":", color="C1", label="of which decode")
-    streams.set_ylim(bottom=0)
+    streams.set_ylim(0, HEADROOM * max(step.streams for step in steps))
     streams.set_ylabel("streams")
     streams.legend(loc="upper right")
 

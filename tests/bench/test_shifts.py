@@ -14,7 +14,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from bench.shifts import ALONE, ALONE_AGAIN, CROWD, HOGS, HOGS_GONE, UNDISTURBED
+from bench.common import Prompt
+from bench.shifts import ALONE, ALONE_AGAIN, CROWD, HOGS, HOGS_GONE, UNDISTURBED, run_hogs
 from bench.shifts_hogs import cpu_hogs
 from bench.shifts_report import (
     ShiftStep,
@@ -28,9 +29,11 @@ from bench.shifts_report import (
     smoothed_sizes,
     swings,
 )
+from bench.systems import start_planned
 from cli.main import app
 from tests.verifier_svc.services import save_tiny_model, tiny_config
 from treeline.config import Config, DrafterConfig
+from treeline.errors import ConfigError
 
 TIMES_S = np.arange(80) / 10
 
@@ -218,6 +221,13 @@ def test_the_command_runs_all_phases_and_writes_everything(config, tmp_path):
     times_s = [step["time_s"] for step in written["load_steps"]]
     assert times_s == sorted(times_s)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_in_which_every_step_has_a_prompt_is_given_up(config):
+    texts = [Prompt("short", "chat", "one two three")]
+    planned, token_ids = start_planned(config, texts, 2, max_tokens=1)
+    with pytest.raises(ConfigError, match="nearly every step"):
+        run_hogs(planned, list(token_ids.values()), 2, hogs=1, steps=3, max_tokens=1)
 
 
 @pytest.mark.parametrize(
