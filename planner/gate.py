@@ -15,8 +15,11 @@ from treeline.drafting import ALL_LAYERS
 from treeline.plan import DEPTHS, CostModel, Plan
 
 WORTH_BINS = 32
+BINS = 1 + WORTH_BINS
 WINDOW_REQUESTS = 32.0
 """What drafts offered is averaged over about this many requests' trees."""
+LOOK_AGAIN_REQUESTS = 4
+"""So many requests' trees move these averages enough to look again; at one stream that is every fourth step."""
 LAYERS = DEPTHS + 1
 """Lookups, which take no layer of the draft model, and its layers; the last one stands for all further ones."""
 START_MARGIN = 0.02
@@ -40,7 +43,7 @@ class Supply:
 
     def __init__(self) -> None:
         # Nodes and what they gain, by layer and from the worthiest bin on; a first, empty bin lets sums begin at 0.
-        self._offered = np.zeros((2, LAYERS, 1 + WORTH_BINS))
+        self._offered = np.zeros((2, LAYERS * BINS))
         self._counts = np.zeros((4, LAYERS))
         self._requests, self._steps, self._model_nodes, self._runs = self._counts
         self.lookup_gain = 0.0
@@ -59,34 +62,36 @@ class Supply:
             node_layers: how many layers each of `gains`' nodes took: 0 for what lookups alone proposed.
             layer_nodes: nodes that the draft model ran, by layer.
         """
-        seen = slice(0, min(layers, LAYERS - 1) + 1)
+        seen = min(layers, LAYERS - 1) + 1
         kept = math.exp(-requests / WINDOW_REQUESTS)
-        self._counts[:, seen] *= kept
-        self._offered[:, seen] *= kept
-        self._requests[seen] += requests
-        self._steps[seen] += 1
+        self._counts[:, :seen] *= kept
+        self._offered[:, : seen * BINS] *= kept
+        self._requests[:seen] += requests
+        self._steps[:seen] += 1
         for layer, nodes in enumerate(layer_nodes, 1):
             place = min(layer, LAYERS - 1)
             self._runs[place] += 1
             self._model_nodes[place] += nodes
         bins = WORTH_BINS - (np.sqrt(np.minimum(gains, 1.0)) * (WORTH_BINS - 1)).astype(np.intp)
-        places = np.minimum(node_layers, LAYERS - 1) * (1 + WORTH_BINS) + bins
-        for offered, weights in zip(self._offered, (None, gains), strict=True):
-            offered += np.bincount(places, weights, offered.size).reshape(offered.shape)
-        self.lookup_gain = self._offered[1, 0].sum().item() / self._requests.item(0)
+        places = np.minimum(node_layers, LAYERS - 1) * BINS + bins
+        nodes, worths = self._offered
+        nodes += np.bincount(places, minlength=len(nodes))
+        worths += np.bincount(places, gains, len(worths))
+        self.lookup_gain = worths[:BINS].sum().item() / self._requests.item(0)
 
     @property
     def known(self) -> bool:
         return bool(self._requests[-1] > 0)
 
     def curves(self, requests: int, lookups: float = 1.0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(nodes, gain) [LAYERS, 1 + WORTH_BINS] for so many requests, with at most so many layers.
+        """(nodes, gain) [LAYERS, BINS] for so many requests, with at most so many layers.
 
         Both are cumulative from 0 and from the worthiest on. `lookups`: as for `outlook`.
         """
         share = requests / self._requests
         share[0] *= lookups
-        nodes, gains = (self._offered * share[:, None]).cumsum(axis=1).cumsum(axis=2)
+        offered = self._offered.reshape(2, LAYERS, BINS) * share[:, None]
+        nodes, gains = offered.cumsum(axis=1).cumsum(axis=2)
         return nodes, gains
 
     def draft_s(self, cost: CostModel, requests: int, connected: bool) -> NDArray[np.float64]:
@@ -177,6 +182,7 @@ class DraftGate:
         self._probe_at_s = self._probed_s = 0.0
         self._late = 0
         self._outlook: Outlook | None = None
+        self._unseen_requests = 0
         self._seen_plan: Plan | None = None
         self._seen_batch: tuple[float, ...] = ()
 
@@ -210,9 +216,11 @@ class DraftGate:
     def _look(
         self, requests: int, sequences: int, state: BatchState, plan: Plan, connected: bool, lookups: float
     ) -> Outlook:
-        """The outlook, as it was in the last step if nothing but some more context came since."""
+        """The outlook, as it was when last looked at if nothing but some more context and few drafts came since."""
         batch = (requests, sequences, state.base_tokens, state.waiting_startable, connected, lookups)
-        if self._outlook is None or plan is not self._seen_plan or batch != self._seen_batch:
+        moved = self._unseen_requests >= LOOK_AGAIN_REQUESTS
+        if self._outlook is None or moved or plan is not self._seen_plan or batch != self._seen_batch:
+            self._unseen_requests = 0
             self._outlook = outlook(self._supply, requests, sequences, state, plan, connected, lookups)
             self._seen_plan, self._seen_batch = plan, batch
         return self._outlook
@@ -239,7 +247,7 @@ class DraftGate:
                 therefore goes on with.
         """
         self._late = 0
-        self._outlook = None
+        self._unseen_requests += decision.requests
         self._supply.observe(decision.requests, decision.layers, gains, node_layers, layer_nodes)
         if decision.layers >= LAYERS - 1:
             # A draft that something held up must not put off the next one.

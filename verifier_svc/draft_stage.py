@@ -54,10 +54,9 @@ class Drafts:
 
 
 class Asked(NamedTuple):
-    """A request that wants a draft, and how many nodes and how much depth it may use."""
+    """A request that wants a draft, and how deep."""
 
     sequence: Sequence
-    max_nodes: int
     max_depth: int
 
 
@@ -110,7 +109,7 @@ class DraftStage:
             self.release()
             return Drafts(predicted_verify_s=_plain_verify_s(batch, state, plan), refusal=decision.reason)
         weights = _weights(batch.decoding, started_s)
-        messages = self._messages(asked, weights, decision)
+        messages = self._messages(asked, weights, decision, plan)
         # A model that was not asked for long has much to catch up with, at about a node's price a token.
         told = sum([max(len(message.token_ids), len(message.features)) for message in messages if message.max_layers])
         expected_s = decision.expected_s + plan.cost.draft_node_s * told
@@ -123,7 +122,7 @@ class DraftStage:
             return Drafts(draft_s=draft_s, predicted_verify_s=predicted_s, refusal="the drafter did not answer in time")
         self._patience.came()
         self._note_held(messages, asked, reply)
-        forest = _forest(batch.decoding, asked, reply)
+        forest = _forest(batch.decoding, messages, reply)
         candidates = [
             Candidate(s.policy, weights[s.session_id], not s.request.sampling.greedy, s.acceptance.ratio)
             for s in batch.decoding
@@ -174,7 +173,8 @@ class DraftStage:
 
         Fixed policies always want their trees; for the others the gate decides.
         """
-        wanting = [one for s in decoding if (one := self._allowed(s, plan)).max_depth > 0]
+        running = len(self._scheduler.running)
+        wanting = [Asked(s, depth) for s in decoding if (depth := self._depth(s, running, plan)) > 0]
         if not wanting:
             return [], Decision(0, "no request of this step may draft")
         if not self.ready:
@@ -190,25 +190,26 @@ class DraftStage:
             smart.sort(key=lambda one: len(one.sequence.token_ids) - one.sequence.drafter_tokens)
         return asked + smart[: decision.requests], decision
 
-    def _allowed(self, sequence: Sequence, plan: Plan) -> Asked:
-        """What this request may use now. The last token to come needs no draft: it is the bonus token."""
+    def _depth(self, sequence: Sequence, running: int, plan: Plan) -> int:
+        """The deepest tree that is of use now. The last token to come needs no draft: it is the bonus token."""
         request, policy = sequence.request, sequence.policy
-        wanted = policy.layers(plan, len(self._scheduler.running), not request.sampling.greedy)
+        wanted = policy.layers(plan, running, not request.sampling.greedy)
         depth = min(wanted, self._limits.max_tree_depth, sequence.remaining_tokens - 1)
         if policy.prices_drafting:
             depth = min(depth, plan.max_depth)
-        if request.max_depth is not None:
-            depth = min(depth, request.max_depth)
-        nodes = self._scheduler.tree_nodes(request) if depth > 0 else 0
-        if policy.prices_drafting:
-            nodes = min(nodes, plan.max_nodes)
-        return Asked(sequence, nodes, depth if nodes else 0)
+        return depth if request.max_depth is None else min(depth, request.max_depth)
 
-    def _messages(self, asked: list[Asked], weights: dict[int, float], decision: Decision) -> list[DraftSequence]:
+    def _nodes(self, sequence: Sequence, plan: Plan) -> int:
+        nodes = self._scheduler.tree_nodes(sequence.request)
+        return min(nodes, plan.max_nodes) if sequence.policy.prices_drafting else nodes
+
+    def _messages(
+        self, asked: list[Asked], weights: dict[int, float], decision: Decision, plan: Plan
+    ) -> list[DraftSequence]:
         modelled = [one.sequence for one in asked if _layers(one.sequence, decision)]
         features = {s.session_id: f for s, f in zip(modelled, self.hidden_states.unsent(modelled), strict=True)}
         messages = []
-        for sequence, max_nodes, max_depth in asked:
+        for sequence, max_depth in asked:
             session_id, start = sequence.session_id, min(sequence.drafter_tokens, len(sequence.token_ids) - 1)
             self._told.add(session_id)
             messages.append(
@@ -218,7 +219,7 @@ class DraftStage:
                     token_ids=sequence.token_ids[start:],
                     sampling=sequence.request.sampling,
                     policy=sequence.policy.spec,
-                    max_nodes=max_nodes,
+                    max_nodes=self._nodes(sequence, plan),
                     max_depth=max_depth,
                     max_layers=_layers(sequence, decision),
                     weight=weights[session_id] * sequence.acceptance.ratio,
@@ -236,7 +237,7 @@ class DraftStage:
 
     def _note_held(self, messages: list[DraftSequence], asked: list[Asked], reply: DraftReply) -> None:
         """What the drafter has of each request it was asked for."""
-        for message, (sequence, _, _) in zip(messages, asked, strict=True):
+        for message, (sequence, _) in zip(messages, asked, strict=True):
             held = reply.held.get(sequence.session_id)
             sequence.drafter_tokens = len(sequence.token_ids) if held is None else held
             if held is not None:
@@ -268,14 +269,14 @@ def _plain_verify_s(batch: Batch, state: BatchState, plan: Plan) -> float:
     return pass_s(plan.cost, max(1, len(batch.decoding)), state.context_tokens, state.base_tokens)
 
 
-def _forest(decoding: list[Sequence], asked: list[Asked], reply: DraftReply) -> Forest:
+def _forest(decoding: list[Sequence], messages: list[DraftSequence], reply: DraftReply) -> Forest:
     """The trees of all that decode; one larger than was allowed is not to be trusted with our memory."""
     trees = dict.fromkeys([s.session_id for s in decoding], EMPTY_TREE)
     depths = dict.fromkeys(trees, 0)
-    for sequence, max_nodes, max_depth in asked:
-        tree = reply.trees.get(sequence.session_id, EMPTY_TREE)
-        if len(tree) <= max_nodes:
-            trees[sequence.session_id], depths[sequence.session_id] = tree, max_depth
+    for message in messages:
+        tree = reply.trees.get(message.session_id, EMPTY_TREE)
+        if len(tree) <= message.max_nodes:
+            trees[message.session_id], depths[message.session_id] = tree, message.max_depth
     forest = Forest.of(list(trees.values()))
     too_deep = (forest.depths > np.asarray(list(depths.values()))[forest.tree_of]).nonzero()[0]
     if not len(too_deep):

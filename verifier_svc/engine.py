@@ -190,7 +190,8 @@ class Engine:
         outputs = []
         for sequence, accepted_nodes, chunk in advances:
             why = explanation(sequence, drafts, accepted_nodes, record)
-            outputs.append(Output(sequence.request.request_id, replace(chunk, explanation=why)))
+            told = chunk if why is None else replace(chunk, explanation=why)
+            outputs.append(Output(sequence.request.request_id, told))
             if sequence.finish_reason is not None:
                 outputs.append(self._finish(sequence))
         return outputs

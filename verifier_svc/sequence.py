@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,8 +114,7 @@ class Sequence:
 
     def count_step(self, drafted: int, verified: int, accepted: int) -> None:
         totals = self.totals
-        self.totals = replace(
-            totals,
+        self.totals = SpeculationTotals(
             steps=totals.steps + 1,
             drafted_nodes=totals.drafted_nodes + drafted,
             verified_nodes=totals.verified_nodes + verified,

@@ -98,6 +98,26 @@ def test_fixed_policies_are_drafted_where_smart_ones_are_not(model):
     assert link.asked.count(1) > link.asked.count(1 + PROBE_REQUESTS)
 
 
+class ExcessiveLink(ChainLink):
+    """Gives every request more than it asked for: too many nodes, or too deep a chain."""
+
+    def draft(self, request: DraftRequest, timeout_s: float) -> DraftReply:
+        wide, deep = (
+            DraftTree.build(list(range(5, 22)), [-1] * 17),
+            DraftTree.build(list(range(5, 12)), [*range(-1, 6)]),
+        )
+        return DraftReply(request.step_id, {s.session_id: (wide, deep)[s.session_id % 2] for s in request.sequences})
+
+
+def test_a_tree_larger_than_was_allowed_is_not_verified(model):
+    engine = Engine(model, ExcessiveLink(), lambda: plan(0.03, 0.0001), CONFIG)
+    for name in ("one", "other"):
+        engine.add(request(name, policy="chain:6"))
+    records = [engine.step()[1] for _ in range(3)]
+    assert records[-1].drafted_requests == 2
+    assert records[-1].drafted_nodes == records[-1].verified_nodes == 0
+
+
 def test_requests_without_a_tree_count_in_the_rule(model):
     """One smart request among eleven that are off: its nodes are priced by the whole batch's goodput."""
     link = ChainLink()
