@@ -37,12 +37,14 @@ def plain_decode_s(cost: CostModel) -> float:
     return pass_s(cost, 1, 0, 1)
 
 
-def cheapest_slope_s(cost: CostModel, sequences: int, context_tokens: int, tokens: int) -> float:
-    """Seconds per node of the cheapest way to grow a pass of `tokens`: the smallest secant that starts there."""
-    short, seconds, per_context_token = _reading(cost, sequences, tokens + NODES_AHEAD)
-    ahead = slice(tokens, tokens + NODES_AHEAD + 1)
-    ahead_s = seconds[ahead] + max(0, context_tokens - short) * per_context_token[ahead]
-    return float(((ahead_s[1:] - ahead_s[0]) / STEPS_AHEAD).min())
+def cheapest_slopes_s(
+    cost: CostModel, sequences: int, context_tokens: int, tokens: NDArray[np.intp]
+) -> NDArray[np.float64]:
+    """float64 [n]: seconds per node of the cheapest way to grow passes of so many tokens: the smallest secants."""
+    short, seconds, per_context_token = _reading(cost, sequences, int(tokens.max()) + NODES_AHEAD)
+    ahead = tokens[:, None] + STEPS_AHEAD
+    seconds = seconds + max(0, context_tokens - short) * per_context_token
+    return ((seconds[ahead] - seconds[tokens, None]) / STEPS_AHEAD).min(1)
 
 
 def paper_layer_s(fit: PaperFit, nodes: int) -> tuple[float, float]:

@@ -74,8 +74,8 @@ class Supply:
             self._model_nodes[place] += nodes
         bins = WORTH_BINS - (np.sqrt(np.minimum(gains, 1.0)) * (WORTH_BINS - 1)).astype(np.intp)
         places = np.minimum(node_layers, LAYERS - 1) * BINS + bins
-        nodes, worths = self._offered
-        nodes += np.bincount(places, minlength=len(nodes))
+        offered, worths = self._offered
+        offered += np.bincount(places, minlength=len(offered))
         worths += np.bincount(places, gains, len(worths))
         self.lookup_gain = worths[:BINS].sum().item() / self._requests.item(0)
 

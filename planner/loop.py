@@ -8,8 +8,11 @@ from collections import deque
 from dataclasses import replace
 from itertools import count
 
+import numpy as np
+from numpy.typing import NDArray
+
 from planner.calibration import Calibrator
-from planner.cost import cheapest_slope_s, verify_seconds
+from planner.cost import cheapest_slopes_s, verify_seconds
 from planner.signals import Signals
 from planner.tracker import CostTracker
 from treeline.config import LimitsConfig, PlannerConfig
@@ -17,7 +20,8 @@ from treeline.plan import CostModel, Plan, StepRecord, VerifierProfile
 
 GOODPUT_MEMORY_S = 0.4
 """Goodput forgets with this time constant: a step of the load is forgotten to 1 % within 2 s."""
-LEAST_WEIGHT = 0.01
+OLDEST_S = math.log(100) * GOODPUT_MEMORY_S
+"""What is older would count less than a hundredth, and is left out."""
 DEAD_BAND = 0.03
 """A price that moved by less than this share is not published: small noise must not move trees."""
 MAX_DEPTH = 8
@@ -48,9 +52,10 @@ class VerifierState:
 
     def goodput(self) -> float:
         """Tokens per second of step time over the last moments of work: R as it was realised; 0 before any work."""
-        weights = self._recency()
-        seconds = sum(weight * record.step_s for weight, record in weights)
-        return sum(weight * record.emitted_tokens for weight, record in weights) / seconds if seconds else 0.0
+        records, weights = self._recent()
+        if not records:
+            return 0.0
+        return float(weights @ [r.emitted_tokens for r in records] / (weights @ [r.step_s for r in records]))
 
     def node_s(self, cost: CostModel) -> float:
         """What one more node had to be worth in the last moments of work, as seconds at the price.
@@ -58,27 +63,24 @@ class VerifierState:
         That is the worth of the best node that the verifier left out; where it left none out it would have had more of
         them, at what the cheapest way to grow the pass costs.
         """
-        weights = self._recency()
-        if not weights:
-            return cheapest_slope_s(cost, 1, 0, 1)
-        slopes_s: dict[tuple[int, int], float] = {}  # few sizes, many steps
-        total_s = 0.0
-        for weight, record in weights:
-            node_s, size = record.node_s, (record.sequences, record.tokens)
-            if not node_s:
-                node_s = slopes_s[size] = slopes_s.get(size) or _slope_s(cost, record)
-            total_s += weight * node_s
-        return total_s / sum(weight for weight, _ in weights)
+        records, weights = self._recent()
+        if not records:
+            return float(cheapest_slopes_s(cost, 1, 0, np.asarray([1]))[0])
+        node_s = np.asarray([r.node_s for r in records])
+        batches, tokens = np.asarray([(r.sequences, r.tokens) for r in records]).T
+        for batch in {*batches[node_s == 0].tolist()}:
+            grown = ((batches == batch) & (node_s == 0)).nonzero()[0]
+            context_tokens = records[grown[0]].context_tokens // batch
+            node_s[grown] = cheapest_slopes_s(cost, batch, context_tokens, tokens[grown])
+        return float(weights @ node_s / weights.sum())
 
-    def _recency(self) -> list[tuple[float, StepRecord]]:
-        """The last steps without prompts, and how much they count; what counts less than a hundredth is left out."""
-        weights = []
-        for record in reversed(self._work):
-            weight = math.exp(min(0.0, record.unix_s - self._work[-1].unix_s) / GOODPUT_MEMORY_S)
-            if weight < LEAST_WEIGHT:
-                break
-            weights.append((weight, record))
-        return weights
+    def _recent(self) -> tuple[list[StepRecord], NDArray[np.float64]]:
+        """The last steps without prompts, and how much they count."""
+        records = list(self._work)
+        times_s = np.asarray([record.unix_s for record in records])
+        ages_s = np.maximum(0.0, times_s[-1:] - times_s)
+        first = int(np.count_nonzero(ages_s >= OLDEST_S))
+        return records[first:], np.exp(ages_s[first:] / -GOODPUT_MEMORY_S)
 
     def settle(self, price: float) -> float:
         """The price to publish: the old one while the new one is nearly the same."""
@@ -126,10 +128,6 @@ class PlanMaker:
             return
         if signals.get("running") and last.predicted_verify_s:
             state.tracker.rescale(max(0.5, min(2.0, measured_s / last.predicted_verify_s)) ** 0.1)
-
-
-def _slope_s(cost: CostModel, record: StepRecord) -> float:
-    return cheapest_slope_s(cost, record.sequences, record.context_tokens // record.sequences, record.tokens)
 
 
 def _reason(price: float, goodput: float, sequences: int, last: StepRecord | None, signals: Signals) -> str:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from planner.cost import cheapest_slope_s, plain_decode_s, verify_seconds
+from planner.cost import cheapest_slopes_s, plain_decode_s, verify_seconds
 from planner.tracker import CostTracker, fit_paper
 from tests.planner.builders import linear_cost, record
 from treeline.plan import CostCurve, CostModel, VerifierProfile
@@ -41,11 +41,14 @@ def test_longer_context_adds_what_it_added_in_the_profile_for_every_sequence():
 
 
 def test_the_cheapest_node_is_the_flattest_secant():
-    assert cheapest_slope_s(CostModel((STEPS,)), 1, 64, 1) == 0.0
-    assert cheapest_slope_s(linear_cost(token_s=0.002), 1, 64, 1) == pytest.approx(0.002)
+    def slopes(cost: CostModel, sequences: int, *tokens: int) -> list[float]:
+        return cheapest_slopes_s(cost, sequences, 64, np.asarray(tokens)).tolist()
+
+    assert slopes(CostModel((STEPS,)), 1, 1) == [0.0]
+    assert slopes(linear_cost(token_s=0.002), 1, 1, 7) == pytest.approx([0.002, 0.002])
     two_prices = CostCurve(1, 64, (1, 9, 129), (0.03, 0.03, 0.03 + 120 * 0.001))
-    assert cheapest_slope_s(CostModel((two_prices,)), 1, 64, 1) == 0.0
-    assert cheapest_slope_s(CostModel((two_prices,)), 16, 64, 16) == pytest.approx(0.001)
+    assert slopes(CostModel((two_prices,)), 1, 1, 16, 8) == pytest.approx([0.0, 0.001, 0.0])
+    assert slopes(CostModel((two_prices,)), 16, 16) == pytest.approx([0.001])
     assert plain_decode_s(linear_cost(fixed_s=0.03, token_s=0.001)) == pytest.approx(0.031)
 
 
