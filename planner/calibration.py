@@ -88,7 +88,7 @@ class Calibrator:
         self._parents, self._continued = np.zeros((2, DEPTHS)), np.zeros((2, DEPTHS))
         self._rank_seen, self._rank_accepted = np.zeros((2, RANKS)), np.zeros((2, RANKS))
         self._prior = prior()
-        self._calibration = self._prior
+        self._calibration, self._learnt = self._prior, False
         # Reliability of the predictions in force when each outcome came: predicted, accepted and seen by predicted bin.
         self._reliability = np.zeros((3, PROB_BINS))
 
@@ -118,9 +118,12 @@ class Calibrator:
         np.add.at(self._reliability[0], bins, predicted)
         np.add.at(self._reliability[1], bins, accepted)
         np.add.at(self._reliability[2], bins, 1.0)
-        self._calibration = self._estimate()
+        self._learnt = True
 
     def calibration(self) -> Calibration:
+        """The calibration as it is now, in force from now on."""
+        if self._learnt:
+            self._calibration, self._learnt = self._estimate(), False
         return self._calibration
 
     def ece(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ class RecursiveLeastSquares:
     def update(self, x: NDArray[np.float64], innovation: float) -> None:
         """Learn from one observation. `innovation`: observed minus predicted, x being the prediction's gradient."""
         self._innovations.append(abs(innovation))
-        spread = max(self._noise, float(np.median(self._innovations)))
+        spread = max(self._noise, median(self._innovations))
         # What is beyond belief counts as an observation of more noise: it moves less, and leaves more doubt.
         disbelief = max(1.0, abs(innovation) / (MAX_SPREADS * spread))
         kept = self._memory**2

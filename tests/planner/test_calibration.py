@@ -36,6 +36,7 @@ def test_an_over_confident_drafter_is_right_again_within_200_steps():
     assert abs(float(_believed(calibrator, 0.8)) - 0.8) < 0.1
     for _ in range(200):
         step()
+        calibrator.calibration()  # as every plan asks; what is in force is judged
     for prob in (0.3, 0.5, 0.8, 0.95):
         assert float(_believed(calibrator, prob)) == pytest.approx(prob / 2, abs=0.1)
     assert calibrator.ece() < 0.06
