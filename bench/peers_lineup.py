@@ -9,7 +9,8 @@ from pathlib import Path
 from bench.local_engine import PlannedEngine, greedy_answers
 from bench.passes import load_transformers
 from bench.peers import Answerer, Lineup, MissingPeerError
-from bench.peers_gguf import llama_cpp, openvino_genai
+from bench.peers_llama_cpp import llama_cpp
+from bench.peers_openvino import openvino_genai
 from bench.peers_transformers import PROMPT_LOOKUP_TOKENS, continuous_batching, generate_one_by_one
 from lm.model import LanguageModel
 from lm.store import resolve_gguf
@@ -19,6 +20,7 @@ from treeline.plan import CostCurve
 
 ONE_BY_ONE = "one request after the other"
 FOUR_BITS = "reads the GGUF file's own quantised weights"
+EXACT = f"{FOUR_BITS}; those of type Q4_1, whose minima its reader rounds, are put right"
 
 
 def build_lineup(
@@ -62,8 +64,8 @@ def build_lineup(
     planned = PlannedEngine(model, config, curves)
     for policy in ("off", "smart"):
         lineup.add("treeline", policy, partial(_treeline, planned, policy, max_tokens))
-    lineup.add("openvino-genai", "plain", lambda: openvino(False), note=FOUR_BITS)
-    lineup.add("openvino-genai", "prompt_lookup", lambda: openvino(True), note=FOUR_BITS)
+    lineup.add("openvino-genai", "plain", lambda: openvino(False), note=EXACT)
+    lineup.add("openvino-genai", "prompt_lookup", lambda: openvino(True), note=EXACT)
     lineup.add(
         "llama.cpp",
         "plain",

@@ -11,7 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from bench.peers import Lineup, MissingPeerError, run_peers
-from bench.peers_gguf import llama_cpp, openvino_genai
+from bench.peers_llama_cpp import llama_cpp
+from bench.peers_openvino import openvino_genai
 from bench.peers_transformers import continuous_batching, generate_one_by_one
 from cli.main import app
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
