@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,46 +13,56 @@ from bench.simulator.tables import Cut, Table, Tables
 from bench.simulator.worlds import MAX_DEPTH, OUTCOMES
 from planner.gate import Decision, DraftGate
 from planner.policies import Policy
-from planner.rule import BatchState, Candidate, Frontier, Pruning, another_layer, prune_batch
-from treeline.forest import Forest
+from planner.rule import BatchState, Candidate, Frontier, Pruning, another_layer, best_size
 from treeline.plan import NodeOutcomes, Plan
-from treeline.tree import DraftTree
 
 DRAWN = 4096
 """Random numbers are drawn this many at a time."""
 
 
-class Drawn(NamedTuple):
-    """The world and the outcome that each request meets. `cuts`: the trees of all worlds."""
+@dataclass(frozen=True)
+class Drawn:
+    """The world and the outcome that each request meets.
 
-    cuts: list[Cut]
-    worlds: list[int]
-    outcomes: list[int]
+    Attributes:
+        cut: the trees of all worlds.
+        worlds, outcomes: int64 [requests].
+    """
 
-    def met(self) -> list[Cut]:
-        """The tree of each request."""
-        return [self.cuts[world] for world in self.worlds]
+    cut: Cut
+    worlds: NDArray[np.int64]
+    outcomes: NDArray[np.int64]
+
+    @cached_property
+    def tree_of(self) -> NDArray[np.intp]:
+        """intp [nodes]: whose node it is, the requests' trees one behind the other."""
+        return np.arange(len(self.worlds)).repeat(self.cut.sizes[self.worlds])
+
+    @cached_property
+    def nodes(self) -> NDArray[np.intp]:
+        """intp [nodes]: place of each node among those of all worlds."""
+        sizes = self.cut.sizes[self.worlds]
+        before = self.cut.firsts[self.worlds] - (sizes.cumsum() - sizes)
+        return before[self.tree_of] + np.arange(len(self.tree_of))
 
     def accepted(self, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """int64 [requests]: accepted nodes of each. chosen: bool [nodes], trees one behind the other."""
-        rows = [self.cuts[world].on_path[k] for world, k in zip(self.worlds, self.outcomes, strict=True)]
-        tree_of = np.arange(len(rows)).repeat([len(row) for row in rows])
-        return np.bincount(tree_of[(np.concatenate(rows) & chosen).nonzero()[0]], minlength=len(rows))
+        """int64 [requests]: accepted nodes of each where only `chosen` [nodes] are verified."""
+        accepted = self.cut.on_path[self.outcomes[self.tree_of], self.nodes] & chosen
+        return np.bincount(self.tree_of[accepted], minlength=len(self.worlds))
 
     def observed(self, chosen: NDArray[np.bool_] | None) -> NodeOutcomes:
         """What the target's walks have shown of every chosen child of every node they reached. None: all are chosen."""
-        cuts = self.met()
-        trees = [cut.tree for cut in cuts]
-        seen = np.concatenate([cut.reached[k] for cut, k in zip(cuts, self.outcomes, strict=True)])
-        if chosen is not None:
-            seen &= chosen
+        outcomes, forest = self.outcomes[self.tree_of], self.cut.forest
+        reached = self.cut.reached[outcomes, self.nodes]
+        seen = (reached if chosen is None else reached & chosen).nonzero()[0]
+        nodes = self.nodes[seen]
         return NodeOutcomes(
-            sources=np.concatenate([tree.sources for tree in trees])[seen],
-            depths=np.concatenate([tree.depths for tree in trees])[seen].astype(np.uint8),
-            ranks=np.concatenate([tree.ranks for tree in trees])[seen],
-            sampled=np.zeros(np.count_nonzero(seen), np.bool_),
-            draft_probs=np.concatenate([tree.draft_probs for tree in trees])[seen],
-            accepted=np.concatenate([cut.on_path[k] for cut, k in zip(cuts, self.outcomes, strict=True)])[seen],
+            sources=forest.sources[nodes],
+            depths=forest.depths[nodes].astype(np.uint8),
+            ranks=forest.ranks[nodes],
+            sampled=np.zeros(len(nodes), np.bool_),
+            draft_probs=forest.draft_probs[nodes],
+            accepted=self.cut.on_path[outcomes[seen], nodes],
         )
 
 
@@ -110,7 +120,7 @@ class Drafting:
         layers = max(1, min(layers, decision.layers))
         drafted = self._pruned(table, worlds, outcomes, sequences, weights, layers, state, plan, hidden_s)
         if self._policy.prices_drafting and drafted.pruning is not None:  # only then is the gate asked
-            node_layers = np.concatenate([cut.tree.depths for cut in drafted.drawn.met()])
+            node_layers = drafted.drawn.cut.forest.depths[drafted.drawn.nodes]
             gains, draft_s = drafted.pruning.gains, drafted.draft_s
             self._gate.drafted(decision, gains, node_layers, drafted.layer_nodes, draft_s, now_s + draft_s)
         return drafted
@@ -123,9 +133,9 @@ class Drafting:
 
     def _whole(self, table: Table, worlds: NDArray[np.int64], outcomes: NDArray[np.int64]) -> Drafted:
         layer_nodes = tuple(n for n in table.layer_nodes[worlds].sum(0).tolist() if n)
-        drawn = Drawn(table.cuts(MAX_DEPTH), worlds.tolist(), outcomes.tolist())
-        nodes, accepted = int(table.nodes[worlds].sum()), table.accepted[worlds, outcomes]
-        return Drafted(nodes, accepted, self._draft_s(layer_nodes), layer_nodes, drawn)
+        cut = table.cut(MAX_DEPTH)
+        nodes, accepted = int(cut.sizes[worlds].sum()), cut.accepted[worlds, outcomes]
+        return Drafted(nodes, accepted, self._draft_s(layer_nodes), layer_nodes, Drawn(cut, worlds, outcomes))
 
     def _pruned(
         self, table: Table, worlds: NDArray[np.int64], outcomes: NDArray[np.int64], sequences: int,
@@ -133,15 +143,13 @@ class Drafting:
     ) -> Drafted:  # fmt: skip
         layer_nodes = self._layers(table, worlds, weights, layers, plan)
         draft_s = self._draft_s(layer_nodes)
-        drawn = Drawn(table.cuts(len(layer_nodes)), worlds.tolist(), outcomes.tolist())
-        trees = [cut.tree for cut in drawn.met()]
-        forest = Forest.of(trees + [DraftTree.empty()] * (sequences - len(trees)))
+        drawn = Drawn(table.cut(len(layer_nodes)), worlds, outcomes)
         candidates = [self._candidate] * sequences
         if weights is not None:
             candidates = [self._candidate._replace(weight=weight) for weight in weights.tolist()]
-        delay_s = max(0.0, draft_s - hidden_s)
-        beside = BatchState(state.base_tokens, state.context_tokens, delay_s, state.waiting_startable)
-        pruning = prune_batch(forest, candidates, beside, plan)
+        scores = drawn.cut.scores(plan.calibration)[drawn.nodes]
+        beside = state._replace(draft_s=max(0.0, draft_s - hidden_s))
+        pruning = best_size(drawn.tree_of, scores, candidates, beside, plan)
         accepted = drawn.accepted(pruning.chosen)
         return Drafted(pruning.kept, accepted, draft_s, layer_nodes, drawn, pruning)
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -60,8 +61,8 @@ class Fleet:
 
     def __init__(self, scenario: Scenario, policy_spec: str, load: Load) -> None:
         policy, slots = parse_policy(policy_spec), int(load.amount) if load.closed else SLOTS
-        draws, random = Draws(scenario.law, scenario.seed), np.random.default_rng([scenario.seed, 1])
-        tables = Tables(policy, [World(draws, index) for index in range(WORLDS)])
+        random = np.random.default_rng([scenario.seed, 1])
+        tables = Tables(policy, _worlds(scenario.law, scenario.seed))
         maker, fresh = PlanMaker(Config().limits, Config().planner), VerifierState(scenario.device.profile, "")
         conditions = scenario.conditions
         self.replicas = [
@@ -146,6 +147,13 @@ def plain_requests_per_s(scenario: Scenario) -> float:
     plain_s, chunk_s = (pass_s(cost, SLOTS, context_tokens, tokens) for tokens in (SLOTS, PREFILL_CHUNK_TOKENS))
     decode_s = (plain_s + scenario.device.step_overhead_s) * scenario.output_tokens / SLOTS
     return 1 / (decode_s + (chunk_s - plain_s) * scenario.prompt_tokens / PREFILL_CHUNK_TOKENS)
+
+
+@lru_cache(maxsize=1)
+def _worlds(law: AcceptanceLaw, seed: int) -> list[World]:
+    """All policies meet the same ones, and what lies below a node is made once for all that run in this process."""
+    draws = Draws(law, seed)
+    return [World(draws, index) for index in range(WORLDS)]
 
 
 def _requests(scenario: Scenario, random: np.random.Generator) -> Iterator[Request]:

@@ -15,8 +15,10 @@ from drafter_svc.sessions import Session
 from planner.cost import plain_decode_s
 from planner.policies import Policy
 from planner.policies.smart import PAPER_BUDGET_NODES
+from planner.rule import path_acceptance
 from treeline.drafting import DraftSequence
-from treeline.plan import Plan
+from treeline.forest import Forest
+from treeline.plan import Calibration, Plan
 from treeline.sampling import SamplingParams
 from treeline.tree import ROOT, DraftTree, Source
 
@@ -30,22 +32,40 @@ FRESH_GROWTH = 4
 64 and so on."""
 
 
-@dataclass(frozen=True)
 class Cut:
-    """A grown tree down to some depth.
+    """The trees of all worlds down to some depth, as one forest.
 
     Attributes:
+        sizes, firsts: int64 [worlds]; nodes of each tree, and the first one.
         on_path: bool [OUTCOMES, nodes]; whether the target goes through a node.
     """
 
-    tree: DraftTree
-    on_path: NDArray[np.bool_]
+    def __init__(self, trees: list[DraftTree], on_path: NDArray[np.bool_]) -> None:
+        self.forest, self.on_path = Forest.of(trees), on_path
+        self.sizes = np.asarray(self.forest.sizes, np.int64)
+        self.firsts = self.sizes.cumsum() - self.sizes
+        self._calibration: Calibration | None = None
+        self._scores = np.zeros(0, np.float32)
+
+    def scores(self, calibration: Calibration) -> NDArray[np.float32]:
+        """float32 [nodes]: a(u)."""
+        if calibration is not self._calibration:
+            greedy = [False] * len(self.sizes)
+            self._calibration, self._scores = calibration, path_acceptance(self.forest, greedy, calibration)
+        return self._scores
 
     @cached_property
     def reached(self) -> NDArray[np.bool_]:
         """bool [OUTCOMES, nodes]: whether the target goes through a node's parent."""
-        with_root = np.concatenate([self.on_path, np.ones((OUTCOMES, 1), np.bool_)], axis=1)
-        return with_root[:, self.tree.parents]
+        with_root = np.concatenate([np.ones((OUTCOMES, 1), np.bool_), self.on_path], axis=1)
+        return with_root[:, self.forest.jumps[0][1:]]
+
+    @cached_property
+    def accepted(self) -> NDArray[np.int64]:
+        """int64 [worlds, OUTCOMES]: accepted nodes where all are verified."""
+        worlds = len(self.sizes)
+        counts = [np.bincount(self.forest.tree_of[row], minlength=worlds) for row in self.on_path]
+        return np.stack(counts, axis=1)
 
 
 @dataclass(frozen=True)
@@ -70,34 +90,25 @@ class Table:
         layer_acceptance: float64 [worlds, MAX_DEPTH]; the sum of their path acceptance.
     """
 
-    def __init__(self, policy: Policy, worlds: list[World], grown: list[Grown]) -> None:
-        self._policy, self._worlds, self._grown = policy, worlds, grown
-        self._cuts: dict[int, list[Cut]] = {}
+    def __init__(self, worlds: list[World], grown: list[Grown]) -> None:
+        self._worlds, self._grown = worlds, grown
+        self._cuts: dict[int, Cut] = {}
         self.layer_nodes = np.zeros((len(grown), MAX_DEPTH), np.int64)
         self.layer_acceptance = np.zeros((len(grown), MAX_DEPTH))
         for world, one in enumerate(grown):
             for layer, (nodes, acceptance) in enumerate(one.run):
                 self.layer_nodes[world, layer], self.layer_acceptance[world, layer] = nodes, acceptance
 
-    def cuts(self, layers: int) -> list[Cut]:
+    def cut(self, layers: int) -> Cut:
         """Of every world, the tree that so many layers give."""
         if layers not in self._cuts:
-            self._cuts[layers] = [self._cut(*pair, layers) for pair in zip(self._worlds, self._grown, strict=True)]
+            trees = [
+                grown.tree if layers >= len(grown.run) else grown.tree.select(grown.tree.depths <= layers)
+                for grown in self._grown
+            ]
+            rows = [world.on_path(tree.token_ids) for world, tree in zip(self._worlds, trees, strict=True)]
+            self._cuts[layers] = Cut(trees, np.concatenate(rows, axis=1))
         return self._cuts[layers]
-
-    @cached_property
-    def nodes(self) -> NDArray[np.int64]:
-        """int64 [worlds]: nodes of the whole trees."""
-        return np.asarray([len(cut.tree) for cut in self.cuts(MAX_DEPTH)])
-
-    @cached_property
-    def accepted(self) -> NDArray[np.int64]:
-        """int64 [worlds, OUTCOMES]: accepted nodes of the whole trees."""
-        return np.asarray([cut.on_path.sum(1) for cut in self.cuts(MAX_DEPTH)])
-
-    def _cut(self, world: World, grown: Grown, layers: int) -> Cut:
-        tree = grown.tree if layers >= len(grown.run) else grown.tree.select(grown.tree.depths <= layers)
-        return Cut(tree, world.on_path(tree.token_ids))
 
 
 class Tables:
@@ -115,7 +126,7 @@ class Tables:
         key = (layers, *self._key(plan, requests))
         if key not in self._tables:
             grown = [self._grow(world, plan, requests, layers) for world in self._worlds]
-            self._tables[key] = Table(self._policy, self._worlds, grown)
+            self._tables[key] = Table(self._worlds, grown)
         return self._tables[key]
 
     def _key(self, plan: Plan, requests: int) -> tuple[int, ...]:
