@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +15,8 @@ from treeline.errors import ConfigError
 if TYPE_CHECKING:
     from bench.common import Prompt
     from bench.peers import Missing, PeerRow
+
+OPTIONAL = ("openvino-genai", "llama-cpp-python")
 
 
 def peers(
@@ -45,8 +49,18 @@ def peers(
             "prompts": len(texts),
             "max_tokens": max_tokens,
             "rounds": rounds,
+            "optional_peers": _installed(OPTIONAL),
         }
         write_report(json_file, described, [asdict(row) for row in rows], missing=[asdict(peer) for peer in missing])
+
+
+def _installed(packages: tuple[str, ...]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _measure(

@@ -90,6 +90,7 @@ def test_packages_that_are_not_installed_are_named(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kind", ["ngram", "model"])
 def test_the_command_names_everyone(tmp_path, monkeypatch, kind):
     monkeypatch.setenv("TREELINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("cli.bench_peers.OPTIONAL", ("torch", "no-such-package"))
     model = tmp_path / "tiny"
     tiny_llama().save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
@@ -116,6 +117,7 @@ def test_the_command_names_everyone(tmp_path, monkeypatch, kind):
         ("openvino-genai", "prompt_lookup"),
         ("llama.cpp", "plain"),
     }
+    assert written["config"]["optional_peers"].keys() == {"torch"}
     assert len(rows) == 2 * len(seen)
     assert all(row["agreement"] == 1.0 for row in rows)
     assert (kind == "ngram") == ("ngram" in missing.get(("transformers", "assistant_model"), ""))
