@@ -83,7 +83,7 @@ def _show(load: list[LoadRow], beside: list[HogRow]) -> None:
 
     console = Console()
     headings = ["phase", "step,\nms", "nodes", "all decode\nafter, s", "settled\nafter, s", "once all\ndecode, s"]
-    headings += ["swings", "outside,\n%"]
+    headings += ["swings", "out,\n%"]
     lines = [
         [
             row.phase,
