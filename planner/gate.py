@@ -180,6 +180,7 @@ class DraftGate:
         self._supply = Supply()
         self._drafting = True
         self._probe_at_s = self._probed_s = 0.0
+        self._probed_requests = PROBE_REQUESTS
         self._late = 0
         self._outlook: Outlook | None = None
         self._unseen_requests = 0
@@ -203,6 +204,7 @@ class DraftGate:
             return Decision(min(requests, PROBE_REQUESTS))
         found = self._look(requests, sequences, state, plan, connected, lookups)
         self._drafting = found.gain > (0.0 if self._drafting else START_MARGIN * sequences)
+        self._forgive(requests, now_s)
         probing = now_s >= self._probe_at_s
         if self._drafting:
             layers = ALL_LAYERS if probing else found.layers
@@ -212,6 +214,13 @@ class DraftGate:
             expected_s = float(self._supply.draft_s(plan.cost, probed, connected)[-1])
             return Decision(probed, "probing", expected_s=expected_s)
         return Decision(0, f"drafting would bring {found.drafted:.0f} tok/s, plain decoding {found.plain:.0f}")
+
+    def _forgive(self, requests: int, now_s: float) -> None:
+        """Of the wait for what drafting a crowd took, those who remain have their share to serve."""
+        remaining = max(requests, PROBE_REQUESTS)
+        if remaining < self._probed_requests:
+            self._probe_at_s = now_s + (self._probe_at_s - now_s) * remaining / self._probed_requests
+            self._probed_requests = remaining
 
     def _look(
         self, requests: int, sequences: int, state: BatchState, plan: Plan, connected: bool, lookups: float
@@ -254,6 +263,7 @@ class DraftGate:
             self._probed_s += min(draft_s, decision.expected_s)
             if not caught_up:
                 self._probe_at_s, self._probed_s = now_s + self._probed_s / PROBE_SHARE, 0.0
+                self._probed_requests = decision.requests
 
     def late(self, draft_s: float, now_s: float) -> None:
         """Nothing came within `draft_s`."""

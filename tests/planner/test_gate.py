@@ -189,6 +189,28 @@ def test_a_draft_that_something_held_up_does_not_put_off_the_next_probe():
     assert gate.decide(32, 32, state(32), plan, False, 17.0).reason == "probing"
 
 
+def test_what_drafting_a_crowd_took_hardly_puts_off_the_probes_of_the_few_who_remain():
+    busy = linear_cost(0.15, 0.001, draft_round_trip_s=0.002, draft_layer_s=0.002, draft_sequence_s=0.008)
+    dear, gains = plan_with(replace(SATURATED, draft_round_trip_s=1.0)), np.asarray([0.9, 0.8, 0.7])
+
+    def waited_s(remaining: int) -> float:
+        """From a draft of all layers for 16, since when nothing pays any more, to a probe of those who remain."""
+        gate, now_s, decision = DraftGate(), 0.0, Decision(0)
+        while decision.requests < 16 or decision.layers < ALL_LAYERS:
+            now_s += 0.2
+            decision = gate.decide(16, 16, state(16), plan_with(busy), False, now_s)
+            if requests := decision.requests:
+                nodes, draft_s = chains(gains, requests, (1,)), 0.008 + 0.008 * requests
+                gate.drafted(decision, np.tile(gains, requests), nodes, (requests,) * 3, draft_s, now_s)
+        closed_s = now_s
+        while not gate.decide(remaining, remaining, state(remaining), dear, False, now_s).requests:
+            now_s += 0.05
+        return now_s - closed_s
+
+    assert waited_s(16) == pytest.approx(0.136 / PROBE_SHARE, rel=0.1)
+    assert waited_s(1) < 2.0
+
+
 def test_near_the_break_even_drafting_does_not_flap():
     supply, gate, random = supply_of(WORTHY), DraftGate(), np.random.default_rng(0)
     gate.drafted(Decision(1), WORTHY, chains(WORTHY, 1, (1,)), (1, 1, 1), 0.01, 0.0)
