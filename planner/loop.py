@@ -107,12 +107,13 @@ class PlanMaker:
         goodput = max(state.goodput(), sequences / (plain_s + cost.step_overhead_s))
         startable = min(last.waiting, last.free_slots) if last else 0
         price = state.settle(goodput * (1 + startable / sequences))
-        cost = replace(cost, node_s=state.node_s(cost))
+        published = replace(cost, node_s=state.node_s(cost))
+        published.readings.update(cost.readings)  # of the same curves
         return Plan(
             version=next(self._versions),
             created_unix_s=time.time(),
             lifetime_s=self._config.plan_lifetime_s,
-            cost=cost,
+            cost=published,
             calibration=state.calibrator.calibration(),
             price=price,
             max_nodes=self._limits.max_tree_nodes,

@@ -26,33 +26,33 @@ class Drawn:
 
     Attributes:
         cut: the trees of all worlds.
-        worlds, outcomes: int64 [requests].
+        fates: int64 [requests]; world * OUTCOMES + outcome.
     """
 
     cut: Cut
-    worlds: NDArray[np.int64]
-    outcomes: NDArray[np.int64]
+    fates: NDArray[np.int64]
 
     @cached_property
     def tree_of(self) -> NDArray[np.intp]:
         """intp [nodes]: whose node it is, the requests' trees one behind the other."""
-        return np.arange(len(self.worlds)).repeat(self.cut.sizes[self.worlds])
+        return np.arange(len(self.fates)).repeat(self.cut.sizes[self.fates // OUTCOMES])
 
     @cached_property
     def nodes(self) -> NDArray[np.intp]:
         """intp [nodes]: place of each node among those of all worlds."""
-        sizes = self.cut.sizes[self.worlds]
-        before = self.cut.firsts[self.worlds] - (sizes.cumsum() - sizes)
+        worlds = self.fates // OUTCOMES
+        sizes = self.cut.sizes[worlds]
+        before = self.cut.firsts[worlds] - (sizes.cumsum() - sizes)
         return before[self.tree_of] + np.arange(len(self.tree_of))
 
     def accepted(self, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
         """int64 [requests]: accepted nodes of each where only `chosen` [nodes] are verified."""
-        accepted = self.cut.on_path[self.outcomes[self.tree_of], self.nodes] & chosen
-        return np.bincount(self.tree_of[accepted], minlength=len(self.worlds))
+        accepted = self.cut.on_path[(self.fates % OUTCOMES)[self.tree_of], self.nodes] & chosen
+        return np.bincount(self.tree_of[accepted], minlength=len(self.fates))
 
     def observed(self, chosen: NDArray[np.bool_] | None) -> NodeOutcomes:
         """What the target's walks have shown of every chosen child of every node they reached. None: all are chosen."""
-        outcomes, forest = self.outcomes[self.tree_of], self.cut.forest
+        outcomes, forest = (self.fates % OUTCOMES)[self.tree_of], self.cut.forest
         reached = self.cut.reached[outcomes, self.nodes]
         seen = (reached if chosen is None else reached & chosen).nonzero()[0]
         nodes = self.nodes[seen]
@@ -114,36 +114,36 @@ class Drafting:
         if not layers or not decision.requests:
             return None
         table = self._tables.table(plan, decision.requests, layers)
-        worlds, outcomes = self._draw(len(table.layer_nodes), decision.requests)
+        fates = self._draw(len(table.layer_nodes), decision.requests)
         if not self._policy.prunes:
-            return self._whole(table, worlds, outcomes)
+            return self._whole(table, fates)
         layers = max(1, min(layers, decision.layers))
-        drafted = self._pruned(table, worlds, outcomes, sequences, weights, layers, state, plan, hidden_s)
+        drafted = self._pruned(table, fates, sequences, weights, layers, state, plan, hidden_s)
         if self._policy.prices_drafting and drafted.pruning is not None:  # only then is the gate asked
             node_layers = drafted.drawn.cut.forest.depths[drafted.drawn.nodes]
             gains, draft_s = drafted.pruning.gains, drafted.draft_s
             self._gate.drafted(decision, gains, node_layers, drafted.layer_nodes, draft_s, now_s + draft_s)
         return drafted
 
-    def _draw(self, worlds: int, requests: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _draw(self, worlds: int, requests: int) -> NDArray[np.int64]:
         if len(self._fates) < requests:
             self._fates = self._random.integers(worlds * OUTCOMES, size=DRAWN)
         fates, self._fates = self._fates[:requests], self._fates[requests:]
-        return fates // OUTCOMES, fates % OUTCOMES
+        return fates
 
-    def _whole(self, table: Table, worlds: NDArray[np.int64], outcomes: NDArray[np.int64]) -> Drafted:
-        layer_nodes = tuple(n for n in table.layer_nodes[worlds].sum(0).tolist() if n)
+    def _whole(self, table: Table, fates: NDArray[np.int64]) -> Drafted:
+        *per_layer, nodes = table.run_and_grown[fates // OUTCOMES].sum(0).tolist()
+        layer_nodes = tuple([n for n in per_layer if n])
         cut = table.cut(MAX_DEPTH)
-        nodes, accepted = int(cut.sizes[worlds].sum()), cut.accepted[worlds, outcomes]
-        return Drafted(nodes, accepted, self._draft_s(layer_nodes), layer_nodes, Drawn(cut, worlds, outcomes))
+        return Drafted(nodes, cut.accepted[fates], self._draft_s(layer_nodes), layer_nodes, Drawn(cut, fates))
 
     def _pruned(
-        self, table: Table, worlds: NDArray[np.int64], outcomes: NDArray[np.int64], sequences: int,
-        weights: NDArray[np.float64] | None, layers: int, state: BatchState, plan: Plan, hidden_s: float,
+        self, table: Table, fates: NDArray[np.int64], sequences: int, weights: NDArray[np.float64] | None, layers: int,
+        state: BatchState, plan: Plan, hidden_s: float,
     ) -> Drafted:  # fmt: skip
-        layer_nodes = self._layers(table, worlds, weights, layers, plan)
+        layer_nodes = self._layers(table, fates // OUTCOMES, weights, layers, plan)
         draft_s = self._draft_s(layer_nodes)
-        drawn = Drawn(table.cut(len(layer_nodes)), worlds, outcomes)
+        drawn = Drawn(table.cut(len(layer_nodes)), fates)
         candidates = [self._candidate] * sequences
         if weights is not None:
             candidates = [self._candidate._replace(weight=weight) for weight in weights.tolist()]

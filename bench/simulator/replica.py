@@ -85,7 +85,7 @@ class Replica:
         if not slots.count:
             return None
         part = self._part()
-        sequences = len(range(*part.indices(slots.decoding)))
+        sequences = len(slots.left[part])
         prefill_tokens, begun = slots.prefill() if slots.decoding < slots.count else (0, 0)
         context_tokens = slots.context_tokens // slots.count
         startable = min(len(self.waiting), slots.slots - slots.count)
@@ -103,14 +103,14 @@ class Replica:
         if drafted:
             emitted[: len(drafted.accepted)] += drafted.accepted
             np.minimum(emitted, slots.left[part], out=emitted)
-        slots.emit(part, emitted)
+        count = slots.emit(part, emitted)
         end_s = now_s + step_s
         waited = slots.begin(begun, end_s) if begun else []
         if not prefill_tokens:
-            self._interval[0] += int(emitted.sum())
+            self._interval[0] += count
             self._interval[1] += step_s
         # Every probe is seen: there are few, and they alone tell what drafting would cost.
-        probe = drafted is not None and len(drafted.drawn.worlds) < sequences
+        probe = drafted is not None and len(drafted.drawn.fates) < sequences
         if sequences and (probe or (not prefill_tokens and (self._every_step or end_s >= self._next_plan_s))):
             self._learn(
                 state, sequences, drafted, tokens, prefill_tokens, draft_s, verify_s, predicted_s, step_s, end_s
@@ -154,7 +154,7 @@ class Replica:
             free_slots=self.slots.slots - self.slots.count, draft_s=draft_s,
             drafter_s=max(0.0, draft_s - self._device.draft_round_trip_s),
             draft_layer_nodes=drafted.layer_nodes if drafted else (), verify_s=verify_s,
-            drafted_requests=len(drafted.drawn.worlds) if drafted else 0,
+            drafted_requests=len(drafted.drawn.fates) if drafted else 0,
             predicted_verify_s=predicted_s, step_s=step_s, goodput=0.0, price=0.0,
             node_s=drafted.pruning.node_s if drafted and drafted.pruning else 0.0,
         )  # fmt: skip

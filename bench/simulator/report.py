@@ -35,7 +35,8 @@ def run_all(
     # Spawned, not forked: a copy of this process would find locks taken by threads that it does not have.
     pool = ProcessPoolExecutor(min(len(cells), os.cpu_count() or 1), multiprocessing.get_context("spawn"))
     try:
-        futures = {pool.submit(simulate, met[name], policy, load): name for name, policy, load in cells}
+        # From the last on: what is dear is mostly listed last, and should not run on alone in the end.
+        futures = {pool.submit(simulate, met[name], policy, load): name for name, policy, load in reversed(cells)}
         for future in as_completed(futures):
             yield futures[future], future.result()
     finally:

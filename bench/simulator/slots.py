@@ -67,10 +67,12 @@ class Slots:
             begun += 1
         return PREFILL_CHUNK_TOKENS - budget, begun
 
-    def emit(self, part: slice, tokens: NDArray[np.int64]) -> None:
-        """The requests of `part` emit so many tokens each."""
+    def emit(self, part: slice, tokens: NDArray[np.int64]) -> int:
+        """The requests of `part` emit so many tokens each: how many in all."""
         self.left[part] -= tokens
-        self.context_tokens += int(tokens.sum())
+        count = int(tokens.sum())
+        self.context_tokens += count
+        return count
 
     def begin(self, begun: int, now_s: float) -> list[float]:
         """The first token of those whose prompt has ended: how long each has waited for it."""

@@ -62,10 +62,10 @@ class Cut:
 
     @cached_property
     def accepted(self) -> NDArray[np.int64]:
-        """int64 [worlds, OUTCOMES]: accepted nodes where all are verified."""
+        """int64 [worlds * OUTCOMES]: accepted nodes where all are verified."""
         worlds = len(self.sizes)
         counts = [np.bincount(self.forest.tree_of[row], minlength=worlds) for row in self.on_path]
-        return np.stack(counts, axis=1)
+        return np.stack(counts, axis=1).ravel()
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,11 @@ class Table:
             rows = [world.on_path(tree.token_ids) for world, tree in zip(self._worlds, trees, strict=True)]
             self._cuts[layers] = Cut(trees, np.concatenate(rows, axis=1))
         return self._cuts[layers]
+
+    @cached_property
+    def run_and_grown(self) -> NDArray[np.int64]:
+        """int64 [worlds, MAX_DEPTH + 1]: `layer_nodes`, and the nodes of the whole tree."""
+        return np.column_stack([self.layer_nodes, self.cut(MAX_DEPTH).sizes])
 
 
 class Tables:

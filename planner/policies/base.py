@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -51,7 +52,7 @@ class Layer:
     sampled: bool
     batch: int
 
-    @property
+    @cached_property
     def scores(self) -> NDArray[np.float32]:
         """float32 [m]: calibrated path acceptance, never above the parent's."""
         return self.parent_scores * np.minimum(self.accepts, 1)
