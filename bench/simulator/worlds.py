@@ -61,14 +61,14 @@ class Draws:
     """What may lie below a node, drawn in bulk: DRAWS kinds of node for every depth.
 
     Attributes:
-        true: float64 [MAX_DEPTH, DRAWS, ranks]; acceptance of the children.
+        true, claimed: float64 [MAX_DEPTH, DRAWS, ranks]; acceptance of the children, and what the drafter says of it.
         chosen: uint8 [MAX_DEPTH, DRAWS, OUTCOMES]; the child that the target goes to, `ranks` if to none.
     """
 
     def __init__(self, law: AcceptanceLaw, seed: int) -> None:
         random = np.random.default_rng([seed, 0])
-        self.law = law
         self.true = np.stack([law.draw(depth + 1, DRAWS, random) for depth in range(MAX_DEPTH)])
+        self.claimed = np.clip(self.true * law.over_confidence, LEAST_PROB, MOST_PROB)
         fates = random.random((MAX_DEPTH, DRAWS, 1, OUTCOMES))
         self.chosen = (fates > self.true.cumsum(-1)[..., None]).sum(2).astype(np.uint8)
 
@@ -83,21 +83,26 @@ class World:
     def __init__(self, draws: Draws, index: int) -> None:
         self._draws = draws
         self._ranks = draws.true.shape[-1]
-        self._root = (index * HASH, 0, np.ones(OUTCOMES, np.bool_))
-        self._nodes: list[tuple[int, int, NDArray[np.bool_]]] = []  # hash of the path, depth, outcomes through it
+        self._root = (index * HASH, 0)
+        self._nodes: list[tuple[int, int]] = []  # hash of the path, depth
+        self._through = np.zeros((self._ranks, OUTCOMES), np.bool_)  # by node; with room for more
         self._probs: list[float] = []
         self._children: dict[int, range] = {}
 
     def children(self, node: int) -> range:
         """Numbers of the node's children, first choice first."""
         if node not in self._children:
-            path, depth, above = self._root if node == ROOT else self._nodes[node]
+            path, depth = self._root if node == ROOT else self._nodes[node]
             kind = min(depth, MAX_DEPTH - 1), (path * HASH >> 20) % DRAWS
-            through = above & (self._draws.chosen[kind] == np.arange(self._ranks)[:, None])
-            claimed = np.clip(self._draws.true[kind] * self._draws.law.over_confidence, LEAST_PROB, MOST_PROB)
-            first = len(self._nodes)
-            self._nodes += [((path * 31 + rank + 1) & HASHES, depth + 1, row) for rank, row in enumerate(through)]
-            self._probs += claimed.tolist()
+            first, ranks = len(self._nodes), range(self._ranks)
+            if first == len(self._through):
+                self._through = np.concatenate([self._through, np.zeros_like(self._through)])
+            children = self._through[first : first + self._ranks]
+            np.equal(self._draws.chosen[kind], np.asarray(ranks)[:, None], out=children)
+            if node != ROOT:
+                children &= self._through[node]
+            self._nodes += [((path * 31 + rank + 1) & HASHES, depth + 1) for rank in ranks]
+            self._probs += self._draws.claimed[kind].tolist()
             self._children[node] = range(first, len(self._nodes))
         return self._children[node]
 
@@ -114,7 +119,7 @@ class World:
 
     def on_path(self, nodes: NDArray[np.int32]) -> NDArray[np.bool_]:
         """bool [OUTCOMES, n]: whether the target goes through these nodes."""
-        return np.asarray([self._nodes[node][2] for node in nodes.tolist()], np.bool_).reshape(-1, OUTCOMES).T
+        return self._through[nodes].T
 
 
 def law_from_trace(path: Path) -> AcceptanceLaw:
