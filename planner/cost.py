@@ -80,22 +80,23 @@ def context_seconds(curves: tuple[CostCurve, ...], sequences: int, tokens: NDArr
         if base.context_tokens == short and longer:
             far = max(longer, key=lambda curve: curve.context_tokens)
             batches = sequences / base.sequences
-            added = np.maximum(0.0, np.subtract(far.seconds, np.interp(far.tokens, base.tokens, base.seconds)))
-            share = np.interp(tokens / batches, far.tokens, added)
+            far_tokens, far_s = far.points
+            added = np.maximum(0.0, far_s - np.interp(far_tokens, *base.points))
+            share = np.interp(tokens / batches, far_tokens, added)
             return np.maximum.accumulate(share) * batches / (far.context_tokens - short)
     return np.zeros(len(tokens))
 
 
 def curve_seconds(curve: CostCurve, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     """float64 [n]: the curve read at these token counts."""
-    seconds = np.interp(tokens, curve.tokens, curve.seconds)
+    seconds = np.interp(tokens, *curve.points)
     return seconds + np.maximum(0, tokens - curve.tokens[-1]) * _mean_slope(curve)
 
 
 def _reading(cost: CostModel, sequences: int, max_tokens: int) -> Reading:
     """The curves at 0 to at least `max_tokens` tokens, read once per plan."""
     # Rounded up, so that the next step finds it read already, whatever its size.
-    size = 1 << max(6, max_tokens.bit_length())
+    size = 1 << max(8, max_tokens.bit_length())
     reading = cost.readings.get((sequences, size))
     if reading is None:
         reading = cost.readings[sequences, size] = _read(cost, sequences, np.arange(size))

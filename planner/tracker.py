@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import replace
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,7 +91,7 @@ class CostTracker:
         x[1] = math.exp(theta[1]) * beyond_tokens * float(context_seconds(curves, sequences, count)[0])
         for index, share in curve_weights(curves, sequences):
             curve, first = curves[index], self._offsets[index]
-            place = float(np.interp(tokens, curve.tokens, range(len(curve.tokens))))
+            place = float(np.interp(tokens, curve.points[0], np.arange(len(curve.tokens))))
             # Beyond the last point the curve goes on in its direction, all of it moved by that point's correction.
             beyond = float(curve_seconds(curve, count)[0]) / curve.seconds[-1] if tokens > curve.tokens[-1] else 1.0
             for point, weight in ((int(place), 1 - place % 1), (int(place) + 1, place % 1)):
@@ -103,24 +104,25 @@ class CostTracker:
 
     def _corrected(self) -> CostModel:
         theta = np.clip(self._verify.theta, -MAX_LOG_SCALE, MAX_LOG_SCALE)
+        corrections, certainty = np.exp(theta), 1 / self._verify.variances
         short: dict[int, CostCurve] = {}
         for index, first in self._offsets.items():
             curve = self._profile.verify[index]
-            points = slice(first, first + len(curve.tokens))
-            seconds, certainty = curve.seconds * np.exp(theta[points]), 1 / self._verify.variances[points]
-            short[index] = replace(curve, seconds=tuple(isotonic_regression(seconds, weights=certainty).x.tolist()))
+            place = slice(first, first + len(curve.tokens))
+            seconds = isotonic_regression(curve.points[1] * corrections[place], weights=certainty[place]).x
+            short[index] = CostCurve(curve.sequences, curve.context_tokens, curve.tokens, tuple(seconds.tolist()))
         round_trip_s, sequence_s, layer_s, node_s = self._draft.seconds.tolist()
         return CostModel(
             verify=tuple(
-                short[index] if index in short else self._moved(curve, short, float(np.exp(theta[1])))
+                short[index] if index in short else self._moved(curve, short, float(corrections[1]))
                 for index, curve in enumerate(self._profile.verify)
             ),
-            verify_scale=float(np.exp(theta[0])),
+            verify_scale=float(corrections[0]),
             draft_round_trip_s=round_trip_s,
             draft_sequence_s=sequence_s,
             draft_layer_s=layer_s,
             draft_node_s=node_s,
-            step_overhead_s=float(np.median(self._overheads)) if self._overheads else 0.0,
+            step_overhead_s=median(self._overheads) if self._overheads else 0.0,
             paper=self._paper,
         )
 
@@ -129,8 +131,9 @@ class CostTracker:
         index = next((i for i in short if self._profile.verify[i].sequences == far.sequences), None)
         if index is None:
             return far
-        before, now = (np.interp(far.tokens, c.tokens, c.seconds) for c in (self._profile.verify[index], short[index]))
-        seconds = np.maximum.accumulate(now + scale * np.maximum(0.0, far.seconds - before))
+        tokens, far_s = far.points
+        before, now = (np.interp(tokens, *curve.points) for curve in (self._profile.verify[index], short[index]))
+        seconds = np.maximum.accumulate(now + scale * np.maximum(0.0, far_s - before))
         return replace(far, seconds=tuple(seconds.tolist()))
 
 

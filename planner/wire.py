@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 
 import numpy as np
 
@@ -162,7 +163,7 @@ def profile_from_proto(message: pb.VerifierProfile) -> VerifierProfile:
 
 
 def _curves_to_proto(curves: tuple[CostCurve, ...]) -> list[pb.CostCurve]:
-    return [pb.CostCurve(**vars(curve)) for curve in curves]
+    return [pb.CostCurve(**{field.name: getattr(curve, field.name) for field in fields(curve)}) for curve in curves]
 
 
 def _curves_from_proto(messages: Iterable[pb.CostCurve]) -> tuple[CostCurve, ...]:

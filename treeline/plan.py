@@ -30,6 +30,11 @@ class CostCurve:
     tokens: tuple[int, ...]
     seconds: tuple[float, ...]
 
+    @cached_property
+    def points(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """float64 [n] each: `tokens` and `seconds`, to be read off."""
+        return np.asarray(self.tokens, np.float64), np.asarray(self.seconds, np.float64)
+
 
 @dataclass(frozen=True)
 class PaperFit:
