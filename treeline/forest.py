@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from treeline.tree import EMPTY_TREE, ROOT, DraftTree, Source
 
+_NGRAM = np.uint8(Source.NGRAM)
+"""Typed, since comparing with a member of an enumeration takes several times as long."""
+
 
 @dataclass(frozen=True)
 class Forest:
@@ -71,7 +74,7 @@ class Forest:
 
     def model_layers(self) -> NDArray[np.intp]:
         """intp [n]: layers of the draft model that each node took: the depth of the last model's node on its path."""
-        looked_up = self.sources == Source.NGRAM
+        looked_up = self.sources == _NGRAM
         if not np.count_nonzero(looked_up):
             return self.depths
         layers = np.zeros(len(self.tree_of) + 1, np.intp)
