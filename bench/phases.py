@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -16,6 +17,7 @@ from lm.attention import IMPLEMENTATION
 from lm.elementwise import NativeElementwise
 from lm.grouped_linear import GroupedLinear
 from lm.native_attention import NativeAttention
+from lm.native_layers import TIMED, NativeLayers
 
 PHASES = ("linear", "attention", "norm_rotary", "head", "sampling")
 """norm_rotary is all work element by element: norms, rotary embedding, activation, residual sums, embedding rows."""
@@ -41,7 +43,12 @@ def phases_ms(measured: Pass, context: int, on_cuda: bool) -> dict[str, float]:
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     vocab_size = 0
-    with _marked_attention(), _marked_kernels(), profile(activities=activities, record_shapes=True) as profiler:
+    with (
+        _marked_attention(),
+        _marked_kernels(),
+        _timed_layers() as spent_ns,
+        profile(activities=activities, record_shapes=True) as profiler,
+    ):
         for _ in range(PROFILED_PASSES):
             logits = measured.forward()
             with record_function(_SAMPLING):
@@ -49,7 +56,7 @@ def phases_ms(measured: Pass, context: int, on_cuda: bool) -> dict[str, float]:
             vocab_size = logits.shape[-1]
             del logits
             measured.reset()
-    total_us = dict.fromkeys(PHASES, 0.0)
+    total_us = dict.fromkeys(PHASES, 0.0) | {phase: ns / 1e3 for phase, ns in zip(TIMED, spent_ns, strict=True)}
     for event in profiler.events() or []:
         spent_us = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         if not event.name.startswith("bench::"):  # a mark's own time is Python's, between its operators
@@ -108,6 +115,16 @@ def _marked(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*arguments, **options)
 
     return marked
+
+
+@contextmanager
+def _timed_layers() -> Iterator[ctypes.Array[ctypes.c_int64]]:
+    """Nanoseconds that layers run by one kernel spend meanwhile, by `TIMED`."""
+    NativeLayers.spent_ns = spent_ns = (ctypes.c_int64 * len(TIMED))()
+    try:
+        yield spent_ns
+    finally:
+        NativeLayers.spent_ns = None
 
 
 @contextmanager

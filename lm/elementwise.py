@@ -88,12 +88,16 @@ class NativeElementwise:
         return heads
 
     def gated(self, gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-        if not isinstance(activation, SiLUActivation | nn.SiLU):
+        if not is_silu(activation):
             return TORCH.gated(gate_up, activation)
         gate_up, size = gate_up.contiguous(), gate_up.shape[-1] // 2
         out = gate_up.new_empty(*gate_up.shape[:-1], size)
         self._silu_times(out.numel() // size, size, gate_up.data_ptr(), out.data_ptr(), torch.get_num_threads())
         return out
+
+
+def is_silu(activation: object) -> bool:
+    return isinstance(activation, SiLUActivation | nn.SiLU)
 
 
 TORCH = TorchElementwise()

@@ -23,6 +23,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from lm.attention import CONTEXT, AttentionContext, AttentionOptions
 from lm.elementwise import TORCH, elementwise_for
 from lm.native import LANES
+from lm.native_attention import NativeAttention
+from lm.native_layers import NativeLayers, native_layers
 
 FUSED = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 """Layers that compute just what `FusedLayer` does; their subclasses may not."""
@@ -39,35 +41,35 @@ class FusedLayer(nn.Module):
     def __init__(self, layer: Any, window: int | None) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
-        self._index: int = attention.layer_idx
-        self._head_dim: int = attention.head_dim
-        self._options = AttentionOptions(attention.scaling, None, window)
+        self.index: int = attention.layer_idx
+        self.head_dim: int = attention.head_dim
+        self.options = AttentionOptions(attention.scaling, None, window)
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        self._heads = [projection.out_features // self._head_dim for projection in projections]
-        queries, keys, values = self._heads
-        pairs = torch.arange(self._head_dim).view(2, -1).T.flatten()
-        turned = (torch.arange(queries + keys)[:, None] * self._head_dim + pairs).flatten()
-        still = torch.arange((queries + keys) * self._head_dim, (queries + keys + values) * self._head_dim)
+        self.heads = [projection.out_features // self.head_dim for projection in projections]
+        queries, keys, values = self.heads
+        pairs = torch.arange(self.head_dim).view(2, -1).T.flatten()
+        turned = (torch.arange(queries + keys)[:, None] * self.head_dim + pairs).flatten()
+        still = torch.arange((queries + keys) * self.head_dim, (queries + keys + values) * self.head_dim)
         self.qkv_proj = _joined(projections, torch.cat((turned, still)))
         self.o_proj = attention.o_proj
         self.gate_up_proj = _joined([mlp.gate_proj, mlp.up_proj])
-        self.down_proj, self._activation = mlp.down_proj, mlp.act_fn
+        self.down_proj, self.activation = mlp.down_proj, mlp.act_fn
         self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
-        sizes = (self.o_proj.out_features, self._head_dim, mlp.down_proj.in_features)
-        self._whole_lanes = all(size % LANES == 0 for size in sizes)
+        sizes = (self.o_proj.out_features, self.head_dim, mlp.down_proj.in_features)
+        self.whole_lanes = all(size % LANES == 0 for size in sizes)
 
     def forward(self, hidden_states: Tensor, position_embeddings: Tensor, **kwargs: Any) -> Tensor:
         """hidden_states [1, tokens, hidden] -> the same; position_embeddings as `ComplexRotary` gives them."""
         context: AttentionContext = kwargs[CONTEXT]
-        work = elementwise_for(hidden_states) if self._whole_lanes else TORCH
-        queries, keys, _ = self._heads
+        work = elementwise_for(hidden_states) if self.whole_lanes else TORCH
+        queries, keys, _ = self.heads
         qkv = self.qkv_proj(work.norm(hidden_states, self.input_norm))
-        heads = work.rotate(qkv.view(-1, sum(self._heads), self._head_dim), queries + keys, position_embeddings)
-        query, key, value = heads.split_with_sizes(self._heads, 1)
-        mixed = context.attend(self._index, query, key, value, self._options)
+        heads = work.rotate(qkv.view(-1, sum(self.heads), self.head_dim), queries + keys, position_embeddings)
+        query, key, value = heads.split_with_sizes(self.heads, 1)
+        mixed = context.attend(self.index, query, key, value, self.options)
         attended = self.o_proj(mixed.reshape(1, mixed.shape[0], -1))
         hidden_states, normed = work.add_norm(hidden_states, attended, self.mlp_norm)
-        return hidden_states + self.down_proj(work.gated(self.gate_up_proj(normed), self._activation))
+        return hidden_states + self.down_proj(work.gated(self.gate_up_proj(normed), self.activation))
 
 
 class ComplexRotary(nn.Module):
@@ -99,11 +101,13 @@ def fuse_layers(hf: PreTrainedModel, finish: Callable[[nn.Module], object] = lam
         layers[index] = FusedLayer(layer, _window(layer))
         finish(layers[index])
     body.rotary_emb = ComplexRotary(body.rotary_emb)
-    body.forward = functools.partial(_forward, body)
+    # Looked for at the first pass: only then are the weights as they will stay.
+    body.forward = functools.partial(_forward, body, functools.cache(lambda: native_layers(layers)))
 
 
 def _forward(
     body: Any,
+    native: Callable[[], NativeLayers | None],
     input_ids: Tensor | None = None,
     position_ids: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
@@ -112,8 +116,12 @@ def _forward(
     """What the body's own forward pass does around its layers, but for masks and a cache that are not ours."""
     hidden_states = body.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     turns = body.rotary_emb(hidden_states, position_ids)
-    for layer in body.layers:
-        hidden_states = layer(hidden_states, position_embeddings=turns, **kwargs)
+    context = kwargs[CONTEXT]
+    if isinstance(context, NativeAttention) and (layers := native()) is not None:
+        hidden_states = layers.forward(hidden_states, turns, context)
+    else:
+        for layer in body.layers:
+            hidden_states = layer(hidden_states, position_embeddings=turns, **kwargs)
     work = elementwise_for(hidden_states) if hidden_states.shape[-1] % LANES == 0 else TORCH
     return BaseModelOutputWithPast(last_hidden_state=work.norm(hidden_states, body.norm))  # type: ignore[arg-type]
 

@@ -21,11 +21,18 @@ class _Batch(ctypes.Structure):
     _fields_ = (("count", c_int64), ("threads", c_int64), ("spans", c_void_p))
 
 
-class _Layer(ctypes.Structure):
+class LayerAttention(ctypes.Structure):
+    """How a layer attends, as the kernels read it."""
+
     _fields_ = (
         *((name, c_int64) for name in ("kv_heads", "group", "key_dim", "value_dim", "window")),
         *((name, c_float) for name in ("scale", "softcap")),
     )
+
+    @classmethod
+    def of(cls, kv_heads: int, group: int, key_dim: int, value_dim: int, options: AttentionOptions) -> LayerAttention:
+        sizes = (kv_heads, group, key_dim, value_dim, options.window or 0)
+        return cls(*sizes, options.scale, options.softcap or 0.0)
 
 
 def attention_for(batch: PackedBatch, cache: KVCache) -> AttentionContext:
@@ -47,10 +54,14 @@ def _fits(cache: KVCache) -> bool:
 
 class NativeAttention:
     """One packed forward pass. A token's bits depend only on what it sees: not on the rest of the pass, on siblings in
-    a tree, on where blocks lie, or on the number of threads."""
+    a tree, on where blocks lie, or on the number of threads.
+
+    Attributes:
+        batch: a reference to the kernels' description of the pass.
+    """
 
     def __init__(self, kernels: ctypes.CDLL, batch: PackedBatch, cache: KVCache) -> None:
-        self._attend, self._cache = _kernel(kernels), cache
+        self._attend, self.cache = _kernel(kernels), cache
         spans = batch.spans
         shapes = np.array([(s.start, s.stop - s.start, s.cache.length, len(s.depths)) for s in spans], np.int64)
         _, tokens, lengths, entries = shapes.T
@@ -63,16 +74,16 @@ class NativeAttention:
         ]
         table = np.column_stack((shapes, *addresses))
         self._kept = (slots, depths, visible, table)  # The kernel reads them while this object lives.
-        self._batch = ctypes.byref(_Batch(len(spans), torch.get_num_threads(), table.ctypes.data))
+        self.batch = ctypes.byref(_Batch(len(spans), torch.get_num_threads(), table.ctypes.data))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
         tokens, heads, key_dim = query.shape
         kv_heads, value_dim = values.shape[1:]
         output = query.new_empty((tokens, heads, value_dim))
         query, key, value = _dense_heads(query), _dense_heads(key), _dense_heads(value)
         self._attend(
-            self._batch,
+            self.batch,
             _layer(kv_heads, heads // kv_heads, key_dim, value_dim, options),
             keys.data_ptr(),
             values.data_ptr(),
@@ -95,8 +106,7 @@ def _kernel(kernels: ctypes.CDLL) -> Any:
 @functools.lru_cache(256)
 def _layer(kv_heads: int, group: int, key_dim: int, value_dim: int, options: AttentionOptions) -> Any:
     """A reference to the kernel's description of a layer."""
-    sizes = (kv_heads, group, key_dim, value_dim, options.window or 0)
-    return ctypes.byref(_Layer(*sizes, options.scale, options.softcap or 0.0))
+    return ctypes.byref(LayerAttention.of(kv_heads, group, key_dim, value_dim, options))
 
 
 def _dense_heads(tensor: Tensor) -> Tensor:

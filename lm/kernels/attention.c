@@ -11,6 +11,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "kernels.h"
 #include "vector_math.h"
 
 typedef float v4f __attribute__((vector_size(16)));
@@ -24,25 +25,6 @@ enum {
     TILE_SCORES = 1 << 16,  /* at most, if more than one token: they stay in the second cache */
     PARALLEL_PRODUCTS = 1 << 18 /* below it, waking threads costs more than they save */
 };
-
-/* The new tokens of one sequence. `slots` are those of the cache for its `length` committed and `entries` other entries;
-   the last `tokens` of these are the new ones. */
-typedef struct {
-    int64_t start, tokens, length, entries;
-    const int64_t *slots, *depths; /* [length + entries], [entries] */
-    const uint8_t *visible;        /* [tokens, entries] */
-} Span;
-
-typedef struct {
-    int64_t count, threads;
-    const Span *spans;
-} Batch;
-
-typedef struct {
-    int64_t kv_heads, group, key_dim, value_dim;
-    int64_t window; /* 0: none */
-    float scale, softcap; /* 0: none */
-} Layer;
 
 typedef struct {
     float *keys, *values;                           /* the cache: [slots, kv_heads, dim] */
@@ -72,14 +54,14 @@ static int64_t first_seen(const Span *span, int64_t token, int64_t window)
     return first < 0 ? 0 : first > span->length ? span->length : first;
 }
 
-static int64_t tile_tokens(const Span *span, const Layer *layer)
+static int64_t tile_tokens(const Span *span, const Attention *layer)
 {
     int64_t rows = TILE_SCORES / (span->length + span->entries);
     int64_t tokens = (rows < TILE_ROWS ? rows : TILE_ROWS) / layer->group;
     return tokens > 1 ? tokens : 1;
 }
 
-static Tile *cut(const Batch *batch, const Layer *layer, int64_t *count)
+static Tile *cut(const Batch *batch, const Attention *layer, int64_t *count)
 {
     *count = 0;
     for (const Span *span = batch->spans; span < batch->spans + batch->count; span++) {
@@ -101,7 +83,7 @@ static Tile *cut(const Batch *batch, const Layer *layer, int64_t *count)
     return tiles;
 }
 
-static void write_entries(const Tile *tile, const Layer *layer, const Data *data)
+static void write_entries(const Tile *tile, const Attention *layer, const Data *data)
 {
     const Span *span = tile->span;
     const int64_t *slots = span->slots + span->length + span->entries - span->tokens;
@@ -201,7 +183,7 @@ static void score_rows(int rows, const float **queries, const float **keys, int 
 }
 
 /* Hides what a new token does not see in its row of scores [stride] of the tile's entries. */
-static void hide(const Tile *tile, int64_t token, const Layer *layer, float *scores, int64_t stride)
+static void hide(const Tile *tile, int64_t token, const Attention *layer, float *scores, int64_t stride)
 {
     const Span *span = tile->span;
     int64_t start = span->length - tile->first, seen = tile->end - tile->first;
@@ -228,7 +210,7 @@ static float largest(const float *scores, int64_t count)
 }
 
 /* Turns a row's raw scores into weights, the largest of which is 1; returns one over their sum. */
-static float weigh(const Layer *layer, float *scores, int64_t stride)
+static float weigh(const Attention *layer, float *scores, int64_t stride)
 {
     v8f scale = splat8(layer->scale), softcap = splat8(layer->softcap);
     if (layer->softcap > 0) {
@@ -252,7 +234,7 @@ static float weigh(const Layer *layer, float *scores, int64_t stride)
     return unit / (float)(sums[0] + sums[1] + sums[2] + sums[3]);
 }
 
-static void attend_tile(const Tile *tile, const Layer *layer, int64_t kv_head, const Data *data, float *scores)
+static void attend_tile(const Tile *tile, const Attention *layer, int64_t kv_head, const Data *data, float *scores)
 {
     const Span *span = tile->span;
     int64_t group = layer->group, heads = layer->kv_heads * group, count = tile->tokens * group;
@@ -302,7 +284,7 @@ static void attend_tile(const Tile *tile, const Layer *layer, int64_t kv_head, c
 }
 
 /* Writes the new tokens' keys and values to their slots, then lets every new token attend. */
-void treeline_attend(const Batch *batch, const Layer *layer, float *keys, float *values, const float *query,
+void treeline_attend(const Batch *batch, const Attention *layer, float *keys, float *values, const float *query,
                      int64_t query_stride, const float *key, int64_t key_stride, const float *value,
                      int64_t value_stride, float *output)
 {

@@ -2,6 +2,7 @@
    row alone. Sizes are multiples of 8. */
 #include <math.h>
 
+#include "kernels.h"
 #include "vector_math.h"
 
 enum { PARALLEL_FLOATS = 1 << 16 }; /* below it, waking threads costs more than they save */

@@ -5,6 +5,7 @@
  * their order in one accumulator per output: a token's bits do not depend on what else is in the pass. */
 #include <string.h>
 
+#include "kernels.h"
 #include "vectors.h"
 
 #define ROWS 32        /* outputs side by side in a tile */

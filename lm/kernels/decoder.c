@@ -1,0 +1,89 @@
+/* Whole decoder layers of Llama's kind, one after the other: what they compute is in the other kernels. */
+#include <stdlib.h>
+#include <time.h>
+
+#include "kernels.h"
+
+/* Its weights as `treeline_grouped_linear` takes them. */
+typedef struct {
+    const uint8_t *tiles;
+    const float *bias; /* or NULL */
+    int64_t bits, features_in, features_out;
+} Linear;
+
+typedef struct {
+    Linear qkv, o, gate_up, down;
+    const float *input_norm, *mlp_norm;
+    float input_epsilon, mlp_epsilon;
+    Attention attention;
+    float *keys, *values; /* of the cache */
+} DecoderLayer;
+
+/* What time can be told of. */
+enum { LINEAR, ATTENTION, NORM_ROTARY };
+
+static int64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+/* Adds the time since *since_ns, and starts anew. */
+static void tell(int64_t *spent_ns, int phase, int64_t *since_ns)
+{
+    if (!spent_ns) return;
+    int64_t now = now_ns();
+    spent_ns[phase] += now - *since_ns;
+    *since_ns = now;
+}
+
+static void multiply(const Linear *linear, const float *inputs, float *outputs, int64_t tokens, int64_t threads)
+{
+    treeline_grouped_linear(linear->tiles, linear->bits, linear->bias, inputs, outputs, tokens, linear->features_in,
+                            linear->features_out, threads);
+}
+
+/* out [tokens, size] = what `count` layers, which are of one shape, make of hidden [tokens, size].
+   turns [tokens, key_dim / 2] of (cos, sin). spent_ns [NORM_ROTARY + 1], or NULL. */
+void treeline_decoder_layers(int64_t count, const DecoderLayer *layers, const Batch *batch, int64_t tokens,
+                             int64_t size, const float *turns, const float *hidden, float *out, int64_t *spent_ns)
+{
+    const Attention *heads = &layers->attention;
+    int64_t queries = heads->kv_heads * heads->group, turned = queries + heads->kv_heads, threads = batch->threads;
+    int64_t qkv_size = layers->qkv.features_out, mixed_size = layers->o.features_in;
+    int64_t gate_up_size = layers->gate_up.features_out, gated_size = layers->down.features_in;
+    float *added = malloc(tokens * (2 * size + qkv_size + mixed_size + gate_up_size + gated_size) * sizeof *added);
+    float *normed = added + tokens * size, *qkv = normed + tokens * size, *mixed = qkv + tokens * qkv_size;
+    float *gate_up = mixed + tokens * mixed_size, *gated = gate_up + tokens * gate_up_size;
+    const float *key = qkv + queries * heads->key_dim, *value = qkv + turned * heads->key_dim;
+    int64_t since_ns = now_ns();
+
+    for (const DecoderLayer *layer = layers; layer < layers + count; layer++) {
+        treeline_rms_norm(tokens, size, hidden, layer == layers ? NULL : added, out, layer->input_norm,
+                          layer->input_epsilon, normed, threads);
+        tell(spent_ns, NORM_ROTARY, &since_ns);
+        multiply(&layer->qkv, normed, qkv, tokens, threads);
+        tell(spent_ns, LINEAR, &since_ns);
+        treeline_rotate(tokens, turned, heads->key_dim, qkv, qkv_size, turns, threads);
+        tell(spent_ns, NORM_ROTARY, &since_ns);
+        treeline_attend(batch, &layer->attention, layer->keys, layer->values, qkv, qkv_size, key, qkv_size, value,
+                        qkv_size, mixed);
+        tell(spent_ns, ATTENTION, &since_ns);
+        multiply(&layer->o, mixed, added, tokens, threads);
+        tell(spent_ns, LINEAR, &since_ns);
+        treeline_rms_norm(tokens, size, hidden, added, out, layer->mlp_norm, layer->mlp_epsilon, normed, threads);
+        hidden = out; /* from here on sums are made in place */
+        tell(spent_ns, NORM_ROTARY, &since_ns);
+        multiply(&layer->gate_up, normed, gate_up, tokens, threads);
+        tell(spent_ns, LINEAR, &since_ns);
+        treeline_silu_times(tokens, gated_size, gate_up, gated, threads);
+        tell(spent_ns, NORM_ROTARY, &since_ns);
+        multiply(&layer->down, gated, added, tokens, threads);
+        tell(spent_ns, LINEAR, &since_ns);
+    }
+    for (int64_t i = 0; i < tokens * size; i++)
+        out[i] += added[i];
+    free(added);
+    tell(spent_ns, NORM_ROTARY, &since_ns);
+}
