@@ -28,6 +28,9 @@ from lm.native_layers import NativeLayers, native_layers
 
 FUSED = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 """Layers that compute just what `FusedLayer` does; their subclasses may not."""
+LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
+"""Kinds of rotary embedding that turn by other angles once a sequence of the batch is long."""
+FIRST_POSITIONS = 1024
 
 
 class FusedLayer(nn.Module):
@@ -73,14 +76,24 @@ class FusedLayer(nn.Module):
 
 
 class ComplexRotary(nn.Module):
-    """A rotary embedding's turns as complex numbers, made once a pass."""
+    """A rotary embedding's turns as complex numbers, made once a pass; on the CPU, once for each position."""
 
     def __init__(self, rotary: nn.Module) -> None:
         super().__init__()
         self.rotary = rotary
+        self._turns_at = torch.empty(0)
 
     def forward(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
         """complex64 [tokens, 1, head_dim / 2]."""
+        if not hidden_states.is_cpu or self.rotary.rope_type in LENGTH_DEPENDENT_ROPE:
+            return self._turns(hidden_states, position_ids)
+        needed = int(position_ids.max()) + 1
+        if needed > len(self._turns_at):
+            ahead = max(FIRST_POSITIONS, 2 * needed)
+            self._turns_at = self._turns(hidden_states, torch.arange(ahead)[None])
+        return self._turns_at[position_ids[0]]
+
+    def _turns(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
         cos, sin = self.rotary(hidden_states.float(), position_ids)
         half = cos.shape[-1] // 2
         return torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])

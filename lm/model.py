@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from lm.attention import CONTEXT, IMPLEMENTATION, AttentionContext, Probe, UnsupportedAttentionError
 from lm.device import torch_device, torch_dtype
 from lm.features import FeatureTap
-from lm.fused import fuse_layers
+from lm.fused import LENGTH_DEPENDENT_ROPE, fuse_layers
 from lm.graphs import Outputs
 from lm.kv_cache import KVCache, LayerShape
 from lm.packed import PackedSequence
@@ -221,7 +221,7 @@ def _check_weights(hf: PreTrainedModel, missing: set[str]) -> None:
 def _max_context_tokens(config: PretrainedConfig) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     # These change every frequency once any sequence of the batch is longer than this, so we stay below it.
-    if rope.get("rope_type") in ("longrope", "dynamic"):
+    if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
         original = rope.get("original_max_position_embeddings")
         return original or getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
     return config.max_position_embeddings

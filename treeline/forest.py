@@ -98,9 +98,8 @@ class Forest:
         if np.count_nonzero(rooted[above]) < len(kept):
             raise ValueError("a kept node's parent was dropped")
         ends = [0, *np.bincount(tree_of, minlength=len(self.sizes)).cumsum().tolist()]
-        places = (
-            rooted.cumsum()[above] - np.asarray(ends)[tree_of]
-        )  # in the cut tree, counted from 2 on; a root's is 1 at most
+        # In the cut tree, counted from 2 on; a root's is 1 at most.
+        places = rooted.cumsum()[above] - np.asarray(ends)[tree_of]
         parents = np.maximum(places - 2, ROOT).astype(np.int32)
         token_ids = _joined([tree.token_ids for tree in self.trees])[kept]
         draft_probs, ranks, sources = self.draft_probs[kept], self.ranks[kept], self.sources[kept]
