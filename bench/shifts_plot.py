@@ -65,9 +65,9 @@ def _draw_sizes(axes: Axes, steps: Sequence[ShiftStep]) -> None:
     axes.set_title("Tree size behind steps of the load")
     axes.legend(loc="upper left")
     streams = axes.twinx()
-    times_s = [step.time_s for step in steps]
-    streams.plot(times_s, [step.streams for step in steps], color="C1", drawstyle="steps-pre", label="streams")
-    streams.plot(times_s, [step.sequences for step in steps], ":", color="C1", label="of which decode")
+    all_times_s = [step.time_s for step in steps]
+    streams.plot(all_times_s, [step.streams for step in steps], color="C1", drawstyle="steps-pre", label="streams")
+    streams.plot(all_times_s, [step.sequences for step in steps], ":", color="C1", label="of which decode")
     streams.set_ylim(0, HEADROOM * max(step.streams for step in steps))
     streams.set_ylabel("streams")
     streams.legend(loc="upper right")
