@@ -42,7 +42,7 @@ class Drawn:
         """intp [nodes]: place of each node among those of all worlds."""
         worlds = self.fates // OUTCOMES
         sizes = self.cut.sizes[worlds]
-        before: NDArray[np.intp] = self.cut.firsts[worlds] - (sizes.cumsum() - sizes)
+        before = self.cut.firsts[worlds] - (np.cumsum(sizes, dtype=np.intp) - sizes)
         return before[self.tree_of] + np.arange(len(self.tree_of))
 
     def accepted(self, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
