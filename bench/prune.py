@@ -27,8 +27,7 @@ def run_prune(requests: Sequence[int], nodes: Sequence[int], repeats: int, seed:
 
     Timed are all decisions of a step: whether to draft (gate; while drafting it learns from every step's drafts, and so
     has to look again), whether to draft another layer (asked once a layer), which nodes to verify (prune_batch), and
-    cutting the trees to these. Trees are random; the context grows with every
-    repeat, as it does in service.
+    cutting the trees to these. Trees are random; the context grows with every repeat, as it does in service.
     """
     random = np.random.default_rng(seed)
     for batch in requests:

@@ -26,7 +26,6 @@ from lm.fused import fuse_layers
 from lm.graphs import Outputs
 from lm.kv_cache import KVCache, LayerShape
 from lm.model import torch_device
-from lm.native import LANES
 from lm.packed import PackedSequence
 from lm.packed_linear import pack_linear_layers
 from lm.passes import Passes
@@ -111,8 +110,7 @@ class HeadModule(nn.Module):
 
 def _norm(hidden: Tensor, norm: nn.Module) -> Tensor:
     """By a kernel, unless gradients are wanted."""
-    fast = not torch.is_grad_enabled() and hidden.shape[-1] % LANES == 0
-    return (elementwise_for(hidden) if fast else TORCH).norm(hidden, norm)
+    return (TORCH if torch.is_grad_enabled() else elementwise_for(hidden)).norm(hidden, norm)
 
 
 class DraftHead:

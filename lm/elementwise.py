@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from lm.native import library, typed
+from lm.native import LANES, library, typed
 
 
 class Elementwise(Protocol):
@@ -106,5 +106,6 @@ _native = functools.cache(NativeElementwise)
 
 def elementwise_for(hidden: Tensor) -> Elementwise:
     """The kernels for such rows where there are any, else torch."""
-    kernels = library() if hidden.dtype == torch.float32 and hidden.is_cpu else None
+    fits = hidden.dtype == torch.float32 and hidden.is_cpu and hidden.shape[-1] % LANES == 0
+    kernels = library() if fits else None
     return TORCH if kernels is None else _native(kernels)

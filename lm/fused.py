@@ -135,8 +135,8 @@ def _forward(
     else:
         for layer in body.layers:
             hidden_states = layer(hidden_states, position_embeddings=turns, **kwargs)
-    work = elementwise_for(hidden_states) if hidden_states.shape[-1] % LANES == 0 else TORCH
-    return BaseModelOutputWithPast(last_hidden_state=work.norm(hidden_states, body.norm))  # type: ignore[arg-type]
+    normed = elementwise_for(hidden_states).norm(hidden_states, body.norm)
+    return BaseModelOutputWithPast(last_hidden_state=normed)  # type: ignore[arg-type]
 
 
 def _window(layer: Any) -> int | None:

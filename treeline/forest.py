@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from treeline.tree import EMPTY_TREE, ROOT, DraftTree, Source
+from treeline.tree import ROOT, DraftTree, Source
 
 _NGRAM = np.uint8(Source.NGRAM)
 """Typed, since comparing with a member of an enumeration takes several times as long."""
@@ -104,7 +104,9 @@ class Forest:
         token_ids = _joined([tree.token_ids for tree in self.trees])[kept]
         draft_probs, ranks, sources = self.draft_probs[kept], self.ranks[kept], self.sources[kept]
         return [
-            DraftTree(token_ids[a:b], parents[a:b], draft_probs[a:b], ranks[a:b], sources[a:b]) if a < b else EMPTY_TREE
+            DraftTree(token_ids[a:b], parents[a:b], draft_probs[a:b], ranks[a:b], sources[a:b])
+            if a < b
+            else DraftTree.empty()
             for a, b in pairwise(ends)
         ]
 

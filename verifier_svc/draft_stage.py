@@ -18,7 +18,7 @@ from treeline.config import LimitsConfig
 from treeline.drafting import ALL_LAYERS, NO_FEATURES, DraftLink, DraftReply, DraftRequest, DraftSequence, DraftStats
 from treeline.forest import Forest
 from treeline.plan import Plan
-from treeline.tree import EMPTY_TREE, DraftTree
+from treeline.tree import DraftTree
 from verifier_svc.draft_history import LookupGains, Patience
 from verifier_svc.hidden_states import HiddenStates
 from verifier_svc.scheduler import Batch, Scheduler
@@ -50,7 +50,7 @@ class Drafts:
     refusal: str = ""
 
     def tree(self, sequence: Sequence) -> DraftTree:
-        return self.trees.get(sequence.session_id, EMPTY_TREE)
+        return self.trees.get(sequence.session_id, DraftTree.empty())
 
 
 class Asked(NamedTuple):
@@ -271,10 +271,10 @@ def _plain_verify_s(batch: Batch, state: BatchState, plan: Plan) -> float:
 
 def _forest(decoding: list[Sequence], messages: list[DraftSequence], reply: DraftReply) -> Forest:
     """The trees of all that decode; one larger than was allowed is not to be trusted with our memory."""
-    trees = dict.fromkeys([s.session_id for s in decoding], EMPTY_TREE)
+    trees = dict.fromkeys([s.session_id for s in decoding], DraftTree.empty())
     depths = dict.fromkeys(trees, 0)
     for message in messages:
-        tree = reply.trees.get(message.session_id, EMPTY_TREE)
+        tree = reply.trees.get(message.session_id, DraftTree.empty())
         if len(tree) <= message.max_nodes:
             trees[message.session_id], depths[message.session_id] = tree, message.max_depth
     forest = Forest.of(list(trees.values()))
@@ -282,7 +282,7 @@ def _forest(decoding: list[Sequence], messages: list[DraftSequence], reply: Draf
     if not len(too_deep):
         return forest
     cut = {*forest.tree_of[too_deep].tolist()}
-    return Forest.of([EMPTY_TREE if index in cut else tree for index, tree in enumerate(forest.trees)])
+    return Forest.of([DraftTree.empty() if index in cut else tree for index, tree in enumerate(forest.trees)])
 
 
 def _weights(sequences: list[Sequence], now_s: float) -> dict[int, float]:

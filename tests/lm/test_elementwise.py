@@ -16,7 +16,7 @@ BOTH = pytest.mark.parametrize("native", [pytest.param(True, marks=kernels), Fal
 
 
 def work(native: bool) -> Elementwise:
-    chosen = elementwise_for(torch.zeros(1)) if native else TORCH
+    chosen = elementwise_for(torch.zeros(8)) if native else TORCH
     assert isinstance(chosen, NativeElementwise) == native
     return chosen
 
@@ -100,3 +100,7 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it_and_however_many_threads_
 @torch.inference_mode()
 def test_other_types_go_to_torch() -> None:
     assert elementwise_for(torch.zeros(8, dtype=torch.bfloat16)) is TORCH
+
+
+def test_rows_of_broken_vectors_go_to_torch() -> None:
+    assert elementwise_for(torch.zeros(8, 12)) is TORCH
