@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 from grpc_health.v1 import health
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 DRAFTER_WAIT_S = 3.0
 """A drafter starting beside us gets this long to tell its costs for the profile; later it is welcome all the same."""
 LOAD_INTERVAL_S = 0.5
+LOADER = "loader"
+"""The thread that loads and measures, and then ends. Every thread that computes keeps OpenMP threads of its own; once
+there are more of them than cores, idle ones included, OpenMP lets all of them sleep at every barrier of a pass."""
 
 
 class VerifierServer:
@@ -67,14 +71,15 @@ class VerifierServer:
         Raises:
             ConfigError: the model cannot be served as configured, or a port is taken.
         """
-        model = await asyncio.to_thread(LanguageModel.load, config.verifier.target)
-        _check_limits(model, config)
-        verifier_id = uuid.uuid4().hex
-        watcher = PlanWatcher(planner, verifier_id, config.limits, config.internal)
-        link = GrpcLink(drafter, config, model.vocab_size, vocabulary_sha256(model.tokenizer))
-        core = Engine(model, link, lambda: watcher.plan, config)
-        curves = await asyncio.to_thread(verification_profile, model, core.cache)
-        await asyncio.to_thread(warm_up, model, core.cache)
+        loop, verifier_id = asyncio.get_running_loop(), uuid.uuid4().hex
+        with ThreadPoolExecutor(1, LOADER) as loader:
+            model = await loop.run_in_executor(loader, LanguageModel.load, config.verifier.target)
+            _check_limits(model, config)
+            watcher = PlanWatcher(planner, verifier_id, config.limits, config.internal)
+            link = GrpcLink(drafter, config, model.vocab_size, vocabulary_sha256(model.tokenizer))
+            core = await loop.run_in_executor(loader, Engine, model, link, lambda: watcher.plan, config)
+            curves = await loop.run_in_executor(loader, verification_profile, model, core.cache)
+            await loop.run_in_executor(loader, warm_up, model, core.cache)
         info = await wait_for_info(link, DRAFTER_WAIT_S)
         profile = VerifierProfile(curves, info.layer_s if info else 0.0, info.node_s if info else 0.0)
         registry = CollectorRegistry()

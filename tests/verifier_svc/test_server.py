@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from pathlib import Path
 
 import grpc
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lm.model import LanguageModel
 from tests.verifier_svc.services import Services, running_services, save_tiny_model, tiny_config
 from tests.verifier_svc.test_service import failure
 from treeline.config import Config, DrafterConfig, ModelConfig
@@ -249,3 +251,21 @@ def test_a_context_longer_than_the_models_is_refused_at_the_start(target):
 
     with pytest.raises(ConfigError, match="max_context_tokens is 4096"):
         with_services(scenario, tiny_config(target, max_context_tokens=4096))
+
+
+def test_the_thread_that_loads_has_ended_when_it_serves(target):
+    loads = LanguageModel.load
+    loaded_in = []
+
+    def load(config: ModelConfig) -> LanguageModel:
+        loaded_in.append(threading.current_thread())
+        return loads(config)
+
+    async def scenario(services):
+        return [thread for thread in loaded_in if thread.is_alive()]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LanguageModel, "load", load)
+        alive = with_services(scenario, tiny_config(target))
+    assert loaded_in
+    assert not alive
