@@ -28,6 +28,8 @@ PROBE_SHARE = 0.01
 """Most of the time that drafting may take while it does not pay."""
 PROBE_REQUESTS = 2
 """A probe, as the very first draft, is of few requests: the others wait while a drafter catches up with their texts."""
+CATCH_UP_STEPS = 32
+"""What a draft model must run before it can draft for requests that it has not followed is paid by so many steps."""
 MAX_LATE = 7
 
 
@@ -132,21 +134,25 @@ def outlook(
     plan: Plan,
     connected: bool,
     lookups: float = 1.0,
+    behind_tokens: int = 0,
 ) -> Outlook:
     """The rule of `prune_batch`, before there are trees: R over all sizes and layers, and over not drafting at all.
 
     Args:
         requests: those that would be drafted, out of `sequences` that decode; weights are 1 on average.
         lookups: how much lookups find for these requests, as a ratio to what they find for all.
+        behind_tokens: tokens of these requests that the draft model has not run yet.
     """
     nodes, gains = supply.curves(requests, lookups)
     most = state.base_tokens + math.ceil(nodes[-1, -1])
     pass_s = plan.cost.step_overhead_s + verify_seconds(plan.cost, sequences, state.context_tokens, most)
     draft_s, sizes = supply.draft_s(plan.cost, requests, connected), np.arange(most + 1)
+    charged_s = draft_s.copy()
+    charged_s[1:] += plan.cost.draft_node_s * behind_tokens / CATCH_UP_STEPS
     # Not the prompts' time, but the trees' beside prompts.
-    promptless_s = seconds = draft_s[:, None] + np.interp(sequences + nodes, sizes, pass_s)
+    promptless_s = seconds = charged_s[:, None] + np.interp(sequences + nodes, sizes, pass_s)
     if state.base_tokens > sequences:
-        seconds = draft_s[:, None] + np.interp(state.base_tokens + nodes, sizes, pass_s)
+        seconds = charged_s[:, None] + np.interp(state.base_tokens + nodes, sizes, pass_s)
     goodputs, plain_s = (sequences + gains) / promptless_s, pass_s.item(sequences)
     price = price_of(goodputs, plain_s, sequences, state.waiting_startable)
     gain = gains - price * (seconds - pass_s[state.base_tokens])
@@ -173,7 +179,7 @@ class DraftGate:
     """Opens and closes drafting for the requests that leave it to the planner; one per verifier.
 
     Now and then, as often as costs PROBE_SHARE of the time, a step is drafted with all layers, whatever pays: while
-    the gate is closed, for a few requests. A drafter that is late is left alone for longer each time.
+    the draft model does not pay, for a few requests. A drafter that is late is left alone for longer each time.
     """
 
     def __init__(self) -> None:
@@ -196,17 +202,18 @@ class DraftGate:
         connected: bool,
         now_s: float,
         lookups: float = 1.0,
+        behind_tokens: int = 0,
     ) -> Decision:
         """For how many of `requests` to draft now, and how far. Arguments as for `outlook`."""
         if self._late and now_s < self._probe_at_s:
             return Decision(0, "the drafter was late and is left alone for a while")
         if not self._supply.known:
             return Decision(min(requests, PROBE_REQUESTS))
-        found = self._look(requests, sequences, state, plan, connected, lookups)
+        found = self._look(requests, sequences, state, plan, connected, lookups, behind_tokens)
         self._drafting = found.gain > (0.0 if self._drafting else START_MARGIN * sequences)
         self._forgive(requests, now_s)
         probing = now_s >= self._probe_at_s
-        if self._drafting:
+        if self._drafting and (found.layers or not probing):
             layers = ALL_LAYERS if probing else found.layers
             return Decision(requests, "", layers, float(found.draft_s[min(layers, LAYERS - 1)]))
         if probing:
@@ -223,14 +230,14 @@ class DraftGate:
             self._probed_requests = remaining
 
     def _look(
-        self, requests: int, sequences: int, state: BatchState, plan: Plan, connected: bool, lookups: float
+        self, requests: int, sequences: int, state: BatchState, plan: Plan, connected: bool, lookups: float, behind: int
     ) -> Outlook:
         """The outlook, as it was when last looked at if nothing but some more context and few drafts came since."""
         batch = (requests, sequences, state.base_tokens, state.waiting_startable, connected, lookups)
         moved = self._unseen_requests >= LOOK_AGAIN_REQUESTS
         if self._outlook is None or moved or plan is not self._seen_plan or batch != self._seen_batch:
             self._unseen_requests = 0
-            self._outlook = outlook(self._supply, requests, sequences, state, plan, connected, lookups)
+            self._outlook = outlook(self._supply, requests, sequences, state, plan, connected, lookups, behind)
             self._seen_plan, self._seen_batch = plan, batch
         return self._outlook
 

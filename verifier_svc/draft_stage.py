@@ -61,8 +61,7 @@ class Asked(NamedTuple):
 
 
 class DraftStage:
-    """Owns the link to the drafter and the gate before it, and what the drafter has still to hear: ended sessions, the
-    target's features."""
+    """Owns the link to the drafter, the gate before it, and what the drafter has still to hear."""
 
     def __init__(
         self,
@@ -82,6 +81,7 @@ class DraftStage:
         self._patience = Patience(timeout_s)
         self._clock = clock
         self._step_id = 0
+        self._idle_s = self._ended_s = 0.0
         self._gate = DraftGate()
         self._lookups = LookupGains()
 
@@ -97,6 +97,8 @@ class DraftStage:
     def run(self, batch: Batch, plan: Plan) -> Drafts:
         """The trees to verify in this step; without any if drafting is off, away, late or not worth it."""
         started_s = self._clock()
+        if self._ended_s:
+            self._idle_s += started_s - self._ended_s
         self.hidden_states.follow(self.link.features if self.link else None)
         state = BatchState(
             base_tokens=len(batch.decoding) + batch.prefill_tokens,
@@ -104,7 +106,7 @@ class DraftStage:
             draft_s=0.0,
             waiting_startable=self._scheduler.free_slots,
         )
-        asked, decision = self._choose(batch.decoding, state, plan, started_s)
+        asked, decision = self._choose(batch.decoding, state, plan)
         if not asked:
             self.release()
             return Drafts(predicted_verify_s=_plain_verify_s(batch, state, plan), refusal=decision.reason)
@@ -117,7 +119,7 @@ class DraftStage:
         draft_s = self._clock() - started_s
         if reply is None:
             self._patience.late()
-            self._gate.late(draft_s, self._clock())
+            self._gate.late(draft_s, self._worked_s())
             predicted_s = _plain_verify_s(batch, state, plan)
             return Drafts(draft_s=draft_s, predicted_verify_s=predicted_s, refusal="the drafter did not answer in time")
         self._patience.came()
@@ -130,23 +132,23 @@ class DraftStage:
         pruning = prune_batch(forest, candidates, state._replace(draft_s=draft_s), plan)
         kept, sizes = forest.select(pruning.chosen), forest.sizes
         sessions, drafted = [s.session_id for s in batch.decoding], {one.sequence.session_id for one in asked}
-        now_s = self._clock()
         drafts = Drafts(
             trees={session: tree for session, tree in zip(sessions, kept, strict=True) if session in drafted},
             drafted_nodes={session: size for session, size in zip(sessions, sizes, strict=True) if session in drafted},
             forest=forest,
             pruning=pruning,
             stats=reply.stats,
-            draft_s=now_s - started_s,  # pruning is part of what drafting takes
+            draft_s=self._clock() - started_s,  # pruning is part of what drafting takes
             predicted_verify_s=pruning.predicted_verify_s,
         )
         if decision.requests:
             requests = sum([one.sequence.policy.prunes for one in asked])
-            self._note_offered(batch.decoding, drafts, Decision(requests, "", decision.layers, expected_s), now_s)
+            self._note_offered(batch.decoding, drafts, Decision(requests, "", decision.layers, expected_s))
         return drafts
 
     def learn(self, sequences: list[Sequence], drafts: Drafts, walks: list[Walk]) -> None:
         """What became of each sequence's tree in this step; one walk per sequence, in order."""
+        self._ended_s = self._clock()
         if drafts.pruning is None:
             return
         for sequence, expected, walk in zip(sequences, drafts.pruning.expected_nodes, walks, strict=True):
@@ -166,9 +168,11 @@ class DraftStage:
         if self.owes_release:
             self._exchange([], self._patience.limit_s(math.inf))
 
-    def _choose(
-        self, decoding: list[Sequence], state: BatchState, plan: Plan, now_s: float
-    ) -> tuple[list[Asked], Decision]:
+    def _worked_s(self) -> float:
+        """Seconds, those between steps left out: what probes may take is a share of work, not of waiting for it."""
+        return self._clock() - self._idle_s
+
+    def _choose(self, decoding: list[Sequence], state: BatchState, plan: Plan) -> tuple[list[Asked], Decision]:
         """The requests to draft for in this step, and what was decided of those whose drafting has a price.
 
         Fixed policies always want their trees; for the others the gate decides.
@@ -184,10 +188,12 @@ class DraftStage:
         if not smart:
             return asked, Decision(0)
         lookups = self._lookups.ratio([one.sequence.session_id for one in smart], self._gate.lookup_gain)
-        decision = self._gate.decide(len(smart), len(decoding), state, plan, bool(asked), now_s, lookups)
+        behind = sum([one.sequence.unmodelled_tokens for one in smart])
+        now_s, connected = self._worked_s(), bool(asked)
+        decision = self._gate.decide(len(smart), len(decoding), state, plan, connected, now_s, lookups, behind)
         if decision.requests < len(smart):
-            # A probe is cheapest with those whom the drafter has followed furthest.
-            smart.sort(key=lambda one: len(one.sequence.token_ids) - one.sequence.drafter_tokens)
+            # A probe is cheapest with those whom the draft model has followed furthest.
+            smart.sort(key=lambda one: one.sequence.unmodelled_tokens)
         return asked + smart[: decision.requests], decision
 
     def _depth(self, sequence: Sequence, running: int, plan: Plan) -> int:
@@ -240,19 +246,21 @@ class DraftStage:
         for message, (sequence, _) in zip(messages, asked, strict=True):
             held = reply.held.get(sequence.session_id)
             sequence.drafter_tokens = len(sequence.token_ids) if held is None else held
+            if message.max_layers or held is not None:
+                sequence.modelled_tokens = sequence.drafter_tokens
             if held is not None:
                 self.hidden_states.lost(sequence)
             elif len(message.features):
                 self.hidden_states.sent(sequence)
 
-    def _note_offered(self, decoding: list[Sequence], drafts: Drafts, decision: Decision, now_s: float) -> None:
+    def _note_offered(self, decoding: list[Sequence], drafts: Drafts, decision: Decision) -> None:
         """What drafting offered those whose nodes could be pruned, and what it took."""
         forest, pruning, stats = drafts.forest, drafts.pruning, drafts.stats
         assert forest is not None
         assert pruning is not None
         layers, gains = forest.model_layers()[pruning.prunable], pruning.gains
         behind = catches_up(stats.catch_up_tokens, len(drafts.trees))
-        self._gate.drafted(decision, gains, layers, stats.layer_nodes, drafts.draft_s, now_s, behind)
+        self._gate.drafted(decision, gains, layers, stats.layer_nodes, drafts.draft_s, self._worked_s(), behind)
         looked_up = np.bincount(forest.tree_of[pruning.prunable], gains * (layers == 0), len(decoding)).tolist()
         found = zip(decoding, looked_up, strict=True)
         self._lookups.observe(

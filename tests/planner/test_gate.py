@@ -143,6 +143,31 @@ def test_where_the_draft_model_is_too_dear_lookups_go_on_alone():
     assert cheap.layers == 3
 
 
+def test_while_lookups_go_on_alone_the_model_is_probed_for_a_few_requests():
+    gains = np.asarray([0.9, 0.8, 0.7, 0.6, 0.5, 0.45])
+    gate, plan, now_s = DraftGate(), plan_with(replace(IDLE, draft_layer_s=0.1)), 0.0
+    seen = set()
+    for _ in range(2000):
+        decision = gate.decide(8, 8, state(8), plan, False, now_s)
+        asked, layers = decision.requests, min(3, decision.layers)
+        seen.add((asked, decision.layers))
+        own = layers >= LOOKUPS_FIRST
+        draft_s = 0.002 + 0.1 * layers
+        now_s += 0.03 + draft_s
+        gate.drafted(
+            decision, np.tile(gains[own], asked), np.tile(LOOKUPS_FIRST[own], asked), (asked,) * layers, draft_s, now_s
+        )
+    assert seen == {(8, 0), (PROBE_REQUESTS, ALL_LAYERS)}
+
+
+def test_a_model_that_has_much_to_catch_up_must_bring_more():
+    gains = np.asarray([0.9, 0.8, 0.7, 0.6, 0.5, 0.45])
+    supply, plan = Supply(), plan_with(replace(IDLE, draft_layer_s=1e-5, draft_node_s=0.0001))
+    supply.observe(8, ALL_LAYERS, np.tile(gains, 8), np.tile(LOOKUPS_FIRST, 8), (8, 8, 8))
+    assert outlook(supply, 8, 8, state(8), plan, False, behind_tokens=8).layers == 3
+    assert outlook(supply, 8, 8, state(8), plan, False, behind_tokens=400_000).layers == 0
+
+
 def test_lookups_that_find_nothing_for_the_requests_at_hand_are_not_asked():
     plan = plan_with(IDLE)
     supply = supply_of(WORTHY, layers=())

@@ -90,6 +90,29 @@ def test_where_drafting_cannot_pay_it_stops_and_every_step_is_predicted(model):
     assert all(record.draft_s == 0 for record in undrafted)
 
 
+class Clock:
+    """Seconds that pass only when somebody asks for the time."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        self.now_s += 0.01
+        return self.now_s
+
+
+def test_idle_times_do_not_hasten_probes(model):
+    link, clock = ChainLink(), Clock()
+    engine = Engine(model, link, lambda: plan(0.0001, 0.004, draft_round_trip_s=0.05), CONFIG)
+    engine.draft_stage._clock = clock
+    for i in range(30):
+        engine.add(request(f"r{i}", max_tokens=4))
+        while engine.has_work:
+            engine.step()
+        clock.now_s += 1000.0
+    assert len(link.asked) <= 2, "the first draft, and one that goes on with it"
+
+
 def test_fixed_policies_are_drafted_where_smart_ones_are_not(model):
     link = ChainLink()
     engine = Engine(model, link, lambda: plan(0.0001, 0.1, draft_sequence_s=0.05), CONFIG)
