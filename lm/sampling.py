@@ -44,7 +44,15 @@ def choose_tokens(logits: Tensor, rows: list[Row]) -> Tensor:
     Returns:
         int64 [rows]. A row's token depends on nothing but its own logits and parameters.
     """
-    return _scores(logits, rows).argmax(dim=-1)
+    return argmax(_scores(logits, rows))
+
+
+def argmax(scores: Tensor) -> Tensor:
+    """int64 [rows]: index of each row's largest score, the first of equals. `scores` is float32 [rows, vocab]."""
+    if scores.device.type == "cpu":
+        # torch's own takes up to eight times as long here.
+        return torch.from_numpy(scores.numpy().argmax(axis=-1))
+    return scores.argmax(dim=-1)
 
 
 @torch.inference_mode()

@@ -114,6 +114,13 @@ def test_a_row_depends_on_itself_alone_and_logits_are_not_changed() -> None:
     assert [int(choose_tokens(logits[i : i + 1], [rows[i]])) for i in range(33)] == together.tolist()
 
 
+def test_the_first_of_equal_scores_is_chosen() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0], [-torch.inf, -torch.inf, 2.0, 2.0]])
+    rows = [Row(SamplingParams(), 1)] * 3
+    assert choose_tokens(logits, rows).tolist() == [1, 0, 2]
+    assert choose_tokens(logits[:, ::2], rows).tolist() == [1, 0, 1]
+
+
 def test_history_may_be_a_tensor_an_array_or_nothing() -> None:
     logits = torch.tensor([[5.0, 4.0, -1.0]])
     params = SamplingParams(repetition_penalty=2.0)
