@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lm.device import download, upload
 from lm.features import FeatureTap
@@ -23,6 +26,23 @@ logger = logging.getLogger(__name__)
 
 WINDOW_TOKENS = 256
 """Most features kept per request: with this much context a head begins that was away, or whose prompt is long."""
+UNREAD_TOKENS = 256
+"""Passes over so many tokens are left as they are, and then read together: while nothing is drafted nobody asks."""
+
+
+@dataclass
+class Unread:
+    """Passes whose features are still as the model left them.
+
+    Attributes:
+        passes: of each the features by layer, each [tokens, hidden].
+        tokens: of all of them.
+        wanted: (session, rows of all of them, counted through), in the order of the rows.
+    """
+
+    passes: list[list[Tensor]] = field(default_factory=list)
+    tokens: int = 0
+    wanted: list[tuple[int, list[int]]] = field(default_factory=list)
 
 
 class HiddenStates:
@@ -37,6 +57,7 @@ class HiddenStates:
         self._window_tokens = WINDOW_TOKENS
         self._spec: FeatureSpec | None = None
         self._tap: FeatureTap | None = None
+        self._unread = Unread()
         self._rows: dict[int, deque[NDArray[np.uint16]]] = {}
         self._wait: Callable[[], None] = lambda: None
         """Until the last rows have come from the device."""
@@ -50,6 +71,7 @@ class HiddenStates:
         if self._tap is not None:
             self._tap.close()
             self._tap = None
+        self._unread = Unread()
         self._rows.clear()
         self._sent_tokens.clear()
         if spec is None:
@@ -75,32 +97,44 @@ class HiddenStates:
         """
         if self._tap is None:
             return
-        chosen: list[tuple[Sequence, NDArray[np.int64]]] = []
-        first = 0
+        unread = self._unread
+        first = unread.tokens
         for sequence, walk, nodes in zip(batch.decoding, walks, tree_nodes, strict=False):
-            chosen.append((sequence, first + np.asarray([0, *(1 + node for node in walk.accepted)])))
+            unread.wanted.append((sequence.session_id, [first, *[first + 1 + node for node in walk.accepted]]))
             first += 1 + nodes
         for sequence, tokens in batch.prefilling:
-            chosen.append((sequence, np.arange(first + max(0, tokens - self._window_tokens), first + tokens)))
+            rows = range(first + max(0, tokens - self._window_tokens), first + tokens)
+            unread.wanted.append((sequence.session_id, list(rows)))
             first += tokens
-        hidden = self._tap.take()
-        rows = np.concatenate([rows for _, rows in chosen])
+        unread.passes.append(self._tap.parts())
+        unread.tokens = first
+        # The drafter will ask again after a step with trees: the features are on their way meanwhile.
+        if any(tree_nodes) or first >= UNREAD_TOKENS:
+            self._read()
+
+    def _read(self) -> None:
+        """Take what is wanted of the unread passes."""
+        unread, self._unread = self._unread, Unread()
+        if not unread.wanted:
+            return
+        hidden = torch.cat([torch.cat(layer) for layer in zip(*unread.passes, strict=True)], dim=-1)
+        rows = [row for _, rows in unread.wanted for row in rows]
         if len(rows) < len(hidden):
-            hidden = hidden[upload(rows, self._model.device)]
+            hidden = hidden[upload(np.asarray(rows), self._model.device)]
         bits, self._wait = download(hidden.bfloat16().view(torch.int16))
-        values = bits.numpy().view(np.uint16)
-        start = 0
-        for sequence, indices in chosen:
-            kept = self._rows.setdefault(sequence.session_id, deque(maxlen=self._window_tokens))
-            kept.extend(values[start : start + len(indices)])
-            start += len(indices)
+        values = iter(bits.numpy().view(np.uint16))
+        for session_id, rows in unread.wanted:
+            kept = self._rows.setdefault(session_id, deque(maxlen=self._window_tokens))
+            kept.extend(islice(values, len(rows)))
 
     def unsent(self, sequences: list[Sequence]) -> list[NDArray[np.uint16]]:
         """For each sequence uint16 [k, width]: features of the tokens before those last k that came since `sent`.
 
         What would make the message too large stays for a later step.
         """
-        self._wait()
+        if sequences:
+            self._read()
+            self._wait()
         budget_bytes = self._budget_bytes
         found = []
         for sequence in sequences:
@@ -123,5 +157,6 @@ class HiddenStates:
 
     def forget(self, sequence: Sequence) -> None:
         """The request has ended."""
+        self._unread.wanted = [each for each in self._unread.wanted if each[0] != sequence.session_id]
         self._rows.pop(sequence.session_id, None)
         self._sent_tokens.pop(sequence.session_id, None)

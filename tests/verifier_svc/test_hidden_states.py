@@ -14,6 +14,7 @@ from tests.verifier_svc.doubles import OracleDrafter
 from tests.verifier_svc.test_engine import CONFIG, LIMITS, Known, plain_greedy, prompts, run, tokens_of
 from treeline.drafting import DraftReply, DraftRequest, FeatureSpec
 from treeline.sampling import SamplingParams
+from verifier_svc import hidden_states
 from verifier_svc.engine import Engine
 from verifier_svc.link import LocalLink
 from verifier_svc.request import GenerationRequest
@@ -76,6 +77,51 @@ def test_every_token_before_the_root_is_sent_once_with_the_targets_own_features(
         check_rows(model, rows, prompt + answer)
     assert drafter.rows == sum(map(len, drafter.read.values())), "features were sent twice"
     assert not engine.draft_stage.hidden_states._rows
+
+
+@pytest.mark.parametrize("unread_tokens", [1, 7, 1000])
+def test_features_of_steps_without_drafts_come_when_the_drafter_is_asked_again(model, monkeypatch, unread_tokens):
+    monkeypatch.setattr(hidden_states, "UNREAD_TOKENS", unread_tokens)
+    known = Known()
+    requests = requests_for(known, model, 4)
+    drafter = FeatureReader(known, model.vocab_size)
+    link = LocalLink(drafter)
+    link.ready = False
+    engine = Engine(model, link, lambda: builtin_plan(LIMITS), CONFIG)
+    kept = engine.draft_stage.hidden_states
+
+    def come_late(step: int) -> None:
+        assert kept._unread.tokens < unread_tokens, "unread passes pile up"
+        if step == 9:
+            engine.abort(["r1"])
+            assert 2 not in kept._rows
+        link.ready = step > 12
+
+    run(engine, requests, on_step=come_late)
+    assert sorted(drafter.read) == [1, 3, 4], "the second one ended before the drafter came"
+    for session_id, rows in drafter.read.items():
+        prompt, answer = known.answers[session_id - 1]
+        assert sorted(rows) == list(range(max(rows) + 1)), "a token's features never came"
+        assert max(rows) > len(prompt) + 5
+        check_rows(model, rows, prompt + answer)
+    assert not kept._rows
+    assert not kept._unread.wanted
+
+
+def test_of_a_long_time_without_drafts_the_last_features_are_kept(model, monkeypatch):
+    monkeypatch.setattr(hidden_states, "WINDOW_TOKENS", 10)
+    monkeypatch.setattr(hidden_states, "UNREAD_TOKENS", 6)
+    known = Known()
+    (request,) = requests_for(known, model, 1)
+    drafter = FeatureReader(known, model.vocab_size)
+    link = LocalLink(drafter)
+    link.ready = False
+    engine = Engine(model, link, lambda: builtin_plan(LIMITS), CONFIG)
+    run(engine, [request], on_step=lambda step: setattr(link, "ready", step > 16))
+    rows, ((prompt, answer),) = drafter.read[1], known.answers
+    assert min(rows) > len(prompt)
+    assert sorted(rows) == list(range(min(rows), max(rows) + 1))
+    check_rows(model, rows, prompt + answer)
 
 
 def test_a_drafter_that_lost_a_session_gets_its_features_again(model):
