@@ -89,10 +89,11 @@ class Scheduler:
         self._remember_prompts()
         self._admit()
         decoding = [s for s in self.running if s.output_tokens]
-        budget = self._prompt_budget(decoding, plan)
+        prompts = [s for s in self.running if not s.output_tokens]
+        budget = self._prompt_budget(decoding, plan) if prompts else 0
         prefilling, finished_prompts = [], []
-        for sequence in self.running:
-            tokens = 0 if sequence.output_tokens else min(sequence.uncomputed_tokens, budget)
+        for sequence in prompts:
+            tokens = min(sequence.uncomputed_tokens, budget)
             if tokens:
                 prefilling.append((sequence, tokens))
                 budget -= tokens
