@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -185,16 +186,14 @@ class KVCache:
         """
         sources, targets = [], []
         for sequence, kept in moves:
-            entries = np.asarray(kept, np.int64)
-            if len(entries) and (entries[0] < 0 or entries[-1] >= sequence.scratch or (np.diff(entries) <= 0).any()):
+            if kept and (kept[0] < 0 or kept[-1] >= sequence.scratch or any(b <= a for a, b in pairwise(kept))):
                 raise ValueError(f"not increasing indices into {sequence.scratch} scratch entries: {kept}")
-            start = sequence.length
-            moved = entries != np.arange(len(entries))
-            if moved.any():
-                sources.append(sequence.slots(start, start + sequence.scratch)[entries[moved]])
-                targets.append(sequence.slots(start, start + len(entries))[moved])
-            sequence.length += len(entries)
-            sequence.scratch = 0
+            start, end = sequence.length, sequence.length + len(kept)
+            moved = [entry for place, entry in enumerate(kept) if entry != place]  # The last ones, as they increase.
+            if moved:
+                sources.append(sequence.slots(start, start + sequence.scratch)[moved])
+                targets.append(sequence.slots(end - len(moved), end))
+            sequence.length, sequence.scratch = end, 0
         if not sources:
             return
         device = self._storages[0].device
