@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import mean
 from typing import Annotated
 
 import typer
@@ -53,10 +56,13 @@ PROMPTS = (
     DemoPrompt("list", "Count from one to thirty in words, separated by commas."),
     DemoPrompt("story", "Begin a story about a lighthouse keeper who finds a letter.", temperature=0.8),
 )
+ALONE = tuple(prompt for prompt in PROMPTS if prompt.label == "repeat")
+TOGETHER_ROUNDS, ALONE_ROUNDS = 2, 3
 SEED = 7
 WARM_UP_TOKENS = 16
 """A service that has just started pays for first calls, and its planner knows nothing yet: neither is compared."""
 TIMEOUT_S = 300.0
+NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
 @dataclass
@@ -67,14 +73,40 @@ class Outcome:
     total_s: float
     text: str
     complete: pb.GenerateComplete
+    reasons: list[str]
 
     @property
     def tokens(self) -> int:
         return self.complete.usage.completion_tokens
 
+
+@dataclass
+class Rounds:
+    """Rounds of the same prompts: their streams, round by round, and the seconds that all took."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, more: Rounds) -> None:
+        self.outcomes += more.outcomes
+        self.seconds += more.seconds
+
     @property
     def tokens_per_s(self) -> float:
-        return self.tokens / self.total_s
+        return sum(outcome.tokens for outcome in self.outcomes) / self.seconds
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The same rounds with trees and without."""
+
+    with_trees: Rounds
+    plain: Rounds
+
+    @property
+    def identical(self) -> int:
+        pairs = zip(self.with_trees.outcomes, self.plain.outcomes, strict=True)
+        return sum(tree.text == plain.text for tree, plain in pairs)
 
 
 def demo(
@@ -84,7 +116,7 @@ def demo(
     """Start the service, send concurrent prompts through its port, show the text and what speculation brought, stop."""
     console = Console()
     loaded = load_config(config)
-    # The second round must not find the first one's prompts computed.
+    # Later rounds must not find the first one's prompts computed.
     verifier = loaded.verifier.model_copy(update={"prefix_caching": False})
     checked = loaded.model_copy(update={"verifier": verifier})
     check_startable(checked)
@@ -102,34 +134,58 @@ def demo(
 
 
 def show_demo(client: TreelineClient, console: Console, max_tokens: int) -> None:
-    """Both rounds and the table."""
+    """All prompts at once, then one of them alone: with trees and without, in turns."""
     info = client.model_info()
     policy = info.default_policy
     console.print(f"{info.model} ({info.architecture}, {info.dtype}) at {client.target}, policy {policy}\n")
     for prompt in PROMPTS:
         console.print(f"[bold]{prompt.label:>8}[/] > {escape(prompt.text.splitlines()[0])}")
     console.print("\nwarming up ...\n")
-    run_round(client, WARM_UP_TOKENS, None, lambda label, text: None)
-    with_trees, trees_s = run_round(client, max_tokens, None, Narrator(console))
-    console.print("\nthe same prompts with policy=off ...")
-    plain, plain_s = run_round(client, max_tokens, "off", lambda label, text: None)
-    console.print(comparison(policy, with_trees, plain))
-    rates = [sum(o.tokens for o in outcomes) / s for outcomes, s in ((with_trees, trees_s), (plain, plain_s))]
-    same = sum(a.text == b.text for a, b in zip(with_trees, plain, strict=True))
-    console.print(
-        f"all streams together: {rates[0]:.1f} tokens/s with {policy}, {rates[1]:.1f} without: "
-        f"[bold]{rates[0] / rates[1]:.2f}x[/]; {same} of {len(plain)} texts identical"
-    )
+    run_round(client, PROMPTS, WARM_UP_TOKENS, None, silent)
+    first = run_round(client, PROMPTS, max_tokens, None, Narrator(console))
+    console.print("\nthe same prompts with policy=off, and both once more ...")
+    together = in_turns(client, PROMPTS, max_tokens, TOGETHER_ROUNDS, first)
+    console.print(f"and '{ALONE[0].label}' alone ...")
+    alone = in_turns(client, ALONE, max_tokens, ALONE_ROUNDS)
+    console.print(comparison(f"policy {policy}, and the same with off: all at once", PROMPTS, together))
+    console.print(comparison("alone", ALONE, alone))
+    for what, turns in (("all at once", together), ("alone", alone)):
+        trees, plain = turns.with_trees.tokens_per_s, turns.plain.tokens_per_s
+        console.print(
+            f"{what}: {trees:.1f} tokens/s with {policy}, {plain:.1f} without: [bold]{trees / plain:.2f}x[/]; "
+            f"{turns.identical} of {len(turns.plain.outcomes)} texts identical"
+        )
+        console.print(f"  {escape(usual_reason(turns.with_trees.outcomes))}", highlight=False)
+
+
+def silent(label: str, text: str) -> None:
+    """Shows nothing."""
+
+
+def in_turns(
+    client: TreelineClient, prompts: tuple[DemoPrompt, ...], max_tokens: int, rounds: int, first: Rounds | None = None
+) -> Turns:
+    """So many rounds with the default policy and with off, in turns. `first`: of those with trees, if it has run."""
+    turns = Turns(first or Rounds(), Rounds())
+    for number in range(rounds):
+        if number or first is None:
+            turns.with_trees.add(run_round(client, prompts, max_tokens, None, silent))
+        turns.plain.add(run_round(client, prompts, max_tokens, "off", silent))
+    return turns
 
 
 def run_round(
-    client: TreelineClient, max_tokens: int, policy: str | None, show: Callable[[str, str], None]
-) -> tuple[list[Outcome], float]:
-    """All prompts at once. Returns the outcomes in order, and the seconds until the last one ended."""
+    client: TreelineClient,
+    prompts: tuple[DemoPrompt, ...],
+    max_tokens: int,
+    policy: str | None,
+    show: Callable[[str, str], None],
+) -> Rounds:
+    """All prompts at once, until the last one has ended."""
     started_s = time.perf_counter()
-    with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        outcomes = list(pool.map(lambda prompt: follow(client, prompt, max_tokens, policy, show), PROMPTS))
-    return outcomes, time.perf_counter() - started_s
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        outcomes = list(pool.map(lambda prompt: follow(client, prompt, max_tokens, policy, show), prompts))
+    return Rounds(outcomes, time.perf_counter() - started_s)
 
 
 def follow(
@@ -138,12 +194,14 @@ def follow(
     """One stream from its request to its end."""
     started_s = time.perf_counter()
     first_s, text, complete = 0.0, "", pb.GenerateComplete()
+    reasons: list[str] = []
     answer = client.generate(
         messages=[{"role": "user", "content": prompt.text}],
         max_tokens=max_tokens,
         temperature=prompt.temperature,
         seed=SEED,
         policy=policy,
+        explain=True,
         timeout_s=TIMEOUT_S,
     )
     for message in answer:
@@ -152,9 +210,10 @@ def follow(
         else:
             first_s = first_s or time.perf_counter() - started_s
             text += message.text
+            reasons.append(message.speculation.reason)
             show(prompt.label, message.text)
     show(prompt.label, "\n")
-    return Outcome(first_s, time.perf_counter() - started_s, text, complete)
+    return Outcome(first_s, time.perf_counter() - started_s, text, complete, reasons)
 
 
 class Narrator:
@@ -185,9 +244,9 @@ def line_end(text: str) -> int:
     return 0
 
 
-def comparison(policy: str, with_trees: list[Outcome], plain: list[Outcome]) -> Table:
-    """A row a prompt: what its client saw with trees, and without."""
-    table = Table(title=f"policy {policy}, and the same with off", box=SIMPLE, padding=(0, 1, 0, 0))
+def comparison(title: str, prompts: tuple[DemoPrompt, ...], turns: Turns) -> Table:
+    """A row a prompt, over all rounds: what its client saw with trees, and without."""
+    table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("request", no_wrap=True)
     for heading in (
         "tokens",
@@ -200,17 +259,26 @@ def comparison(policy: str, with_trees: list[Outcome], plain: list[Outcome]) -> 
         "ratio",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
-    for prompt, tree, off in zip(PROMPTS, with_trees, plain, strict=True):
-        speculation = tree.complete.speculation
+    for number, prompt in enumerate(prompts):
+        trees, plain = (rounds.outcomes[number :: len(prompts)] for rounds in (turns.with_trees, turns.plain))
+        rates = [sum(o.tokens for o in outcomes) / sum(o.total_s for o in outcomes) for outcomes in (trees, plain)]
         table.add_row(
             prompt.label + (f" T={prompt.temperature:g}" if prompt.temperature else ""),
-            str(tree.tokens),
-            f"{tree.first_s:.2f} s",
-            f"{tree.tokens_per_s:.1f}",
-            f"{speculation.mean_tree_nodes:.1f}",
-            f"{speculation.mean_accepted_length:.2f}",
-            f"{off.first_s:.2f} s",
-            f"{off.tokens_per_s:.1f}",
-            f"{tree.tokens_per_s / off.tokens_per_s:.2f}x",
+            str(trees[-1].tokens),
+            f"{mean(o.first_s for o in trees):.2f} s",
+            f"{rates[0]:.1f}",
+            f"{mean(o.complete.speculation.mean_tree_nodes for o in trees):.1f}",
+            f"{mean(o.complete.speculation.mean_accepted_length for o in trees):.2f}",
+            f"{mean(o.first_s for o in plain):.2f} s",
+            f"{rates[1]:.1f}",
+            f"{rates[0] / rates[1]:.2f}x",
         )
     return table
+
+
+def usual_reason(outcomes: list[Outcome]) -> str:
+    """What the planner most often said of these streams' steps, its last such words for an example."""
+    said = {NUMBER.sub("#", reason): reason for outcome in outcomes for reason in outcome.reasons}
+    counts = Counter(NUMBER.sub("#", reason) for outcome in outcomes for reason in outcome.reasons)
+    pattern, steps = counts.most_common(1)[0]
+    return f"in {steps} of {counts.total()} steps: {said[pattern]}"

@@ -95,7 +95,7 @@ class GrowingTree:
     def add_layer(self, proposals: list[tuple[Source, Children]], plan: Plan, batch: int) -> None:
         """Let the policy choose the next layer among all that was proposed. `batch`: trees that grow together."""
         self.depth += 1
-        if not any([children.parents for _, children in proposals]):
+        if not any(children.parents for _, children in proposals):
             self.layer = []
             return
         first = len(self)
