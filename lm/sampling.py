@@ -83,7 +83,7 @@ def logprobs(logits: Tensor, chosen: list[int] | Tensor, top: int) -> tuple[Tens
 def _scores(logits: Tensor, rows: list[Row]) -> Tensor:
     """float32 [rows, vocab]: shaped log p (up to a constant per row) + g; -inf where p is 0."""
     scores = logits.float()
-    if all(row.params.greedy and row.params.repetition_penalty == 1.0 for row in rows):
+    if all(row.params.is_argmax for row in rows):
         return scores
     scores = scores.clone()
     if scores.device.type == "cuda":

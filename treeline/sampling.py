@@ -27,3 +27,8 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the token is that of the largest logit as it is."""
+        return self.temperature == 0.0 and self.repetition_penalty == 1.0

@@ -13,7 +13,7 @@ import torch
 
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
-from lm.sampling import Row, choose_tokens
+from lm.sampling import Row, argmax, choose_tokens
 from planner.policies import parse_policy
 from treeline.config import Config
 from treeline.drafting import DraftLink
@@ -135,7 +135,7 @@ class Engine:
         packed = []
         for sequence in batch.decoding:
             tree = drafts.tree(sequence)
-            parents = np.concatenate(([ROOT], tree.parents + 1)).astype(np.int32)
+            parents = np.concatenate(([ROOT], tree.parents + 1)).astype(np.int32) if len(tree) else None
             token_ids = [sequence.token_ids[-1], *tree.token_ids.tolist()]
             packed.append(PackedSequence(sequence.kv, token_ids, parents, "all"))
         for sequence, tokens in batch.prefilling:
@@ -147,11 +147,14 @@ class Engine:
     def _walk(self, batch: Batch, drafts: Drafts, logits: torch.Tensor) -> list[Walk]:
         """One walk per decoding sequence, then one per finished prompt: its first token."""
         sequences = batch.decoding + batch.finished_prompts
-        trees = [drafts.tree(sequence) for sequence in sequences]
-        rows = [row for sequence, tree in zip(sequences, trees, strict=True) for row in _rows(sequence, tree)]
-        if not rows:
+        if not sequences:
             return []
-        own_tokens = choose_tokens(logits, rows).tolist()  # The step waits for the device here, and nowhere else.
+        trees = [drafts.tree(sequence) for sequence in sequences]
+        if all(sequence.request.sampling.is_argmax for sequence in sequences):
+            chosen = argmax(logits)
+        else:
+            chosen = choose_tokens(logits, [row for each in zip(sequences, trees, strict=True) for row in _rows(*each)])
+        own_tokens = chosen.tolist()  # The step waits for the device here, and nowhere else.
         walks, first_row = [], 0
         for tree in trees:
             walks.append(target_walk(tree, own_tokens[first_row : first_row + 1 + len(tree)]))

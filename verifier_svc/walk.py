@@ -33,6 +33,8 @@ class Walk:
 
 def target_walk(tree: DraftTree, own_tokens: Sequence[int]) -> Walk:
     """Walk down `tree`. `own_tokens` [1 + n]: the target's own next token at the root, then at each node."""
+    if not len(tree):
+        return Walk([], [own_tokens[0]])
     child = dict(zip(zip(tree.parents.tolist(), tree.token_ids.tolist(), strict=True), range(len(tree)), strict=True))
     accepted: list[int] = []
     token = own_tokens[0]
