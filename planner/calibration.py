@@ -99,22 +99,23 @@ class Calibrator:
             self._calibration, outcomes.sources, outcomes.depths, outcomes.draft_probs, outcomes.sampled
         )
         accepted, sampled = outcomes.accepted.astype(np.float64), outcomes.sampled.astype(np.intp)
-        rows = np.minimum(outcomes.depths, DEPTHS).astype(np.intp) - 1
-        cells = (outcomes.sources, sampled, rows, prob_bins(outcomes.draft_probs))
+        depths = sampled * DEPTHS + np.minimum(outcomes.depths, DEPTHS) - 1
+        cells = (outcomes.sources.astype(np.intp) * (2 * DEPTHS) + depths) * PROB_BINS + prob_bins(outcomes.draft_probs)
         for counts in (self._seen, self._accepted, self._parents, self._continued, self._reliability):
             counts *= DECAY
         for counts in (self._rank_seen, self._rank_accepted):
             counts *= DECAY
-        np.add.at(self._seen, cells, 1.0)
-        np.add.at(self._accepted, cells, accepted)
+        # Of one flat index each, which is several times faster than of one for every axis.
+        np.add.at(self._seen.ravel(), cells, 1.0)
+        np.add.at(self._accepted.ravel(), cells, accepted)
         # Siblings share one reached parent: the one of rank 0 stands for it.
-        np.add.at(self._parents, (sampled, rows), outcomes.ranks == 0)
-        np.add.at(self._continued, (sampled, rows), accepted)
-        ranks = np.minimum(outcomes.ranks, RANKS - 1)
-        np.add.at(self._rank_seen, (sampled, ranks), 1.0)
-        np.add.at(self._rank_accepted, (sampled, ranks), accepted)
+        np.add.at(self._parents.ravel(), depths, (outcomes.ranks == 0).astype(np.float64))
+        np.add.at(self._continued.ravel(), depths, accepted)
+        ranks = sampled * RANKS + np.minimum(outcomes.ranks, RANKS - 1)
+        np.add.at(self._rank_seen.ravel(), ranks, 1.0)
+        np.add.at(self._rank_accepted.ravel(), ranks, accepted)
         bins = prob_bins(predicted)
-        np.add.at(self._reliability[0], bins, predicted)
+        np.add.at(self._reliability[0], bins, predicted.astype(np.float64))
         np.add.at(self._reliability[1], bins, accepted)
         np.add.at(self._reliability[2], bins, 1.0)
         self._learnt = True

@@ -104,11 +104,19 @@ def _reading(cost: CostModel, sequences: int, max_tokens: int) -> Reading:
 
 
 def _read(cost: CostModel, sequences: int, tokens: NDArray[np.intp]) -> Reading:
-    curves = cost.verify
-    seconds = sum(share * curve_seconds(curves[index], tokens) for index, share in curve_weights(curves, sequences))
-    per_context_token = context_seconds(curves, sequences, tokens)
-    short = _shortest_context(curves)
+    parts = [share * _curve(cost, index, tokens) for index, share in curve_weights(cost.verify, sequences)]
+    seconds = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    per_context_token = context_seconds(cost.verify, sequences, tokens)
+    short = _shortest_context(cost.verify)
     return short, cost.verify_scale * np.maximum.accumulate(seconds), cost.verify_scale * per_context_token
+
+
+def _curve(cost: CostModel, index: int, tokens: NDArray[np.intp]) -> NDArray[np.float64]:
+    """One of the curves at 0, 1, 2, ... tokens."""
+    seconds = cost.curve_readings.get((index, len(tokens)))
+    if seconds is None:
+        seconds = cost.curve_readings[index, len(tokens)] = curve_seconds(cost.verify[index], tokens)
+    return seconds
 
 
 def _mean_slope(curve: CostCurve) -> float:

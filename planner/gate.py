@@ -31,6 +31,7 @@ PROBE_REQUESTS = 2
 CATCH_UP_STEPS = 32
 """What a draft model must run before it can draft for requests that it has not followed is paid by so many steps."""
 MAX_LATE = 7
+_MOST_WORTH, _LAST_BIN = np.float32(1), np.float32(WORTH_BINS - 1)
 
 
 class Supply:
@@ -38,17 +39,13 @@ class Supply:
 
     Averages over recent drafts, for every layer of the draft model apart; each over the drafts that were permitted to
     run it. Worth is w a(u), of all drafted nodes, whether they were verified or not.
-
-    Attributes:
-        lookup_gain: what lookups alone offer a request, in tokens.
     """
 
     def __init__(self) -> None:
         # Nodes and what they gain, by layer and from the worthiest bin on; a first, empty bin lets sums begin at 0.
         self._offered = np.zeros((2, LAYERS * BINS))
-        self._counts = np.zeros((4, LAYERS))
-        self._requests, self._steps, self._model_nodes, self._runs = self._counts
-        self.lookup_gain = 0.0
+        # By layer; lists, since arrays of nine take longer.
+        self._requests, self._steps, self._model_nodes, self._runs = ([0.0] * LAYERS for _ in range(4))
 
     def observe(
         self,
@@ -66,31 +63,37 @@ class Supply:
         """
         seen = min(layers, LAYERS - 1) + 1
         kept = math.exp(-requests / WINDOW_REQUESTS)
-        self._counts[:, :seen] *= kept
+        for counts in (self._requests, self._steps, self._model_nodes, self._runs):
+            counts[:seen] = [kept * count for count in counts[:seen]]
         self._offered[:, : seen * BINS] *= kept
-        self._requests[:seen] += requests
-        self._steps[:seen] += 1
+        for layer in range(seen):
+            self._requests[layer] += requests
+            self._steps[layer] += 1
         for layer, nodes in enumerate(layer_nodes, 1):
             place = min(layer, LAYERS - 1)
             self._runs[place] += 1
             self._model_nodes[place] += nodes
-        bins = WORTH_BINS - (np.sqrt(np.minimum(gains, 1.0)) * (WORTH_BINS - 1)).astype(np.intp)
+        bins = WORTH_BINS - (np.sqrt(np.minimum(gains, _MOST_WORTH)) * _LAST_BIN).astype(np.intp)
         places = np.minimum(node_layers, LAYERS - 1) * BINS + bins
         offered, worths = self._offered
         offered += np.bincount(places, minlength=len(offered))
         worths += np.bincount(places, gains, len(worths))
-        self.lookup_gain = worths[:BINS].sum().item() / self._requests.item(0)
 
     @property
     def known(self) -> bool:
-        return bool(self._requests[-1] > 0)
+        return self._requests[-1] > 0
+
+    @property
+    def lookup_gain(self) -> float:
+        """What lookups alone offer a request, in tokens."""
+        return self._offered[1, :BINS].sum().item() / self._requests[0] if self._requests[0] else 0.0
 
     def curves(self, requests: int, lookups: float = 1.0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(nodes, gain) [LAYERS, BINS] for so many requests, with at most so many layers.
 
         Both are cumulative from 0 and from the worthiest on. `lookups`: as for `outlook`.
         """
-        share = requests / self._requests
+        share = requests / np.asarray(self._requests)
         share[0] *= lookups
         offered = self._offered.reshape(2, LAYERS, BINS) * share[:, None]
         nodes, gains = offered.cumsum(axis=1).cumsum(axis=2)
@@ -102,11 +105,15 @@ class Supply:
         Args:
             connected: a message goes to the drafter and its layers are run in any case.
         """
-        nodes, layers = (self._counts[2:] / self._counts[:2]).cumsum(1)
-        own_s = cost.draft_sequence_s * requests + cost.draft_node_s * (nodes * requests)
-        if connected:
-            return own_s
-        return own_s + cost.draft_round_trip_s + cost.draft_layer_s * layers
+        seconds = []
+        layers, nodes, message_s = 0.0, 0.0, 0.0 if connected else cost.draft_round_trip_s
+        layer_s = 0.0 if connected else cost.draft_layer_s
+        for layer in range(LAYERS):
+            layers += self._runs[layer] / self._steps[layer]
+            nodes += self._model_nodes[layer] / self._requests[layer]
+            own_s = cost.draft_sequence_s * requests + cost.draft_node_s * (nodes * requests)
+            seconds.append(own_s + message_s + layer_s * layers)
+        return np.asarray(seconds)
 
 
 class Outlook(NamedTuple):
@@ -147,8 +154,10 @@ def outlook(
     most = state.base_tokens + math.ceil(nodes[-1, -1])
     pass_s = plan.cost.step_overhead_s + verify_seconds(plan.cost, sequences, state.context_tokens, most)
     draft_s, sizes = supply.draft_s(plan.cost, requests, connected), np.arange(most + 1)
-    charged_s = draft_s.copy()
-    charged_s[1:] += plan.cost.draft_node_s * behind_tokens / CATCH_UP_STEPS
+    charged_s = draft_s
+    if behind_tokens:
+        charged_s = draft_s.copy()
+        charged_s[1:] += plan.cost.draft_node_s * behind_tokens / CATCH_UP_STEPS
     # Not the prompts' time, but the trees' beside prompts.
     promptless_s = seconds = charged_s[:, None] + np.interp(sequences + nodes, sizes, pass_s)
     if state.base_tokens > sequences:

@@ -76,11 +76,14 @@ class VerifierState:
 
     def _recent(self) -> tuple[list[StepRecord], NDArray[np.float64]]:
         """The last steps without prompts, and how much they count."""
-        records = list(self._work)
-        times_s = np.asarray([record.unix_s for record in records])
-        ages_s = np.maximum(0.0, times_s[-1:] - times_s)
-        first = int(np.count_nonzero(ages_s >= OLDEST_S))
-        return records[first:], np.exp(ages_s[first:] / -GOODPUT_MEMORY_S)
+        records: list[StepRecord] = []
+        for record in reversed(self._work):
+            if self._work[-1].unix_s - record.unix_s >= OLDEST_S:
+                break
+            records.append(record)
+        records.reverse()
+        ages_s = np.asarray([max(0.0, records[-1].unix_s - record.unix_s) for record in records])
+        return records, np.exp(ages_s / -GOODPUT_MEMORY_S)
 
     def settle(self, price: float) -> float:
         """The price to publish: the old one while the new one is nearly the same."""
@@ -109,6 +112,7 @@ class PlanMaker:
         price = state.settle(goodput * (1 + startable / sequences))
         published = replace(cost, node_s=state.node_s(cost))
         published.readings.update(cost.readings)  # of the same curves
+        published.curve_readings.update(cost.curve_readings)
         return Plan(
             version=next(self._versions),
             created_unix_s=time.time(),

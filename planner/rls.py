@@ -30,8 +30,9 @@ class RecursiveLeastSquares:
     def __init__(self, mean: NDArray[np.float64], covariance: NDArray[np.float64], noise: float, memory: float) -> None:
         self.theta = mean.astype(np.float64)
         self._mean = self.theta.copy()
-        self._prior, self._covariance = covariance, covariance
+        self._covariance = covariance
         self._noise, self._memory = noise, memory
+        self._regained = (1 - memory**2) * covariance  # doubt that comes back with each step
         # Nothing has been seen yet, so the first large ones are outliers too, first calls for instance.
         self._innovations: deque[float] = deque([0.0] * SPREAD_STEPS, maxlen=SPREAD_STEPS)
 
@@ -46,10 +47,11 @@ class RecursiveLeastSquares:
         spread = max(self._noise, median(self._innovations))
         # What is beyond belief counts as an observation of more noise: it moves less, and leaves more doubt.
         disbelief = max(1.0, abs(innovation) / (MAX_SPREADS * spread))
-        kept = self._memory**2
-        covariance = kept * self._covariance + (1 - kept) * self._prior
+        covariance = self._memory**2 * self._covariance
+        covariance += self._regained
         theta = self._mean + self._memory * (self.theta - self._mean)
         against = covariance @ x
         gain = against / ((float(x @ against) + self._noise**2) * disbelief)
         self.theta = theta + gain * innovation
-        self._covariance = covariance - np.outer(gain, against)
+        covariance -= gain[:, None] * against
+        self._covariance = covariance

@@ -82,6 +82,11 @@ class CostModel:
         """What `planner.cost` has read off the curves, by (sequences, n): every step asks again."""
         return {}
 
+    @cached_property
+    def curve_readings(self) -> dict[tuple[int, int], NDArray[np.float64]]:
+        """Each curve by itself, by (its place among `verify`, n): batches of all sizes are read off the same ones."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Calibration:
