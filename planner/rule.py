@@ -54,15 +54,40 @@ class BatchState(NamedTuple):
     waiting_startable: int
 
 
+class Batch(NamedTuple):
+    """What the choice reads of all candidates.
+
+    Attributes:
+        factors: float32 [candidates]; weight and ratio, by which a node's acceptance is multiplied.
+        weight: the sum of all weights.
+        prunes: bool [candidates]; whose nodes may be left out. None: everyone's.
+    """
+
+    factors: NDArray[np.float32]
+    weight: float
+    prunes: NDArray[np.bool_] | None
+
+    @staticmethod
+    def of(candidates: list[Candidate]) -> Batch:
+        prunes = [c.policy.prunes for c in candidates]
+        return Batch(
+            np.asarray([c.weight * c.ratio for c in candidates], np.float32),
+            sum([c.weight for c in candidates]),
+            None if all(prunes) else np.asarray(prunes),
+        )
+
+
 @dataclass(frozen=True)
 class Pruning:
     """What to verify, and why.
 
     Attributes:
+        tree_of: intp [nodes]; which candidate's node it is.
+        scores: float32 [nodes]; a(u).
+        candidates: how many.
         prunable: index of the forest's nodes that could be pruned.
         chosen: bool [nodes] of the forest; closed under parents.
         gains: float32 [prunable nodes]; w a(u) of each.
-        expected_nodes: per candidate, nodes of those chosen that the calibration alone expects to be accepted.
         price: R + mu Q, tokens per second.
         goodput: weighted tokens per second expected at the chosen size.
         expected_tokens: weighted tokens expected of the step.
@@ -71,10 +96,12 @@ class Pruning:
         next_s: seconds that it would have added to the pass.
     """
 
+    tree_of: NDArray[np.intp]
+    scores: NDArray[np.float32]
+    candidates: int
     prunable: NDArray[np.bool_] | slice
     chosen: NDArray[np.bool_]
     gains: NDArray[np.float32]
-    expected_nodes: list[float]
     price: float
     goodput: float
     expected_tokens: float
@@ -82,6 +109,11 @@ class Pruning:
     kept: int
     next_gain: float
     next_s: float
+
+    @property
+    def expected_nodes(self) -> list[float]:
+        """Per candidate, nodes of those chosen that the calibration alone expects to be accepted."""
+        return np.bincount(self.tree_of, self.scores * self.chosen, self.candidates).tolist()
 
     @property
     def node_s(self) -> float:
@@ -118,11 +150,11 @@ def prune_batch(forest: Forest, candidates: list[Candidate], state: BatchState, 
     tree; those nodes are part of the pass at every size.
     """
     scores = path_acceptance(forest, [c.sampled for c in candidates], plan.calibration)
-    return best_size(forest.tree_of, scores, candidates, state, plan)
+    return best_size(forest.tree_of, scores, Batch.of(candidates), state, plan)
 
 
 def best_size(
-    tree_of: NDArray[np.intp], scores: NDArray[np.float32], candidates: list[Candidate], state: BatchState, plan: Plan
+    tree_of: NDArray[np.intp], scores: NDArray[np.float32], batch: Batch, state: BatchState, plan: Plan
 ) -> Pruning:
     """The best size for the batch, over every prefix of the nodes in order of their worth.
 
@@ -130,23 +162,22 @@ def best_size(
         tree_of: intp [nodes]; which candidate's node it is.
         scores: float32 [nodes]; a(u).
     """
-    gains = scores * np.asarray([c.weight * c.ratio for c in candidates], np.float32)[tree_of]
-    prunable = _prunable(candidates, tree_of)
+    gains = scores * batch.factors[tree_of]
+    prunable = slice(None) if batch.prunes is None else batch.prunes[tree_of]
     open_gains = gains[prunable]
     fixed = len(gains) - len(open_gains)
     # Sorting values alone is several times faster than sorting their places.
     ranked = np.sort(open_gains)[::-1]
     expected = np.empty(len(ranked) + 1)
-    expected[0] = sum([c.weight for c in candidates])
+    expected[0] = batch.weight
     if fixed:
         expected[0] += float(gains.sum()) - float(ranked.sum())
     expected[1:] = ranked
-    expected = expected.cumsum()
-    sequences, base = len(candidates), state.base_tokens + fixed
+    expected.cumsum(out=expected)
+    sequences, base = len(batch.factors), state.base_tokens + fixed
     verify_s = verify_seconds(plan.cost, sequences, state.context_tokens, base + len(ranked))
-    overhead_s = plan.cost.step_overhead_s
-    promptless_s = verify_s[sequences + fixed :][: len(expected)] + (state.draft_s + overhead_s)
-    plain_s = overhead_s + float(verify_s[sequences])
+    beside_s, plain_s = state.draft_s + plan.cost.step_overhead_s, plan.cost.step_overhead_s + verify_s.item(sequences)
+    promptless_s = verify_s[sequences + fixed : sequences + fixed + len(expected)] + beside_s
     price = price_of(expected / promptless_s, plain_s, sequences, state.waiting_startable)
     verify_s = verify_s[base:]
     size = int((expected - price * verify_s).argmax())
@@ -156,19 +187,21 @@ def best_size(
         chosen[prunable] = best
     else:
         chosen = best
-    left_out = size < len(ranked)
+    left_out, best_s = size < len(ranked), verify_s.item(size)
     return Pruning(
+        tree_of,
+        scores,
+        sequences,
         prunable=prunable,
         chosen=chosen,
         gains=open_gains,
-        expected_nodes=np.bincount(tree_of, scores * chosen, sequences).tolist(),
         price=price,
-        goodput=float(expected[size] / (state.draft_s + overhead_s + verify_s[size])),
-        expected_tokens=float(expected[size]),
-        predicted_verify_s=float(verify_s[size]),
+        goodput=expected.item(size) / (beside_s + best_s),
+        expected_tokens=expected.item(size),
+        predicted_verify_s=best_s,
         kept=size,
-        next_gain=float(ranked[size]) if left_out else 0.0,
-        next_s=float(verify_s[size + 1] - verify_s[size]) if left_out else 0.0,
+        next_gain=ranked.item(size) if left_out else 0.0,
+        next_s=verify_s.item(size + 1) - best_s if left_out else 0.0,
     )
 
 
@@ -208,12 +241,6 @@ def path_acceptance(forest: Forest, sampled: list[bool], calibration: Calibratio
     sampled_nodes = np.asarray(sampled, np.bool_)[forest.tree_of]
     edges = accepts(calibration, forest.sources, forest.depths, forest.draft_probs, sampled_nodes)
     return forest.path_products(np.minimum(edges, MAX_ACCEPTANCE))
-
-
-def _prunable(candidates: list[Candidate], tree_of: NDArray[np.intp]) -> NDArray[np.bool_] | slice:
-    """Which nodes may be left out: an index of the forest."""
-    prunes = [c.policy.prunes for c in candidates]
-    return slice(None) if all(prunes) else np.asarray(prunes)[tree_of]
 
 
 def _best(values: NDArray[np.float32], ranked: NDArray[np.float32], count: int) -> NDArray[np.bool_]:

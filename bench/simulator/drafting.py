@@ -13,7 +13,7 @@ from bench.simulator.tables import Cut, Table, Tables
 from bench.simulator.worlds import MAX_DEPTH, OUTCOMES
 from planner.gate import Decision, DraftGate
 from planner.policies import Policy
-from planner.rule import BatchState, Candidate, Frontier, Pruning, another_layer, best_size
+from planner.rule import Batch, BatchState, Candidate, Frontier, Pruning, another_layer, best_size
 from treeline.plan import NodeOutcomes, Plan
 
 DRAWN = 4096
@@ -149,7 +149,7 @@ class Drafting:
             candidates = [self._candidate._replace(weight=weight) for weight in weights.tolist()]
         scores = drawn.cut.scores(plan.calibration)[drawn.nodes]
         beside = state._replace(draft_s=max(0.0, draft_s - hidden_s))
-        pruning = best_size(drawn.tree_of, scores, candidates, beside, plan)
+        pruning = best_size(drawn.tree_of, scores, Batch.of(candidates), beside, plan)
         accepted = drawn.accepted(pruning.chosen)
         return Drafted(pruning.kept, accepted, draft_s, layer_nodes, drawn, pruning)
 
