@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.simulator.dealing import DRAWN
 from bench.simulator.devices import Device
-from bench.simulator.drafting import DRAWN, Drafted, Drafting
+from bench.simulator.drafting import Drafted, Drafting
 from bench.simulator.slots import Finished, Request, Slots
 from bench.simulator.tables import Tables
 from planner.cost import pass_s
@@ -32,7 +33,7 @@ class Step(NamedTuple):
     Attributes:
         wait_s: since those requests' last step: the step itself, and that of the other half of the batch, if halves
             take turns.
-        verify_s, predicted_s: seconds of the pass, and what the plan said of them.
+        verify_s, predicted_s: seconds of the pass, and what the plan said of them; None if the planner did not see it.
         prefill_tokens: of prompts, in the pass.
         first_token_s: how long those waited whose first token came.
     """
@@ -42,7 +43,7 @@ class Step(NamedTuple):
     nodes: int
     tokens: NDArray[np.int64]
     verify_s: float
-    predicted_s: float
+    predicted_s: float | None
     prefill_tokens: int
     first_token_s: list[float]
     finished: Finished | None
@@ -71,7 +72,8 @@ class Replica:
         self._noise: list[float] = []
         self._half, self._last_s = 0, 0.0
         self._plan = self._planned(0.0)
-        self._interval = [0, 0.0]  # tokens and seconds since the last plan
+        self._interval_tokens, self._interval_step_s = 0, 0.0  # since the last step that the planner saw
+        self._ones = np.ones(slots, np.int64)
 
     @property
     def plan(self) -> Plan:
@@ -85,37 +87,36 @@ class Replica:
         if not slots.count:
             return None
         part = self._part()
-        sequences = len(slots.left[part])
+        left = slots.left[part]
+        sequences = len(left)
         prefill_tokens, begun = slots.prefill() if slots.decoding < slots.count else (0, 0)
         context_tokens = slots.context_tokens // slots.count
         startable = min(len(self.waiting), slots.slots - slots.count)
         state = BatchState(sequences + prefill_tokens, context_tokens, 0.0, startable)
         drafted = self._draft(part, sequences, state, now_s) if sequences else None
-        tokens = state.base_tokens + (drafted.nodes if drafted else 0)
-        predicted_s = pass_s(self._plan.cost, max(1, sequences), context_tokens, tokens)
+        emitted, draft_s, nodes = self._ones[:sequences], 0.0, 0
+        if drafted is not None:
+            emitted, draft_s, nodes = np.minimum(drafted.emitted(sequences), left), drafted.draft_s, drafted.nodes
+        tokens = state.base_tokens + nodes
         verify_s = self._verify_s(sequences, context_tokens, tokens)
-        draft_s = drafted.draft_s if drafted else 0.0
         overlapped = sequences < slots.decoding
         if overlapped:
             draft_s = max(0.0, draft_s - verify_s)  # drafted while the other half was verified
         step_s = draft_s + verify_s + self._device.step_overhead_s
-        emitted = np.ones(sequences, np.int64)
-        if drafted:
-            emitted[: len(drafted.accepted)] += drafted.accepted
-            np.minimum(emitted, slots.left[part], out=emitted)
-        count = slots.emit(part, emitted)
+        count = slots.emit(left, emitted)
         end_s = now_s + step_s
         waited = slots.begin(begun, end_s) if begun else []
         if not prefill_tokens:
-            self._interval[0] += count
-            self._interval[1] += step_s
+            self._interval_tokens += count
+            self._interval_step_s += step_s
         # Every probe is seen: there are few, and they alone tell what drafting would cost.
-        probe = drafted is not None and len(drafted.drawn.fates) < sequences
+        probe = drafted is not None and drafted.requests < sequences
+        predicted_s = None
         if sequences and (probe or (not prefill_tokens and (self._every_step or end_s >= self._next_plan_s))):
+            predicted_s = pass_s(self._plan.cost, sequences, context_tokens, tokens)
             self._learn(
                 state, sequences, drafted, tokens, prefill_tokens, draft_s, verify_s, predicted_s, step_s, end_s
             )
-        nodes = drafted.nodes if drafted else 0
         wait_s, self._last_s = step_s + overlapped * self._last_s, step_s
         finished = slots.finish(end_s)
         return Step(end_s, wait_s, nodes, emitted, verify_s, predicted_s, prefill_tokens, waited, finished)
@@ -145,7 +146,7 @@ class Replica:
         draft_s: float, verify_s: float, predicted_s: float, step_s: float, end_s: float,
     ) -> None:  # fmt: skip
         """The planner sees a step, its tokens the mean of those it did not see, and makes a plan if it is time."""
-        emitted = round(self._interval[0] / max(self._interval[1], 1e-9) * step_s)
+        emitted = round(self._interval_tokens / max(self._interval_step_s, 1e-9) * step_s)
         record = StepRecord(
             step_id=1, unix_s=end_s, plan_version=self._plan.version, sequences=sequences, tokens=tokens,
             prefill_tokens=prefill_tokens, context_tokens=state.context_tokens * sequences,
@@ -154,12 +155,12 @@ class Replica:
             free_slots=self.slots.slots - self.slots.count, draft_s=draft_s,
             drafter_s=max(0.0, draft_s - self._device.draft_round_trip_s),
             draft_layer_nodes=drafted.layer_nodes if drafted else (), verify_s=verify_s,
-            drafted_requests=len(drafted.drawn.fates) if drafted else 0,
+            drafted_requests=drafted.requests if drafted else 0,
             predicted_verify_s=predicted_s, step_s=step_s, goodput=0.0, price=0.0,
-            node_s=drafted.pruning.node_s if drafted and drafted.pruning else 0.0,
+            node_s=drafted.node_s if drafted else 0.0,
         )  # fmt: skip
         self._state.observe(record if drafted is None else replace(record, outcomes=drafted.observed()))
-        self._interval = [0, 0.0]
+        self._interval_tokens, self._interval_step_s = 0, 0.0
         if end_s >= self._next_plan_s:
             self._plan = self._planned(end_s)
 

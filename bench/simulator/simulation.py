@@ -18,14 +18,13 @@ from bench.simulator.load import Load, arrivals
 from bench.simulator.replica import Replica, Step
 from bench.simulator.slots import PREFILL_CHUNK_TOKENS, Request
 from bench.simulator.tables import Tables
-from bench.simulator.worlds import AcceptanceLaw, Draws, World
+from bench.simulator.worlds import WORLDS, AcceptanceLaw, Draws, World
 from planner.cost import pass_s
 from planner.loop import PlanMaker, VerifierState
 from planner.policies import parse_policy
 from treeline.config import Config
 from treeline.plan import CostModel
 
-WORLDS = 64
 WARM_UP = 0.25
 """This share of the steps is not counted: batches fill and calibration settles."""
 SLOTS = 64

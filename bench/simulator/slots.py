@@ -1,7 +1,8 @@
-"""The requests that one simulated verifier runs, as columns."""
+"""The requests that one simulated verifier runs."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -24,8 +25,17 @@ class Request(NamedTuple):
 class Finished(NamedTuple):
     """Requests that have ended; columns of equal length. itl_s: mean time per token after the first."""
 
-    target_s: NDArray[np.float64]
-    itl_s: NDArray[np.float64]
+    target_s: list[float]
+    itl_s: list[float]
+
+
+@dataclass(slots=True)
+class _Slot:
+    """What changes of a request seldom: tokens of its prompt that are still to be run, when its first token came."""
+
+    request: Request
+    prompt_left: int
+    first_s: float = 0.0
 
 
 class Slots:
@@ -41,36 +51,30 @@ class Slots:
         self.slots = slots
         self.count = self.decoding = self.context_tokens = 0
         self.left = np.zeros(slots, np.int64)
-        self._prompt, self._output, self._prompt_left = (np.zeros(slots, np.int64) for _ in range(3))
-        self._arrived_s, self._first_s, self._target_s = np.zeros(slots), np.zeros(slots), np.zeros(slots)
-        self._columns = (
-            self.left, self._prompt, self._output, self._prompt_left, self._arrived_s, self._first_s, self._target_s
-        )  # fmt: skip
+        self._taken: list[_Slot] = []
 
     def admit(self, request: Request) -> None:
-        place = self.count
-        self.left[place] = self._output[place] = request.output_tokens
-        self._prompt[place] = self._prompt_left[place] = request.prompt_tokens
-        self._arrived_s[place], self._target_s[place] = request.arrived_s, request.target_s
+        self.left[self.count] = request.output_tokens
+        self._taken.append(_Slot(request, request.prompt_tokens))
         self.context_tokens += request.prompt_tokens
         self.count += 1
 
     def prefill(self) -> tuple[int, int]:
         """Run the next chunk of prompts: (tokens in it, requests whose prompt ends with it)."""
         budget, begun = PREFILL_CHUNK_TOKENS, 0
-        for place in range(self.decoding, self.count):
-            taken = min(budget, int(self._prompt_left[place]))
-            self._prompt_left[place] -= taken
+        for slot in self._taken[self.decoding :]:
+            taken = min(budget, slot.prompt_left)
+            slot.prompt_left -= taken
             budget -= taken
-            if self._prompt_left[place]:
+            if slot.prompt_left:
                 break
             begun += 1
         return PREFILL_CHUNK_TOKENS - budget, begun
 
-    def emit(self, part: slice, tokens: NDArray[np.int64]) -> int:
-        """The requests of `part` emit so many tokens each: how many in all."""
-        self.left[part] -= tokens
-        count = int(tokens.sum())
+    def emit(self, left: NDArray[np.int64], tokens: NDArray[np.int64]) -> int:
+        """Some requests, whose part of `left` this is, emit so many tokens each: how many in all."""
+        left -= tokens
+        count = int(np.add.reduce(tokens))
         self.context_tokens += count
         return count
 
@@ -78,37 +82,41 @@ class Slots:
         """The first token of those whose prompt has ended: how long each has waited for it."""
         fresh = slice(self.decoding, self.decoding + begun)
         self.left[fresh] -= 1
-        self._first_s[fresh] = now_s
+        for slot in self._taken[fresh]:
+            slot.first_s = now_s
         self.context_tokens += begun
         self.decoding += begun
-        return (now_s - self._arrived_s[fresh]).tolist()
+        return [now_s - slot.request.arrived_s for slot in self._taken[fresh]]
 
     def finish(self, now_s: float) -> Finished | None:
         """Free the slots of those that have nothing left to emit; None if there are none."""
         left = self.left[: self.count]
         if np.count_nonzero(left) == self.count:
             return None
-        ended = (left == 0).nonzero()[0]
-        outputs = self._output[ended]
-        finished = Finished(self._target_s[ended], (now_s - self._first_s[ended]) / np.maximum(1, outputs - 1))
-        self.context_tokens -= int((self._prompt[ended] + outputs).sum())
-        stays = left.nonzero()[0]
-        for column in self._columns:
-            column[: len(stays)] = column[stays]
+        with_left = [*zip(self._taken, left.tolist(), strict=True)]
+        self._taken = [slot for slot, tokens in with_left if tokens]
+        ended = [slot for slot, tokens in with_left if not tokens]
+        stays = left[left.nonzero()]
+        self.left[: len(stays)] = stays
         self.count = len(stays)
         self.decoding -= len(ended)
-        return finished
+        self.context_tokens -= sum([slot.request.prompt_tokens + slot.request.output_tokens for slot in ended])
+        itl_s = [(now_s - slot.first_s) / max(1, slot.request.output_tokens - 1) for slot in ended]
+        return Finished([slot.request.target_s for slot in ended], itl_s)
 
     def drop(self, place: int) -> None:
         """All requests from `place` on are cancelled."""
-        dropped = slice(place, self.count)
-        contexts = self._prompt[dropped] + self._output[dropped] - self.left[dropped]
-        self.context_tokens -= int(contexts.sum())
+        for slot, left in zip(self._taken[place:], self.left[place : self.count].tolist(), strict=True):
+            self.context_tokens -= slot.request.prompt_tokens + slot.request.output_tokens - left
+        del self._taken[place:]
         self.count, self.decoding = min(place, self.count), min(place, self.decoding)
 
     def weights(self, part: slice, now_s: float) -> NDArray[np.float64]:
         """float64 [n]: what a token of each is worth, 1 on average, as the verifier has it."""
-        due = (now_s - self._first_s[part]) / self._target_s[part]
-        behind = due - (self._output[part] - self.left[part] - 1)
-        found = np.asarray([urgency(tokens) for tokens in behind.tolist()])
+        found = np.asarray(
+            [
+                urgency((now_s - slot.first_s) / slot.request.target_s - (slot.request.output_tokens - left - 1))
+                for slot, left in zip(self._taken[part], self.left[part].tolist(), strict=True)
+            ]
+        )
         return found * (len(found) / found.sum())

@@ -14,7 +14,7 @@ from drafter_svc.growth import GrowingTree
 from drafter_svc.sessions import Session
 from planner.cost import plain_decode_s
 from planner.policies import Policy
-from planner.policies.smart import PAPER_BUDGET_NODES
+from planner.policies.smart import PAPER_BUDGET_NODES, SmartPaper
 from planner.rule import path_acceptance
 from treeline.drafting import DraftSequence
 from treeline.forest import Forest
@@ -27,9 +27,9 @@ LEVEL = math.log(1.25)
 LEAST_THRESHOLD = 1e-3
 """Nodes worth less than this are cut by the limit on nodes anyway."""
 MAX_NODES = 64
-FRESH_GROWTH = 4
-"""Calibration changes fast at first, later only the noise of its estimates does: trees are grown anew at plans 4, 16,
-64 and so on."""
+FRESH_GROWTH = 8
+"""Calibration changes fast at first, later only the noise of its estimates does: trees are grown anew at plans 8, 64,
+512 and so on."""
 
 
 class Cut:
@@ -40,12 +40,17 @@ class Cut:
         on_path: bool [OUTCOMES, nodes]; whether the target goes through a node.
     """
 
-    def __init__(self, trees: list[DraftTree], on_path: NDArray[np.bool_]) -> None:
-        self.forest, self.on_path = Forest.of(trees), on_path
+    def __init__(self, forest: Forest, on_path: NDArray[np.bool_]) -> None:
+        self.forest, self.on_path = forest, on_path
         self.sizes = np.asarray(self.forest.sizes, np.int64)
         self.firsts = self.sizes.cumsum() - self.sizes
         self._calibration: Calibration | None = None
         self._scores = np.zeros(0, np.float32)
+
+    def to_depth(self, depth: int) -> Cut:
+        """The same trees without what is deeper."""
+        kept = self.forest.depths <= depth
+        return Cut(Forest.of(self.forest.select(kept)), self.on_path[:, kept])
 
     def scores(self, calibration: Calibration) -> NDArray[np.float32]:
         """float32 [nodes]: a(u)."""
@@ -91,7 +96,10 @@ class Table:
     """
 
     def __init__(self, worlds: list[World], grown: list[Grown]) -> None:
-        self._worlds, self._grown = worlds, grown
+        trees = [one.tree for one in grown]
+        paths = [world.on_path(tree.token_ids) for world, tree in zip(worlds, trees, strict=True)]
+        self._whole = Cut(Forest.of(trees), np.concatenate(paths, axis=1))
+        self._layers = max(len(one.run) for one in grown)
         self._cuts: dict[int, Cut] = {}
         self.layer_nodes = np.zeros((len(grown), MAX_DEPTH), np.int64)
         self.layer_acceptance = np.zeros((len(grown), MAX_DEPTH))
@@ -101,19 +109,16 @@ class Table:
 
     def cut(self, layers: int) -> Cut:
         """Of every world, the tree that so many layers give."""
+        if layers >= self._layers:
+            return self._whole
         if layers not in self._cuts:
-            trees = [
-                grown.tree if layers >= len(grown.run) else grown.tree.select(grown.tree.depths <= layers)
-                for grown in self._grown
-            ]
-            rows = [world.on_path(tree.token_ids) for world, tree in zip(self._worlds, trees, strict=True)]
-            self._cuts[layers] = Cut(trees, np.concatenate(rows, axis=1))
+            self._cuts[layers] = self._whole.to_depth(layers)
         return self._cuts[layers]
 
     @cached_property
     def run_and_grown(self) -> NDArray[np.int64]:
         """int64 [worlds, MAX_DEPTH + 1]: `layer_nodes`, and the nodes of the whole tree."""
-        return np.column_stack([self.layer_nodes, self.cut(MAX_DEPTH).sizes])
+        return np.column_stack([self.layer_nodes, self._whole.sizes])
 
 
 class Tables:
@@ -123,10 +128,12 @@ class Tables:
         self._policy, self._worlds = policy, worlds
         self._tables: dict[tuple[int, ...], Table] = {}
         self._fresh_until = 1
+        # Chains are the same whatever is calibrated, and the paper goes by the drafter's own probabilities.
+        self._calibrated = policy.max_children > 1 and policy.spec != SmartPaper.spec
 
     def table(self, plan: Plan, requests: int, layers: int) -> Table:
         """The trees for a step that drafts `layers` layers for so many requests."""
-        if plan.version >= self._fresh_until:
+        if self._calibrated and plan.version >= self._fresh_until:
             self._tables, self._fresh_until = {}, FRESH_GROWTH * plan.version
         key = (layers, *self._key(plan, requests))
         if key not in self._tables:
@@ -137,10 +144,10 @@ class Tables:
     def _key(self, plan: Plan, requests: int) -> tuple[int, ...]:
         """What the policy's `keep` and `expand` read of plan and batch, in levels."""
         if self._policy.prices_drafting:
-            node_s = plan.cost.node_s
-            worths = (plan.price * node_s, plan.price * (node_s + plan.cost.draft_node_s))
-            return tuple(_level(max(LEAST_THRESHOLD, worth)) for worth in worths)
-        if self._policy.spec == "smart-paper":
+            kept, expanded = plan.price * plan.cost.node_s, plan.price * (plan.cost.node_s + plan.cost.draft_node_s)
+            kept, expanded = max(LEAST_THRESHOLD, kept), max(LEAST_THRESHOLD, expanded)
+            return _level(kept), _level(expanded / kept)
+        if self._policy.spec == SmartPaper.spec:
             return (min(MAX_NODES, PAPER_BUDGET_NODES // requests), _level(plain_decode_s(plan.cost)))
         return ()
 

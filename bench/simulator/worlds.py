@@ -14,6 +14,7 @@ from drafter_svc.proposer import Children
 from treeline.errors import ConfigError
 from treeline.tree import ROOT
 
+WORLDS = 64
 OUTCOMES = 16
 """Independent answers of the target to each world."""
 DRAWS = 4096

@@ -203,7 +203,7 @@ def test_a_request_behind_its_target_weighs_more_and_weights_are_one_on_average(
         slots.admit(Request(0.0, 10, 100, target_s))
     assert slots.prefill() == (30, 3)
     assert slots.begin(3, 1.0) == [1.0] * 3
-    slots.emit(slice(0, 3), np.asarray([4, 4, 4]))
+    slots.emit(slots.left[:3], np.asarray([4, 4, 4]))
     late, free, early = slots.weights(slice(0, 3), 1.5).tolist()
     assert late == pytest.approx(8 * free)
     assert early == free
