@@ -19,6 +19,8 @@ MAX_STRETCH = 2.25
 """A pass with prompts in it takes at most so many times as long as without them: those who decode wait for it. Below 3,
 since a pass late in a long prompt is dearer than the curve says. Where more prompts wait than streams decode, it may
 take as many times longer: fewer wait for more."""
+LEAST_CHUNK_TOKENS = 8
+"""A prompt gets on by so many tokens a step however dear they are."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Scheduler:
         return Batch(decoding, prefilling, finished_prompts)
 
     def _prompt_budget(self, decoding: list[Sequence], plan: Plan) -> int:
-        """Most prompt tokens of this step: what MAX_STRETCH allows by the plan's costs, but a block at least.
+        """Most prompt tokens of this step: what MAX_STRETCH allows by the plan's costs, but LEAST_CHUNK_TOKENS.
 
         Nobody waits where nobody decodes, and the built-in plan's costs are only a guess.
         """
@@ -113,7 +115,7 @@ class Scheduler:
         seconds = verify_seconds(plan.cost, roots, context_tokens, roots + most)[roots:]
         stretch = MAX_STRETCH * max(1.0, (len(self.running) - roots) / roots)
         fitting = int(np.searchsorted(seconds, stretch * seconds[0], side="right")) - 1
-        return max(fitting, min(most, self._cache.block_tokens))
+        return max(fitting, min(most, LEAST_CHUNK_TOKENS))
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, waiting or running, and free its blocks."""

@@ -14,7 +14,7 @@ from treeline.plan import CostCurve, CostModel, Plan
 from treeline.sampling import SamplingParams
 from verifier_svc.engine import Engine
 from verifier_svc.request import GenerationRequest
-from verifier_svc.scheduler import MAX_STRETCH
+from verifier_svc.scheduler import LEAST_CHUNK_TOKENS, MAX_STRETCH
 
 LIMITS = LimitsConfig(max_running_requests=8, max_context_tokens=256, max_tree_nodes=0)
 CHUNK, BLOCK, LONG = 64, 4, 150
@@ -61,11 +61,11 @@ def chunks(model: LanguageModel, plan: Plan, streams: int, prompts: int = 1) -> 
 
 
 def test_a_chunk_is_as_long_as_those_who_decode_can_bear(model):
-    line = (11.0 - 1.0) / 60  # seconds a token
+    line = (6.0 - 1.0) / 60  # seconds a token
     bearable = int(4 + (MAX_STRETCH - 1) / line) - 4
-    taken = chunks(model, plan_of(11.0), streams=4)
+    taken = chunks(model, plan_of(6.0), streams=4)
     assert taken[:-1] == [bearable] * (len(taken) - 1)
-    assert BLOCK < bearable < CHUNK
+    assert LEAST_CHUNK_TOKENS < bearable < CHUNK
 
 
 def test_few_who_decode_wait_longer_for_many_prompts(model):
@@ -73,11 +73,11 @@ def test_few_who_decode_wait_longer_for_many_prompts(model):
     bearable = int(4 + (3 * MAX_STRETCH - 1) / line) - 1
     taken = chunks(model, plan_of(41.0), streams=1, prompts=3)
     assert taken[0] == bearable
-    assert BLOCK < bearable < CHUNK
+    assert LEAST_CHUNK_TOKENS < bearable < CHUNK
 
 
-def test_a_prompt_always_gets_on_by_a_block(model):
-    assert chunks(model, plan_of(1000.0), streams=4)[0] == BLOCK
+def test_a_prompt_always_gets_on_by_a_few_tokens(model):
+    assert chunks(model, plan_of(1000.0), streams=4)[0] == LEAST_CHUNK_TOKENS
 
 
 @pytest.mark.parametrize(
