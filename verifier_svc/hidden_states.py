@@ -117,7 +117,7 @@ class HiddenStates:
         unread, self._unread = self._unread, Unread()
         if not unread.wanted:
             return
-        hidden = torch.cat([torch.cat(layer) for layer in zip(*unread.passes, strict=True)], dim=-1)
+        hidden = torch.cat([torch.cat(parts, dim=-1) for parts in unread.passes])
         rows = [row for _, rows in unread.wanted for row in rows]
         if len(rows) < len(hidden):
             hidden = hidden[upload(np.asarray(rows), self._model.device)]
