@@ -61,7 +61,7 @@ class Fleet:
     def __init__(self, scenario: Scenario, policy_spec: str, load: Load) -> None:
         policy, slots = parse_policy(policy_spec), int(load.amount) if load.closed else SLOTS
         random = np.random.default_rng([scenario.seed, 1])
-        tables = Tables(policy, _worlds(scenario.law, scenario.seed))
+        tables = Tables(policy, _worlds(scenario.law, scenario.seed), scenario.replicas)
         maker, fresh = PlanMaker(Config().limits, Config().planner), VerifierState(scenario.device.profile, "")
         conditions = scenario.conditions
         self.replicas = [

@@ -27,9 +27,9 @@ LEVEL = math.log(1.25)
 LEAST_THRESHOLD = 1e-3
 """Nodes worth less than this are cut by the limit on nodes anyway."""
 MAX_NODES = 64
-FRESH_GROWTH = 8
-"""Calibration changes fast at first, later only the noise of its estimates does: trees are grown anew at plans 8, 64,
-512 and so on."""
+FRESH_GROWTH = (10, 100)
+"""Calibration changes fast at first, later only the noise of its estimates does: when each replica has had so many
+plans, trees are grown anew."""
 
 
 class Cut:
@@ -124,17 +124,18 @@ class Table:
 class Tables:
     """Looks up, and grows where needed, the trees for the plan in force."""
 
-    def __init__(self, policy: Policy, worlds: list[World]) -> None:
+    def __init__(self, policy: Policy, worlds: list[World], replicas: int) -> None:
         self._policy, self._worlds = policy, worlds
         self._tables: dict[tuple[int, ...], Table] = {}
-        self._fresh_until = 1
         # Chains are the same whatever is calibrated, and the paper goes by the drafter's own probabilities.
-        self._calibrated = policy.max_children > 1 and policy.spec != SmartPaper.spec
+        calibrated = policy.max_children > 1 and policy.spec != SmartPaper.spec
+        self._fresh_versions = [plans * replicas for plans in FRESH_GROWTH] if calibrated else []
 
     def table(self, plan: Plan, requests: int, layers: int) -> Table:
         """The trees for a step that drafts `layers` layers for so many requests."""
-        if self._calibrated and plan.version >= self._fresh_until:
-            self._tables, self._fresh_until = {}, FRESH_GROWTH * plan.version
+        while self._fresh_versions and plan.version >= self._fresh_versions[0]:
+            self._tables = {}
+            del self._fresh_versions[0]
         key = (layers, *self._key(plan, requests))
         if key not in self._tables:
             grown = [self._grow(world, plan, requests, layers) for world in self._worlds]
