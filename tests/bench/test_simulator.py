@@ -7,12 +7,26 @@ import numpy as np
 import pytest
 
 from bench.simulator.conditions import STEADY, Conditions
+from bench.simulator.counts import FOLDED_STEPS, Counts
+from bench.simulator.dealing import DEALT_STEPS, DRAWN, Dealer
 from bench.simulator.devices import PRESETS, Device, measured, preset
 from bench.simulator.load import arrivals, parse_load
+from bench.simulator.replica import Step
 from bench.simulator.report import markdown, rows, summary
 from bench.simulator.simulation import Fleet, Scenario, simulate
 from bench.simulator.slots import Request, Slots
-from bench.simulator.worlds import EAGLE3_LIKE, AcceptanceLaw, Draws, World, law_from_trace
+from bench.simulator.tables import Tables
+from bench.simulator.worlds import (
+    EAGLE3_LIKE,
+    MAX_DEPTH,
+    OUTCOMES,
+    WORLDS,
+    AcceptanceLaw,
+    Draws,
+    World,
+    law_from_trace,
+)
+from planner.policies import parse_policy
 from treeline.errors import ConfigError
 from treeline.plan import CostCurve, VerifierProfile
 from treeline.tree import ROOT
@@ -114,6 +128,35 @@ def test_what_is_no_load_is_refused(spec):
 def test_the_same_seed_gives_the_same_numbers():
     once, again = (simulate(scenario("convex", 200), "smart", parse_load("2")) for _ in range(2))
     assert (once.tokens_per_s, once.tree_nodes) == (again.tokens_per_s, again.tree_nodes)
+
+
+def test_requests_meet_the_same_however_many_steps_are_dealt_at_once():
+    fleet, draws, requests = Fleet(scenario("convex"), "eagle2:4,4,12", parse_load("4")), Draws(EAGLE3_LIKE, 0), 4
+    tables = Tables(parse_policy("eagle2:4,4,12"), [World(draws, index) for index in range(WORLDS)], 1)
+    table = tables.table(fleet.replicas[0].plan, requests, 4)
+    dealer = Dealer(np.random.default_rng(0))
+    fates = np.random.default_rng(0).integers(WORLDS * OUTCOMES, size=DRAWN)
+    for step in range(DEALT_STEPS + 2):
+        hand = dealer.hand(table, requests)
+        drawn = hand.drawn(MAX_DEPTH)
+        accepted = drawn.accepted(np.ones(len(drawn.nodes), np.bool_), requests)
+        expected = table.cut(MAX_DEPTH).accepted[fates[requests * step :][:requests]]
+        np.testing.assert_array_equal(accepted, expected)
+        np.testing.assert_array_equal(hand.accepted, expected)
+        assert hand.layer_nodes()[-1] == len(drawn.nodes) == 12 * requests
+        assert len(hand.drawn(1).nodes) == np.count_nonzero(drawn.depths == 1)
+
+
+def test_a_request_that_got_several_tokens_waited_less_for_each():
+    counts, waits_s, steps = Counts(), [], FOLDED_STEPS + 7
+    for index in range(steps):
+        wait_s = 0.01 + 0.001 * (index % 5)
+        counts.add(Step(0.0, wait_s, 3, np.asarray([1, 4, 0]), 0.01, None, 0, [], None))
+        waits_s += [wait_s] + [wait_s / 4] * 4
+    result = counts.result("smart", "3", 10.0, 0.0)
+    assert (result.tokens_per_s, result.mean_batch, result.tree_nodes) == (steps * 5 / 10.0, 3.0, 1.0)
+    low, high = np.quantile(waits_s, [0.5, 0.95], method="inverted_cdf")
+    assert (result.itl_s_p50, result.itl_s_p95) == pytest.approx((low, high))
 
 
 def test_plain_decoding_costs_what_the_curve_says():
