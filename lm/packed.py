@@ -109,14 +109,13 @@ def ancestry(parents: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[n
         ValueError: a parent does not come before its child.
     """
     size = len(parents)
-    if (parents >= np.arange(size)).any() or (parents < -1).any():
-        raise ValueError("a parent does not come before its child")
-    depths, visible = np.zeros(size, np.int64), np.eye(size, dtype=np.bool_)
-    parents = parents.astype(np.int64)
-    nodes, ancestors = np.arange(size), parents
-    while (inside := ancestors >= 0).any():
-        nodes, ancestors = nodes[inside], ancestors[inside]
-        visible[nodes, ancestors] = True
-        depths[nodes] += 1
-        ancestors = parents[ancestors]
-    return depths, visible
+    paths: list[int] = []  # A row of bits each: trees are small, and arrays would take several operations a layer.
+    for node, parent in enumerate(parents.tolist()):
+        if not -1 <= parent < node:
+            raise ValueError("a parent does not come before its child")
+        paths.append(1 << node | (paths[parent] if parent >= 0 else 0))
+    depths = np.asarray([path.bit_count() - 1 for path in paths], np.int64)
+    row_bytes = -(-size // 8)
+    rows = np.frombuffer(b"".join([path.to_bytes(row_bytes, "little") for path in paths]), np.uint8)
+    visible = np.unpackbits(rows.reshape(size, row_bytes), axis=1, count=size, bitorder="little")
+    return depths, visible.view(np.bool_)
