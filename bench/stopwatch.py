@@ -13,7 +13,7 @@ import torch
 
 from bench.local_engine import PlannedEngine
 from treeline.drafting import DraftReply
-from verifier_svc import draft_stage
+from verifier_svc import drafts
 
 PHASES = (
     "schedule",
@@ -86,8 +86,9 @@ def watch(planned: PlannedEngine) -> Iterator[Stopwatch]:
         (engine.scheduler, "schedule", "schedule"),
         (stage, "run", "draft messages"),
         (stage, "_choose", "gate"),
+        (stage, "_copied", "draft trees"),
         (stage.link, "draft", "draft trees"),
-        (draft_stage, "prune_batch", "prune"),
+        (drafts, "prune_batch", "prune"),
         (stage.hidden_states, "keep", "draft messages"),
         (engine.model, "forward", "verification pass"),
         (engine, "_walk", "sample, walk"),

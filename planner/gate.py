@@ -21,7 +21,8 @@ WINDOW_REQUESTS = 32.0
 LOOK_AGAIN_REQUESTS = 4
 """So many requests' trees move these averages enough to look again; at one stream that is every fourth step."""
 LAYERS = DEPTHS + 1
-"""Lookups, which take no layer of the draft model, and its layers; the last one stands for all further ones."""
+"""Lookups, which take no layer of the draft model, and its layers; the last one stands for all further ones. What takes
+no layer the verifier can have for nothing, for it looks up as well."""
 START_MARGIN = 0.02
 """Drafting that has stopped starts again when it gains this share of plain decoding; so it does not flap."""
 PROBE_SHARE = 0.01
@@ -83,32 +84,26 @@ class Supply:
     def known(self) -> bool:
         return self._requests[-1] > 0
 
-    @property
-    def lookup_gain(self) -> float:
-        """What lookups alone offer a request, in tokens."""
-        return self._offered[1, :BINS].sum().item() / self._requests[0] if self._requests[0] else 0.0
-
-    def curves(self, requests: int, lookups: float = 1.0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def curves(self, requests: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(nodes, gain) [LAYERS, BINS] for so many requests, with at most so many layers.
 
-        Both are cumulative from 0 and from the worthiest on. `lookups`: as for `outlook`.
+        Both are cumulative from 0 and from the worthiest on.
         """
         share = requests / np.asarray(self._requests)
-        share[0] *= lookups
         offered = self._offered.reshape(2, LAYERS, BINS) * share[:, None]
         nodes, gains = offered.cumsum(axis=1).cumsum(axis=2)
         return nodes, gains
 
     def draft_s(self, cost: CostModel, requests: int, connected: bool) -> NDArray[np.float64]:
-        """Predicted seconds of drafting [LAYERS] with at most so many layers.
+        """Predicted seconds of drafting [LAYERS] with at most so many layers; what takes none is to be had for nothing.
 
         Args:
             connected: a message goes to the drafter and its layers are run in any case.
         """
-        seconds = []
+        seconds = [0.0]
         layers, nodes, message_s = 0.0, 0.0, 0.0 if connected else cost.draft_round_trip_s
         layer_s = 0.0 if connected else cost.draft_layer_s
-        for layer in range(LAYERS):
+        for layer in range(1, LAYERS):
             layers += self._runs[layer] / self._steps[layer]
             nodes += self._model_nodes[layer] / self._requests[layer]
             own_s = cost.draft_sequence_s * requests + cost.draft_node_s * (nodes * requests)
@@ -117,17 +112,17 @@ class Supply:
 
 
 class Outlook(NamedTuple):
-    """What a step is expected to bring, drafted or not.
+    """What a step is expected to bring, with the drafter or without.
 
     Attributes:
-        drafted, plain: goodput, weighted tokens per second.
-        gain: what drafting adds, in tokens, its time paid at the price R + mu Q.
-        layers: of the draft model with which it adds most; 0 for lookups alone.
+        drafted, without: goodput, weighted tokens per second.
+        gain: what the drafter adds, in tokens, its time paid at the price R + mu Q.
+        layers: of the draft model with which it adds most, 1 at least.
         draft_s: predicted seconds of drafting by limit of layers [LAYERS].
     """
 
     drafted: float
-    plain: float
+    without: float
     gain: float
     layers: int
     draft_s: NDArray[np.float64]
@@ -140,17 +135,15 @@ def outlook(
     state: BatchState,
     plan: Plan,
     connected: bool,
-    lookups: float = 1.0,
     behind_tokens: int = 0,
 ) -> Outlook:
     """The rule of `prune_batch`, before there are trees: R over all sizes and layers, and over not drafting at all.
 
     Args:
         requests: those that would be drafted, out of `sequences` that decode; weights are 1 on average.
-        lookups: how much lookups find for these requests, as a ratio to what they find for all.
         behind_tokens: tokens of these requests that the draft model has not run yet.
     """
-    nodes, gains = supply.curves(requests, lookups)
+    nodes, gains = supply.curves(requests)
     most = state.base_tokens + math.ceil(nodes[-1, -1])
     pass_s = plan.cost.step_overhead_s + verify_seconds(plan.cost, sequences, state.context_tokens, most)
     draft_s, sizes = supply.draft_s(plan.cost, requests, connected), np.arange(most + 1)
@@ -164,17 +157,17 @@ def outlook(
         seconds = charged_s[:, None] + np.interp(state.base_tokens + nodes, sizes, pass_s)
     goodputs, plain_s = (sequences + gains) / promptless_s, pass_s.item(sequences)
     price = price_of(goodputs, plain_s, sequences, state.waiting_startable)
-    gain = gains - price * (seconds - pass_s[state.base_tokens])
-    best = int(gain.argmax())
-    layers = best // gain.shape[1]
-    return Outlook(float(goodputs[layers].max()), sequences / plain_s, gain.item(best), layers, draft_s)
+    gain = (gains - price * (seconds - pass_s[state.base_tokens])).max(axis=1)
+    layers = 1 + int(gain[1:].argmax())
+    best = goodputs.max(axis=1)
+    return Outlook(best.item(layers), best.item(0), gain.item(layers) - gain.item(0), layers, draft_s)
 
 
 class Decision(NamedTuple):
     """For how many requests to draft (0: none), and why not for all, for people.
 
     Attributes:
-        layers: most layers of the draft model; 0 asks for lookups alone.
+        layers: most layers of the draft model.
         expected_s: predicted seconds of drafting; infinite while nothing is known of it.
     """
 
@@ -188,7 +181,7 @@ class DraftGate:
     """Opens and closes drafting for the requests that leave it to the planner; one per verifier.
 
     Now and then, as often as costs PROBE_SHARE of the time, a step is drafted with all layers, whatever pays: while
-    the draft model does not pay, for a few requests. A drafter that is late is left alone for longer each time.
+    the gate is closed, for a few requests. A drafter that is late is left alone for longer each time.
     """
 
     def __init__(self) -> None:
@@ -210,7 +203,6 @@ class DraftGate:
         plan: Plan,
         connected: bool,
         now_s: float,
-        lookups: float = 1.0,
         behind_tokens: int = 0,
     ) -> Decision:
         """For how many of `requests` to draft now, and how far. Arguments as for `outlook`."""
@@ -218,18 +210,18 @@ class DraftGate:
             return Decision(0, "the drafter was late and is left alone for a while")
         if not self._supply.known:
             return Decision(min(requests, PROBE_REQUESTS))
-        found = self._look(requests, sequences, state, plan, connected, lookups, behind_tokens)
+        found = self._look(requests, sequences, state, plan, connected, behind_tokens)
         self._drafting = found.gain > (0.0 if self._drafting else START_MARGIN * sequences)
         self._forgive(requests, now_s)
         probing = now_s >= self._probe_at_s
-        if self._drafting and (found.layers or not probing):
+        if self._drafting:
             layers = ALL_LAYERS if probing else found.layers
             return Decision(requests, "", layers, float(found.draft_s[min(layers, LAYERS - 1)]))
         if probing:
             probed = min(requests, PROBE_REQUESTS)
             expected_s = float(self._supply.draft_s(plan.cost, probed, connected)[-1])
             return Decision(probed, "probing", expected_s=expected_s)
-        return Decision(0, f"drafting would bring {found.drafted:.0f} tok/s, plain decoding {found.plain:.0f}")
+        return Decision(0, f"drafting would bring {found.drafted:.0f} tok/s, doing without {found.without:.0f}")
 
     def _forgive(self, requests: int, now_s: float) -> None:
         """Of the wait for what drafting a crowd took, those who remain have their share to serve."""
@@ -239,21 +231,16 @@ class DraftGate:
             self._probed_requests = remaining
 
     def _look(
-        self, requests: int, sequences: int, state: BatchState, plan: Plan, connected: bool, lookups: float, behind: int
+        self, requests: int, sequences: int, state: BatchState, plan: Plan, connected: bool, behind: int
     ) -> Outlook:
         """The outlook, as it was when last looked at if nothing but some more context and few drafts came since."""
-        batch = (requests, sequences, state.base_tokens, state.waiting_startable, connected, lookups)
+        batch = (requests, sequences, state.base_tokens, state.waiting_startable, connected)
         moved = self._unseen_requests >= LOOK_AGAIN_REQUESTS
         if self._outlook is None or moved or plan is not self._seen_plan or batch != self._seen_batch:
             self._unseen_requests = 0
-            self._outlook = outlook(self._supply, requests, sequences, state, plan, connected, lookups, behind)
+            self._outlook = outlook(self._supply, requests, sequences, state, plan, connected, behind)
             self._seen_plan, self._seen_batch = plan, batch
         return self._outlook
-
-    @property
-    def lookup_gain(self) -> float:
-        """What lookups alone lately offered a request, in tokens."""
-        return self._supply.lookup_gain
 
     def drafted(
         self,

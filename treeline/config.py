@@ -108,6 +108,11 @@ class DrafterConfig(Section):
     max_sessions: int = Field(default=256, ge=1)
     kv_cache_tokens: int = Field(default=16384, ge=64)
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether texts that repeat themselves are continued without a model."""
+        return self.kind == "auto" or "ngram" in self.kind
+
     @model_validator(mode="after")
     def _model_given(self) -> DrafterConfig:
         if "model" in self.kind and self.model is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,44 +13,19 @@ import numpy as np
 from planner.cost import pass_s
 from planner.draft_costs import catches_up
 from planner.gate import Decision, DraftGate
-from planner.rule import BatchState, Candidate, Pruning, prune_batch
+from planner.rule import BatchState
 from treeline.config import LimitsConfig
-from treeline.drafting import ALL_LAYERS, NO_FEATURES, DraftLink, DraftReply, DraftRequest, DraftSequence, DraftStats
+from treeline.drafting import ALL_LAYERS, NO_FEATURES, DraftLink, DraftReply, DraftRequest, DraftSequence
 from treeline.forest import Forest
 from treeline.plan import Plan
 from treeline.tree import DraftTree
-from verifier_svc.draft_history import LookupGains, Patience
+from verifier_svc.copying import Copying
+from verifier_svc.drafts import Drafts, pruned
 from verifier_svc.hidden_states import HiddenStates
+from verifier_svc.patience import Patience
 from verifier_svc.scheduler import Batch, Scheduler
 from verifier_svc.sequence import Sequence
 from verifier_svc.walk import Walk
-
-NO_STATS = DraftStats()
-
-
-@dataclass(frozen=True)
-class Drafts:
-    """The pruned trees of one step, by session id.
-
-    Attributes:
-        drafted_nodes: nodes grown for each session, before pruning.
-        forest: the trees of all decoding sequences, before pruning; None if nothing was drafted, as `pruning` is.
-        draft_s: seconds that drafting took: messages, waiting for the drafter, pruning; 0 if nobody was asked.
-        predicted_verify_s: of the pass to come, by the plan's cost model.
-        refusal: why nothing was drafted, for people; empty if something was.
-    """
-
-    trees: dict[int, DraftTree] = field(default_factory=dict)
-    drafted_nodes: dict[int, int] = field(default_factory=dict)
-    forest: Forest | None = None
-    pruning: Pruning | None = None
-    stats: DraftStats = NO_STATS
-    draft_s: float = 0.0
-    predicted_verify_s: float = 0.0
-    refusal: str = ""
-
-    def tree(self, sequence: Sequence) -> DraftTree:
-        return self.trees.get(sequence.session_id, DraftTree.empty())
 
 
 class Asked(NamedTuple):
@@ -70,6 +45,7 @@ class DraftStage:
         scheduler: Scheduler,
         limits: LimitsConfig,
         timeout_s: float,
+        copies: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.link = link
@@ -83,7 +59,8 @@ class DraftStage:
         self._step_id = 0
         self._idle_s = self._ended_s = 0.0
         self._gate = DraftGate()
-        self._lookups = LookupGains()
+        self._copying = Copying() if copies else None
+        self._refused_batch, self._refused = (0, 0, 0), 0.0
 
     @property
     def ready(self) -> bool:
@@ -109,7 +86,7 @@ class DraftStage:
         asked, decision = self._choose(batch.decoding, state, plan)
         if not asked:
             self.release()
-            return Drafts(predicted_verify_s=_plain_verify_s(batch, state, plan), refusal=decision.reason)
+            return self._copied(batch.decoding, state, plan, decision.reason)
         weights = _weights(batch.decoding, started_s)
         messages = self._messages(asked, weights, decision, plan)
         # A model that was not asked for long has much to catch up with, at about a node's price a token.
@@ -120,31 +97,45 @@ class DraftStage:
         if reply is None:
             self._patience.late()
             self._gate.late(draft_s, self._worked_s())
-            predicted_s = _plain_verify_s(batch, state, plan)
-            return Drafts(draft_s=draft_s, predicted_verify_s=predicted_s, refusal="the drafter did not answer in time")
+            late = state._replace(draft_s=draft_s)
+            return self._copied(batch.decoding, late, plan, "the drafter did not answer in time")
         self._patience.came()
         self._note_held(messages, asked, reply)
         forest = _forest(batch.decoding, messages, reply)
-        candidates = [
-            Candidate(s.policy, weights[s.session_id], not s.request.sampling.greedy, s.acceptance.ratio)
-            for s in batch.decoding
-        ]
-        pruning = prune_batch(forest, candidates, state._replace(draft_s=draft_s), plan)
-        kept, sizes = forest.select(pruning.chosen), forest.sizes
-        sessions, drafted = [s.session_id for s in batch.decoding], {one.sequence.session_id for one in asked}
-        drafts = Drafts(
-            trees={session: tree for session, tree in zip(sessions, kept, strict=True) if session in drafted},
-            drafted_nodes={session: size for session, size in zip(sessions, sizes, strict=True) if session in drafted},
-            forest=forest,
-            pruning=pruning,
-            stats=reply.stats,
-            draft_s=self._clock() - started_s,  # pruning is part of what drafting takes
-            predicted_verify_s=pruning.predicted_verify_s,
-        )
+        drafted = {one.sequence.session_id for one in asked}
+        state = state._replace(draft_s=draft_s)
+        drafts = pruned(batch.decoding, forest, drafted, weights, state, plan, reply.stats)
+        drafts = replace(drafts, draft_s=self._clock() - started_s)  # pruning is part of what drafting takes
         if decision.requests:
             requests = sum([one.sequence.policy.prunes for one in asked])
             self._note_offered(batch.decoding, drafts, Decision(requests, "", decision.layers, expected_s))
         return drafts
+
+    def _copied(self, decoding: list[Sequence], state: BatchState, plan: Plan, reason: str) -> Drafts:
+        """What can be had without the drafter: for requests whose text repeats itself, more of the same."""
+        verify_s = pass_s(plan.cost, max(1, len(decoding)), state.context_tokens, state.base_tokens)
+        plain = Drafts(draft_s=state.draft_s, predicted_verify_s=verify_s, refusal=reason)
+        if self._copying is None:
+            return plain
+        smart = [s for s in decoding if s.policy.prices_drafting]
+        sure = {s.session_id: self._copying.read(s.session_id, s.token_ids) for s in smart}
+        surest, batch = max(sure.values(), default=0.0), (plan.version, len(decoding), state.base_tokens)
+        # A surer copy than this one was not worth its place in such a batch.
+        if not surest or (batch == self._refused_batch and surest <= self._refused):
+            return plain
+        running = len(self._scheduler.running)
+        trees = [
+            self._copying.chain(s.session_id, s.token_ids, min(self._nodes(s, plan), self._depth(s, running, plan)))
+            if sure.get(s.session_id)
+            else DraftTree.empty()
+            for s in decoding
+        ]
+        copied = {s.session_id for s, tree in zip(decoding, trees, strict=True) if len(tree)}
+        drafts = pruned(decoding, Forest.of(trees), copied, _weights(decoding, self._clock()), state, plan)
+        if any(map(len, drafts.trees.values())):
+            return drafts
+        self._refused_batch, self._refused = batch, surest
+        return plain
 
     def learn(self, sequences: list[Sequence], drafts: Drafts, walks: list[Walk]) -> None:
         """What became of each sequence's tree in this step; one walk per sequence, in order."""
@@ -158,7 +149,8 @@ class DraftStage:
     def forget(self, sequence: Sequence) -> None:
         """The request has ended: its session is to be released."""
         self.hidden_states.forget(sequence)
-        self._lookups.forget(sequence.session_id)
+        if self._copying is not None:
+            self._copying.forget(sequence.session_id)
         if sequence.session_id in self._told:
             self._told.remove(sequence.session_id)
             self._unreleased.append(sequence.session_id)
@@ -187,10 +179,9 @@ class DraftStage:
         smart = [one for one in wanting if one.sequence.policy.prices_drafting]
         if not smart:
             return asked, Decision(0)
-        lookups = self._lookups.ratio([one.sequence.session_id for one in smart], self._gate.lookup_gain)
         behind = sum([one.sequence.unmodelled_tokens for one in smart])
         now_s, connected = self._worked_s(), bool(asked)
-        decision = self._gate.decide(len(smart), len(decoding), state, plan, connected, now_s, lookups, behind)
+        decision = self._gate.decide(len(smart), len(decoding), state, plan, connected, now_s, behind)
         if decision.requests < len(smart):
             # A probe is cheapest with those whom the draft model has followed furthest.
             smart.sort(key=lambda one: one.sequence.unmodelled_tokens)
@@ -261,20 +252,11 @@ class DraftStage:
         layers, gains = forest.model_layers()[pruning.prunable], pruning.gains
         behind = catches_up(stats.catch_up_tokens, len(drafts.trees))
         self._gate.drafted(decision, gains, layers, stats.layer_nodes, drafts.draft_s, self._worked_s(), behind)
-        looked_up = np.bincount(forest.tree_of[pruning.prunable], gains * (layers == 0), len(decoding)).tolist()
-        found = zip(decoding, looked_up, strict=True)
-        self._lookups.observe(
-            {s.session_id: gain for s, gain in found if s.policy.prunes and s.session_id in drafts.trees}
-        )
 
 
 def _layers(sequence: Sequence, decision: Decision) -> int:
     """Layers of the draft model that may be run for a request."""
     return decision.layers if sequence.policy.prices_drafting else ALL_LAYERS
-
-
-def _plain_verify_s(batch: Batch, state: BatchState, plan: Plan) -> float:
-    return pass_s(plan.cost, max(1, len(batch.decoding)), state.context_tokens, state.base_tokens)
 
 
 def _forest(decoding: list[Sequence], messages: list[DraftSequence], reply: DraftReply) -> Forest:

@@ -20,7 +20,8 @@ from treeline.drafting import DraftLink
 from treeline.errors import FieldViolation, InvalidRequestError
 from treeline.plan import Plan, StepRecord
 from treeline.tree import ROOT, DraftTree
-from verifier_svc.draft_stage import Drafts, DraftStage
+from verifier_svc.draft_stage import DraftStage
+from verifier_svc.drafts import Drafts
 from verifier_svc.hidden_states import HiddenStates
 from verifier_svc.output import Detokenizer
 from verifier_svc.report import explanation, step_record, token_logprobs
@@ -53,9 +54,9 @@ class Engine:
         verifier = config.verifier
         self.scheduler = Scheduler(self.cache, config.limits, verifier.prefill_chunk_tokens, verifier.prefix_caching)
         hidden_states = HiddenStates(model, config.limits.max_message_bytes)
-        self.draft_stage = DraftStage(
-            link, hidden_states, self.scheduler, config.limits, config.verifier.draft_timeout_s
-        )
+        copies = link is not None and config.drafter.looks_up
+        timeout_s = config.verifier.draft_timeout_s
+        self.draft_stage = DraftStage(link, hidden_states, self.scheduler, config.limits, timeout_s, copies)
         self.plan = plan
         self._sequences: dict[str, Sequence] = {}
         self._session_ids = count(1)

@@ -8,7 +8,7 @@ import torch
 
 from lm.sampling import logprobs
 from treeline.plan import NodeOutcomes, Plan, StepRecord
-from verifier_svc.draft_stage import Drafts
+from verifier_svc.drafts import Drafts
 from verifier_svc.request import StepExplanation, TokenLogprobs
 from verifier_svc.scheduler import Batch, Scheduler
 from verifier_svc.sequence import Sequence

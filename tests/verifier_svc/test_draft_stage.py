@@ -10,12 +10,11 @@ from planner.calibration import prior
 from planner.gate import PROBE_REQUESTS
 from planner.weights import MAX_URGENCY
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
-from treeline.config import Config, LimitsConfig, ModelConfig, VerifierConfig
+from treeline.config import Config, DrafterConfig, LimitsConfig, ModelConfig, VerifierConfig
 from treeline.drafting import DraftReply, DraftRequest
 from treeline.plan import CostCurve, CostModel, Plan
 from treeline.sampling import SamplingParams
 from treeline.tree import DraftTree
-from verifier_svc.draft_history import LookupGains
 from verifier_svc.engine import Engine
 from verifier_svc.output import Detokenizer
 from verifier_svc.request import Chunk, GenerationRequest
@@ -261,11 +260,23 @@ def test_a_drafter_that_has_much_to_catch_up_is_waited_for_longer(model):
     assert max(link.limits_s[1:]) > usual_s + 4 * 160 * 0.0005
 
 
-def test_those_who_stay_do_not_inherit_what_lookups_found_for_one_that_ended():
-    gains = LookupGains()
-    for _ in range(20):
-        gains.observe({1: 4.0, 2: 0.0, 3: 0.0})
-    assert gains.ratio([1, 2, 3], 4 / 3) == pytest.approx(1.0)
-    gains.forget(1)
-    assert gains.ratio([2, 3], 4 / 3) == pytest.approx(0.0, abs=1e-3)
-    assert gains.ratio([2, 3, 4], 4 / 3) == pytest.approx(1 / 3, abs=1e-3), "a new one counts as usual"
+def test_a_text_that_repeats_itself_is_drafted_without_the_drafter(model):
+    engine = Engine(model, AbsentLink(), lambda: plan(0.010, 0.0001), CONFIG)
+    engine.add(request("r", prompt_token_ids=[5, 6, 7, 8, 9] * 4, explain=True))
+    records = [engine.step()[1] for _ in range(12)]
+    assert any(record.verified_nodes for record in records)
+    assert all(record.draft_s == 0 for record in records), "it is not the drafter's time"
+
+
+@pytest.mark.parametrize(("kind", "policy"), [("head", "smart"), ("auto", "off"), ("auto", "chain:2")])
+def test_texts_are_not_copied_where_that_was_not_asked_for(model, kind, policy):
+    config = CONFIG.model_copy(update={"drafter": DrafterConfig(kind=kind)})
+    engine = Engine(model, AbsentLink(), lambda: plan(0.010, 0.0001), config)
+    engine.add(request("r", prompt_token_ids=[5, 6, 7, 8, 9] * 4, policy=policy))
+    assert not any(engine.step()[1].drafted_nodes for _ in range(12))
+
+
+class AbsentLink(ChainLink):
+    """A drafter that is away."""
+
+    ready = False
