@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from treeline.errors import ConfigError
 
@@ -34,8 +35,15 @@ class Conditions:
     target_share: float = 0.0
     overlap: bool = False
 
+    @cached_property
+    def steady(self) -> bool:
+        """Whether passes cost the same all the time."""
+        return self.noisy_factor == self.drift_factor == self.hog_factor == 1.0
+
     def slowdown(self, now_s: float, replica: int, progress: float) -> float:
         """By how much passes are slowed; `progress` is the share of the simulation that is done."""
+        if self.steady:
+            return 1.0
         drift = 1 + (self.drift_factor - 1) * progress
         offset_s = replica * NOISY_PERIOD_S * 0.618  # neighbours of different replicas are noisy at different times
         noisy = (now_s + offset_s) % NOISY_PERIOD_S < NOISY_SHARE * NOISY_PERIOD_S

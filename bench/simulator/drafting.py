@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,7 @@ from planner.rule import Batch, BatchState, Candidate, Frontier, Pruning, anothe
 from treeline.plan import NodeOutcomes, Plan
 
 
-@dataclass(frozen=True)
-class Drafted:
+class Drafted(NamedTuple):
     """What speculation brought to a step.
 
     Attributes:

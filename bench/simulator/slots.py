@@ -93,9 +93,7 @@ class Slots:
         left = self.left[: self.count]
         if np.count_nonzero(left) == self.count:
             return None
-        with_left = [*zip(self._taken, left.tolist(), strict=True)]
-        self._taken = [slot for slot, tokens in with_left if tokens]
-        ended = [slot for slot, tokens in with_left if not tokens]
+        ended = [self._taken.pop(place) for place in reversed((left == 0).nonzero()[0].tolist())]
         stays = left[left.nonzero()]
         self.left[: len(stays)] = stays
         self.count = len(stays)
