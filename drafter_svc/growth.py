@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,7 +118,8 @@ class GrowingTree:
             batch=batch,
         )
         kept = self.policy.keep(layer, plan)
-        kept = kept & self._within_limit(np.where(kept, layer.scores, -1.0))
+        if len(self) + np.count_nonzero(kept) > self.sequence.max_nodes:
+            kept = kept & self._within_limit(np.where(kept, layer.scores, -1.0))
         joining = new.take(kept)
         self.parents += joining.parents.tolist()
         self.token_ids += joining.token_ids.tolist()
@@ -189,12 +191,13 @@ def merge(proposals: list[tuple[Source, Children]], depth: int, sampled: bool, c
     sources are ranked anew by acceptance; a single source's ranks stay as they are.
     """
 
-    def column(name: str, dtype: type) -> NDArray:
-        return np.asarray([value for _, children in proposals for value in getattr(children, name)], dtype)
+    proposals = [(source, children) for source, children in proposals if children.parents]
 
-    sources = np.repeat(
-        np.asarray([source for source, _ in proposals], np.uint8), [len(c.parents) for _, c in proposals]
-    )
+    def column(name: str, dtype: type) -> NDArray:
+        columns = [getattr(children, name) for _, children in proposals]
+        return np.asarray(columns[0] if len(columns) == 1 else list(chain.from_iterable(columns)), dtype)
+
+    sources = np.asarray([source for source, _ in proposals], np.uint8).repeat([len(c.parents) for _, c in proposals])
     probs = column("probs", np.float32)
     acceptance = accepts(calibration, sources, np.full(len(probs), depth, np.int32), probs, sampled)
     both = Candidates(
@@ -205,7 +208,7 @@ def merge(proposals: list[tuple[Source, Children]], depth: int, sampled: bool, c
         sources,
         acceptance,
     )
-    if len({source for source, children in proposals if children.parents}) < 2:
+    if len({source for source, _ in proposals}) < 2:
         return both
     order = np.lexsort((both.sources, both.ranks, -both.accepts, both.parents))
     seen: set[tuple[int, int]] = set()
