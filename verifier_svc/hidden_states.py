@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 WINDOW_TOKENS = 256
 """Most features kept per request: with this much context a head begins that was away, or whose prompt is long."""
-UNREAD_TOKENS = 256
+UNREAD_TOKENS = 64
 """Passes over so many tokens are left as they are, and then read together: while nothing is drafted nobody asks."""
 
 
@@ -117,11 +117,11 @@ class HiddenStates:
         unread, self._unread = self._unread, Unread()
         if not unread.wanted:
             return
-        hidden = torch.cat([torch.cat(parts, dim=-1) for parts in unread.passes])
+        hidden = torch.cat([torch.cat(parts, dim=-1).bfloat16() for parts in unread.passes])
         rows = [row for _, rows in unread.wanted for row in rows]
         if len(rows) < len(hidden):
             hidden = hidden[upload(np.asarray(rows), self._model.device)]
-        bits, self._wait = download(hidden.bfloat16().view(torch.int16))
+        bits, self._wait = download(hidden.view(torch.int16))
         values = iter(bits.numpy().view(np.uint16))
         for session_id, rows in unread.wanted:
             kept = self._rows.setdefault(session_id, deque(maxlen=self._window_tokens))
