@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 WINDOW_TOKENS = 256
 """Most features kept per request: with this much context a head begins that was away, or whose prompt is long."""
-UNREAD_TOKENS = 64
+UNREAD_TOKENS = 256
 """Passes over so many tokens are left as they are, and then read together: while nothing is drafted nobody asks."""
 
 
