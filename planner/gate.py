@@ -213,7 +213,8 @@ class DraftGate:
         found = self._look(requests, sequences, state, plan, connected, behind_tokens)
         self._drafting = found.gain > (0.0 if self._drafting else START_MARGIN * sequences)
         self._forgive(requests, now_s)
-        probing = now_s >= self._probe_at_s
+        # Whoever decodes waits long enough for a step that carries a prompt.
+        probing = now_s >= self._probe_at_s and state.base_tokens == sequences
         if self._drafting:
             layers = ALL_LAYERS if probing else found.layers
             return Decision(requests, "", layers, float(found.draft_s[min(layers, LAYERS - 1)]))

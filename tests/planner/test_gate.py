@@ -120,6 +120,13 @@ def test_a_probe_that_had_much_to_catch_up_goes_on_with_one_that_has_not():
     assert asked == [PROBE_REQUESTS, PROBE_REQUESTS, 0, 0, 0, 0, 0, 0]
 
 
+def test_a_step_that_carries_a_prompt_is_not_probed():
+    gate, plan = DraftGate(), plan_with(SATURATED)
+    gate.drafted(Decision(32), np.tile(WORTHY, 32), chains(WORTHY, 32, (1,)), (32,) * 3, 0.014, 0.0)
+    assert not gate.decide(32, 32, state(32)._replace(base_tokens=48), plan, False, 10.0).requests
+    assert gate.decide(32, 32, state(32), plan, False, 10.0).reason == "probing"
+
+
 def test_probes_find_out_that_the_text_has_become_easy():
     world = World(DraftGate())
     plan = plan_with(replace(IDLE, draft_layer_s=0.0))
