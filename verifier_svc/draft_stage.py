@@ -115,7 +115,8 @@ class DraftStage:
         """What can be had without the drafter: for requests whose text repeats itself, more of the same."""
         verify_s = pass_s(plan.cost, max(1, len(decoding)), state.context_tokens, state.base_tokens)
         plain = Drafts(draft_s=state.draft_s, predicted_verify_s=verify_s, refusal=reason)
-        if self._copying is None:
+        # Beside a prompt whoever decodes waits long enough.
+        if self._copying is None or state.base_tokens > len(decoding):
             return plain
         smart = [s for s in decoding if s.policy.prices_drafting]
         sure = {s.session_id: self._copying.read(s.session_id, s.token_ids) for s in smart}

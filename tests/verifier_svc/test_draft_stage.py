@@ -264,7 +264,10 @@ def test_a_text_that_repeats_itself_is_drafted_without_the_drafter(model):
     engine = Engine(model, AbsentLink(), lambda: plan(0.010, 0.0001), CONFIG)
     engine.add(request("r", prompt_token_ids=[5, 6, 7, 8, 9] * 4, explain=True))
     records = [engine.step()[1] for _ in range(12)]
+    engine.add(request("long", prompt_token_ids=list(range(5, 105)), max_tokens=1))
+    records += [engine.step()[1] for _ in range(12)]
     assert any(record.verified_nodes for record in records)
+    assert not any(record.verified_nodes for record in records if record.prefill_tokens), "who decodes waits enough"
     assert all(record.draft_s == 0 for record in records), "it is not the drafter's time"
 
 
