@@ -67,7 +67,8 @@ def draw(cut: Cut, fates: NDArray[np.int64]) -> Drawn:
     worlds, outcomes = np.divmod(fates, OUTCOMES)
     sizes = cut.sizes[worlds]
     tree_of = np.arange(len(fates)).repeat(sizes)
-    before = cut.firsts[worlds] - (sizes.cumsum(dtype=np.int64) - sizes)
+    ends: NDArray[np.int64] = sizes.cumsum()
+    before: NDArray[np.int64] = cut.firsts[worlds] - (ends - sizes)
     nodes = before[tree_of] + np.arange(len(tree_of))
     spots = (outcomes * cut.on_path.shape[1])[tree_of] + nodes
     return Drawn(cut, tree_of, nodes, spots, cut.forest.depths[nodes], cut.on_path.ravel()[spots])
