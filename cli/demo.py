@@ -278,7 +278,8 @@ def comparison(title: str, prompts: tuple[DemoPrompt, ...], turns: Turns) -> Tab
 
 def usual_reason(outcomes: list[Outcome]) -> str:
     """What the planner most often said of these streams' steps, its last such words for an example."""
-    said = {NUMBER.sub("#", reason): reason for outcome in outcomes for reason in outcome.reasons}
-    counts = Counter(NUMBER.sub("#", reason) for outcome in outcomes for reason in outcome.reasons)
-    pattern, steps = counts.most_common(1)[0]
-    return f"in {steps} of {counts.total()} steps: {said[pattern]}"
+    reasons = [reason for outcome in outcomes for reason in outcome.reasons]
+    patterns = [NUMBER.sub("#", reason) for reason in reasons]
+    pattern, steps = Counter(patterns).most_common(1)[0]
+    example = dict(zip(patterns, reasons, strict=True))[pattern]
+    return f"in {steps} of {len(reasons)} steps: {example}"

@@ -169,7 +169,7 @@ def build_drafter(
         ConfigError: the draft model or head cannot be loaded, or does not share the target's vocabulary.
     """
     head_folder = find_head(config, target)
-    lookups: list[Proposer] = [NgramProposer()] if config.kind == "auto" or "ngram" in config.kind else []
+    lookups: list[Proposer] = [NgramProposer()] if config.looks_up else []
     if head_folder is not None:
         info, proposer = _build_head(head_folder, config, target, limits)
     elif "model" in config.kind:

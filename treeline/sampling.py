@@ -31,4 +31,4 @@ class SamplingParams:
     @property
     def is_argmax(self) -> bool:
         """Whether the token is that of the largest logit as it is."""
-        return self.temperature == 0.0 and self.repetition_penalty == 1.0
+        return self.greedy and self.repetition_penalty == 1.0

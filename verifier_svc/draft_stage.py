@@ -15,7 +15,7 @@ from planner.draft_costs import catches_up
 from planner.gate import Decision, DraftGate
 from planner.rule import BatchState
 from treeline.config import LimitsConfig
-from treeline.drafting import ALL_LAYERS, NO_FEATURES, DraftLink, DraftReply, DraftRequest, DraftSequence
+from treeline.drafting import ALL_LAYERS, DraftLink, DraftReply, DraftRequest, DraftSequence
 from treeline.forest import Forest
 from treeline.plan import Plan
 from treeline.tree import DraftTree
@@ -90,7 +90,7 @@ class DraftStage:
         weights = _weights(batch.decoding, started_s)
         messages = self._messages(asked, weights, decision, plan)
         # A model that was not asked for long has much to catch up with, at about a node's price a token.
-        told = sum([max(len(message.token_ids), len(message.features)) for message in messages if message.max_layers])
+        told = sum([max(len(message.token_ids), len(message.features)) for message in messages])
         expected_s = decision.expected_s + plan.cost.draft_node_s * told
         reply = self._exchange(messages, self._patience.limit_s(expected_s))
         draft_s = self._clock() - started_s
@@ -180,12 +180,12 @@ class DraftStage:
         smart = [one for one in wanting if one.sequence.policy.prices_drafting]
         if not smart:
             return asked, Decision(0)
-        behind = sum([one.sequence.unmodelled_tokens for one in smart])
+        behind = sum([one.sequence.behind_tokens for one in smart])
         now_s, connected = self._worked_s(), bool(asked)
         decision = self._gate.decide(len(smart), len(decoding), state, plan, connected, now_s, behind)
         if decision.requests < len(smart):
-            # A probe is cheapest with those whom the draft model has followed furthest.
-            smart.sort(key=lambda one: one.sequence.unmodelled_tokens)
+            # A probe is cheapest with those whom the drafter has followed furthest.
+            smart.sort(key=lambda one: one.sequence.behind_tokens)
         return asked + smart[: decision.requests], decision
 
     def _depth(self, sequence: Sequence, running: int, plan: Plan) -> int:
@@ -204,10 +204,9 @@ class DraftStage:
     def _messages(
         self, asked: list[Asked], weights: dict[int, float], decision: Decision, plan: Plan
     ) -> list[DraftSequence]:
-        modelled = [one.sequence for one in asked if _layers(one.sequence, decision)]
-        features = {s.session_id: f for s, f in zip(modelled, self.hidden_states.unsent(modelled), strict=True)}
+        features = self.hidden_states.unsent([one.sequence for one in asked])
         messages = []
-        for sequence, max_depth in asked:
+        for (sequence, max_depth), unsent in zip(asked, features, strict=True):
             session_id, start = sequence.session_id, min(sequence.drafter_tokens, len(sequence.token_ids) - 1)
             self._told.add(session_id)
             messages.append(
@@ -219,9 +218,9 @@ class DraftStage:
                     policy=sequence.policy.spec,
                     max_nodes=self._nodes(sequence, plan),
                     max_depth=max_depth,
-                    max_layers=_layers(sequence, decision),
+                    max_layers=decision.layers if sequence.policy.prices_drafting else ALL_LAYERS,
                     weight=weights[session_id] * sequence.acceptance.ratio,
-                    features=features.get(session_id, NO_FEATURES),
+                    features=unsent,
                 )
             )
         return messages
@@ -238,8 +237,6 @@ class DraftStage:
         for message, (sequence, _) in zip(messages, asked, strict=True):
             held = reply.held.get(sequence.session_id)
             sequence.drafter_tokens = len(sequence.token_ids) if held is None else held
-            if message.max_layers or held is not None:
-                sequence.modelled_tokens = sequence.drafter_tokens
             if held is not None:
                 self.hidden_states.lost(sequence)
             elif len(message.features):
@@ -253,11 +250,6 @@ class DraftStage:
         layers, gains = forest.model_layers()[pruning.prunable], pruning.gains
         behind = catches_up(stats.catch_up_tokens, len(drafts.trees))
         self._gate.drafted(decision, gains, layers, stats.layer_nodes, drafts.draft_s, self._worked_s(), behind)
-
-
-def _layers(sequence: Sequence, decision: Decision) -> int:
-    """Layers of the draft model that may be run for a request."""
-    return decision.layers if sequence.policy.prices_drafting else ALL_LAYERS
 
 
 def _forest(decoding: list[Sequence], messages: list[DraftSequence], reply: DraftReply) -> Forest:

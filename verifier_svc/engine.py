@@ -55,8 +55,9 @@ class Engine:
         self.scheduler = Scheduler(self.cache, config.limits, verifier.prefill_chunk_tokens, verifier.prefix_caching)
         hidden_states = HiddenStates(model, config.limits.max_message_bytes)
         copies = link is not None and config.drafter.looks_up
-        timeout_s = config.verifier.draft_timeout_s
-        self.draft_stage = DraftStage(link, hidden_states, self.scheduler, config.limits, timeout_s, copies)
+        self.draft_stage = DraftStage(
+            link, hidden_states, self.scheduler, config.limits, verifier.draft_timeout_s, copies
+        )
         self.plan = plan
         self._sequences: dict[str, Sequence] = {}
         self._session_ids = count(1)

@@ -132,9 +132,8 @@ class HiddenStates:
 
         What would make the message too large stays for a later step.
         """
-        if sequences:
-            self._read()
-            self._wait()
+        self._read()
+        self._wait()
         budget_bytes = self._budget_bytes
         found = []
         for sequence in sequences:

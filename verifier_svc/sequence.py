@@ -28,7 +28,6 @@ class Sequence:
             their hidden states.
         is_remembered: its prompt is in the prefix cache.
         drafter_tokens: how many of `token_ids` the drafter is believed to hold.
-        modelled_tokens: how many of them its draft model has run.
         acceptance: how its drafts fare beside those of other requests.
     """
 
@@ -42,7 +41,6 @@ class Sequence:
     cached_tokens: int = 0
     is_remembered: bool = False
     drafter_tokens: int = 0
-    modelled_tokens: int = 0
     acceptance: RequestAcceptance = field(default_factory=RequestAcceptance)
     admitted_s: float | None = None
     first_token_s: float | None = None
@@ -75,9 +73,9 @@ class Sequence:
         return len(self.token_ids) - self.kv.length
 
     @property
-    def unmodelled_tokens(self) -> int:
-        """Tokens that the draft model has to run before it can draft."""
-        return len(self.token_ids) - self.modelled_tokens
+    def behind_tokens(self) -> int:
+        """Tokens that the drafter has to catch up with before it can draft."""
+        return len(self.token_ids) - self.drafter_tokens
 
     def urgency(self, now_s: float) -> float:
         """How much more this request's tokens count because it is behind its target."""

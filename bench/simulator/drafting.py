@@ -90,7 +90,7 @@ class Drafting:
         hand = self._hand(plan, decision.requests, layers)
         if not self._policy.prunes:
             return self._whole(hand)
-        layers = max(1, min(layers, decision.layers))
+        layers = min(layers, decision.layers)
         drafted = self._pruned(hand, sequences, weights, layers, state, plan, hidden_s)
         if self._policy.prices_drafting and drafted.pruned is not None:  # only then is the gate asked
             (drawn, pruning), draft_s = drafted.pruned, drafted.draft_s
