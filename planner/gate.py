@@ -18,8 +18,8 @@ WORTH_BINS = 32
 BINS = 1 + WORTH_BINS
 WINDOW_REQUESTS = 32.0
 """What drafts offered is averaged over about this many requests' trees."""
-LOOK_AGAIN_REQUESTS = 4
-"""So many requests' trees move these averages enough to look again; at one stream that is every fourth step."""
+LOOK_AGAIN_STEPS = 8
+"""After so many drafted steps of the same batch under the same plan these averages are looked at again."""
 LAYERS = DEPTHS + 1
 """Lookups, which take no layer of the draft model, and its layers; the last one stands for all further ones. What takes
 no layer the verifier can have for nothing, for it looks up as well."""
@@ -191,7 +191,7 @@ class DraftGate:
         self._probed_requests = PROBE_REQUESTS
         self._late = 0
         self._outlook: Outlook | None = None
-        self._unseen_requests = 0
+        self._unseen_steps = 0
         self._seen_plan: Plan | None = None
         self._seen_batch: tuple[float, ...] = ()
 
@@ -236,9 +236,9 @@ class DraftGate:
     ) -> Outlook:
         """The outlook, as it was when last looked at if nothing but some more context and few drafts came since."""
         batch = (requests, sequences, state.base_tokens, state.waiting_startable, connected)
-        moved = self._unseen_requests >= LOOK_AGAIN_REQUESTS
+        moved = self._unseen_steps >= LOOK_AGAIN_STEPS
         if self._outlook is None or moved or plan is not self._seen_plan or batch != self._seen_batch:
-            self._unseen_requests = 0
+            self._unseen_steps = 0
             self._outlook = outlook(self._supply, requests, sequences, state, plan, connected, behind)
             self._seen_plan, self._seen_batch = plan, batch
         return self._outlook
@@ -260,7 +260,7 @@ class DraftGate:
                 therefore goes on with.
         """
         self._late = 0
-        self._unseen_requests += decision.requests
+        self._unseen_steps += 1
         self._supply.observe(decision.requests, decision.layers, gains, node_layers, layer_nodes)
         if decision.layers >= LAYERS - 1:
             # A draft that something held up must not put off the next one.

@@ -24,7 +24,7 @@ from treeline.tree import ROOT, DraftTree, Source
 
 LEVEL = math.log(1.25)
 """Prices are told apart in steps of a quarter: a tree is grown at the first price of a step that is met."""
-LEAST_THRESHOLD = 1e-3
+LEAST_THRESHOLD = 3e-3
 """Nodes worth less than this are cut by the limit on nodes anyway."""
 MAX_NODES = 64
 FRESH_GROWTH = (10, 100)
