@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import typer
@@ -19,6 +20,7 @@ from cli.profile import profile
 from cli.serve import serve
 from cli.simulate import simulate
 from cli.top import top
+from treeline.config import SPIN_COUNT
 from treeline.errors import ConfigError, TreelineError
 
 
@@ -58,4 +60,6 @@ app.add_typer(bench, name="bench")
 
 
 def main() -> None:
+    # Read when torch is loaded. Benches run models in this process, as replicas do in theirs.
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     app()

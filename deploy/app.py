@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from treeline.config import Config, ResourcesConfig
+from treeline.config import SPIN_COUNT, Config, ResourcesConfig
 from treeline.rpc import Discover, reachable_host
 
 APP = "treeline"
@@ -21,9 +21,6 @@ DISCOVERY_TIMEOUT_S = 5.0
 HEALTH_PERIOD_S = 2.0
 SHUTDOWN_GRACE_S = 5.0
 MAX_START_ATTEMPTS = 3
-SPIN_COUNT = os.environ.get("GOMP_SPINCOUNT", "30000")
-"""How long idle OpenMP threads keep their core, about a millisecond: from one matrix product to the next, but not while
-the other service works. By default a verifier's threads would spin for ten while it waits for the drafter."""
 
 
 class Server(Protocol):
@@ -129,10 +126,11 @@ def build(args: dict[str, Any]) -> serve.Application:
 def _deployment(replica: type[Replica], name: str, resources: ResourcesConfig, threads: int) -> serve.Deployment:
     # Ray would give a replica of less than one CPU a single thread; the verifier is to have all cores by default.
     threads = threads or os.cpu_count() or 1
+    openmp = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPIN_COUNT)}
     actor_options: dict[str, Any] = {
         "num_cpus": resources.num_cpus,
         "num_gpus": resources.num_gpus,
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": SPIN_COUNT}},
+        "runtime_env": {"env_vars": openmp},
     }
     if resources.accelerator_type:
         actor_options["accelerator_type"] = resources.accelerator_type

@@ -16,7 +16,9 @@ from treeline.errors import ConfigError
 
 DEFAULT_MODEL = "default"
 """Stands for the embedded default model (see `lm/store.py`)."""
-
+SPIN_COUNT = "30000"
+"""`GOMP_SPINCOUNT` of every process that runs a model, unless the environment has one: how long idle OpenMP threads
+keep their core. About a millisecond: from one matrix product to the next, but not while another process works."""
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

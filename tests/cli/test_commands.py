@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -194,3 +195,14 @@ def test_help_and_clients_need_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("inherited", "used"), [(None, "30000"), ("7", "7")])
+def test_models_run_by_commands_spin_as_those_of_replicas_do(inherited, used):
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    if inherited:
+        environment["GOMP_SPINCOUNT"] = inherited
+    code = "import sys; sys.argv[1:] = ['--help']; from cli.main import main\ntry: main()\nfinally: import torch"
+    environment["OMP_DISPLAY_ENV"] = "verbose"  # torch's OpenMP tells what it found when it is loaded
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert f"GOMP_SPINCOUNT = '{used}'" in run.stderr
