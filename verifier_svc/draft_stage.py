@@ -27,6 +27,9 @@ from verifier_svc.scheduler import Batch, Scheduler
 from verifier_svc.sequence import Sequence
 from verifier_svc.walk import Walk
 
+COPY_MARGIN = 0.02
+"""A copy must bring this share more than plain decoding: to walk and to commit a tree takes some of a step as well."""
+
 
 class Asked(NamedTuple):
     """A request that wants a draft, and how deep."""
@@ -133,7 +136,8 @@ class DraftStage:
         ]
         copied = {s.session_id for s, tree in zip(decoding, trees, strict=True) if len(tree)}
         drafts = pruned(decoding, Forest.of(trees), copied, _weights(decoding, self._clock()), state, plan)
-        if any(map(len, drafts.trees.values())):
+        plain_goodput = len(decoding) / (state.draft_s + plan.cost.step_overhead_s + verify_s)
+        if drafts.pruning is not None and drafts.pruning.goodput > (1 + COPY_MARGIN) * plain_goodput:
             return drafts
         self._refused_batch, self._refused = batch, surest
         return plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from treeline.drafting import DraftReply, DraftRequest
 from treeline.plan import CostCurve, CostModel, Plan
 from treeline.sampling import SamplingParams
 from treeline.tree import DraftTree
+from verifier_svc.draft_stage import COPY_MARGIN
 from verifier_svc.engine import Engine
 from verifier_svc.output import Detokenizer
 from verifier_svc.request import Chunk, GenerationRequest
@@ -269,6 +271,16 @@ def test_a_text_that_repeats_itself_is_drafted_without_the_drafter(model):
     assert any(record.verified_nodes for record in records)
     assert not any(record.verified_nodes for record in records if record.prefill_tokens), "who decodes waits enough"
     assert all(record.draft_s == 0 for record in records), "it is not the drafter's time"
+
+
+def test_a_copy_that_brings_next_to_nothing_is_left(model):
+    brought = []
+    for fixed_s in np.linspace(0.0, 0.1, 51).tolist():
+        engine = Engine(model, AbsentLink(), lambda fixed_s=fixed_s: plan(fixed_s, 0.01), CONFIG)
+        engine.add(request("r", prompt_token_ids=[5, 6, 7, 8, 9] * 4))
+        records = [engine.step()[1] for _ in range(12)]
+        brought += [record.goodput * (fixed_s + 0.01) for record in records if record.verified_nodes]
+    assert 1 + COPY_MARGIN < min(brought) < 1.1
 
 
 @pytest.mark.parametrize(("kind", "policy"), [("head", "smart"), ("auto", "off"), ("auto", "chain:2")])
