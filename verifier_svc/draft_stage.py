@@ -137,7 +137,8 @@ class DraftStage:
         copied = {s.session_id for s, tree in zip(decoding, trees, strict=True) if len(tree)}
         drafts = pruned(decoding, Forest.of(trees), copied, _weights(decoding, self._clock()), state, plan)
         plain_goodput = len(decoding) / (state.draft_s + plan.cost.step_overhead_s + verify_s)
-        if drafts.pruning is not None and drafts.pruning.goodput > (1 + COPY_MARGIN) * plain_goodput:
+        assert drafts.pruning is not None
+        if drafts.pruning.goodput > (1 + COPY_MARGIN) * plain_goodput:
             return drafts
         self._refused_batch, self._refused = batch, surest
         return plain
