@@ -1,11 +1,12 @@
-"""Load generators: closed loop with a fixed number of streams, open loop with Poisson arrivals. All times are
-`time.perf_counter()` seconds."""
+"""Load generators: closed loop with a fixed number of streams, open loop with Poisson arrivals.
+
+A loop is a generator, so that loops can take turns on one machine; its times are seconds of its own clock.
+"""
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +16,8 @@ from bench.common import Prompt
 from treeline.errors import QueueFullError
 
 POLL_S = 1.0
+
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,6 @@ class Tokens:
     """What one step brought one request."""
 
     request_id: str
-    time_s: float
     token_ids: list[int]
 
 
@@ -45,7 +47,6 @@ class End:
     """
 
     request_id: str
-    time_s: float
     finished: bool = False
     rejected: bool = False
     steps: int = 0
@@ -74,6 +75,7 @@ class Answer:
     Attributes:
         sent_s: when it was due to be sent; with an open loop a late sender does not flatter the service.
         arrivals: (time, tokens) of each chunk.
+        ended_s: None while it is open.
     """
 
     request: Request
@@ -81,6 +83,7 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     arrivals: list[tuple[float, int]] = field(default_factory=list)
     end: End | None = None
+    ended_s: float | None = None
 
     @property
     def finished(self) -> bool:
@@ -96,11 +99,15 @@ class Window:
     closed_s: float
 
 
+Loop = Generator[None, None, Window]
+"""Puts a system under load, one poll from each `next` to the other; returns what came of it."""
+
+
 class _Sender:
     """Sends requests and keeps what comes back."""
 
-    def __init__(self, system: System) -> None:
-        self._system = system
+    def __init__(self, system: System, clock: Clock) -> None:
+        self._system, self._clock = system, clock
         self.answers: dict[str, Answer] = {}
         self.open: set[str] = set()
         self.rejected = 0
@@ -111,15 +118,16 @@ class _Sender:
         self._system.submit(request)
 
     def poll(self, timeout_s: float = POLL_S) -> None:
-        for event in self._system.poll(timeout_s):
+        events, now_s = self._system.poll(timeout_s), self._clock()
+        for event in events:
             answer = self.answers[event.request_id]
             if isinstance(event, End):
-                answer.end = event
+                answer.end, answer.ended_s = event, now_s
                 self.rejected += event.rejected
                 self.open.remove(event.request_id)
             else:
                 answer.token_ids += event.token_ids
-                answer.arrivals.append((event.time_s, len(event.token_ids)))
+                answer.arrivals.append((now_s, len(event.token_ids)))
 
     def abort(self) -> None:
         """End all that is open and wait for it."""
@@ -129,10 +137,10 @@ class _Sender:
 
     @property
     def last_end_s(self) -> float:
-        return max(answer.end.time_s for answer in self.answers.values() if answer.end)
+        return max(answer.ended_s for answer in self.answers.values() if answer.ended_s is not None)
 
 
-def closed_loop(system: System, requests: Sequence[Request], streams: int, limit_s: float) -> Window:
+def closed_loop(system: System, requests: Sequence[Request], streams: int, limit_s: float, clock: Clock) -> Loop:
     """Keep `streams` requests open: when one ends, the next one is sent at once.
 
     The window opens when each of the first `streams` requests has its first token, and closes when a stream has no
@@ -142,33 +150,35 @@ def closed_loop(system: System, requests: Sequence[Request], streams: int, limit
     Raises:
         QueueFullError: the system has no room for so many streams.
     """
-    sender, waiting = _Sender(system), deque(requests)
+    sender, waiting = _Sender(system, clock), deque(requests)
     opened_s: float | None = None
     while True:
         while waiting and len(sender.open) < streams:
-            sender.submit(waiting.popleft(), time.perf_counter())
+            sender.submit(waiting.popleft(), clock())
         sender.poll()
         if sender.rejected:
             raise QueueFullError(f"there is no room for {streams} streams")
         if opened_s is None:
             opened_s = _all_started_s([sender.answers[r.id] for r in requests[:streams]])
-        late = opened_s is not None and time.perf_counter() - opened_s >= limit_s
+        late = opened_s is not None and clock() - opened_s >= limit_s
         if late or len(sender.open) + len(waiting) < streams:
             break
-    closed_s = time.perf_counter() if late else sender.last_end_s
+        yield
+    closed_s = clock() if late else sender.last_end_s
     sender.abort()
     return Window(list(sender.answers.values()), closed_s if opened_s is None else opened_s, closed_s)
 
 
-def open_loop(system: System, requests: Sequence[Request], arrivals_s: Sequence[float]) -> Window:
+def open_loop(system: System, requests: Sequence[Request], arrivals_s: Sequence[float], clock: Clock) -> Loop:
     """Send each request when it is due, seconds from now, however many are open; the window is all of it."""
-    sender, waiting = _Sender(system), deque(zip(requests, arrivals_s, strict=True))
-    started_s = time.perf_counter()
+    sender, waiting = _Sender(system, clock), deque(zip(requests, arrivals_s, strict=True))
+    started_s = clock()
     while waiting or sender.open:
-        while waiting and started_s + waiting[0][1] <= time.perf_counter():
+        while waiting and started_s + waiting[0][1] <= clock():
             request, due_s = waiting.popleft()
             sender.submit(request, started_s + due_s)
-        sender.poll(max(0.0, started_s + waiting[0][1] - time.perf_counter()) if waiting else POLL_S)
+        sender.poll(max(0.0, started_s + waiting[0][1] - clock()) if waiting else POLL_S)
+        yield
     return Window(list(sender.answers.values()), started_s + arrivals_s[0], sender.last_end_s)
 
 

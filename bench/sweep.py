@@ -1,29 +1,43 @@
-"""Policies under load, side by side: blocks of requests, interleaved so that what the machine does hits all alike."""
+"""Policies under load, side by side: blocks that take turns, so that what the machine does hits all alike."""
 
 from __future__ import annotations
 
+import math
 import random
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from typing import Literal, Protocol
 
 import numpy as np
 
 from bench.common import Prompt
-from bench.load import Answer, Measured, Request, System, closed_loop, measure, open_loop, poisson_arrivals
+from bench.load import (
+    Answer,
+    Measured,
+    Request,
+    System,
+    closed_loop,
+    measure,
+    open_loop,
+    poisson_arrivals,
+)
 from bench.local_engine import PlannedStep
+from bench.turns import in_turns
 from planner.policies import parse_policy
 from treeline.errors import ConfigError
 
 OFF = "off"
-MIN_SUCCESSORS = 4
+MIN_SUCCESSORS = 16
 """A closed-loop block sends this many requests, or one a stream, behind the streams' first ones."""
 MIN_ARRIVALS = 8
 """Requests of an open-loop block, or as many as arrive within a block's seconds."""
 WARM_UP_SHARE = 0.5
 """Of a block's seconds."""
+TURN_S = 0.2
+"""The machine is as fast in a turn as in the next one; and what changing costs is nothing beside it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,7 @@ class Turn:
     """A block that has been run.
 
     Attributes:
-        seconds: it took, all in all.
+        seconds: it took, all in all, the turns of others left out.
         prompts_s: until every stream of a closed loop had its first token; 0 of an open one.
         result: None of a warm-up.
     """
@@ -94,15 +108,21 @@ class Turn:
     result: Result | None
 
 
-class Swept(System, Protocol):
-    """A system that can be swept."""
+class Swept(Protocol):
+    """What can be swept.
 
-    def begin(self, policy: str) -> None:
-        """The requests to come are of this policy; none is open."""
+    Attributes:
+        halts: a system stands still while nobody polls it.
+    """
+
+    halts: bool
+
+    def system(self, policy: str) -> System:
+        """What requests of this policy are sent to."""
         ...
 
-    def take_steps(self) -> list[PlannedStep]:
-        """The engine's steps since the last call, where they are known."""
+    def take_steps(self, policy: str) -> list[PlannedStep]:
+        """The engine's steps under this policy since the last call, where they are known."""
         ...
 
 
@@ -144,18 +164,18 @@ def open_blocks(settings: Settings) -> list[Block]:
     ]
 
 
-def run_sweep(system: Swept, prompts: Sequence[Prompt], settings: Settings) -> Iterator[Turn]:
-    """Run all blocks, one at a time."""
+def run_sweep(swept: Swept, prompts: Sequence[Prompt], settings: Settings) -> Iterator[Turn]:
+    """Run all blocks; those of one round take turns where systems can be halted, and follow each other elsewhere."""
     shuffled = random.Random(settings.seed).sample(prompts, len(prompts))
     closed: list[Result] = []
-    for block in closed_blocks(settings):
-        turn = _run_closed(system, block, shuffled, settings)
-        closed += [turn.result] if turn.result else []
-        yield turn
+    for blocks in _rounds(closed_blocks(settings)):
+        for turn in _run_closed(swept, blocks, shuffled, settings):
+            closed += [turn.result] if turn.result else []
+            yield turn
     if settings.rates:
         requests_per_s = capacity(closed)
-        for block in open_blocks(settings):
-            yield _run_open(system, block, shuffled, settings, block.load * requests_per_s)
+        for blocks in _rounds(open_blocks(settings)):
+            yield from _run_open(swept, blocks, shuffled, settings, blocks[0].load * requests_per_s)
 
 
 def capacity(results: Sequence[Result]) -> float:
@@ -183,27 +203,42 @@ def closed_requests(block: Block, prompts: Sequence[Prompt], max_tokens: int) ->
     return _requests(block, prompts, (block.round - 1) * len(lengths), lengths)
 
 
-def _run_closed(system: Swept, block: Block, prompts: Sequence[Prompt], settings: Settings) -> Turn:
-    started_s = time.perf_counter()
-    system.begin(block.policy)
-    requests = closed_requests(block, prompts, settings.max_tokens)
-    limit_s = settings.block_s if block.round else WARM_UP_SHARE * settings.block_s
-    window = closed_loop(system, requests, int(block.load), limit_s)
-    steps = system.take_steps()
-    result = Result(block, measure(window), window.answers, steps=steps) if block.round else None
-    return Turn(block, time.perf_counter() - started_s, window.opened_s - started_s, result)
+def _run_closed(swept: Swept, blocks: Sequence[Block], prompts: Sequence[Prompt], settings: Settings) -> Iterator[Turn]:
+    round_, streams = blocks[0].round, int(blocks[0].load)
+    limit_s = settings.block_s if round_ else WARM_UP_SHARE * settings.block_s
+    loops = []
+    for block in blocks:
+        requests = closed_requests(block, prompts, settings.max_tokens)
+        loops.append(partial(closed_loop, swept.system(block.policy), requests, streams, limit_s))
+    for index, window, seconds in in_turns(loops, _turn_s(swept)):
+        steps = swept.take_steps(blocks[index].policy)
+        result = Result(blocks[index], measure(window), window.answers, steps=steps) if round_ else None
+        yield Turn(blocks[index], seconds, window.opened_s, result)
 
 
 def _run_open(
-    system: Swept, block: Block, prompts: Sequence[Prompt], settings: Settings, requests_per_s: float
-) -> Turn:
-    started_s = time.perf_counter()
-    system.begin(block.policy)
-    count = max(MIN_ARRIVALS, round(requests_per_s * settings.block_s))
-    requests = _requests(block, prompts, (block.round - 1) * count, [settings.max_tokens] * count)
-    window = open_loop(system, requests, poisson_arrivals(requests_per_s, count, settings.seed + block.round))
-    result = Result(block, measure(window), window.answers, requests_per_s, system.take_steps())
-    return Turn(block, time.perf_counter() - started_s, 0.0, result)
+    swept: Swept, blocks: Sequence[Block], prompts: Sequence[Prompt], settings: Settings, requests_per_s: float
+) -> Iterator[Turn]:
+    round_, count = blocks[0].round, max(MIN_ARRIVALS, round(requests_per_s * settings.block_s))
+    arrivals_s = poisson_arrivals(requests_per_s, count, settings.seed + round_)
+    loops = []
+    for block in blocks:
+        requests = _requests(block, prompts, (round_ - 1) * count, [settings.max_tokens] * count)
+        loops.append(partial(open_loop, swept.system(block.policy), requests, arrivals_s))
+    for index, window, seconds in in_turns(loops, _turn_s(swept)):
+        steps = swept.take_steps(blocks[index].policy)
+        result = Result(blocks[index], measure(window), window.answers, requests_per_s, steps)
+        yield Turn(blocks[index], seconds, 0.0, result)
+
+
+def _turn_s(swept: Swept) -> float:
+    return TURN_S if swept.halts else math.inf
+
+
+def _rounds(blocks: Sequence[Block]) -> Iterator[list[Block]]:
+    """The blocks of each round of each load."""
+    for _, round_ in groupby(blocks, key=lambda block: (block.load, block.round)):
+        yield list(round_)
 
 
 def _requests(block: Block, prompts: Sequence[Prompt], first: int, lengths: Sequence[int]) -> list[Request]:

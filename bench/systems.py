@@ -6,11 +6,11 @@ import heapq
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bench.common import Prompt
 from bench.load import End, Request, Tokens
-from bench.local_engine import LocalPlanner, PlannedEngine, PlannedStep, encode, greedy_answers
+from bench.local_engine import PlannedEngine, PlannedStep, encode, greedy_answers
 from bench.synthetic import Acceptance, SyntheticProposer
 from lm.model import LanguageModel
 from treeline.client import TreelineClient
@@ -27,7 +27,7 @@ REQUEST_TIMEOUT_S = 600.0
 
 
 class LocalSystem:
-    """Engine, drafter and planner in this process. Each policy has a planner of its own: none learns from another.
+    """Engine, drafter and planner in this process.
 
     Args:
         token_ids: of each prompt that may be asked.
@@ -35,14 +35,7 @@ class LocalSystem:
 
     def __init__(self, planned: PlannedEngine, token_ids: dict[Prompt, list[int]]) -> None:
         self._planned, self._token_ids = planned, token_ids
-        self._planners: dict[str, LocalPlanner] = {}
         self._aborted: list[Tokens | End] = []
-
-    def begin(self, policy: str) -> None:
-        """The requests to come are of this policy; none may be open."""
-        if policy not in self._planners:
-            self._planners[policy] = self._planned.new_planner()
-        self._planned.planner = self._planners[policy]
 
     def submit(self, request: Request) -> None:
         token_ids = self._token_ids[request.prompt]
@@ -68,11 +61,33 @@ class LocalSystem:
         return steps
 
 
+class LocalSystems:
+    """An engine for each policy, over one target model: none learns from another, and each can be halted.
+
+    Args:
+        start: makes an engine.
+    """
+
+    halts = True
+
+    def __init__(self, start: Callable[[], PlannedEngine], token_ids: dict[Prompt, list[int]]) -> None:
+        self._start, self._token_ids = start, token_ids
+        self._systems: dict[str, LocalSystem] = {}
+
+    def system(self, policy: str) -> LocalSystem:
+        if policy not in self._systems:
+            self._systems[policy] = LocalSystem(self._start(), self._token_ids)
+        return self._systems[policy]
+
+    def take_steps(self, policy: str) -> list[PlannedStep]:
+        return self.system(policy).take_steps()
+
+
 def start_local(
     config: Config, prompts: Sequence[Prompt], streams: int, max_tokens: int, acceptance: Acceptance | None = None
-) -> LocalSystem:
-    """The system that `config` describes; arguments and errors as for `start_planned`."""
-    return LocalSystem(*start_planned(config, prompts, streams, max_tokens, acceptance))
+) -> LocalSystems:
+    """The systems that `config` describes; arguments and errors as for `start_planned`."""
+    return LocalSystems(*_prepared(config, prompts, streams, max_tokens, acceptance))
 
 
 def start_planned(
@@ -87,31 +102,40 @@ def start_planned(
     Raises:
         ConfigError: a model cannot be loaded, or a prompt and its answer exceed the context.
     """
+    start, token_ids = _prepared(config, prompts, streams, max_tokens, acceptance)
+    return start(), token_ids
+
+
+def _prepared(
+    config: Config, prompts: Sequence[Prompt], streams: int, max_tokens: int, acceptance: Acceptance | None
+) -> tuple[Callable[[], PlannedEngine], dict[Prompt, list[int]]]:
+    """What makes such engines over one target, which is loaded and measured now."""
     model = LanguageModel.load(config.verifier.target)
     token_ids = {prompt: encode(model.tokenizer, prompt) for prompt in prompts}
     config = with_room(config, {prompt.id: len(ids) for prompt, ids in token_ids.items()}, streams, max_tokens)
     curves = profile_verification(model, model.new_cache(PROFILE_CACHE_TOKENS, config.verifier.kv_block_tokens))
-    proposer = None
-    if acceptance is not None:
-        proposer = _synthetic(acceptance, model, config, curves, list(token_ids.values()), streams, max_tokens)
-    return PlannedEngine(model, config, curves, proposer), token_ids
+    if acceptance is None:
+        return lambda: PlannedEngine(model, config, curves), token_ids
+    known = _answers(model, config, curves, list(token_ids.values()), streams, max_tokens)
+    return (
+        lambda: PlannedEngine(model, config, curves, SyntheticProposer(acceptance, known, model.vocab_size)),
+        token_ids,
+    )
 
 
-def _synthetic(
-    acceptance: Acceptance,
+def _answers(
     model: LanguageModel,
     config: Config,
     curves: tuple[CostCurve, ...],
     prompts: list[list[int]],
     streams: int,
     max_tokens: int,
-) -> SyntheticProposer:
-    """Drafts of this quality for these prompts, whose answers are written now."""
+) -> dict[tuple[int, ...], list[int]]:
+    """What the target answers each of these prompts."""
     plain = config.model_copy(update={"drafter": DrafterConfig(kind="ngram")})
     planned = PlannedEngine(model, plain, curves)
     answers, _ = greedy_answers(planned, prompts, ["off"] * len(prompts), max_tokens, streams)
-    known = {tuple(prompt): answer for prompt, answer in zip(prompts, answers, strict=True)}
-    return SyntheticProposer(acceptance, known, model.vocab_size)
+    return {tuple(prompt): answer for prompt, answer in zip(prompts, answers, strict=True)}
 
 
 def with_room(config: Config, prompt_tokens: dict[str, int], streams: int, max_tokens: int) -> Config:
@@ -145,6 +169,8 @@ def with_room(config: Config, prompt_tokens: dict[str, int], streams: int, max_t
 class RemoteSystem:
     """A running service, asked through its clients' port. Its one planner serves all policies."""
 
+    halts = False
+
     def __init__(self, client: TreelineClient, streams: int) -> None:
         """
         Raises:
@@ -161,8 +187,8 @@ class RemoteSystem:
                 f"limits.max_running_requests, or ask for a concurrency up to {most}"
             )
 
-    def begin(self, policy: str) -> None:
-        pass
+    def system(self, policy: str) -> RemoteSystem:
+        return self
 
     def submit(self, request: Request) -> None:
         threading.Thread(target=self._follow, args=(request,), daemon=True).start()
@@ -185,7 +211,7 @@ class RemoteSystem:
     def abort(self, request_ids: Sequence[str]) -> None:
         self._client.abort(*request_ids)
 
-    def take_steps(self) -> list[PlannedStep]:
+    def take_steps(self, policy: str) -> list[PlannedStep]:
         """A service does not tell its steps."""
         return []
 
@@ -204,7 +230,7 @@ class RemoteSystem:
             for message in messages:
                 self._events.put(_from_client(request.id, message))
         except QueueFullError:
-            self._events.put(End(request.id, time.perf_counter(), rejected=True))
+            self._events.put(End(request.id, rejected=True))
         except TreelineError as error:
             self._events.put(error)
 
@@ -215,20 +241,19 @@ def _messages(prompt: Prompt) -> list[dict[str, str]]:
 
 def _from_engine(request_id: str, item: Chunk | Completion) -> Tokens | End:
     if isinstance(item, Chunk):
-        return Tokens(request_id, time.perf_counter(), item.token_ids)
+        return Tokens(request_id, item.token_ids)
     return _end(request_id, item.finish_reason is not FinishReason.ABORTED, item.speculation)
 
 
 def _from_client(request_id: str, message: pb.GenerateChunk | pb.GenerateComplete) -> Tokens | End:
     if isinstance(message, pb.GenerateChunk):
-        return Tokens(request_id, time.perf_counter(), list(message.token_ids))
+        return Tokens(request_id, list(message.token_ids))
     return _end(request_id, message.finish_reason != pb.FINISH_REASON_ABORTED, message.speculation)
 
 
 def _end(request_id: str, finished: bool, totals: SpeculationTotals | pb.SpeculationSummary) -> End:
     return End(
         request_id,
-        time.perf_counter(),
         finished=finished,
         steps=totals.steps,
         verified_nodes=totals.verified_nodes,

@@ -13,6 +13,7 @@ class FeatureTap:
     """Keeps, of every pass, the hidden states behind some layers and the normed ones that the output head reads.
 
     Attributes:
+        layers: as asked for.
         width: features of one token: hidden size times (chosen layers + 1).
     """
 
@@ -26,9 +27,11 @@ class FeatureTap:
         blocks = getattr(body, "layers", None)
         if not isinstance(blocks, nn.ModuleList) or any(layer >= len(blocks) for layer in layers):
             raise ConfigError(f"{type(hf).__name__} does not show its decoder layers; no head can read their features")
+        self.layers = layers
         self.width = hf.config.get_text_config().hidden_size * (len(layers) + 1)
         self._parts: list[Tensor] = []
         self._hooks = [module.register_forward_hook(self._keep) for module in (*(blocks[i] for i in layers), body)]
+        self._readers = 1
 
     def take(self) -> Tensor:
         """The last pass' features [tokens, width] in the model's dtype, layers in order, the normed output last."""
@@ -43,8 +46,24 @@ class FeatureTap:
         """These are the last pass' parts: a captured pass runs without the modules that they are read off."""
         self._parts = parts
 
+    @property
+    def is_open(self) -> bool:
+        return self._readers > 0
+
+    def shared(self) -> FeatureTap:
+        """This one, for a reader more, who takes the parts of its own passes at once."""
+        self._readers += 1
+        return self
+
     def close(self) -> None:
-        """Read no more."""
+        """One reader reads no more."""
+        self._readers -= 1
+        if not self._readers:
+            self.remove()
+
+    def remove(self) -> None:
+        """None of them reads any more."""
+        self._readers = 0
         for hook in self._hooks:
             hook.remove()
 

@@ -122,14 +122,16 @@ class LanguageModel:
         self.passes.capture(self._run, cache)
 
     def tap(self, layers: tuple[int, ...]) -> FeatureTap:
-        """Read the features of these layers off every pass, until it is closed or another tap takes its place.
+        """Read the features of these layers off every pass, until it is closed or one of other layers takes its place.
 
         Raises:
             ConfigError: as `FeatureTap`.
         """
+        if self._tap is not None and self._tap.is_open and self._tap.layers == layers:
+            return self._tap.shared()
         tap = FeatureTap(self.hf, layers)
         if self._tap is not None:
-            self._tap.close()
+            self._tap.remove()
         self._tap = tap
         self.passes.forget_captured()
         return tap

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
 from bench.common import Prompt
-from bench.load import Answer, End, Request, Tokens, Window, closed_loop, measure, open_loop, poisson_arrivals
+from bench.load import (
+    Answer,
+    End,
+    Loop,
+    Request,
+    Tokens,
+    Window,
+    closed_loop,
+    measure,
+    open_loop,
+    poisson_arrivals,
+)
 from treeline.errors import QueueFullError
 
 FOREVER_S = 1e9
@@ -32,16 +45,16 @@ class FakeSystem:
         if len(self.open) < self.places:
             self.open[request.id] = request.max_tokens
         else:
-            self.ended.append(End(request.id, self.now_s, rejected=True))
+            self.ended.append(End(request.id, rejected=True))
 
     def poll(self, timeout_s: float) -> list[Tokens | End]:
         self.now_s += 1
         self.open_at_polls.append(len(self.open))
-        events: list[Tokens | End] = [Tokens(request_id, self.now_s, [7]) for request_id in self.open]
+        events: list[Tokens | End] = [Tokens(request_id, [7]) for request_id in self.open]
         self.open = {request_id: left - 1 for request_id, left in self.open.items()}
         for request_id in [request_id for request_id, left in self.open.items() if not left]:
             del self.open[request_id]
-            events.append(End(request_id, self.now_s, finished=True, steps=2, verified_nodes=6, accepted_nodes=3))
+            events.append(End(request_id, finished=True, steps=2, verified_nodes=6, accepted_nodes=3))
         events += self.ended
         self.ended = []
         return events
@@ -49,7 +62,7 @@ class FakeSystem:
     def abort(self, request_ids) -> None:
         for request_id in request_ids:
             del self.open[request_id]
-            self.ended.append(End(request_id, self.now_s))
+            self.ended.append(End(request_id))
 
 
 def requests(*lengths: int) -> list[Request]:
@@ -57,9 +70,22 @@ def requests(*lengths: int) -> list[Request]:
     return [Request(str(i), prompt, length, "off") for i, length in enumerate(lengths)]
 
 
+def run(loop: Loop) -> Window:
+    """To its end, at one go."""
+    while True:
+        try:
+            next(loop)
+        except StopIteration as end:
+            return end.value
+
+
+def closed(system: FakeSystem, requests: list[Request], streams: int, limit_s: float = FOREVER_S) -> Window:
+    return run(closed_loop(system, requests, streams, limit_s, lambda: system.now_s))
+
+
 def test_a_closed_loop_keeps_its_streams_busy_until_one_has_no_successor():
     system = FakeSystem()
-    window = closed_loop(system, requests(2, 4, 6, 3, 3, 3), 3, FOREVER_S)
+    window = closed(system, requests(2, 4, 6, 3, 3, 3), 3)
     assert system.order == ["0", "1", "2", "3", "4", "5"]
     # 0 ends at 2 and 1 at 4, 3 (sent at 2) at 5, 2 at 6: by then 4 and 5 are open, and nothing is left to follow.
     assert (window.opened_s, window.closed_s) == (1.0, 6.0)
@@ -69,7 +95,7 @@ def test_a_closed_loop_keeps_its_streams_busy_until_one_has_no_successor():
 
 
 def test_the_window_counts_what_came_while_all_streams_were_busy():
-    measured = measure(closed_loop(FakeSystem(), requests(2, 4, 6, 3, 3, 3), 3, FOREVER_S))
+    measured = measure(closed(FakeSystem(), requests(2, 4, 6, 3, 3, 3), 3))
     assert measured.tokens_per_s == pytest.approx(3.0)
     assert measured.accepted_length == pytest.approx(1 + 12 / 8)
     assert measured.tree_nodes == pytest.approx(24 / 8)
@@ -77,25 +103,25 @@ def test_the_window_counts_what_came_while_all_streams_were_busy():
 
 
 def test_a_slow_block_is_cut_at_its_limit():
-    window = closed_loop(FakeSystem(), requests(50, 50), 2, limit_s=0.0)
+    window = closed(FakeSystem(), requests(50, 50), 2, limit_s=0.0)
     assert [len(answer.token_ids) for answer in window.answers] == [1, 1]
 
 
 def test_a_closed_loop_that_finds_no_room_says_so():
     with pytest.raises(QueueFullError, match="3 streams"):
-        closed_loop(FakeSystem(places=2), requests(3, 3, 3), 3, FOREVER_S)
+        closed(FakeSystem(places=2), requests(3, 3, 3), 3)
 
 
 def test_an_open_loop_sends_however_many_are_open_and_counts_refusals():
     system = FakeSystem(places=2)
-    window = open_loop(system, requests(4, 4, 4), [0.0, 0.0, 0.0])
+    window = run(open_loop(system, requests(4, 4, 4), [0.0, 0.0, 0.0], lambda: system.now_s))
     assert len(system.order) == 3
     assert measure(Window(window.answers, 0.0, 10.0)).rejected == 1
     assert [len(answer.token_ids) for answer in window.answers] == [4, 4, 0]
 
 
 def test_an_open_loop_waits_until_a_request_is_due():
-    window = open_loop(FakeSystem(), requests(1, 1), [0.0, 0.05])
+    window = run(open_loop(FakeSystem(), requests(1, 1), [0.0, 0.05], time.perf_counter))
     first, second = (answer.sent_s for answer in window.answers)
     assert second - first == pytest.approx(0.05)
     assert window.opened_s == first

@@ -13,7 +13,7 @@ from bench.sweep_tables import markdown
 
 def answer(token_ids: list[int], finished: bool = True, max_tokens: int = 4) -> Answer:
     request = Request("r", Prompt("p1", "chat", "hello"), max_tokens, "off")
-    return Answer(request, 0.0, token_ids, end=End("r", 1.0, finished=finished))
+    return Answer(request, 0.0, token_ids, end=End("r", finished=finished))
 
 
 def block(policy: str, load: float, round_: int, tokens_per_s: float, answers: list[Answer] | None = None) -> Result:

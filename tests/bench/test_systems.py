@@ -37,14 +37,14 @@ def test_there_is_room_for_the_longest_prompts_and_trees():
 
 
 def test_each_policy_keeps_its_own_planner(config):
-    system = start_local(config, [PROMPT], streams=2, max_tokens=8)
+    systems = start_local(config, [PROMPT], streams=2, max_tokens=8)
 
     def steps(policy: str) -> list[int]:
-        system.begin(policy)
+        system = systems.system(policy)
         system.submit(Request("r", PROMPT, 8, policy))
         while not any(isinstance(event, End) for event in system.poll(0.0)):
             pass
-        return [step.record.plan_version for step in system.take_steps()]
+        return [step.record.plan_version for step in systems.take_steps(policy)]
 
     first = steps("smart")
     assert steps("off")[0] == 1  # a new planner's first plan, whatever the other one has come to
@@ -52,8 +52,7 @@ def test_each_policy_keeps_its_own_planner(config):
 
 
 def test_aborted_requests_end(config):
-    system = start_local(config, [PROMPT], streams=2, max_tokens=8)
-    system.begin("off")
+    system = start_local(config, [PROMPT], streams=2, max_tokens=8).system("off")
     system.submit(Request("r", PROMPT, 8, "off"))
     assert isinstance(system.poll(0.0)[0], Tokens)
     system.abort(["r"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from lm.features import FeatureTap
 from lm.kv_cache import LayerShape
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
@@ -175,3 +176,25 @@ def test_what_else_is_in_a_bfloat16_pass_does_not_change_a_token() -> None:
         sequence.scratch = 0
         alone = logits if alone is None else alone
         assert torch.equal(logits, alone)
+
+
+def test_readers_of_the_same_layers_share_a_tap_until_the_last_one_closes_it() -> None:
+    model = LanguageModel.from_hf(tiny_llama(), tiny_tokenizer())
+    cache = model.new_cache(64, 16)
+
+    def features(tap: FeatureTap) -> int:
+        sequence = cache.allocate(3)
+        model.forward([PackedSequence(sequence, [5, 6, 7])], cache)
+        cache.free(sequence)
+        return sum(part.shape[0] for part in tap.parts())
+
+    first, second = model.tap((0,)), model.tap((0,))
+    first.close()
+    assert features(second) == 2 * 3  # of one layer and behind the last one
+    second.close()
+    assert features(second) == 0
+    third = model.tap((0,))
+    assert features(third) == 2 * 3
+    other = model.tap((1,))
+    assert features(other) == 2 * 3
+    assert not third.is_open
