@@ -11,12 +11,14 @@ from contextlib import contextmanager
 HOG = """
 import os, sys
 parent = int(sys.argv[1])
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, range(os.cpu_count()))
 print(flush=True)
 while os.getppid() == parent:
     for _ in range(1_000_000):
         pass
 """
-"""Spins until it is killed, or its parent is."""
+"""Spins until it is killed, or its parent is; on any core, whichever its parent keeps to."""
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import Literal, Protocol
 
 import numpy as np
+import torch
 
 from bench.common import Prompt
 from bench.load import (
@@ -26,6 +27,7 @@ from bench.load import (
 )
 from bench.local_engine import PlannedStep
 from bench.turns import in_turns
+from lm.threads import own_cores
 from planner.policies import parse_policy
 from treeline.errors import ConfigError
 
@@ -109,13 +111,12 @@ class Turn:
 
 
 class Swept(Protocol):
-    """What can be swept.
+    """What can be swept."""
 
-    Attributes:
-        halts: a system stands still while nobody polls it.
-    """
-
-    halts: bool
+    @property
+    def device(self) -> torch.device | None:
+        """Of the engines in this process, which stand still while nobody polls them; None of a service."""
+        ...
 
     def system(self, policy: str) -> System:
         """What requests of this policy are sent to."""
@@ -168,14 +169,15 @@ def run_sweep(swept: Swept, prompts: Sequence[Prompt], settings: Settings) -> It
     """Run all blocks; those of one round take turns where systems can be halted, and follow each other elsewhere."""
     shuffled = random.Random(settings.seed).sample(prompts, len(prompts))
     closed: list[Result] = []
-    for blocks in _rounds(closed_blocks(settings)):
-        for turn in _run_closed(swept, blocks, shuffled, settings):
-            closed += [turn.result] if turn.result else []
-            yield turn
-    if settings.rates:
-        requests_per_s = capacity(closed)
-        for blocks in _rounds(open_blocks(settings)):
-            yield from _run_open(swept, blocks, shuffled, settings, blocks[0].load * requests_per_s)
+    with own_cores(swept.device):
+        for blocks in _rounds(closed_blocks(settings)):
+            for turn in _run_closed(swept, blocks, shuffled, settings):
+                closed += [turn.result] if turn.result else []
+                yield turn
+        if settings.rates:
+            requests_per_s = capacity(closed)
+            for blocks in _rounds(open_blocks(settings)):
+                yield from _run_open(swept, blocks, shuffled, settings, blocks[0].load * requests_per_s)
 
 
 def capacity(results: Sequence[Result]) -> float:
@@ -232,7 +234,7 @@ def _run_open(
 
 
 def _turn_s(swept: Swept) -> float:
-    return TURN_S if swept.halts else math.inf
+    return math.inf if swept.device is None else TURN_S
 
 
 def _rounds(blocks: Sequence[Block]) -> Iterator[list[Block]]:

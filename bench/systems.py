@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import torch
+
 from bench.common import Prompt
 from bench.load import End, Request, Tokens
 from bench.local_engine import PlannedEngine, PlannedStep, encode, greedy_answers
@@ -68,10 +70,10 @@ class LocalSystems:
         start: makes an engine.
     """
 
-    halts = True
-
-    def __init__(self, start: Callable[[], PlannedEngine], token_ids: dict[Prompt, list[int]]) -> None:
-        self._start, self._token_ids = start, token_ids
+    def __init__(
+        self, start: Callable[[], PlannedEngine], token_ids: dict[Prompt, list[int]], device: torch.device
+    ) -> None:
+        self._start, self._token_ids, self.device = start, token_ids, device
         self._systems: dict[str, LocalSystem] = {}
 
     def system(self, policy: str) -> LocalSystem:
@@ -102,25 +104,25 @@ def start_planned(
     Raises:
         ConfigError: a model cannot be loaded, or a prompt and its answer exceed the context.
     """
-    start, token_ids = _prepared(config, prompts, streams, max_tokens, acceptance)
+    start, token_ids, _ = _prepared(config, prompts, streams, max_tokens, acceptance)
     return start(), token_ids
 
 
 def _prepared(
     config: Config, prompts: Sequence[Prompt], streams: int, max_tokens: int, acceptance: Acceptance | None
-) -> tuple[Callable[[], PlannedEngine], dict[Prompt, list[int]]]:
-    """What makes such engines over one target, which is loaded and measured now."""
+) -> tuple[Callable[[], PlannedEngine], dict[Prompt, list[int]], torch.device]:
+    """What makes such engines over one target, which is loaded and measured now; and where that is."""
     model = LanguageModel.load(config.verifier.target)
     token_ids = {prompt: encode(model.tokenizer, prompt) for prompt in prompts}
     config = with_room(config, {prompt.id: len(ids) for prompt, ids in token_ids.items()}, streams, max_tokens)
     curves = profile_verification(model, model.new_cache(PROFILE_CACHE_TOKENS, config.verifier.kv_block_tokens))
-    if acceptance is None:
-        return lambda: PlannedEngine(model, config, curves), token_ids
-    known = _answers(model, config, curves, list(token_ids.values()), streams, max_tokens)
-    return (
-        lambda: PlannedEngine(model, config, curves, SyntheticProposer(acceptance, known, model.vocab_size)),
-        token_ids,
-    )
+    known = _answers(model, config, curves, list(token_ids.values()), streams, max_tokens) if acceptance else {}
+
+    def start() -> PlannedEngine:
+        proposer = SyntheticProposer(acceptance, known, model.vocab_size) if acceptance else None
+        return PlannedEngine(model, config, curves, proposer)
+
+    return start, token_ids, model.device
 
 
 def _answers(
@@ -169,7 +171,7 @@ def with_room(config: Config, prompt_tokens: dict[str, int], streams: int, max_t
 class RemoteSystem:
     """A running service, asked through its clients' port. Its one planner serves all policies."""
 
-    halts = False
+    device = None
 
     def __init__(self, client: TreelineClient, streams: int) -> None:
         """

@@ -48,6 +48,7 @@ def shifts(
     from bench.synthetic import parse_acceptance
     from bench.systems import start_planned
     from cli.shown import Counted
+    from lm.threads import own_cores
 
     loaded, texts = load_config(config), load_prompts(prompts or OWN_PROMPTS, limit)
     drafts = parse_acceptance(acceptance) if acceptance else None
@@ -58,8 +59,9 @@ def shifts(
         bar.expect(PHASES)
         planned, token_ids = start_planned(loaded, texts, max(streams, hog_streams), max_tokens, drafts)
         encoded = list(token_ids.values())
-        load_steps = run_load(planned, encoded, streams, seconds, max_tokens, bar.begin)
-        hog_steps = run_hogs(planned, encoded, hog_streams, hogs, steps, max_tokens, bar.begin)
+        with own_cores(planned.engine.model.device):
+            load_steps = run_load(planned, encoded, streams, seconds, max_tokens, bar.begin)
+            hog_steps = run_hogs(planned, encoded, hog_streams, hogs, steps, max_tokens, bar.begin)
     load, beside = load_rows(load_steps), hog_rows(hog_steps)
     _show(load, beside)
     if json_file is not None:

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 
+from lm.threads import own_cores
 from treeline.errors import DrainingError, DuplicateRequestError, QueueFullError, TreelineError, UnavailableError
 from treeline.plan import StepRecord
 from verifier_svc.engine import Engine
@@ -144,12 +145,13 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
-            while self._take_in():
-                outputs, record = self.engine.step()
-                self._deliver(outputs)
-                if record is not None:
-                    self._recent.append(record)
-                    self._on_step(record)
+            with own_cores(self.engine.model.device):
+                while self._take_in():
+                    outputs, record = self.engine.step()
+                    self._deliver(outputs)
+                    if record is not None:
+                        self._recent.append(record)
+                        self._on_step(record)
         except Exception as error:
             logger.exception("the engine died")
             self._failure = f"engine step failed: {type(error).__name__}: {error}"

@@ -118,8 +118,7 @@ class DraftStage:
         """What can be had without the drafter: for requests whose text repeats itself, more of the same."""
         verify_s = pass_s(plan.cost, max(1, len(decoding)), state.context_tokens, state.base_tokens)
         plain = Drafts(draft_s=state.draft_s, predicted_verify_s=verify_s, refusal=reason)
-        # Beside a prompt whoever decodes waits long enough.
-        if self._copying is None or state.base_tokens > len(decoding):
+        if self._copying is None:
             return plain
         smart = [s for s in decoding if s.policy.prices_drafting]
         sure = {s.session_id: self._copying.read(s.session_id, s.token_ids) for s in smart}
@@ -136,9 +135,9 @@ class DraftStage:
         ]
         copied = {s.session_id for s, tree in zip(decoding, trees, strict=True) if len(tree)}
         drafts = pruned(decoding, Forest.of(trees), copied, _weights(decoding, self._clock()), state, plan)
-        plain_goodput = len(decoding) / (state.draft_s + plan.cost.step_overhead_s + verify_s)
         assert drafts.pruning is not None
-        if drafts.pruning.goodput > (1 + COPY_MARGIN) * plain_goodput:
+        gain = drafts.pruning.expected_tokens - len(decoding)
+        if gain - drafts.pruning.price * (drafts.predicted_verify_s - verify_s) > COPY_MARGIN * len(decoding):
             return drafts
         self._refused_batch, self._refused = batch, surest
         return plain
