@@ -32,6 +32,11 @@ def pass_s(cost: CostModel, sequences: int, context_tokens: int, tokens: int) ->
     return float(seconds[tokens]) + max(0, context_tokens - short) * float(per_context_token[tokens])
 
 
+def context_token_s(cost: CostModel, sequences: int, tokens: int) -> float:
+    """What each context token per sequence beyond the profile's shortest context adds to a pass."""
+    return float(_reading(cost, sequences, tokens)[2][tokens])
+
+
 def plain_decode_s(cost: CostModel) -> float:
     """Seconds of one token of one sequence, undrafted: the paper's c_T."""
     return pass_s(cost, 1, 0, 1)
@@ -41,7 +46,7 @@ def cheapest_slopes_s(
     cost: CostModel, sequences: int, context_tokens: int, tokens: NDArray[np.intp]
 ) -> NDArray[np.float64]:
     """float64 [n]: seconds per node of the cheapest way to grow passes of so many tokens: the smallest secants."""
-    short, seconds, per_context_token = _reading(cost, sequences, int(tokens.max()) + NODES_AHEAD)
+    short, seconds, per_context_token = _reading(cost, sequences, int(tokens.max()))
     ahead = tokens[:, None] + STEPS_AHEAD
     seconds = seconds + max(0, context_tokens - short) * per_context_token
     return ((seconds[ahead] - seconds[tokens, None]) / STEPS_AHEAD).min(1)
@@ -69,8 +74,8 @@ def curve_weights(curves: tuple[CostCurve, ...], sequences: int) -> list[tuple[i
     return [(low[1], 1 - share), (high[1], share)]
 
 
-def context_seconds(curves: tuple[CostCurve, ...], sequences: int, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-    """float64 [n]: what each context token per sequence beyond the profile's shortest context adds to a pass.
+def _context_seconds(curves: tuple[CostCurve, ...], sequences: int, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """float64 [n]: `context_token_s` of these token counts.
 
     From two curves of one batch size that differ in context.
     """
@@ -95,8 +100,8 @@ def curve_seconds(curve: CostCurve, tokens: NDArray[np.int64]) -> NDArray[np.flo
 
 def _reading(cost: CostModel, sequences: int, max_tokens: int) -> Reading:
     """The curves at 0 to at least `max_tokens` tokens, read once per plan."""
-    # Rounded up, so that the next step finds it read already, whatever its size.
-    size = 1 << max(8, max_tokens.bit_length())
+    # Rounded up, so that the next step finds it read already, whatever its size, and so do those that look ahead.
+    size = 1 << max(8, (max_tokens + NODES_AHEAD).bit_length())
     reading = cost.readings.get((sequences, size))
     if reading is None:
         reading = cost.readings[sequences, size] = _read(cost, sequences, np.arange(size))
@@ -106,7 +111,7 @@ def _reading(cost: CostModel, sequences: int, max_tokens: int) -> Reading:
 def _read(cost: CostModel, sequences: int, tokens: NDArray[np.intp]) -> Reading:
     parts = [share * _curve(cost, index, tokens) for index, share in curve_weights(cost.verify, sequences)]
     seconds = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-    per_context_token = context_seconds(cost.verify, sequences, tokens)
+    per_context_token = _context_seconds(cost.verify, sequences, tokens)
     short = _shortest_context(cost.verify)
     return short, cost.verify_scale * np.maximum.accumulate(seconds), cost.verify_scale * per_context_token
 

@@ -33,6 +33,8 @@ CATCH_UP_STEPS = 32
 """What a draft model must run before it can draft for requests that it has not followed is paid by so many steps."""
 MAX_LATE = 7
 _MOST_WORTH, _LAST_BIN = np.float32(1), np.float32(WORTH_BINS - 1)
+_LEAST_WORTH_AT = np.arange(LAYERS) * BINS + WORTH_BINS
+"""Each layer's bin of least worth, among the bins of all layers."""
 
 
 class Supply:
@@ -64,18 +66,15 @@ class Supply:
         """
         seen = min(layers, LAYERS - 1) + 1
         kept = math.exp(-requests / WINDOW_REQUESTS)
-        for counts in (self._requests, self._steps, self._model_nodes, self._runs):
-            counts[:seen] = [kept * count for count in counts[:seen]]
+        for counts, more in ((self._requests, requests), (self._steps, 1), (self._model_nodes, 0), (self._runs, 0)):
+            counts[:seen] = [kept * count + more for count in counts[:seen]]
         self._offered[:, : seen * BINS] *= kept
-        for layer in range(seen):
-            self._requests[layer] += requests
-            self._steps[layer] += 1
         for layer, nodes in enumerate(layer_nodes, 1):
             place = min(layer, LAYERS - 1)
             self._runs[place] += 1
             self._model_nodes[place] += nodes
-        bins = WORTH_BINS - (np.sqrt(np.minimum(gains, _MOST_WORTH)) * _LAST_BIN).astype(np.intp)
-        places = np.minimum(node_layers, LAYERS - 1) * BINS + bins
+        places = _LEAST_WORTH_AT.take(node_layers, mode="clip")
+        places -= (np.sqrt(np.minimum(gains, _MOST_WORTH)) * _LAST_BIN).astype(np.intp)
         offered, worths = self._offered
         offered += np.bincount(places, minlength=len(offered))
         worths += np.bincount(places, gains, len(worths))

@@ -228,7 +228,7 @@ def another_layer(frontiers: list[Frontier], plan: Plan) -> bool:
     kappa, gain, nodes = plan.calibration.kappa, 0.0, 0
     for f in frontiers:
         if f.policy.prices_drafting:
-            gain += f.weight * f.acceptance * float(kappa[int(f.sampled), min(f.depth, DEPTHS - 1)])
+            gain += f.weight * f.acceptance * kappa.item(int(f.sampled), min(f.depth, DEPTHS - 1))
             nodes += f.nodes
         elif f.depth < f.policy.max_depth:
             return True

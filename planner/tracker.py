@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import deque
-from dataclasses import replace
 from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression, least_squares
 
-from planner.cost import context_seconds, curve_seconds, curve_weights
+from planner.cost import context_token_s, curve_seconds, curve_weights
 from planner.draft_costs import DraftCosts
 from planner.rls import RecursiveLeastSquares
 from treeline.plan import CostCurve, CostModel, PaperFit, StepRecord, VerifierProfile
@@ -36,6 +36,7 @@ class CostTracker:
 
     def __init__(self, profile: VerifierProfile) -> None:
         self._profile = profile
+        self._measured = CostModel(profile.verify)
         self._short = min(curve.context_tokens for curve in profile.verify)
         self._offsets = _offsets(profile.verify, self._short)
         drift = _drift([profile.verify[index] for index in self._offsets])
@@ -86,14 +87,15 @@ class CostTracker:
         """Verification seconds as corrected so far, and the gradient of their logarithm by the parameters."""
         theta, curves = self._verify.theta, self._profile.verify
         x = np.zeros(len(theta))
-        count = np.asarray([tokens])
         beyond_tokens = max(0, context_tokens - self._short)
-        x[1] = math.exp(theta[1]) * beyond_tokens * float(context_seconds(curves, sequences, count)[0])
+        x[1] = math.exp(theta[1]) * beyond_tokens * context_token_s(self._measured, sequences, tokens)
         for index, share in curve_weights(curves, sequences):
             curve, first = curves[index], self._offsets[index]
-            place = float(np.interp(tokens, curve.points[0], np.arange(len(curve.tokens))))
+            place = _place(curve.tokens, tokens)
             # Beyond the last point the curve goes on in its direction, all of it moved by that point's correction.
-            beyond = float(curve_seconds(curve, count)[0]) / curve.seconds[-1] if tokens > curve.tokens[-1] else 1.0
+            beyond = 1.0
+            if tokens > curve.tokens[-1]:
+                beyond = float(curve_seconds(curve, np.asarray([tokens]))[0]) / curve.seconds[-1]
             for point, weight in ((int(place), 1 - place % 1), (int(place) + 1, place % 1)):
                 if weight:
                     x[first + point] += share * weight * beyond * curve.seconds[point] * math.exp(theta[first + point])
@@ -134,7 +136,16 @@ class CostTracker:
         tokens, far_s = far.points
         before, now = (np.interp(tokens, *curve.points) for curve in (self._profile.verify[index], short[index]))
         seconds = np.maximum.accumulate(now + scale * np.maximum(0.0, far_s - before))
-        return replace(far, seconds=tuple(seconds.tolist()))
+        return CostCurve(far.sequences, far.context_tokens, far.tokens, tuple(seconds.tolist()))
+
+
+def _place(measured: tuple[int, ...], tokens: int) -> float:
+    """Between which points `tokens` lies, as an index; it is never beyond either end."""
+    after = bisect_right(measured, tokens)
+    if after in (0, len(measured)):
+        return float(max(0, after - 1))
+    low, high = measured[after - 1 : after + 1]
+    return after - 1 + (tokens - low) / (high - low)
 
 
 def _offsets(curves: tuple[CostCurve, ...], short: int) -> dict[int, int]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.simulator.tables import Cut, Table
+from bench.simulator.tables import Table
 from bench.simulator.worlds import MAX_DEPTH, OUTCOMES, WORLDS
 from treeline.plan import NodeOutcomes
 
@@ -21,7 +21,7 @@ class Drawn(NamedTuple):
     """The trees of some requests, one behind the other.
 
     Attributes:
-        cut: the trees of all worlds.
+        table: the trees of all worlds.
         tree_of: intp [nodes]; whose node it is.
         nodes: intp [nodes]; place of each node among those of all worlds.
         spots: intp [nodes]; the same in [OUTCOMES, nodes of all worlds].
@@ -29,7 +29,7 @@ class Drawn(NamedTuple):
         on_path: bool [nodes]; whether the target goes through it.
     """
 
-    cut: Cut
+    table: Table
     tree_of: NDArray[np.intp]
     nodes: NDArray[np.intp]
     spots: NDArray[np.intp]
@@ -39,7 +39,7 @@ class Drawn(NamedTuple):
     def part(self, nodes: slice, first: int) -> Drawn:
         """Those from request `first` on, whose nodes these are."""
         return Drawn(
-            self.cut, self.tree_of[nodes] - first, self.nodes[nodes], self.spots[nodes], self.depths[nodes],
+            self.table, self.tree_of[nodes] - first, self.nodes[nodes], self.spots[nodes], self.depths[nodes],
             self.on_path[nodes],
         )  # fmt: skip
 
@@ -49,7 +49,7 @@ class Drawn(NamedTuple):
 
     def observed(self, chosen: NDArray[np.bool_] | None) -> NodeOutcomes:
         """What the target's walks have shown of every chosen child of every node they reached. None: all are chosen."""
-        reached, forest = self.cut.reached.ravel()[self.spots], self.cut.forest
+        reached, forest = self.table.reached.ravel()[self.spots], self.table.forest
         seen = (reached if chosen is None else reached & chosen).nonzero()[0]
         nodes = self.nodes[seen]
         return NodeOutcomes(
@@ -62,16 +62,20 @@ class Drawn(NamedTuple):
         )
 
 
-def draw(cut: Cut, fates: NDArray[np.int64]) -> Drawn:
-    """The trees of requests that meet these fates. fates: int64 [requests]; world * OUTCOMES + outcome."""
+def draw(table: Table, layers: int, fates: NDArray[np.int64]) -> Drawn:
+    """Trees of so many layers, of requests that meet these fates.
+
+    Args:
+        fates: int64 [requests]; world * OUTCOMES + outcome.
+    """
     worlds, outcomes = np.divmod(fates, OUTCOMES)
-    sizes = cut.sizes[worlds]
+    sizes = table.sizes[layers, worlds]
     tree_of = np.arange(len(fates)).repeat(sizes)
     ends: NDArray[np.int64] = sizes.cumsum()
-    before: NDArray[np.int64] = cut.firsts[worlds] - (ends - sizes)
+    before: NDArray[np.int64] = table.firsts[worlds] - (ends - sizes)
     nodes = before[tree_of] + np.arange(len(tree_of))
-    spots = (outcomes * cut.on_path.shape[1])[tree_of] + nodes
-    return Drawn(cut, tree_of, nodes, spots, cut.forest.depths[nodes], cut.on_path.ravel()[spots])
+    spots = (outcomes * table.on_path.shape[1])[tree_of] + nodes
+    return Drawn(table, tree_of, nodes, spots, table.forest.depths[nodes], table.on_path.ravel()[spots])
 
 
 class Deal:
@@ -95,14 +99,13 @@ class Deal:
     @cached_property
     def accepted(self) -> NDArray[np.int64]:
         """int64 [requests]: accepted nodes where whole trees are verified."""
-        return self.table.cut(MAX_DEPTH).accepted[self.fates]
+        return self.table.accepted[self.fates]
 
     def drawn(self, layers: int) -> tuple[Drawn, list[int]]:
         """Trees of so many layers, and where each request's nodes begin, with the end of the last one."""
         if layers not in self._drawn:
-            cut = self.table.cut(layers)
-            ends = cut.sizes[self.fates // OUTCOMES].cumsum().tolist()
-            self._drawn[layers] = draw(cut, self.fates), [0, *ends]
+            ends = self.table.sizes[layers, self.fates // OUTCOMES].cumsum().tolist()
+            self._drawn[layers] = draw(self.table, layers, self.fates), [0, *ends]
         return self._drawn[layers]
 
 
@@ -136,7 +139,7 @@ class Hand(NamedTuple):
     def observed(self) -> NodeOutcomes:
         """What the target's walks have shown where whole trees were verified."""
         fates = self.deal.fates[self.first : self.first + self.requests]
-        return draw(self.deal.table.cut(MAX_DEPTH), fates).observed(None)
+        return draw(self.deal.table, MAX_DEPTH, fates).observed(None)
 
 
 class Dealer:

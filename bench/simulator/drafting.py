@@ -121,7 +121,7 @@ class Drafting:
         layer_nodes = self._layers(hand, weights, layers, plan)
         draft_s = self._draft_s(layer_nodes)
         drawn = hand.drawn(len(layer_nodes))
-        scores = drawn.cut.scores(plan.calibration)[drawn.nodes]
+        scores = drawn.table.scores(plan.calibration)[drawn.nodes]
         beside = state._replace(draft_s=max(0.0, draft_s - hidden_s))
         pruning = best_size(drawn.tree_of, scores, self._batch(sequences, weights), beside, plan)
         accepted = drawn.accepted(pruning.chosen, hand.requests)

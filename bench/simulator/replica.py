@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from copy import deepcopy
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from planner.policies import Policy
 from planner.rule import BatchState
 from planner.signals import Signals
 from treeline.config import Config
-from treeline.plan import CostModel, Plan, StepRecord
+from treeline.plan import CostModel, NodeOutcomes, Plan, StepRecord
 
 NOISE = 0.02
 """Passes scatter by about this share."""
@@ -157,9 +156,10 @@ class Replica:
             draft_layer_nodes=drafted.layer_nodes if drafted else (), verify_s=verify_s,
             drafted_requests=drafted.requests if drafted else 0,
             predicted_verify_s=predicted_s, step_s=step_s, goodput=0.0, price=0.0,
+            outcomes=drafted.observed() if drafted else NodeOutcomes.empty(),
             node_s=drafted.node_s if drafted else 0.0,
         )  # fmt: skip
-        self._state.observe(record if drafted is None else replace(record, outcomes=drafted.observed()))
+        self._state.observe(record)
         self._interval_tokens, self._interval_step_s = 0, 0.0
         if end_s >= self._next_plan_s:
             self._plan = self._planned(end_s)

@@ -32,47 +32,6 @@ FRESH_GROWTH = (10, 100)
 plans, trees are grown anew."""
 
 
-class Cut:
-    """The trees of all worlds down to some depth, as one forest.
-
-    Attributes:
-        sizes, firsts: int64 [worlds]; nodes of each tree, and the first one.
-        on_path: bool [OUTCOMES, nodes]; whether the target goes through a node.
-    """
-
-    def __init__(self, forest: Forest, on_path: NDArray[np.bool_]) -> None:
-        self.forest, self.on_path = forest, on_path
-        self.sizes = np.asarray(self.forest.sizes, np.int64)
-        self.firsts = self.sizes.cumsum() - self.sizes
-        self._calibration: Calibration | None = None
-        self._scores = np.zeros(0, np.float32)
-
-    def to_depth(self, depth: int) -> Cut:
-        """The same trees without what is deeper."""
-        kept = self.forest.depths <= depth
-        return Cut(Forest.of(self.forest.select(kept)), self.on_path[:, kept])
-
-    def scores(self, calibration: Calibration) -> NDArray[np.float32]:
-        """float32 [nodes]: a(u)."""
-        if calibration is not self._calibration:
-            greedy = [False] * len(self.sizes)
-            self._calibration, self._scores = calibration, path_acceptance(self.forest, greedy, calibration)
-        return self._scores
-
-    @cached_property
-    def reached(self) -> NDArray[np.bool_]:
-        """bool [OUTCOMES, nodes]: whether the target goes through a node's parent."""
-        with_root = np.concatenate([np.ones((OUTCOMES, 1), np.bool_), self.on_path], axis=1)
-        return with_root[:, self.forest.jumps[0][1:]]
-
-    @cached_property
-    def accepted(self) -> NDArray[np.int64]:
-        """int64 [worlds * OUTCOMES]: accepted nodes where all are verified."""
-        worlds = len(self.sizes)
-        counts = [np.bincount(self.forest.tree_of[row], minlength=worlds) for row in self.on_path]
-        return np.stack(counts, axis=1).ravel()
-
-
 @dataclass(frozen=True)
 class Grown:
     """One world's tree, grown as deep as the policy alone would go.
@@ -88,9 +47,12 @@ class Grown:
 
 
 class Table:
-    """Trees of one policy over all worlds, under one plan.
+    """Trees of one policy over all worlds, under one plan, as one forest.
 
     Attributes:
+        firsts: int64 [worlds]; the first node of each tree.
+        sizes: int64 [MAX_DEPTH + 1, worlds]; nodes of each tree down to each depth: they come before the deeper ones.
+        on_path: bool [OUTCOMES, nodes]; whether the target goes through a node.
         layer_nodes: int64 [worlds, MAX_DEPTH]; nodes that the draft model is run on for each layer.
         layer_acceptance: float64 [worlds, MAX_DEPTH]; the sum of their path acceptance.
     """
@@ -98,27 +60,43 @@ class Table:
     def __init__(self, worlds: list[World], grown: list[Grown]) -> None:
         trees = [one.tree for one in grown]
         paths = [world.on_path(tree.token_ids) for world, tree in zip(worlds, trees, strict=True)]
-        self._whole = Cut(Forest.of(trees), np.concatenate(paths, axis=1))
-        self._layers = max(len(one.run) for one in grown)
-        self._cuts: dict[int, Cut] = {}
+        self.forest, self.on_path = Forest.of(trees), np.ascontiguousarray(np.concatenate(paths, axis=1))
+        places = self.forest.depths * len(trees) + self.forest.tree_of
+        of_depths = np.bincount(places, minlength=(MAX_DEPTH + 1) * len(trees))
+        self.sizes = of_depths.reshape(-1, len(trees)).cumsum(0)
+        self.firsts = self.sizes[-1].cumsum() - self.sizes[-1]
         self.layer_nodes = np.zeros((len(grown), MAX_DEPTH), np.int64)
         self.layer_acceptance = np.zeros((len(grown), MAX_DEPTH))
         for world, one in enumerate(grown):
             for layer, (nodes, acceptance) in enumerate(one.run):
                 self.layer_nodes[world, layer], self.layer_acceptance[world, layer] = nodes, acceptance
+        self._calibration: Calibration | None = None
+        self._scores = np.zeros(0, np.float32)
 
-    def cut(self, layers: int) -> Cut:
-        """Of every world, the tree that so many layers give."""
-        if layers >= self._layers:
-            return self._whole
-        if layers not in self._cuts:
-            self._cuts[layers] = self._whole.to_depth(layers)
-        return self._cuts[layers]
+    def scores(self, calibration: Calibration) -> NDArray[np.float32]:
+        """float32 [nodes]: a(u)."""
+        if calibration is not self._calibration:
+            greedy = [False] * len(self.firsts)
+            self._calibration, self._scores = calibration, path_acceptance(self.forest, greedy, calibration)
+        return self._scores
+
+    @cached_property
+    def reached(self) -> NDArray[np.bool_]:
+        """bool [OUTCOMES, nodes]: whether the target goes through a node's parent."""
+        with_root = np.concatenate([np.ones((OUTCOMES, 1), np.bool_), self.on_path], axis=1)
+        return np.ascontiguousarray(with_root[:, self.forest.jumps[0][1:]])
+
+    @cached_property
+    def accepted(self) -> NDArray[np.int64]:
+        """int64 [worlds * OUTCOMES]: accepted nodes where all are verified."""
+        worlds = len(self.firsts)
+        counts = [np.bincount(self.forest.tree_of[row], minlength=worlds) for row in self.on_path]
+        return np.stack(counts, axis=1).ravel()
 
     @cached_property
     def run_and_grown(self) -> NDArray[np.int64]:
         """int64 [worlds, MAX_DEPTH + 1]: `layer_nodes`, and the nodes of the whole tree."""
-        return np.column_stack([self.layer_nodes, self._whole.sizes])
+        return np.column_stack([self.layer_nodes, self.sizes[-1]])
 
 
 class Tables:

@@ -83,10 +83,10 @@ class World:
 
     def __init__(self, draws: Draws, index: int) -> None:
         self._draws = draws
-        self._ranks = draws.true.shape[-1]
+        self._ranks = np.arange(draws.true.shape[-1], dtype=np.uint8)
         self._root = (index * HASH, 0)
         self._nodes: list[tuple[int, int]] = []  # hash of the path, depth
-        self._through = np.zeros((self._ranks, OUTCOMES), np.bool_)  # by node; with room for more
+        self._through = np.zeros((len(self._ranks), OUTCOMES), np.bool_)  # by node; with room for more
         self._probs: list[float] = []
         self._children: dict[int, range] = {}
 
@@ -95,14 +95,14 @@ class World:
         if node not in self._children:
             path, depth = self._root if node == ROOT else self._nodes[node]
             kind = min(depth, MAX_DEPTH - 1), (path * HASH >> 20) % DRAWS
-            first, ranks = len(self._nodes), range(self._ranks)
+            first, ranks = len(self._nodes), len(self._ranks)
             if first == len(self._through):
                 self._through = np.concatenate([self._through, np.zeros_like(self._through)])
-            children = self._through[first : first + self._ranks]
-            np.equal(self._draws.chosen[kind], np.asarray(ranks)[:, None], out=children)
+            children = self._through[first : first + ranks]
+            np.equal(self._draws.chosen[kind], self._ranks[:, None], out=children)
             if node != ROOT:
                 children &= self._through[node]
-            self._nodes += [((path * 31 + rank + 1) & HASHES, depth + 1) for rank in ranks]
+            self._nodes += [((path * 31 + rank) & HASHES, depth + 1) for rank in range(1, ranks + 1)]
             self._probs += self._draws.claimed[kind].tolist()
             self._children[node] = range(first, len(self._nodes))
         return self._children[node]

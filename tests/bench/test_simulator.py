@@ -140,7 +140,7 @@ def test_requests_meet_the_same_however_many_steps_are_dealt_at_once():
         hand = dealer.hand(table, requests)
         drawn = hand.drawn(MAX_DEPTH)
         accepted = drawn.accepted(np.ones(len(drawn.nodes), np.bool_), requests)
-        expected = table.cut(MAX_DEPTH).accepted[fates[requests * step :][:requests]]
+        expected = table.accepted[fates[requests * step :][:requests]]
         np.testing.assert_array_equal(accepted, expected)
         np.testing.assert_array_equal(hand.accepted, expected)
         assert hand.layer_nodes()[-1] == len(drawn.nodes) == 12 * requests
