@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
+from functools import lru_cache
 from statistics import median
 
 import numpy as np
@@ -170,6 +171,7 @@ def _drift(curves: list[CostCurve]) -> NDArray[np.float64]:
     return covariance
 
 
+@lru_cache
 def fit_paper(curve: CostCurve, draft_node_s: float) -> PaperFit:
     """The paper's own fit of one curve: verify = gamma * (exp(delta * n^rho) - 1), zero at n = 0, by least squares."""
     tokens, seconds = np.asarray(curve.tokens, np.float64), np.asarray(curve.seconds, np.float64)

@@ -122,7 +122,8 @@ class Drafting:
         draft_s = self._draft_s(layer_nodes)
         drawn = hand.drawn(len(layer_nodes))
         scores = drawn.table.scores(plan.calibration)[drawn.nodes]
-        beside = state._replace(draft_s=max(0.0, draft_s - hidden_s))
+        delays_s = max(0.0, draft_s - hidden_s)
+        beside = BatchState(state.base_tokens, state.context_tokens, delays_s, state.waiting_startable)
         pruning = best_size(drawn.tree_of, scores, self._batch(sequences, weights), beside, plan)
         accepted = drawn.accepted(pruning.chosen, hand.requests)
         return Drafted(pruning.kept, accepted, draft_s, layer_nodes, hand, (drawn, pruning))
@@ -136,13 +137,15 @@ class Drafting:
 
     def _layers(self, hand: Hand, weights: NDArray[np.float64] | None, most: int, plan: Plan) -> tuple[int, ...]:
         """Nodes run through the draft model for each layer, as long as the rule wants another one."""
-        per_layer, acceptance = hand.layer_nodes(), hand.layer_acceptance(weights)
-        for depth in range(1, most):
-            # The rule is a sum over nodes, so the whole batch may go in as one request.
-            frontier = Frontier(self._policy, 1.0, per_layer[depth], acceptance[depth], depth, False)
-            if not frontier.nodes or not another_layer([frontier], plan):
-                return tuple(per_layer[:depth])
-        return tuple(per_layer[:most])
+        per_layer = [nodes for nodes in hand.layer_nodes()[:most] if nodes]
+        if self._policy.prices_drafting:
+            acceptance = hand.layer_acceptance(weights)
+            for depth in range(1, len(per_layer)):
+                # The rule is a sum over nodes, so the whole batch may go in as one request.
+                frontier = Frontier(self._policy, 1.0, per_layer[depth], acceptance[depth], depth, False)
+                if not another_layer([frontier], plan):
+                    return tuple(per_layer[:depth])
+        return tuple(per_layer)
 
     def _draft_s(self, layer_nodes: tuple[int, ...]) -> float:
         profile = self._device.profile
