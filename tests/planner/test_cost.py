@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from planner.cost import cheapest_slopes_s, plain_decode_s, verify_seconds
+from planner.cost import cheapest_slopes_s, context_token_s, plain_decode_s, verify_seconds
 from planner.tracker import CostTracker, fit_paper
 from tests.planner.builders import linear_cost, record
 from treeline.plan import CostCurve, CostModel, VerifierProfile
@@ -38,6 +38,7 @@ def test_longer_context_adds_what_it_added_in_the_profile_for_every_sequence():
     assert verify_seconds(cost, 1, 500, 8)[8] == pytest.approx(0.05)
     four = verify_seconds(cost, 4, 900, 32)
     assert four[32] - verify_seconds(cost, 4, 100, 32)[32] == pytest.approx(4 * 0.02)
+    assert 800 * context_token_s(cost, 4, 32) == pytest.approx(4 * 0.02)
 
 
 def test_the_cheapest_node_is_the_flattest_secant():
