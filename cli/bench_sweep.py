@@ -66,7 +66,7 @@ def sweep(
     plots: Annotated[Path | None, typer.Option(help="Write plots into this folder.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write every step's outcomes here, as JSON lines.")] = None,
 ) -> None:
-    """Measure policies over load, closed loop and open loop, in interleaved blocks, and compare their texts.
+    """Measure policies over load, closed loop and open loop, in blocks that take turns, and compare their texts.
 
     Tells after the first block about how long it will take. Ctrl-C stops and writes what has been measured so far.
     """

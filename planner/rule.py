@@ -54,7 +54,7 @@ class BatchState(NamedTuple):
     waiting_startable: int
 
 
-class Batch(NamedTuple):
+class Candidates(NamedTuple):
     """What the choice reads of all candidates.
 
     Attributes:
@@ -68,9 +68,9 @@ class Batch(NamedTuple):
     prunes: NDArray[np.bool_] | None
 
     @staticmethod
-    def of(candidates: list[Candidate]) -> Batch:
+    def of(candidates: list[Candidate]) -> Candidates:
         prunes = [c.policy.prunes for c in candidates]
-        return Batch(
+        return Candidates(
             np.asarray([c.weight * c.ratio for c in candidates], np.float32),
             sum([c.weight for c in candidates]),
             None if all(prunes) else np.asarray(prunes),
@@ -150,11 +150,11 @@ def prune_batch(forest: Forest, candidates: list[Candidate], state: BatchState, 
     tree; those nodes are part of the pass at every size.
     """
     scores = path_acceptance(forest, [c.sampled for c in candidates], plan.calibration)
-    return best_size(forest.tree_of, scores, Batch.of(candidates), state, plan)
+    return best_size(forest.tree_of, scores, Candidates.of(candidates), state, plan)
 
 
 def best_size(
-    tree_of: NDArray[np.intp], scores: NDArray[np.float32], batch: Batch, state: BatchState, plan: Plan
+    tree_of: NDArray[np.intp], scores: NDArray[np.float32], candidates: Candidates, state: BatchState, plan: Plan
 ) -> Pruning:
     """The best size for the batch, over every prefix of the nodes in order of their worth.
 
@@ -162,19 +162,19 @@ def best_size(
         tree_of: intp [nodes]; which candidate's node it is.
         scores: float32 [nodes]; a(u).
     """
-    gains = scores * batch.factors[tree_of]
-    prunable = slice(None) if batch.prunes is None else batch.prunes[tree_of]
+    gains = scores * candidates.factors[tree_of]
+    prunable = slice(None) if candidates.prunes is None else candidates.prunes[tree_of]
     open_gains = gains[prunable]
     fixed = len(gains) - len(open_gains)
     # Sorting values alone is several times faster than sorting their places.
     ranked = np.sort(open_gains)[::-1]
     expected = np.empty(len(ranked) + 1)
-    expected[0] = batch.weight
+    expected[0] = candidates.weight
     if fixed:
         expected[0] += float(gains.sum()) - float(ranked.sum())
     expected[1:] = ranked
     expected.cumsum(out=expected)
-    sequences, base = len(batch.factors), state.base_tokens + fixed
+    sequences, base = len(candidates.factors), state.base_tokens + fixed
     verify_s = verify_seconds(plan.cost, sequences, state.context_tokens, base + len(ranked))
     beside_s, plain_s = state.draft_s + plan.cost.step_overhead_s, plan.cost.step_overhead_s + verify_s.item(sequences)
     promptless_s = verify_s[sequences + fixed : sequences + fixed + len(expected)] + beside_s

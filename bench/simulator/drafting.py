@@ -13,7 +13,7 @@ from bench.simulator.tables import Table, Tables
 from bench.simulator.worlds import MAX_DEPTH
 from planner.gate import Decision, DraftGate
 from planner.policies import Policy
-from planner.rule import Batch, BatchState, Candidate, Frontier, Pruning, another_layer, best_size
+from planner.rule import BatchState, Candidate, Candidates, Frontier, Pruning, another_layer, best_size
 from treeline.plan import NodeOutcomes, Plan
 
 
@@ -65,7 +65,7 @@ class Drafting:
         self._device, self._policy, self._tables = device, policy, tables
         self._dealer, self._gate = Dealer(random), DraftGate()
         self._candidate = Candidate(policy, 1.0, False)
-        self._batches: dict[int, Batch] = {}  # of so many requests that all weigh 1
+        self._candidates: dict[int, Candidates] = {}  # of so many requests that all weigh 1
         # Under this plan: layers that the policy wants, and trees; both are asked for once.
         self._plan: Plan | None = None
         self._wanted: dict[int, int] = {}
@@ -124,16 +124,16 @@ class Drafting:
         scores = drawn.table.scores(plan.calibration)[drawn.nodes]
         delays_s = max(0.0, draft_s - hidden_s)
         beside = BatchState(state.base_tokens, state.context_tokens, delays_s, state.waiting_startable)
-        pruning = best_size(drawn.tree_of, scores, self._batch(sequences, weights), beside, plan)
+        pruning = best_size(drawn.tree_of, scores, self._candidates_of(sequences, weights), beside, plan)
         accepted = drawn.accepted(pruning.chosen, hand.requests)
         return Drafted(pruning.kept, accepted, draft_s, layer_nodes, hand, (drawn, pruning))
 
-    def _batch(self, sequences: int, weights: NDArray[np.float64] | None) -> Batch:
+    def _candidates_of(self, sequences: int, weights: NDArray[np.float64] | None) -> Candidates:
         if weights is not None:
-            return Batch.of([self._candidate._replace(weight=weight) for weight in weights.tolist()])
-        if sequences not in self._batches:
-            self._batches[sequences] = Batch.of([self._candidate] * sequences)
-        return self._batches[sequences]
+            return Candidates.of([self._candidate._replace(weight=weight) for weight in weights.tolist()])
+        if sequences not in self._candidates:
+            self._candidates[sequences] = Candidates.of([self._candidate] * sequences)
+        return self._candidates[sequences]
 
     def _layers(self, hand: Hand, weights: NDArray[np.float64] | None, most: int, plan: Plan) -> tuple[int, ...]:
         """Nodes run through the draft model for each layer, as long as the rule wants another one."""
