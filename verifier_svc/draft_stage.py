@@ -30,6 +30,10 @@ from verifier_svc.walk import Walk
 COPY_MARGIN = 0.02
 """A copy must bring this share more than plain decoding: to walk and to commit a tree takes some of a step as well."""
 
+COPY_STRETCH = 2.5
+"""Beside a prompt a copy may make a pass so many times as long as one without either: who decodes waits for it. Hardly
+more than what the scheduler lets the prompt take."""
+
 
 class Asked(NamedTuple):
     """A request that wants a draft, and how deep."""
@@ -137,10 +141,16 @@ class DraftStage:
         drafts = pruned(decoding, Forest.of(trees), copied, _weights(decoding, self._clock()), state, plan)
         assert drafts.pruning is not None
         gain = drafts.pruning.expected_tokens - len(decoding)
-        if gain - drafts.pruning.price * (drafts.predicted_verify_s - verify_s) > COPY_MARGIN * len(decoding):
+        pays = gain - drafts.pruning.price * (drafts.predicted_verify_s - verify_s) > COPY_MARGIN * len(decoding)
+        if pays and (state.base_tokens == len(decoding) or self._bearable(drafts, decoding, state, plan)):
             return drafts
         self._refused_batch, self._refused = batch, surest
         return plain
+
+    def _bearable(self, drafts: Drafts, decoding: list[Sequence], state: BatchState, plan: Plan) -> bool:
+        """Whether those who decode wait no longer than they may beside a prompt."""
+        plain_s = pass_s(plan.cost, len(decoding), state.context_tokens, len(decoding))
+        return drafts.predicted_verify_s <= COPY_STRETCH * plain_s
 
     def learn(self, sequences: list[Sequence], drafts: Drafts, walks: list[Walk]) -> None:
         """What became of each sequence's tree in this step; one walk per sequence, in order."""

@@ -273,6 +273,19 @@ def test_a_text_that_repeats_itself_is_drafted_without_the_drafter(model):
     assert all(record.draft_s == 0 for record in records), "it is not the drafter's time"
 
 
+def test_a_pass_that_prompts_make_long_carries_no_copies(model):
+    engine = Engine(model, AbsentLink(), lambda: plan(0.010, 0.0001), CONFIG)
+    engine.add(request("r", prompt_token_ids=[5, 6, 7, 8, 9] * 4))
+    for _ in range(4):
+        engine.step()
+    for name in ("a", "b", "c"):
+        engine.add(request(name, prompt_token_ids=list(range(5, 105)), max_tokens=1))
+    records = [engine.step()[1] for _ in range(4)]
+    long = [record for record in records if record.prefill_tokens > 160]
+    assert long
+    assert not any(record.verified_nodes for record in long)
+
+
 def test_a_copy_that_does_not_pay_does_not_pay_beside_a_prompt_either(model):
     engine = Engine(model, AbsentLink(), lambda: plan(0.010, 0.010), CONFIG)
     engine.add(request("r", prompt_token_ids=[5, 6, 7, 8, 9] * 4))
