@@ -276,7 +276,7 @@ def test_a_text_that_repeats_itself_is_drafted_without_the_drafter(model):
 def test_a_pass_that_prompts_make_long_carries_no_copies(model):
     engine = Engine(model, AbsentLink(), lambda: plan(0.010, 0.0001), CONFIG)
     engine.add(request("r", prompt_token_ids=[5, 6, 7, 8, 9] * 4))
-    for _ in range(4):
+    for _ in range(12):
         engine.step()
     for name in ("a", "b", "c"):
         engine.add(request(name, prompt_token_ids=list(range(5, 105)), max_tokens=1))
