@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from bench.sweep import Block, Settings, Turn
+from bench.sweep import Block, BlockRun, Settings
 
 
-def seconds_left(done: Sequence[Turn], left: Sequence[Block], settings: Settings) -> float:
+def seconds_left(done: Sequence[BlockRun], left: Sequence[Block], settings: Settings) -> float:
     """Of these blocks, from at least one that has been run.
 
     A block is taken to last as those of its policy did at its load, or as all did at its load. Of a load that has not
@@ -16,11 +16,11 @@ def seconds_left(done: Sequence[Turn], left: Sequence[Block], settings: Settings
     measured for a block's seconds: rather too long than too short.
     """
     seen: dict[tuple[object, ...], list[float]] = {}
-    for turn in done:
-        place = (turn.block.loop, turn.block.load)
-        seen.setdefault(place, []).append(turn.seconds)
-        seen.setdefault((*place, turn.block.policy), []).append(turn.seconds)
-    per_stream_s = mean(turn.prompts_s / turn.block.load for turn in done if turn.block.loop == "closed")
+    for run in done:
+        place = (run.block.loop, run.block.load)
+        seen.setdefault(place, []).append(run.seconds)
+        seen.setdefault((*place, run.block.policy), []).append(run.seconds)
+    per_stream_s = mean(run.prompts_s / run.block.load for run in done if run.block.loop == "closed")
 
     def expected_s(block: Block) -> float:
         place = (block.loop, block.load)

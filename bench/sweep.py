@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -17,6 +17,8 @@ import torch
 from bench.common import Prompt
 from bench.load import (
     Answer,
+    Clock,
+    Loop,
     Measured,
     Request,
     System,
@@ -95,7 +97,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Turn:
+class BlockRun:
     """A block that has been run.
 
     Attributes:
@@ -165,15 +167,15 @@ def open_blocks(settings: Settings) -> list[Block]:
     ]
 
 
-def run_sweep(swept: Swept, prompts: Sequence[Prompt], settings: Settings) -> Iterator[Turn]:
+def run_sweep(swept: Swept, prompts: Sequence[Prompt], settings: Settings) -> Iterator[BlockRun]:
     """Run all blocks; those of one round take turns where systems can be halted, and follow each other elsewhere."""
     shuffled = random.Random(settings.seed).sample(prompts, len(prompts))
     closed: list[Result] = []
     with own_cores(swept.device):
         for blocks in _rounds(closed_blocks(settings)):
-            for turn in _run_closed(swept, blocks, shuffled, settings):
-                closed += [turn.result] if turn.result else []
-                yield turn
+            for run in _run_closed(swept, blocks, shuffled, settings):
+                closed += [run.result] if run.result else []
+                yield run
         if settings.rates:
             requests_per_s = capacity(closed)
             for blocks in _rounds(open_blocks(settings)):
@@ -205,36 +207,38 @@ def closed_requests(block: Block, prompts: Sequence[Prompt], max_tokens: int) ->
     return _requests(block, prompts, (block.round - 1) * len(lengths), lengths)
 
 
-def _run_closed(swept: Swept, blocks: Sequence[Block], prompts: Sequence[Prompt], settings: Settings) -> Iterator[Turn]:
+def _run_closed(
+    swept: Swept, blocks: Sequence[Block], prompts: Sequence[Prompt], settings: Settings
+) -> Iterator[BlockRun]:
     round_, streams = blocks[0].round, int(blocks[0].load)
     limit_s = settings.block_s if round_ else WARM_UP_SHARE * settings.block_s
     loops = []
     for block in blocks:
         requests = closed_requests(block, prompts, settings.max_tokens)
         loops.append(partial(closed_loop, swept.system(block.policy), requests, streams, limit_s))
-    for index, window, seconds in in_turns(loops, _turn_s(swept)):
-        steps = swept.take_steps(blocks[index].policy)
-        result = Result(blocks[index], measure(window), window.answers, steps=steps) if round_ else None
-        yield Turn(blocks[index], seconds, window.opened_s, result)
+    return _run(swept, blocks, loops)
 
 
 def _run_open(
     swept: Swept, blocks: Sequence[Block], prompts: Sequence[Prompt], settings: Settings, requests_per_s: float
-) -> Iterator[Turn]:
+) -> Iterator[BlockRun]:
     round_, count = blocks[0].round, max(MIN_ARRIVALS, round(requests_per_s * settings.block_s))
     arrivals_s = poisson_arrivals(requests_per_s, count, settings.seed + round_)
     loops = []
     for block in blocks:
         requests = _requests(block, prompts, (round_ - 1) * count, [settings.max_tokens] * count)
         loops.append(partial(open_loop, swept.system(block.policy), requests, arrivals_s))
-    for index, window, seconds in in_turns(loops, _turn_s(swept)):
-        steps = swept.take_steps(blocks[index].policy)
-        result = Result(blocks[index], measure(window), window.answers, requests_per_s, steps)
-        yield Turn(blocks[index], seconds, 0.0, result)
+    return _run(swept, blocks, loops, requests_per_s)
 
 
-def _turn_s(swept: Swept) -> float:
-    return math.inf if swept.device is None else TURN_S
+def _run(
+    swept: Swept, blocks: Sequence[Block], loops: Sequence[Callable[[Clock], Loop]], requests_per_s: float = 0.0
+) -> Iterator[BlockRun]:
+    """Run the loops of these blocks, one each."""
+    for index, window, seconds in in_turns(loops, math.inf if swept.device is None else TURN_S):
+        block, steps = blocks[index], swept.take_steps(blocks[index].policy)
+        result = Result(block, measure(window), window.answers, requests_per_s, steps) if block.round else None
+        yield BlockRun(block, seconds, window.opened_s if block.loop == "closed" else 0.0, result)
 
 
 def _rounds(blocks: Sequence[Block]) -> Iterator[list[Block]]:

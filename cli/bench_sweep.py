@@ -15,7 +15,7 @@ from treeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from bench.common import Prompt
-    from bench.sweep import Block, Result, Settings, Swept, Turn
+    from bench.sweep import Block, BlockRun, Result, Settings, Swept
     from bench.synthetic import Acceptance
 
 POLICIES = (
@@ -129,21 +129,21 @@ def _run(
     from bench.trace import write_trace
 
     blocks = [*closed_blocks(settings), *open_blocks(settings)]
-    done: list[Turn] = []
+    done: list[BlockRun] = []
     if trace is not None:
         trace.write_text("")
     complete = False
     with _Bar(settings, blocks) as bar:
         try:
-            for turn in run_sweep(start(), prompts, settings):
-                done.append(turn)
+            for run in run_sweep(start(), prompts, settings):
+                done.append(run)
                 bar.show(done)
-                if turn.result is not None and trace is not None:
-                    write_trace(trace, turn.result)
+                if run.result is not None and trace is not None:
+                    write_trace(trace, run.result)
             complete = True
         except KeyboardInterrupt:
             pass
-    return [turn.result for turn in done if turn.result is not None], complete
+    return [run.result for run in done if run.result is not None], complete
 
 
 class _Bar:
@@ -164,7 +164,7 @@ class _Bar:
         )
         self._task = self._progress.add_task("loading and profiling", total=len(blocks), left="")
 
-    def show(self, done: list[Turn]) -> None:
+    def show(self, done: list[BlockRun]) -> None:
         from bench.forecast import seconds_left
 
         left = self._blocks[len(done) :]

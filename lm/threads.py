@@ -9,7 +9,7 @@ from ctypes import c_int
 
 import torch
 
-from lm.native import library
+from lm.native import library, typed
 
 
 @contextmanager
@@ -30,8 +30,10 @@ def own_cores(device: torch.device | None) -> Iterator[None]:
         yield
         return
 
+    kernel = typed(kernels.treeline_place_threads, "pii")
+
     def place(each: list[int]) -> None:
-        kernels.treeline_place_threads((c_int * len(each))(*each), len(each) // threads, threads)
+        kernel((c_int * len(each))(*each), len(each) // threads, threads)
 
     place(cores)
     try:

@@ -29,7 +29,6 @@ from verifier_svc.walk import Walk
 
 COPY_MARGIN = 0.02
 """A copy must bring this share more than plain decoding: to walk and to commit a tree takes some of a step as well."""
-
 COPY_STRETCH = 2.5
 """Beside a prompt a copy may make a pass so many times as long as one without either: who decodes waits for it. Hardly
 more than what the scheduler lets the prompt take."""
@@ -142,15 +141,10 @@ class DraftStage:
         assert drafts.pruning is not None
         gain = drafts.pruning.expected_tokens - len(decoding)
         pays = gain - drafts.pruning.price * (drafts.predicted_verify_s - verify_s) > COPY_MARGIN * len(decoding)
-        if pays and (state.base_tokens == len(decoding) or self._bearable(drafts, decoding, state, plan)):
+        if pays and _bearable(drafts, len(decoding), state, plan):
             return drafts
         self._refused_batch, self._refused = batch, surest
         return plain
-
-    def _bearable(self, drafts: Drafts, decoding: list[Sequence], state: BatchState, plan: Plan) -> bool:
-        """Whether those who decode wait no longer than they may beside a prompt."""
-        plain_s = pass_s(plan.cost, len(decoding), state.context_tokens, len(decoding))
-        return drafts.predicted_verify_s <= COPY_STRETCH * plain_s
 
     def learn(self, sequences: list[Sequence], drafts: Drafts, walks: list[Walk]) -> None:
         """What became of each sequence's tree in this step; one walk per sequence, in order."""
@@ -264,6 +258,14 @@ class DraftStage:
         layers, gains = forest.model_layers()[pruning.prunable], pruning.gains
         behind = catches_up(stats.catch_up_tokens, len(drafts.trees))
         self._gate.drafted(decision, gains, layers, stats.layer_nodes, drafts.draft_s, self._worked_s(), behind)
+
+
+def _bearable(drafts: Drafts, sequences: int, state: BatchState, plan: Plan) -> bool:
+    """Whether those who decode wait no longer than they may beside a prompt, if the pass carries one."""
+    if state.base_tokens == sequences:
+        return True
+    plain_s = pass_s(plan.cost, sequences, state.context_tokens, sequences)
+    return drafts.predicted_verify_s <= COPY_STRETCH * plain_s
 
 
 def _forest(decoding: list[Sequence], messages: list[DraftSequence], reply: DraftReply) -> Forest:

@@ -8,18 +8,7 @@ import numpy as np
 import pytest
 
 from bench.common import Prompt
-from bench.load import (
-    Answer,
-    End,
-    Loop,
-    Request,
-    Tokens,
-    Window,
-    closed_loop,
-    measure,
-    open_loop,
-    poisson_arrivals,
-)
+from bench.load import Answer, End, Loop, Request, Tokens, Window, closed_loop, measure, open_loop, poisson_arrivals
 from treeline.errors import QueueFullError
 
 FOREVER_S = 1e9

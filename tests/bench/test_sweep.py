@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from bench.common import Prompt
 from bench.forecast import seconds_left
 from bench.local_engine import PlannedStep
-from bench.sweep import Block, Settings, Turn, checked_policies, closed_blocks, closed_requests, open_blocks
+from bench.sweep import Block, BlockRun, Settings, checked_policies, closed_blocks, closed_requests, open_blocks
 from bench.systems import LocalSystems
 from cli.bench_sweep import POLICIES
 from cli.main import app
@@ -53,10 +53,10 @@ def test_by_default_every_policy_is_swept():
 
 
 def test_the_time_left_goes_by_what_was_seen_of_a_policy_then_of_a_load_then_by_the_streams():
-    def turn(load: int, policy: str, seconds: float, prompts_s: float) -> Turn:
-        return Turn(Block("closed", load, 1, policy), seconds, prompts_s, None)
+    def block_run(load: int, policy: str, seconds: float, prompts_s: float) -> BlockRun:
+        return BlockRun(Block("closed", load, 1, policy), seconds, prompts_s, None)
 
-    done = [turn(1, "off", 4.0, 1.0), turn(2, "off", 6.0, 2.0), turn(2, "smart", 10.0, 2.0)]
+    done = [block_run(1, "off", 4.0, 1.0), block_run(2, "off", 6.0, 2.0), block_run(2, "smart", 10.0, 2.0)]
     assert seconds_left(done, [Block("closed", 2, 2, "smart")], SETTINGS) == 10.0
     assert seconds_left(done, [Block("closed", 2, 1, "chain:2")], SETTINGS) == 8.0
     assert seconds_left(done, [Block("closed", 8, 1, "off")] * 2, SETTINGS) == 2 * (20.0 + 8 * 1.0)
