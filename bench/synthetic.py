@@ -9,15 +9,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
-from drafter_svc.proposer import Children
+from drafter_svc.proposer import Children, GrowingTree
 from drafter_svc.sessions import Session
 from treeline.errors import ConfigError
 from treeline.tree import ROOT, Source
-
-if TYPE_CHECKING:
-    from drafter_svc.growth import GrowingTree
 
 LEAST_PROB = 1e-3
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from drafter_svc.growth import GrowingTree, grow
+from drafter_svc.growth import grow
 from drafter_svc.head_proposer import HeadProposer
 from drafter_svc.layered_proposer import LayeredProposer
 from drafter_svc.model_proposer import ModelProposer
 from drafter_svc.ngram import NgramProposer
-from drafter_svc.proposer import Proposer
+from drafter_svc.proposer import GrowingTree, Proposer
 from drafter_svc.sessions import SessionStore
 from lm.draft_head import DraftHead
 from lm.model import LanguageModel
@@ -26,7 +26,6 @@ from treeline.drafting import NO_FEATURES, DraftReply, DraftRequest, DraftSequen
 from treeline.errors import ConfigError
 from treeline.plan import Plan
 from treeline.sampling import SamplingParams
-from treeline.tree import DraftTree
 
 KV_BLOCK_TOKENS = 16
 WARM_UP_BATCHES = (1, 4, 8, 8)
@@ -105,14 +104,14 @@ class TreeDrafter:
         if self._model is not None:
             modelled = [s.session_id for s in request.sequences if s.max_layers and s.session_id in admitted]
             self._model.begin([admitted[session_id] for session_id in modelled])
-        trees = {
-            sequence.session_id: GrowingTree(admitted[sequence.session_id], sequence, policy)
+        growing = [
+            GrowingTree(admitted[sequence.session_id], sequence, policy)
             for sequence, policy in zip(request.sequences, policies, strict=True)
             if sequence.session_id in admitted
-        }
-        grow(list(trees.values()), plan, self._lookups, self._model)
-        finished: dict[int, DraftTree] = {session_id: tree.finish() for session_id, tree in trees.items()}
-        return DraftReply(request.step_id, finished, held, self._stats(started_s, plan))
+        ]
+        trees = grow(growing, plan, self._lookups, self._model)
+        of_sessions = {tree.session.session_id: done for tree, done in zip(growing, trees, strict=True)}
+        return DraftReply(request.step_id, of_sessions, held, self._stats(started_s, plan))
 
     def warm_up(self) -> None:
         """Draft for batches of several sizes: a first call takes many times as long, and no step is to wait for it."""

@@ -1,260 +1,229 @@
-"""Growing draft trees layer by layer: one loop for every proposer and every policy."""
+"""Growing draft trees layer by layer: one loop for every proposer and every policy.
+
+A batch's trees grow together: each layer takes a few array operations, however many trees there are.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from drafter_svc.proposer import Children, Proposer
-from drafter_svc.sessions import Session
-from planner.calibration import accepts
+from drafter_svc.candidates import Candidates, merge
+from drafter_svc.proposer import GrowingTree, Proposer
 from planner.policies import Layer, Policy
+from planner.policies.base import places_by_score
 from planner.rule import Frontier, another_layer
-from treeline.drafting import DraftSequence
-from treeline.plan import Calibration, Plan
-from treeline.tree import ROOT, DraftTree, Source
+from treeline.plan import Plan
+from treeline.tree import ROOT, DraftTree
 
 MIN_PROB = np.finfo(np.float32).tiny
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """Distinct children that might join a tree as its next layer; columns [m], grouped under parents by rank."""
+class Expansion(NamedTuple):
+    """Nodes of a tree's last layer to run through a draft model next, and their value for the layer rule."""
 
-    parents: NDArray[np.int32]
-    token_ids: NDArray[np.int32]
-    probs: NDArray[np.float32]
-    ranks: NDArray[np.uint8]
-    sources: NDArray[np.uint8]
-    accepts: NDArray[np.float32]
-
-    def take(self, chosen: NDArray[np.intp] | NDArray[np.bool_]) -> Candidates:
-        return Candidates(
-            self.parents[chosen],
-            self.token_ids[chosen],
-            self.probs[chosen],
-            self.ranks[chosen],
-            self.sources[chosen],
-            self.accepts[chosen],
-        )
+    tree: GrowingTree
+    nodes: list[int]
+    frontier: Frontier
 
 
-class GrowingTree:
-    """One request's tree while it grows. Nodes are numbered parents-first, as in the finished tree.
+class GrowingForest:
+    """The trees of one policy while they grow. All nodes are kept in the order in which they joined: layer by layer,
+    within a layer tree by tree.
 
     Attributes:
-        layer: the nodes that joined last, whose children may come next; [ROOT] at first, empty when nothing joined.
-        depth: of the nodes in `layer`.
-        max_depth: no layer grows beyond this.
+        trees: at least one; those that still grow are equally deep.
     """
 
-    def __init__(self, session: Session, sequence: DraftSequence, policy: Policy) -> None:
-        self.session = session
-        self.sequence = sequence
-        self.policy = policy
-        self.max_depth = min(sequence.max_depth, policy.max_depth)
-        self.depth = 0
-        self.layer = [ROOT]
-        self.parents: list[int] = []
-        self.token_ids: list[int] = []
-        self._probs: list[float] = []
-        self._ranks: list[int] = []
-        self._sources: list[int] = []
-        self._scores: list[float] = []
-        self._path_probs: list[float] = []
-        self._path_ranks: list[int] = []
+    def __init__(self, policy: Policy, trees: list[GrowingTree]) -> None:
+        self.trees = trees
+        self._policy = policy
+        self._limits = np.asarray([tree.sequence.max_nodes for tree in trees])
+        self._weights = np.asarray([tree.sequence.weight for tree in trees], np.float32)
+        self._sampled = np.asarray([not tree.sequence.sampling.greedy for tree in trees])
+        self._layers: list[Candidates] = []
+        # By tree: nodes, those of them that have children, the sum of their path probabilities.
+        self._sizes, self._inner = np.zeros((2, len(trees)), np.intp)
+        self._path_probs_sums = np.zeros(len(trees))
+        self._above = np.ones(len(trees), np.intp)  # what leads from a node of the last layer to its place
+        # By node, the roots first as one.
+        self._scores, self._path_probs = np.ones((2, 1), np.float32)
+        self._path_ranks = np.zeros(1, np.uint64)
+        self._tree_of = np.zeros(1, np.intp)
         self._decision: tuple[Layer, NDArray[np.bool_]] | None = None
 
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def sampled(self) -> bool:
-        return not self.sequence.sampling.greedy
-
-    @property
-    def grows(self) -> bool:
-        """Whether there may be another layer."""
-        return bool(self.layer) and self.depth < self.max_depth and self.sequence.max_nodes > 0
-
-    @property
-    def models(self) -> bool:
-        """Whether the draft model may be asked for the next layer."""
-        return self.grows and self.depth < self.sequence.max_layers
-
-    def path(self, node: int) -> list[int]:
-        """Nodes from a child of the root down to `node`, itself included; empty for ROOT."""
-        nodes = []
-        while node != ROOT:
-            nodes.append(node)
-            node = self.parents[node]
-        return nodes[::-1]
-
-    def add_layer(self, proposals: list[tuple[Source, Children]], plan: Plan, batch: int) -> None:
+    def add_layer(self, plan: Plan, batch: int) -> None:
         """Let the policy choose the next layer among all that was proposed. `batch`: trees that grow together."""
-        self.depth += 1
-        if not any(children.parents for _, children in proposals):
-            self.layer = []
+        growing = [(place, tree) for place, tree in enumerate(self.trees) if tree.grows]
+        proposed = [(place, *answer) for place, tree in growing for answer in tree.proposed]
+        self._decision = None
+        if not proposed:
+            for _, tree in growing:
+                tree.add_layer([], [])
             return
-        first = len(self)
-        new = merge(proposals, self.depth, self.sampled, plan.calibration)
+        depth = growing[0][1].depth + 1
+        new = merge(proposed, self._above, depth, self._sampled, plan.calibration)
         layer = Layer(
-            depth=self.depth,
-            parent_scores=_of_parents(self._scores, new.parents),
+            depth=depth,
+            tree_of=new.tree_of,
+            parent_scores=self._scores[new.above],
             probs=new.probs,
-            path_probs=_of_parents(self._path_probs, new.parents) * new.probs,
+            path_probs=self._path_probs[new.above] * new.probs,
             accepts=new.accepts,
             ranks=new.ranks,
             sources=new.sources,
-            path_ranks=_path_ranks(self._path_ranks, new),
-            scores_so_far=np.asarray(self._scores, np.float32),
-            paths=max(1, len(self) - len({*self.parents} - {ROOT})),
-            path_probs_so_far=sum(self._path_probs),
-            weight=self.sequence.weight,
-            sampled=self.sampled,
+            path_ranks=self._path_ranks[new.above] << np.uint64(4) | new.ranks,
+            scores_so_far=self._scores[1:],
+            tree_of_so_far=self._tree_of[1:],
+            sizes=self._sizes,
+            paths=np.maximum(1, self._sizes - self._inner),
+            path_probs_so_far=self._path_probs_sums,
+            weights=self._weights,
+            sampled=self._sampled,
             batch=batch,
         )
-        kept = self.policy.keep(layer, plan)
-        if len(self) + np.count_nonzero(kept) > self.sequence.max_nodes:
-            kept = kept & self._within_limit(np.where(kept, layer.scores, -1.0))
-        joining = new.take(kept)
-        self.parents += joining.parents.tolist()
-        self.token_ids += joining.token_ids.tolist()
-        self._probs += joining.probs.tolist()
-        self._ranks += joining.ranks.tolist()
-        self._sources += joining.sources.tolist()
-        self._scores += layer.scores[kept].tolist()
-        self._path_probs += layer.path_probs[kept].tolist()
-        self._path_ranks += layer.path_ranks[kept].tolist()
-        self.layer = list(range(first, len(self)))
+        kept = self._policy.keep(layer, plan)
+        if np.count_nonzero(self._sizes + self._count(new.tree_of[kept]) > self._limits):
+            kept = kept & self._within_limits(layer, kept)
+        self._join(new.take(kept), layer, kept)
         self._decision = (layer, kept)
+        for _, tree in growing:
+            tree.proposed = []
 
-    def frontier(self, plan: Plan) -> tuple[list[int], Frontier]:
-        """The nodes of `layer` to run through a draft model next, and their value for the layer rule.
+    def expansions(self, plan: Plan) -> list[Expansion]:
+        """Which nodes of the last layer to run through a draft model next, of each tree that grows and has any.
 
         The policy chooses; in a tree that is full, only nodes better than its last one can have children that stay.
         """
-        assert self._decision is not None
+        if self._decision is None:
+            return []
         layer, kept = self._decision
-        nodes = self.layer[0] + np.cumsum(kept)[self.policy.expand(layer, kept, plan)] - 1
-        all_scores, limit = np.asarray(self._scores, np.float32), self.sequence.max_nodes
-        if len(self) >= limit:
-            nodes = nodes[all_scores[nodes] > np.partition(all_scores, -limit)[-limit]]
-        acceptance = float(all_scores[nodes].sum())
-        frontier = Frontier(self.policy, self.sequence.weight, len(nodes), acceptance, self.depth, self.sampled)
-        return nodes.tolist(), frontier
+        first = len(self._scores) - np.count_nonzero(kept)
+        nodes = first - 1 + kept.cumsum()[self._policy.expand(layer, kept, plan)]
+        full = self._sizes >= self._limits
+        if np.count_nonzero(full):
+            nodes = nodes[self._scores[nodes] > self._least_that_stays(full)[self._tree_of[nodes]]]
+        scores, tree_of = self._scores[nodes], self._tree_of[nodes]
+        acceptance = np.bincount(tree_of, scores, len(self.trees)).tolist()
+        ends = [0, *self._count(tree_of).cumsum().tolist()]
+        local = (nodes - self._above[tree_of]).tolist()
+        return [
+            Expansion(
+                tree,
+                local[a:b],
+                Frontier(self._policy, tree.sequence.weight, b - a, acceptance[place], layer.depth, sampled),
+            )
+            for place, (tree, sampled, (a, b)) in enumerate(
+                zip(self.trees, self._sampled.tolist(), pairwise(ends), strict=True)
+            )
+            if a < b and tree.grows
+        ]
 
-    def finish(self) -> DraftTree:
-        """The tree, after the policy's last cut."""
-        if not self.token_ids:
-            return DraftTree.empty()
-        scores, parents = np.asarray(self._scores, np.float32), np.asarray(self.parents, np.int32)
-        tree = DraftTree(
-            np.asarray(self.token_ids, np.int32),
-            parents,
-            np.clip(np.asarray(self._probs, np.float32), MIN_PROB, 1.0),
-            np.asarray(self._ranks, np.uint8),
-            np.asarray(self._sources, np.uint8),
+    def finish(self) -> list[DraftTree]:
+        """The trees, after the policy's last cut."""
+        scores, tree_of = self._scores[1:], self._tree_of[1:]
+        if not len(scores):
+            return [DraftTree.empty()] * len(self.trees)
+        stays = self._policy.finish(scores, tree_of)
+        if np.count_nonzero(self._sizes > self._limits):
+            stays = stays & (places_by_score(scores, tree_of) < self._limits[tree_of])
+        nodes = stays.nonzero()[0]
+        nodes = nodes[np.argsort(tree_of[nodes], kind="stable")]
+        ends = [0, *self._count(tree_of[nodes]).cumsum().tolist()]
+        indices = np.full(len(self._scores), ROOT, np.int32)  # by place, that of the roots first
+        indices[1 + nodes] = np.arange(len(nodes)) - np.asarray(ends)[tree_of[nodes]]
+        above, token_ids, probs, ranks, sources = (
+            np.concatenate([getattr(layer, name) for layer in self._layers])[nodes]
+            for name in ("above", "token_ids", "probs", "ranks", "sources")
         )
-        return tree.select(self.policy.finish(scores, parents) & best(scores, self.sequence.max_nodes))
+        parents, probs = indices[above], np.clip(probs, MIN_PROB, 1.0)
+        return [
+            DraftTree(token_ids[a:b], parents[a:b], probs[a:b], ranks[a:b], sources[a:b])
+            if a < b
+            else DraftTree.empty()
+            for a, b in pairwise(ends)
+        ]
 
-    def _within_limit(self, scores: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Which candidates are among the tree's best `max_nodes` so far; no others can be in the end."""
-        both = np.concatenate([np.asarray(self._scores, np.float32), scores])
-        return best(both, self.sequence.max_nodes)[len(self) :]
+    def _count(self, tree_of: NDArray[np.intp]) -> NDArray[np.intp]:
+        """intp [trees]: nodes of each."""
+        return np.bincount(tree_of, minlength=len(self.trees))
 
+    def _join(self, joining: Candidates, layer: Layer, kept: NDArray[np.bool_]) -> None:
+        counts, path_probs = self._count(joining.tree_of), layer.path_probs[kept]
+        ends = counts.cumsum()
+        self._above = len(self._scores) + ends - counts - self._sizes
+        if self._layers:
+            self._inner = self._inner + self._count(self._tree_of[np.bincount(joining.above).nonzero()[0]])
+        self._sizes = self._sizes + counts
+        self._path_probs_sums = self._path_probs_sums + np.bincount(joining.tree_of, path_probs, len(counts))
+        self._scores = np.concatenate([self._scores, layer.scores[kept]])
+        self._path_probs = np.concatenate([self._path_probs, path_probs])
+        self._path_ranks = np.concatenate([self._path_ranks, layer.path_ranks[kept]])
+        self._tree_of = np.concatenate([self._tree_of, joining.tree_of])
+        self._layers.append(joining)
+        parents, token_ids = joining.parents.tolist(), joining.token_ids.tolist()
+        for tree, (a, b) in zip(self.trees, pairwise([0, *ends.tolist()]), strict=True):
+            if tree.grows:
+                tree.add_layer(parents[a:b], token_ids[a:b])
 
-def _of_parents(values: list[float], parents: NDArray[np.int32]) -> NDArray[np.float32]:
-    """float32 [m]: each parent's value, 1 for ROOT."""
-    return np.asarray([*values, 1.0], np.float32)[parents]
+    def _within_limits(self, layer: Layer, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which candidates are among their tree's best `max_nodes` so far; no others can be in the end."""
+        scores = np.concatenate([layer.scores_so_far, np.where(kept, layer.scores, np.float32(-1))])
+        tree_of = np.concatenate([layer.tree_of_so_far, layer.tree_of])
+        return (places_by_score(scores, tree_of) < self._limits[tree_of])[len(layer.scores_so_far) :]
 
-
-def _path_ranks(of_nodes: list[int], new: Candidates) -> NDArray[np.uint64]:
-    """uint64 [m]: ranks along each candidate's path, four bits each."""
-    return np.asarray([*of_nodes, 0], np.uint64)[new.parents] << np.uint64(4) | new.ranks
-
-
-def best(scores: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
-    """bool [n]: the `count` highest scores; the earlier of equals, so that parents come before children."""
-    chosen = np.zeros(len(scores), np.bool_)
-    chosen[np.argsort(-scores, kind="stable")[:count]] = True
-    return chosen
-
-
-def merge(proposals: list[tuple[Source, Children]], depth: int, sampled: bool, calibration: Calibration) -> Candidates:
-    """All proposed children of one tree as one layer.
-
-    Of a child that two sources propose, the one with the higher calibrated acceptance stays. Siblings from several
-    sources are ranked anew by acceptance; a single source's ranks stay as they are.
-    """
-
-    proposals = [(source, children) for source, children in proposals if children.parents]
-
-    def column(name: str, dtype: type) -> NDArray:
-        columns = [getattr(children, name) for _, children in proposals]
-        return np.asarray(columns[0] if len(columns) == 1 else list(chain.from_iterable(columns)), dtype)
-
-    sources = np.asarray([source for source, _ in proposals], np.uint8).repeat([len(c.parents) for _, c in proposals])
-    probs = column("probs", np.float32)
-    acceptance = accepts(calibration, sources, np.full(len(probs), depth, np.int32), probs, sampled)
-    both = Candidates(
-        column("parents", np.int32),
-        column("token_ids", np.int32),
-        probs,
-        column("ranks", np.uint8),
-        sources,
-        acceptance,
-    )
-    if len({source for source, _ in proposals}) < 2:
-        return both
-    order = np.lexsort((both.sources, both.ranks, -both.accepts, both.parents))
-    seen: set[tuple[int, int]] = set()
-    siblings: dict[int, int] = {}
-    chosen, ranks = [], []
-    for i in order.tolist():
-        parent, child = int(both.parents[i]), (int(both.parents[i]), int(both.token_ids[i]))
-        if child in seen:
-            continue
-        seen.add(child)
-        chosen.append(i)
-        ranks.append(siblings.get(parent, 0))
-        siblings[parent] = ranks[-1] + 1
-    return replace(both.take(np.asarray(chosen, np.intp)), ranks=np.asarray(ranks, np.uint8))
+    def _least_that_stays(self, full: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """float32 [trees]: the score of the last node that fits into each `full` tree; below all scores elsewhere."""
+        scores, tree_of = self._scores[1:], self._tree_of[1:]
+        last = (places_by_score(scores, tree_of) == self._limits[tree_of] - 1) & full[tree_of]
+        least = np.full(len(full), -1, np.float32)
+        least[tree_of[last]] = scores[last]
+        return least
 
 
-def grow(trees: list[GrowingTree], plan: Plan, lookups: list[Proposer], model: Proposer | None) -> None:
+def grow(trees: list[GrowingTree], plan: Plan, lookups: list[Proposer], model: Proposer | None) -> list[DraftTree]:
     """Grow all trees of a step, until no policy wants more.
 
     `lookups` are free and asked about every node. The `model` is asked about the nodes that each policy chooses, as
     long as another layer pays for the whole batch; the lookups may then go on alone.
     """
+    policies = {tree.policy.spec: tree.policy for tree in trees}
+    forests = [GrowingForest(policy, [tree for tree in trees if tree.policy == policy]) for policy in policies.values()]
     growing = [tree for tree in trees if tree.grows]
     wanted = [(tree, tree.layer) for tree in growing if tree.models] if model else []
     while growing:
-        proposals: dict[int, list[tuple[Source, Children]]] = {id(tree): [] for tree in growing}
-        modelled = []
         if model and wanted:
-            for (tree, _), children in zip(wanted, model.propose(wanted), strict=True):
-                proposals[id(tree)].append((model.source, children))
-                if children.parents:
-                    modelled.append(tree)
+            _ask(model, wanted)
+        modelled = {id(tree) for tree, _ in wanted if tree.proposed}
         for lookup in lookups:
-            asked = [(tree, tree.layer) for tree in growing]
-            for tree, children in zip(growing, lookup.propose(asked), strict=True):
-                proposals[id(tree)].append((lookup.source, children))
-        for tree in growing:
-            tree.add_layer(proposals[id(tree)], plan, batch=len(trees))
+            _ask(lookup, [(tree, tree.layer) for tree in growing])
+        for forest in forests:
+            forest.add_layer(plan, batch=len(trees))
         growing = [tree for tree in growing if tree.grows]
-        wanted = _next_model_layer([tree for tree in modelled if tree.models], plan)
+        wanted = _next_model_layer(forests, modelled, plan) if modelled else []
+    finished = {id(tree): done for forest in forests for tree, done in zip(forest.trees, forest.finish(), strict=True)}
+    return [finished[id(tree)] for tree in trees]
 
 
-def _next_model_layer(trees: list[GrowingTree], plan: Plan) -> list[tuple[GrowingTree, list[int]]]:
-    """The nodes to run through the draft model next; none if another layer does not pay."""
-    frontiers = [(tree, *tree.frontier(plan)) for tree in trees]
-    frontiers = [entry for entry in frontiers if entry[1]]
-    if not frontiers or not another_layer([frontier for _, _, frontier in frontiers], plan):
+def _ask(proposer: Proposer, wanted: list[tuple[GrowingTree, list[int]]]) -> None:
+    for (tree, _), children in zip(wanted, proposer.propose(wanted), strict=True):
+        if children.parents:
+            tree.proposed.append((proposer.source, children))
+
+
+def _next_model_layer(
+    forests: list[GrowingForest], modelled: set[int], plan: Plan
+) -> list[tuple[GrowingTree, list[int]]]:
+    """The nodes to run through the draft model next; none if another layer does not pay.
+
+    modelled: ids of the trees that the model had children for.
+    """
+    growing = [forest for forest in forests if any(tree.models for tree in forest.trees)]
+    found = [one for forest in growing for one in forest.expansions(plan)]
+    found = [one for one in found if one.tree.models and id(one.tree) in modelled]
+    if not found or not another_layer([one.frontier for one in found], plan):
         return []
-    return [(tree, nodes) for tree, nodes, _ in frontiers]
+    return [(one.tree, one.nodes) for one in found]

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drafter_svc.growth import GrowingTree
 from drafter_svc.layered_proposer import LayeredProposer, TreeRow
+from drafter_svc.proposer import GrowingTree
 from drafter_svc.sessions import Session
 from lm.draft_head import DraftHead
 from lm.kv_cache import KVCache, SequenceCache

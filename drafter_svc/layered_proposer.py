@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drafter_svc.growth import GrowingTree
 from drafter_svc.places import P, Places
-from drafter_svc.proposer import Children
+from drafter_svc.proposer import Children, GrowingTree
 from drafter_svc.sessions import Session
 from lm.kv_cache import KVCache, SequenceCache
 from lm.sampling import Row

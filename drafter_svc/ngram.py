@@ -6,14 +6,10 @@ Known as prompt lookup decoding. Here all the earlier occurrences vote, so that 
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
 
-from drafter_svc.proposer import Children
+from drafter_svc.proposer import Children, GrowingTree
 from drafter_svc.sessions import Session
 from treeline.tree import ROOT, Source
-
-if TYPE_CHECKING:
-    from drafter_svc.growth import GrowingTree
 
 MIN_GRAM = 2
 MAX_GRAM = 4

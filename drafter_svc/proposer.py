@@ -1,15 +1,14 @@
-"""What a proposer of draft tokens is, and the columns it answers with."""
+"""What a proposer of draft tokens is, the growing trees that it is shown, and the columns it answers with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from drafter_svc.sessions import Session
-from treeline.tree import Source
-
-if TYPE_CHECKING:
-    from drafter_svc.growth import GrowingTree
+from planner.policies import Policy
+from treeline.drafting import DraftSequence
+from treeline.tree import ROOT, Source
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,55 @@ class Children:
     token_ids: list[int] = field(default_factory=list)
     probs: list[float] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
+
+
+class GrowingTree:
+    """One request's tree while it grows: what proposers see of it. Nodes are numbered parents-first.
+
+    Attributes:
+        parents, token_ids: of all nodes so far.
+        layer: the nodes that joined last, whose children may come next; [ROOT] at first, empty when nothing joined.
+        depth: of the nodes in `layer`.
+        max_depth: no layer grows beyond this.
+        proposed: what each source said of the layer, until the next one is chosen among it.
+    """
+
+    def __init__(self, session: Session, sequence: DraftSequence, policy: Policy) -> None:
+        self.session = session
+        self.sequence = sequence
+        self.policy = policy
+        self.max_depth = min(sequence.max_depth, policy.max_depth)
+        self.depth = 0
+        self.layer = [ROOT]
+        self.parents: list[int] = []
+        self.token_ids: list[int] = []
+        self.proposed: list[tuple[Source, Children]] = []
+
+    @property
+    def grows(self) -> bool:
+        """Whether there may be another layer."""
+        return bool(self.layer) and self.depth < self.max_depth and self.sequence.max_nodes > 0
+
+    @property
+    def models(self) -> bool:
+        """Whether the draft model may be asked for the next layer."""
+        return self.grows and self.depth < self.sequence.max_layers
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from a child of the root down to `node`, itself included; empty for ROOT."""
+        nodes = []
+        while node != ROOT:
+            nodes.append(node)
+            node = self.parents[node]
+        return nodes[::-1]
+
+    def add_layer(self, parents: list[int], token_ids: list[int]) -> None:
+        """These nodes join."""
+        self.depth += 1
+        first = len(self.parents)
+        self.parents += parents
+        self.token_ids += token_ids
+        self.layer = list(range(first, len(self.parents)))
 
 
 class Proposer(Protocol):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -52,11 +50,11 @@ def cheapest_slopes_s(
     return ((seconds[ahead] - seconds[tokens, None]) / STEPS_AHEAD).min(1)
 
 
-def paper_layer_s(fit: PaperFit, nodes: int) -> tuple[float, float]:
-    """(C_spec, dC_spec) of the paper for a tree of `nodes` (arXiv 2604.09731): total, and of one node more."""
-    exponent = min(fit.delta * nodes**fit.rho, MAX_PAPER_EXPONENT)
-    spent_s = fit.lambda_s * nodes + fit.gamma_s * math.expm1(exponent)
-    slope_s = fit.gamma_s * fit.delta * fit.rho * nodes ** (fit.rho - 1) * math.exp(exponent)
+def paper_layer_s(fit: PaperFit, nodes: NDArray[np.intp]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(C_spec, dC_spec) of the paper for trees of `nodes` (arXiv 2604.09731): total, and of one node more."""
+    exponents = np.minimum(fit.delta * nodes**fit.rho, MAX_PAPER_EXPONENT)
+    spent_s = fit.lambda_s * nodes + fit.gamma_s * np.expm1(exponents)
+    slope_s = fit.gamma_s * fit.delta * fit.rho * nodes ** (fit.rho - 1) * np.exp(exponents)
     return spent_s, fit.lambda_s + slope_s
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.simulator.worlds import MAX_DEPTH, OUTCOMES, World
-from drafter_svc.growth import GrowingTree
+from drafter_svc.growth import GrowingForest
+from drafter_svc.proposer import GrowingTree
 from drafter_svc.sessions import Session
 from planner.cost import plain_decode_s
 from planner.policies import Policy
@@ -116,8 +117,7 @@ class Tables:
             del self._fresh_versions[0]
         key = (layers, *self._key(plan, requests))
         if key not in self._tables:
-            grown = [self._grow(world, plan, requests, layers) for world in self._worlds]
-            self._tables[key] = Table(self._worlds, grown)
+            self._tables[key] = Table(self._worlds, self._grow(plan, requests, layers))
         return self._tables[key]
 
     def _key(self, plan: Plan, requests: int) -> tuple[int, ...]:
@@ -130,19 +130,23 @@ class Tables:
             return (min(MAX_NODES, PAPER_BUDGET_NODES // requests), _level(plain_decode_s(plan.cost)))
         return ()
 
-    def _grow(self, world: World, plan: Plan, requests: int, layers: int) -> Grown:
+    def _grow(self, plan: Plan, requests: int, layers: int) -> list[Grown]:
+        """Every world's tree; `requests` of them would grow together."""
         nodes = plan.max_nodes if self._policy.prices_drafting else MAX_NODES
         wanted = DraftSequence(0, 0, [0], SamplingParams(), self._policy.spec, nodes, layers)
-        tree = GrowingTree(Session(0, [0]), wanted, self._policy)
-        run, layer = [(1, 1.0)], [ROOT]
+        trees = [GrowingTree(Session(index, [0]), wanted, self._policy) for index in range(len(self._worlds))]
+        forest = GrowingForest(self._policy, trees)
+        runs, layer = [[(1, 1.0)] for _ in trees], [(tree, [ROOT]) for tree in trees]
         while layer:
-            tree.add_layer([(Source.SYNTHETIC, world.propose(tree, layer))], plan, requests)
-            layer = []
-            if tree.grows:
-                layer, frontier = tree.frontier(plan)
-                if layer:
-                    run.append((frontier.nodes, frontier.acceptance))
-        return Grown(tree.finish(), run)
+            for tree, parents in layer:
+                proposed = self._worlds[tree.session.session_id].propose(tree, parents)
+                tree.proposed.append((Source.SYNTHETIC, proposed))
+            forest.add_layer(plan, requests)
+            found = forest.expansions(plan)
+            for one in found:
+                runs[one.tree.session.session_id].append((one.frontier.nodes, one.frontier.acceptance))
+            layer = [(one.tree, one.nodes) for one in found]
+        return [Grown(tree, run) for tree, run in zip(forest.finish(), runs, strict=True)]
 
 
 def _level(value: float) -> int:

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from drafter_svc.growth import GrowingTree
-from drafter_svc.proposer import Children
+from drafter_svc.proposer import Children, GrowingTree
 from treeline.errors import ConfigError
 from treeline.tree import ROOT
 

@@ -19,25 +19,29 @@ MAX_NODES = 256
 
 @dataclass(frozen=True)
 class Layer:
-    """Candidates for the next layer of one request's tree, one row each, and the tree that they would join.
+    """Candidates for the next layer of a batch's trees, one row each, tree by tree; and the trees that they would join.
 
     Attributes:
         depth: 1 for children of the root.
+        tree_of: intp [m]; whose candidate it is.
         parent_scores: float32 [m]; calibrated path acceptance of each candidate's parent.
         probs: float32 [m]; the drafter's probability given the parent.
         path_probs: float32 [m]; product of the drafter's probabilities over the whole path, this candidate included.
         accepts: float32 [m]; calibrated acceptance given the parent.
         ranks, sources: uint8 [m].
         path_ranks: uint64 [m]; ranks along the path, four bits each, the candidate's own in the lowest.
-        scores_so_far: float32 [n]; calibrated path acceptance of the tree's nodes.
-        paths: of the tree; the bare root is one path.
-        path_probs_so_far: sum of path_probs over the tree's nodes.
-        weight: value of this request's tokens.
-        sampled: sampled or greedy.
-        batch: requests drafted together.
+        scores_so_far: float32 [n]; calibrated path acceptance of the nodes of all trees.
+        tree_of_so_far: intp [n]; whose node it is.
+        sizes: intp [trees]; nodes of each tree.
+        paths: intp [trees]; paths of each; the bare root is one path.
+        path_probs_so_far: float64 [trees]; sum of path_probs over each tree's nodes.
+        weights: float32 [trees]; value of each request's tokens.
+        sampled: bool [trees]; sampled or greedy.
+        batch: requests drafted together, those of other policies included.
     """
 
     depth: int
+    tree_of: NDArray[np.intp]
     parent_scores: NDArray[np.float32]
     probs: NDArray[np.float32]
     path_probs: NDArray[np.float32]
@@ -46,10 +50,12 @@ class Layer:
     sources: NDArray[np.uint8]
     path_ranks: NDArray[np.uint64]
     scores_so_far: NDArray[np.float32]
-    paths: int
-    path_probs_so_far: float
-    weight: float
-    sampled: bool
+    tree_of_so_far: NDArray[np.intp]
+    sizes: NDArray[np.intp]
+    paths: NDArray[np.intp]
+    path_probs_so_far: NDArray[np.float64]
+    weights: NDArray[np.float32]
+    sampled: NDArray[np.bool_]
     batch: int
 
     @cached_property
@@ -59,7 +65,7 @@ class Layer:
 
 
 class Policy(Protocol):
-    """The drafter calls `keep`, `expand` and `finish` on one request's tree; the verifier asks for `layers`.
+    """The drafter calls `keep`, `expand` and `finish` on all trees of the policy; the verifier asks for `layers`.
 
     Attributes:
         spec: canonical spelling.
@@ -89,15 +95,15 @@ class Policy(Protocol):
         ...
 
     def keep(self, layer: Layer, plan: Plan) -> NDArray[np.bool_]:
-        """bool [m]: which candidates join the tree."""
+        """bool [m]: which candidates join their trees."""
         ...
 
     def expand(self, layer: Layer, kept: NDArray[np.bool_], plan: Plan) -> NDArray[np.intp]:
         """Indices of kept candidates to run through the draft model next, should another layer be run."""
         ...
 
-    def finish(self, scores: NDArray[np.float32], parents: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """bool [n], closed under parents: the last cut of one request's finished tree by path acceptance."""
+    def finish(self, scores: NDArray[np.float32], tree_of: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """bool [n], closed under parents: the last cut of each finished tree by path acceptance."""
         ...
 
 
@@ -117,12 +123,14 @@ class Growth(ABC):
     def expand(self, layer: Layer, kept: NDArray[np.bool_], plan: Plan) -> NDArray[np.intp]:
         return np.flatnonzero(kept)
 
-    def finish(self, scores: NDArray[np.float32], parents: NDArray[np.int32]) -> NDArray[np.bool_]:
+    def finish(self, scores: NDArray[np.float32], tree_of: NDArray[np.intp]) -> NDArray[np.bool_]:
         return np.ones(len(scores), np.bool_)
 
 
-def top(scores: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
-    """bool [n]: the `count` highest; the earlier of equals, so that a parent goes before its child."""
-    chosen = np.zeros(len(scores), np.bool_)
-    chosen[np.argsort(-scores, kind="stable")[:count]] = True
-    return chosen
+def places_by_score(scores: NDArray[np.float32], tree_of: NDArray[np.intp]) -> NDArray[np.intp]:
+    """intp [n]: how many of its tree have a higher score; of equals the earlier goes first, parents before children."""
+    order = np.lexsort((-scores, tree_of))
+    trees = tree_of[order]
+    places = np.empty(len(scores), np.intp)
+    places[order] = np.arange(len(scores)) - trees.searchsorted(trees)
+    return places

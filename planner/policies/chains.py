@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.cost import verify_seconds
-from planner.policies.base import Growth, Layer, top
+from planner.policies.base import Growth, Layer, places_by_score
 from treeline.plan import CostModel, Plan
 
 MAX_LENGTH = 8
@@ -24,7 +24,7 @@ class _Chain(Growth):
     max_children = 1
 
     def keep(self, layer: Layer, plan: Plan) -> NDArray[np.bool_]:
-        return top(layer.scores, 1)
+        return places_by_score(layer.scores, layer.tree_of) < 1
 
 
 @dataclass(frozen=True)

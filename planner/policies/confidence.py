@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.policies.base import MAX_CHILDREN, Growth, Layer, top
+from planner.policies.base import MAX_CHILDREN, Growth, Layer, places_by_score
 from treeline.plan import Plan
 
 OPT_TREE_THRESHOLD = 0.5
@@ -41,10 +41,11 @@ class Eagle2(Growth):
         return layer.ranks < self.topk
 
     def expand(self, layer: Layer, kept: NDArray[np.bool_], plan: Plan) -> NDArray[np.intp]:
-        return np.flatnonzero(top(np.where(kept, layer.scores, -1.0), self.topk) & kept)
+        best = places_by_score(np.where(kept, layer.scores, np.float32(-1)), layer.tree_of) < self.topk
+        return np.flatnonzero(kept & best)
 
-    def finish(self, scores: NDArray[np.float32], parents: NDArray[np.int32]) -> NDArray[np.bool_]:
-        return top(scores, self.nodes)
+    def finish(self, scores: NDArray[np.float32], tree_of: NDArray[np.intp]) -> NDArray[np.bool_]:
+        return places_by_score(scores, tree_of) < self.nodes
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,18 @@ class OptTree(Growth):
         return min(self.nodes, MAX_CHILDREN)
 
     def keep(self, layer: Layer, plan: Plan) -> NDArray[np.bool_]:
-        return top(layer.scores, self.nodes)
+        return places_by_score(layer.scores, layer.tree_of) < self.nodes
 
     def expand(self, layer: Layer, kept: NDArray[np.bool_], plan: Plan) -> NDArray[np.intp]:
-        before, both = layer.scores_so_far, np.concatenate([layer.scores_so_far, layer.scores[kept]])
-        added = both[top(both, self.nodes)].sum() - before[top(before, self.nodes)].sum()
-        return np.flatnonzero(kept) if added > self.threshold else np.zeros(0, np.intp)
+        before, trees = self._worth(layer.scores_so_far, layer.tree_of_so_far, layer), layer.tree_of
+        scores = np.concatenate([layer.scores_so_far, layer.scores[kept]])
+        added = self._worth(scores, np.concatenate([layer.tree_of_so_far, trees[kept]]), layer) - before
+        return np.flatnonzero(kept & (added > self.threshold)[trees])
 
-    def finish(self, scores: NDArray[np.float32], parents: NDArray[np.int32]) -> NDArray[np.bool_]:
-        return top(scores, self.nodes)
+    def finish(self, scores: NDArray[np.float32], tree_of: NDArray[np.intp]) -> NDArray[np.bool_]:
+        return places_by_score(scores, tree_of) < self.nodes
+
+    def _worth(self, scores: NDArray[np.float32], tree_of: NDArray[np.intp], layer: Layer) -> NDArray[np.float64]:
+        """float64 [trees]: the sum over the best `nodes` of each tree."""
+        best = places_by_score(scores, tree_of) < self.nodes
+        return np.asarray(np.bincount(tree_of, scores * best, len(layer.sizes)), np.float64)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.policies.base import Growth, Layer, top
+from planner.policies.base import Growth, Layer, places_by_score
 from treeline.plan import Plan
 
 
@@ -39,7 +39,7 @@ class Chain(Growth):
         return self.length
 
     def keep(self, layer: Layer, plan: Plan) -> NDArray[np.bool_]:
-        return top(layer.scores, 1)
+        return places_by_score(layer.scores, layer.tree_of) < 1
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from planner.policies.base import Growth, Layer
 from treeline.plan import RANKS, Plan
 
 MAX_SEQUOIA_DEPTH = 15
-RANK_BITS = np.uint64(4)
+RANK_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,22 @@ class Sequoia(Growth):
         return self.depth
 
     def keep(self, layer: Layer, plan: Plan) -> NDArray[np.bool_]:
-        return np.isin(layer.path_ranks, self._shape(layer, plan)[layer.depth - 1])
+        return self._of_shape(layer, plan, 0)
 
     def expand(self, layer: Layer, kept: NDArray[np.bool_], plan: Plan) -> NDArray[np.intp]:
-        shape = self._shape(layer, plan)
-        below = shape[layer.depth] if layer.depth < len(shape) else np.zeros(0, np.uint64)
-        return np.flatnonzero(kept & np.isin(layer.path_ranks, below >> RANK_BITS))
+        return np.flatnonzero(kept & self._of_shape(layer, plan, 1))
 
-    def _shape(self, layer: Layer, plan: Plan) -> tuple[NDArray[np.uint64], ...]:
-        # Rounded: noise in what was measured must not change the tree all the time.
-        acceptance = tuple(np.round(plan.calibration.by_rank[int(layer.sampled)].astype(float), 2).tolist())
-        return optimal_shape(acceptance, self.nodes, self.depth)
+    def _of_shape(self, layer: Layer, plan: Plan, below: int) -> NDArray[np.bool_]:
+        """bool [m]: which candidates belong to the shape and have nodes of it so many layers `below` them."""
+        member = np.zeros(len(layer.ranks), np.bool_)
+        for sampled in {*layer.sampled.tolist()}:
+            # Rounded: noise in what was measured must not change the tree all the time.
+            acceptance = tuple(np.round(plan.calibration.by_rank[int(sampled)].astype(float), 2).tolist())
+            shape = optimal_shape(acceptance, self.nodes, self.depth)
+            if layer.depth + below <= len(shape):
+                paths = shape[layer.depth + below - 1] >> np.uint64(RANK_BITS * below)
+                member |= (layer.sampled == sampled)[layer.tree_of] & np.isin(layer.path_ranks, paths)
+        return member
 
 
 @lru_cache(maxsize=64)

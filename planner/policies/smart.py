@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.cost import paper_layer_s, plain_decode_s
-from planner.policies.base import MAX_DEPTH, Growth, Layer, top
+from planner.policies.base import MAX_DEPTH, Growth, Layer, places_by_score
 from treeline.plan import DEPTHS, PaperFit, Plan
 
 SMART_CHILDREN = 6
@@ -36,13 +36,13 @@ class SmartPaper(Growth):
     def keep(self, layer: Layer, plan: Plan) -> NDArray[np.bool_]:
         fit = plan.cost.paper or PaperFit(lambda_s=0.0, gamma_s=plain_decode_s(plan.cost), delta=0.01, rho=1.0)
         token_s = plain_decode_s(plan.cost)
-        nodes = len(layer.scores_so_far) + 1  # the root is verified too
-        spent_s, node_s = paper_layer_s(fit, nodes)
+        spent_s, node_s = paper_layer_s(fit, layer.sizes + 1)  # the root is verified too
         target_s = token_s * (1 + layer.path_probs_so_far / layer.paths)
-        gain_s = token_s * layer.path_probs / layer.paths
-        kept = PAPER_ALPHA * gain_s * spent_s > target_s * node_s
-        budget = max(0, PAPER_BUDGET_NODES // max(1, layer.batch) - len(layer.scores_so_far))
-        return kept & top(np.where(kept, layer.path_probs, -1.0), budget)
+        budget = np.maximum(0, PAPER_BUDGET_NODES // max(1, layer.batch) - layer.sizes)
+        trees = layer.tree_of
+        gain_s = token_s * layer.path_probs / layer.paths[trees]
+        kept = PAPER_ALPHA * gain_s * spent_s[trees] > (target_s * node_s)[trees]
+        return kept & (places_by_score(np.where(kept, layer.path_probs, np.float32(-1)), trees) < budget[trees])
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Smart(Growth):
     prices_drafting = True
 
     def keep(self, layer: Layer, plan: Plan) -> NDArray[np.bool_]:
-        return layer.weight * layer.scores > SPARE * plan.price * plan.cost.node_s
+        return layer.weights[layer.tree_of] * layer.scores > SPARE * plan.price * plan.cost.node_s
 
     def expand(self, layer: Layer, kept: NDArray[np.bool_], plan: Plan) -> NDArray[np.intp]:
         """Nodes of which a child would pay for drafting it and for its place among those verified."""
-        kappa = plan.calibration.kappa[int(layer.sampled), min(layer.depth, DEPTHS - 1)]
+        kappa = plan.calibration.kappa[layer.sampled.astype(np.intp), min(layer.depth, DEPTHS - 1)]
         node_s = plan.cost.draft_node_s + plan.cost.node_s
-        return np.flatnonzero(kept & (layer.weight * layer.scores * kappa > plan.price * node_s))
+        return np.flatnonzero(kept & ((layer.weights * kappa)[layer.tree_of] * layer.scores > plan.price * node_s))

@@ -6,8 +6,8 @@ from copy import deepcopy
 
 import numpy as np
 
-from drafter_svc.growth import GrowingTree, grow
-from drafter_svc.proposer import Children, Proposer
+from drafter_svc.growth import grow
+from drafter_svc.proposer import Children, GrowingTree, Proposer
 from drafter_svc.sessions import Session
 from lm.model import LanguageModel
 from planner.policies import parse_policy
@@ -58,8 +58,7 @@ def grown(
         if proposer:
             proposer.begin([session])
     tree = GrowingTree(session, wanted, parse_policy(wanted.policy))
-    grow([tree], a_plan or plan(), [lookup] if lookup else [], model)
-    return tree.finish()
+    return grow([tree], a_plan or plan(), [lookup] if lookup else [], model)[0]
 
 
 def tiny_language_model(seed: int = 0) -> LanguageModel:

@@ -3,12 +3,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from drafter_svc.growth import GrowingTree, grow, merge
-from drafter_svc.proposer import Children
+from drafter_svc.candidates import merge
+from drafter_svc.growth import grow
+from drafter_svc.proposer import Children, GrowingTree
 from drafter_svc.sessions import Session
 from planner.policies import parse_policy
 from tests.drafter_svc.doubles import ScriptedProposer, grown, paths, plan, sequence
-from treeline.tree import ROOT, Source
+from treeline.drafting import DraftSequence
+from treeline.sampling import SamplingParams
+from treeline.tree import ROOT, DraftTree, Source
 
 TOKENS = [1, 2, 3]
 
@@ -122,11 +125,12 @@ def test_merge_keeps_the_higher_calibrated_acceptance_not_the_higher_probability
     calibration = plan(acceptance=acceptance).calibration
     merged = merge(
         [
-            (Source.MODEL, Children([ROOT, ROOT], [4, 5], [0.5, 0.3], [0, 1])),
-            (Source.NGRAM, Children([ROOT], [4], [0.9], [0])),
+            (0, Source.MODEL, Children([ROOT, ROOT], [4, 5], [0.5, 0.3], [0, 1])),
+            (0, Source.NGRAM, Children([ROOT], [4], [0.9], [0])),
         ],
+        np.asarray([1]),
         1,
-        False,
+        np.asarray([False]),
         calibration,
     )
     assert merged.token_ids.tolist() == [4, 5]
@@ -145,8 +149,7 @@ def test_lookups_go_on_alone_when_the_model_has_nothing():
 def test_one_tree_out_of_many_ends_without_the_others():
     model = ScriptedProposer({(): [(5, 0.9)], (5,): [(6, 0.9)]})
     trees = [GrowingTree(Session(i, TOKENS), sequence(p, TOKENS), parse_policy(p)) for i, p in enumerate(POLICIES)]
-    grow(trees, plan(), [], model)
-    assert [len(tree.finish()) for tree in trees] == [1, 0, 2, 2]
+    assert [len(tree) for tree in grow(trees, plan(), [], model)] == [1, 0, 2, 2]
     assert [len(asked) for asked in model.asked] == [3, 2, 2]
 
 
@@ -167,3 +170,69 @@ def test_lookups_go_on_alone_when_another_layer_does_not_pay():
     assert paths(tree) == {(0,), (1,), (0, 0), (0, 0, 0)}
     # A fixed policy beside it makes the layers run anyway.
     assert len(grow_one("chain:4", model, a_plan=plan(price=1.0, layer_s=1e6))) == 4
+
+
+ALL_POLICIES = [
+    "chain:3",
+    "static:3-2-1",
+    "sequoia:9,4",
+    "eagle2:4,3,9",
+    "opt-tree:9,4",
+    "smart-paper",
+    "smart",
+    "sglang-ema",
+]
+
+
+@pytest.mark.parametrize("policy", [*ALL_POLICIES, "mixed"])
+def test_trees_that_grow_together_come_out_as_each_would_alone(policy):
+    random = np.random.default_rng(5)
+    a_plan = plan(price=40.0)
+    a_plan = replace(a_plan, cost=replace(a_plan.cost, node_s=0.002))
+
+    def table(tokens: range, depth: int, prefix: tuple[int, ...] = ()) -> dict:
+        """Some tokens under some paths, with falling probabilities."""
+        if depth == 0 or random.random() < 0.1:
+            return {}
+        chosen = random.permutation(tokens)[: random.integers(1, 4)].tolist()
+        found = {prefix: list(zip(chosen, sorted(random.dirichlet(np.ones(5)))[::-1], strict=False))}
+        for token in chosen:
+            found |= table(tokens, depth - 1, (*prefix, token))
+        return found
+
+    class OfSessions(ScriptedProposer):
+        """A table for each session."""
+
+        def _children(self, tree: GrowingTree, nodes: list[int]) -> Children:
+            self.table = tables[self.source][tree.session.session_id]
+            return super()._children(tree, nodes)
+
+    tables = {source: [table(range(5), 5) for _ in range(12)] for source in (Source.MODEL, Source.NGRAM)}
+    specs = ALL_POLICIES + ALL_POLICIES[:4] if policy == "mixed" else [policy] * 12
+    sequences = [
+        sequence(
+            spec, TOKENS, int(random.integers(0, 14)), SamplingParams(temperature=float(index % 2)), index,
+            max_depth=int(random.integers(2, 7)), max_layers=int(random.integers(1, 5)),
+            weight=float(random.choice([0.5, 1.0, 2.0])),
+        )
+        for index, spec in enumerate(specs)
+    ]  # fmt: skip
+
+    def grow_these(some: list[DraftSequence]) -> list[DraftTree]:
+        model, lookup = OfSessions({}), OfSessions({}, Source.NGRAM)
+        trees = [GrowingTree(Session(s.session_id, TOKENS), s, parse_policy(s.policy)) for s in some]
+        for proposer in (model, lookup):
+            proposer.begin([])
+        return grow(trees, replace(a_plan, price=0.0 if policy == "smart" else 40.0), [lookup], model)
+
+    # The paper splits its budget over the batch, which is large enough here.
+    together, alone = grow_these(sequences), [grow_these([one])[0] for one in sequences]
+    assert [tree_columns(tree) for tree in together] == [tree_columns(tree) for tree in alone]
+    assert sum(map(len, together)) > 20
+    for tree, wanted in zip(together, sequences, strict=True):
+        tree.check(vocab_size=5)
+        assert len(tree) <= wanted.max_nodes
+
+
+def tree_columns(tree: DraftTree) -> list[list]:
+    return [column.tolist() for column in (tree.token_ids, tree.parents, tree.draft_probs, tree.ranks, tree.sources)]

@@ -17,6 +17,7 @@ def layer(probs: list[float], ranks: list[int] | None = None, **changes) -> Laye
     m = len(probs)
     values = {
         "depth": 1,
+        "tree_of": np.zeros(m, np.intp),
         "parent_scores": np.ones(m, np.float32),
         "probs": np.asarray(probs, np.float32),
         "path_probs": np.asarray(probs, np.float32),
@@ -25,13 +26,14 @@ def layer(probs: list[float], ranks: list[int] | None = None, **changes) -> Laye
         "sources": np.zeros(m, np.uint8),
         "path_ranks": np.asarray(ranks if ranks is not None else range(m), np.uint64),
         "scores_so_far": np.zeros(0, np.float32),
-        "paths": 1,
-        "path_probs_so_far": 0.0,
-        "weight": 1.0,
-        "sampled": False,
+        "paths": np.ones(1, np.intp),
+        "path_probs_so_far": np.zeros(1),
+        "weights": np.ones(1, np.float32),
+        "sampled": np.zeros(1, np.bool_),
         "batch": 1,
-    }
-    return Layer(**{**values, **changes})
+    } | changes
+    nodes = len(values["scores_so_far"])
+    return Layer(tree_of_so_far=np.zeros(nodes, np.intp), sizes=np.asarray([nodes]), **values)
 
 
 PLAN = plan_with(linear_cost(), price=30.0)
@@ -89,13 +91,13 @@ def test_eagle2_expands_the_best_of_the_layer_and_reranks_all_at_the_end():
     assert kept.all()
     assert policy.expand(candidates, kept, PLAN).tolist() == [0, 1]  # 0.35 and 0.21, against 0.12 and 0.02
     scores = np.asarray([0.7, 0.2, 0.35, 0.21, 0.12], np.float32)
-    assert policy.finish(scores, np.asarray([-1, -1, 0, 0, 1], np.int32)).tolist() == [True, False, True, True, False]
+    assert policy.finish(scores, np.zeros(5, np.intp)).tolist() == [True, False, True, True, False]
 
 
 def test_smart_offers_down_to_half_of_what_a_node_has_to_be_worth():
     # A node costs 1 ms; at 30 tokens/s it is worth verifying if it is accepted with 0.03.
     assert parse_policy("smart").keep(layer([0.5, 0.016, 0.014]), PLAN).tolist() == [True, True, False]
-    heavy = layer([0.008, 0.007], weight=2.0)
+    heavy = layer([0.008, 0.007], weights=np.asarray([2], np.float32))
     assert parse_policy("smart").keep(heavy, PLAN).tolist() == [True, False]
 
 
@@ -112,7 +114,11 @@ def test_smart_paper_is_the_papers_formula():
     cost = linear_cost()
     plan = plan_with(type(cost)(cost.verify, paper=fit))
     probs = [0.9, 0.75, 0.5, 0.05]
-    tree = {"scores_so_far": np.full(3, 0.5, np.float32), "paths": 2, "path_probs_so_far": 0.8}
+    tree = {
+        "scores_so_far": np.full(3, 0.5, np.float32),
+        "paths": np.asarray([2]),
+        "path_probs_so_far": np.asarray([0.8]),
+    }
     token_s = 0.031
     n = 4
     spent = fit.lambda_s * n + fit.gamma_s * (math.exp(fit.delta * n**fit.rho) - 1)
@@ -154,7 +160,12 @@ def test_opt_tree_stops_where_a_layer_adds_too_little():
     assert policy.expand(second, policy.keep(second, PLAN), PLAN).tolist() == [0, 1]
     third = layer([0.5], parent_scores=np.full(1, 0.54, np.float32), depth=3, scores_so_far=second.scores)
     assert policy.expand(third, policy.keep(third, PLAN), PLAN).tolist() == []
-    assert policy.finish(np.asarray([0.6, 0.2, 0.54, 0.3], np.float32), None).tolist() == [True, False, True, True]
+    assert policy.finish(np.asarray([0.6, 0.2, 0.54, 0.3], np.float32), np.zeros(4, np.intp)).tolist() == [
+        True,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_smartspec_shortens_its_chains_as_the_batch_grows_and_stops_when_nothing_pays():

@@ -6,7 +6,8 @@ from functools import cache
 import numpy as np
 import pytest
 
-from drafter_svc.growth import GrowingTree, grow
+from drafter_svc.growth import grow
+from drafter_svc.proposer import GrowingTree
 from drafter_svc.sessions import Session
 from planner.calibration import prior
 from planner.policies import parse_policy
@@ -67,8 +68,7 @@ def grown(by_rank: tuple[float, ...], spec: str):
     children = [(token, 1 / 8) for token in range(8)]
     table = {(): children} | {(a,): children for a in range(8)} | {(a, b): children for a in range(8) for b in range(8)}
     tree = GrowingTree(Session(1, [0]), sequence(spec, [0]), parse_policy(spec))
-    grow([tree], a_plan, [], ScriptedProposer(table))
-    return tree.finish()
+    return grow([tree], a_plan, [], ScriptedProposer(table))[0]
 
 
 def test_the_grown_tree_has_the_shape_whatever_the_confidences():
