@@ -30,8 +30,7 @@ from bench.load import (
 from bench.local_engine import PlannedStep
 from bench.turns import in_turns
 from lm.threads import own_cores
-from planner.policies import parse_policy
-from treeline.errors import ConfigError
+from planner.policies import canonical_spellings
 
 OFF = "off"
 MIN_SUCCESSORS = 16
@@ -129,21 +128,9 @@ class Swept(Protocol):
         ...
 
 
-def parsed_policies(specs: Sequence[str]) -> tuple[str, ...]:
-    """Canonical spellings in order, without repeats.
-
-    Raises:
-        ConfigError: one of them is no policy.
-    """
-    try:
-        return tuple(dict.fromkeys(parse_policy(spec).spec for spec in specs))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
 def checked_policies(specs: Sequence[str]) -> tuple[str, ...]:
-    """The same; `off` goes first if it is missing, for all is compared with it."""
-    policies = parsed_policies(specs)
+    """`canonical_spellings`; `off` goes first if it is missing, for all is compared with it."""
+    policies = canonical_spellings(specs)
     return policies if OFF in policies else (OFF, *policies)
 
 

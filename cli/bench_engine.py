@@ -58,9 +58,9 @@ def engine(
 
 
 def _policies(spellings: str) -> list[str]:
-    from bench.sweep import parsed_policies
+    from planner.policies import canonical_spellings
 
-    policies = parsed_policies(spellings.split())
+    policies = canonical_spellings(spellings.split())
     if not policies:
         raise ConfigError("--policies: give at least one policy")
     return list(policies)

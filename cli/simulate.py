@@ -57,11 +57,12 @@ def simulate(
     from bench.simulator.devices import preset as preset_device
     from bench.simulator.load import parse_load
     from bench.simulator.simulation import Scenario
+    from planner.policies import canonical_spellings
 
     device = measured(curves, draft_layer_ms / 1e3, draft_node_ms / 1e3) if curves else preset_device(preset)
     law = _law(trace, over_confidence)
     scenario = Scenario(device, law, steps, seed, replicas, prompt_tokens, output_tokens)
-    names, parsed = _policies(policies), [parse_load(load) for load in dict.fromkeys(loads.split())]
+    names, parsed = canonical_spellings(policies.split()), [parse_load(load) for load in dict.fromkeys(loads.split())]
     disturbed = list(dict.fromkeys(conditions.split()))
     if not names or not parsed or not disturbed:
         raise ConfigError("at least one policy, one load and one kind of conditions")
@@ -79,7 +80,9 @@ def simulate(
         plot(plot_file, first, names, parsed, f"{device.name}, {replicas} replica(s), {disturbed[0]}: simulated")
 
 
-def _run(scenario: Scenario, policies: list[str], loads: list[Load], conditions: list[str]) -> list[dict[str, Any]]:
+def _run(
+    scenario: Scenario, policies: tuple[str, ...], loads: list[Load], conditions: list[str]
+) -> list[dict[str, Any]]:
     """All cells, with progress: rows in the order asked for, each with its conditions."""
     from rich.console import Console
     from rich.progress import Progress
@@ -114,15 +117,3 @@ def _law(trace: Path | None, over_confidence: float | None) -> AcceptanceLaw:
 
     law = law_from_trace(trace) if trace else EAGLE3_LIKE
     return law if over_confidence is None else replace(law, over_confidence=over_confidence)
-
-
-def _policies(spellings: str) -> list[str]:
-    from planner.policies import parse_policy
-
-    names = list(dict.fromkeys(spellings.split()))
-    for name in names:
-        try:
-            parse_policy(name)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-    return names

@@ -138,9 +138,8 @@ class LayeredProposer(ABC, Generic[P]):
 
 
 def _sampling_row(tree: GrowingTree, node: int) -> Row:
-    """How the token below `node` is chosen."""
-    path, params = tree.path(node), tree.sequence.sampling
-    history = None
+    """How the token below `node`, one of the last layer's, is chosen."""
+    params, history = tree.sequence.sampling, None
     if params.repetition_penalty != 1.0:
-        history = np.asarray(tree.session.tokens + [tree.token_ids[n] for n in path], np.int64)
-    return Row(params, len(tree.session.tokens) + len(path), history)
+        history = np.asarray(tree.session.tokens + [tree.token_ids[n] for n in tree.path(node)], np.int64)
+    return Row(params, len(tree.session.tokens) + tree.depth, history)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Container
 from functools import lru_cache
 from statistics import median
 
@@ -40,6 +41,7 @@ class CostTracker:
         self._measured = CostModel(profile.verify)
         self._short = min(curve.context_tokens for curve in profile.verify)
         self._offsets = _offsets(profile.verify, self._short)
+        self._far = _far(profile.verify, self._offsets)
         drift = _drift([profile.verify[index] for index in self._offsets])
         self._verify = RecursiveLeastSquares(np.zeros(len(drift)), drift, NOISE, VERIFY_MEMORY)
         self._draft = DraftCosts(profile.draft_layer_s, profile.draft_node_s)
@@ -117,8 +119,8 @@ class CostTracker:
         round_trip_s, sequence_s, layer_s, node_s = self._draft.seconds.tolist()
         return CostModel(
             verify=tuple(
-                short[index] if index in short else self._moved(curve, short, float(corrections[1]))
-                for index, curve in enumerate(self._profile.verify)
+                short[index] if index in short else self._moved(index, short, float(corrections[1]))
+                for index in range(len(self._profile.verify))
             ),
             verify_scale=float(corrections[0]),
             draft_round_trip_s=round_trip_s,
@@ -129,14 +131,14 @@ class CostTracker:
             paper=self._paper,
         )
 
-    def _moved(self, far: CostCurve, short: dict[int, CostCurve], scale: float) -> CostCurve:
+    def _moved(self, index: int, short: dict[int, CostCurve], scale: float) -> CostCurve:
         """A curve of longer context, moved along with the short one of its batch size."""
-        index = next((i for i in short if self._profile.verify[i].sequences == far.sequences), None)
-        if index is None:
+        far = self._profile.verify[index]
+        if index not in self._far:
             return far
-        tokens, far_s = far.points
-        before, now = (np.interp(tokens, *curve.points) for curve in (self._profile.verify[index], short[index]))
-        seconds = np.maximum.accumulate(now + scale * np.maximum(0.0, far_s - before))
+        base, context_s = self._far[index]
+        now = np.interp(far.points[0], *short[base].points)
+        seconds = np.maximum.accumulate(now + scale * context_s)
         return CostCurve(far.sequences, far.context_tokens, far.tokens, tuple(seconds.tolist()))
 
 
@@ -157,6 +159,17 @@ def _offsets(curves: tuple[CostCurve, ...], short: int) -> dict[int, int]:
             offsets[index] = first
             first += len(curve.tokens)
     return offsets
+
+
+def _far(curves: tuple[CostCurve, ...], short: Container[int]) -> dict[int, tuple[int, NDArray[np.float64]]]:
+    """For each curve of longer context the short one of its batch size, if any, and what its context adds to that."""
+    found = {}
+    for index, far in enumerate(curves):
+        base = next((i for i, c in enumerate(curves) if i in short and c.sequences == far.sequences), None)
+        if index not in short and base is not None:
+            tokens, seconds = far.points
+            found[index] = base, np.maximum(0.0, seconds - np.interp(tokens, *curves[base].points))
+    return found
 
 
 def _drift(curves: list[CostCurve]) -> NDArray[np.float64]:

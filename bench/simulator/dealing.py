@@ -97,9 +97,9 @@ class Deal:
         self._drawn: dict[int, tuple[Drawn, list[int]]] = {}
 
     @cached_property
-    def accepted(self) -> NDArray[np.int64]:
-        """int64 [requests]: accepted nodes where whole trees are verified."""
-        return self.table.accepted[self.fates]
+    def emitted(self) -> NDArray[np.int64]:
+        """int64 [requests]: tokens where whole trees are verified."""
+        return self.table.emitted[self.fates]
 
     def drawn(self, layers: int) -> tuple[Drawn, list[int]]:
         """Trees of so many layers, and where each request's nodes begin, with the end of the last one."""
@@ -117,9 +117,9 @@ class Hand(NamedTuple):
     requests: int
 
     @property
-    def accepted(self) -> NDArray[np.int64]:
-        """int64 [requests]: accepted nodes where whole trees are verified."""
-        return self.deal.accepted[self.first : self.first + self.requests]
+    def emitted(self) -> NDArray[np.int64]:
+        """int64 [requests]: tokens where whole trees are verified."""
+        return self.deal.emitted[self.first : self.first + self.requests]
 
     def layer_nodes(self) -> list[int]:
         """Nodes that the draft model is run on for each layer, and those of the whole trees; over all requests."""

@@ -22,14 +22,14 @@ class Drafted(NamedTuple):
 
     Attributes:
         nodes: verified ones.
-        accepted: int64 [requests]; accepted nodes of those that were drafted, the first of the batch.
+        emitted: int64 [requests]; tokens of those that were drafted, the first of the batch.
         layer_nodes: nodes that the draft model was run on, layer by layer.
         hand: what these requests met.
         pruned: their trees, and what of these was verified; None unless the policy prunes.
     """
 
     nodes: int
-    accepted: NDArray[np.int64]
+    emitted: NDArray[np.int64]
     draft_s: float
     layer_nodes: tuple[int, ...]
     hand: Hand
@@ -37,19 +37,18 @@ class Drafted(NamedTuple):
 
     @property
     def requests(self) -> int:
-        return len(self.accepted)
+        return len(self.emitted)
 
     @property
     def node_s(self) -> float:
         """What a node had to beat, as seconds at the price; 0 if all were verified."""
         return self.pruned[1].node_s if self.pruned else 0.0
 
-    def emitted(self, sequences: int) -> NDArray[np.int64]:
+    def tokens(self, sequences: int) -> NDArray[np.int64]:
         """int64 [sequences]: tokens that each of the batch gets, if its answer is long enough."""
-        emitted = self.accepted + 1
-        if len(emitted) < sequences:
-            emitted = np.concatenate([emitted, np.ones(sequences - len(emitted), np.int64)])
-        return emitted
+        if self.requests == sequences:
+            return self.emitted
+        return np.concatenate([self.emitted, np.ones(sequences - self.requests, np.int64)])
 
     def observed(self) -> NodeOutcomes:
         if self.pruned is None:
@@ -112,7 +111,7 @@ class Drafting:
     def _whole(self, hand: Hand) -> Drafted:
         *per_layer, nodes = hand.layer_nodes()
         layer_nodes = tuple([n for n in per_layer if n])
-        return Drafted(nodes, hand.accepted, self._draft_s(layer_nodes), layer_nodes, hand)
+        return Drafted(nodes, hand.emitted, self._draft_s(layer_nodes), layer_nodes, hand)
 
     def _pruned(
         self, hand: Hand, sequences: int, weights: NDArray[np.float64] | None, layers: int, state: BatchState,
@@ -125,8 +124,8 @@ class Drafting:
         delays_s = max(0.0, draft_s - hidden_s)
         beside = BatchState(state.base_tokens, state.context_tokens, delays_s, state.waiting_startable)
         pruning = best_size(drawn.tree_of, scores, self._candidates_of(sequences, weights), beside, plan)
-        accepted = drawn.accepted(pruning.chosen, hand.requests)
-        return Drafted(pruning.kept, accepted, draft_s, layer_nodes, hand, (drawn, pruning))
+        emitted = drawn.accepted(pruning.chosen, hand.requests) + 1
+        return Drafted(pruning.kept, emitted, draft_s, layer_nodes, hand, (drawn, pruning))
 
     def _candidates_of(self, sequences: int, weights: NDArray[np.float64] | None) -> Candidates:
         if weights is not None:

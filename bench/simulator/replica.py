@@ -95,7 +95,7 @@ class Replica:
         drafted = self._draft(part, sequences, state, now_s) if sequences else None
         emitted, draft_s, nodes = self._ones[:sequences], 0.0, 0
         if drafted is not None:
-            emitted, draft_s, nodes = np.minimum(drafted.emitted(sequences), left), drafted.draft_s, drafted.nodes
+            emitted, draft_s, nodes = np.minimum(drafted.tokens(sequences), left), drafted.draft_s, drafted.nodes
         tokens = state.base_tokens + nodes
         verify_s = self._verify_s(sequences, context_tokens, tokens)
         overlapped = sequences < slots.decoding

@@ -74,7 +74,7 @@ class Slots:
     def emit(self, left: NDArray[np.int64], tokens: NDArray[np.int64]) -> int:
         """Some requests, whose part of `left` this is, emit so many tokens each: how many in all."""
         left -= tokens
-        count = int(np.add.reduce(tokens))
+        count = sum(tokens.tolist())  # faster than by arrays
         self.context_tokens += count
         return count
 

@@ -88,11 +88,11 @@ class Table:
         return np.ascontiguousarray(with_root[:, self.forest.jumps[0][1:]])
 
     @cached_property
-    def accepted(self) -> NDArray[np.int64]:
-        """int64 [worlds * OUTCOMES]: accepted nodes where all are verified."""
+    def emitted(self) -> NDArray[np.int64]:
+        """int64 [worlds * OUTCOMES]: tokens where all nodes are verified: those accepted and the target's own."""
         worlds = len(self.firsts)
         counts = [np.bincount(self.forest.tree_of[row], minlength=worlds) for row in self.on_path]
-        return np.stack(counts, axis=1).ravel()
+        return np.stack(counts, axis=1).ravel() + 1
 
     @cached_property
     def run_and_grown(self) -> NDArray[np.int64]:

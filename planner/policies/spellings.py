@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from planner.policies.base import MAX_CHILDREN, MAX_DEPTH, MAX_NODES, Policy
 from planner.policies.chains import SglangEma, SmartSpec, VllmAdaptive
@@ -10,6 +10,7 @@ from planner.policies.confidence import Eagle2, OptTree
 from planner.policies.fixed import Chain, Off, Static
 from planner.policies.sequoia import MAX_SEQUOIA_DEPTH, Sequoia
 from planner.policies.smart import Smart, SmartPaper
+from treeline.errors import ConfigError
 
 
 def parse_policy(spec: str) -> Policy:
@@ -27,6 +28,18 @@ def parse_policy(spec: str) -> Policy:
     except ValueError:
         pass
     raise ValueError(f"unknown policy '{spec}': one of {SPELLINGS} (depth to {MAX_DEPTH}, children to {MAX_CHILDREN})")
+
+
+def canonical_spellings(specs: Iterable[str]) -> tuple[str, ...]:
+    """Each policy once, in order.
+
+    Raises:
+        ConfigError: one of them is no policy.
+    """
+    try:
+        return tuple(dict.fromkeys(parse_policy(spec).spec for spec in specs))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _chain(parameters: str) -> Policy:

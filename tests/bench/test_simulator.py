@@ -140,9 +140,9 @@ def test_requests_meet_the_same_however_many_steps_are_dealt_at_once():
         hand = dealer.hand(table, requests)
         drawn = hand.drawn(MAX_DEPTH)
         accepted = drawn.accepted(np.ones(len(drawn.nodes), np.bool_), requests)
-        expected = table.accepted[fates[requests * step :][:requests]]
-        np.testing.assert_array_equal(accepted, expected)
-        np.testing.assert_array_equal(hand.accepted, expected)
+        expected = table.emitted[fates[requests * step :][:requests]]
+        np.testing.assert_array_equal(accepted + 1, expected)
+        np.testing.assert_array_equal(hand.emitted, expected)
         assert hand.layer_nodes()[-1] == len(drawn.nodes) == 12 * requests
         assert len(hand.drawn(1).nodes) == np.count_nonzero(drawn.depths == 1)
 
