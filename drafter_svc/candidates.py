@@ -67,8 +67,8 @@ def merge(
         above: intp [trees]; what to add to a parent's index to get its place in `Candidates.above`.
         sampled: bool [trees].
     """
-    counts = [len(children.parents) for _, _, children in proposed]
-    tree_of = np.asarray([tree for tree, _, _ in proposed], np.intp).repeat(counts)
+    trees, counts = [tree for tree, _, _ in proposed], [len(children.parents) for _, _, children in proposed]
+    tree_of = np.asarray(trees).repeat(counts)
     sources = np.asarray([source for _, source, _ in proposed], np.uint8).repeat(counts)
     parents = _column([children.parents for _, _, children in proposed], np.int32)
     probs = _column([children.probs for _, _, children in proposed], np.float32)
@@ -80,10 +80,11 @@ def merge(
         probs,
         _column([children.ranks for _, _, children in proposed], np.uint8),
         sources,
-        accepts(calibration, sources, np.full(len(probs), depth, np.int32), probs, sampled[tree_of]),
+        accepts(calibration, sources, np.asarray(depth), probs, sampled[tree_of]),
     )
-    several = np.bincount([tree for tree, _, _ in proposed], minlength=len(sampled)) > 1
-    return _ranked_anew(candidates, several) if np.count_nonzero(several) else candidates
+    if len(trees) == len({*trees}):
+        return candidates
+    return _ranked_anew(candidates, np.bincount(trees, minlength=len(sampled)) > 1)
 
 
 def _ranked_anew(found: Candidates, several: NDArray[np.bool_]) -> Candidates:

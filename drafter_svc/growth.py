@@ -69,12 +69,9 @@ class GrowingForest:
         layer = Layer(
             depth=depth,
             tree_of=new.tree_of,
-            parent_scores=self._scores[new.above],
-            probs=new.probs,
+            scores=self._scores[new.above] * np.minimum(new.accepts, 1),
             path_probs=self._path_probs[new.above] * new.probs,
-            accepts=new.accepts,
             ranks=new.ranks,
-            sources=new.sources,
             path_ranks=self._path_ranks[new.above] << np.uint64(4) | new.ranks,
             scores_so_far=self._scores[1:],
             tree_of_so_far=self._tree_of[1:],

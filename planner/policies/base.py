@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -24,11 +23,9 @@ class Layer:
     Attributes:
         depth: 1 for children of the root.
         tree_of: intp [m]; whose candidate it is.
-        parent_scores: float32 [m]; calibrated path acceptance of each candidate's parent.
-        probs: float32 [m]; the drafter's probability given the parent.
+        scores: float32 [m]; calibrated path acceptance, never above the parent's.
         path_probs: float32 [m]; product of the drafter's probabilities over the whole path, this candidate included.
-        accepts: float32 [m]; calibrated acceptance given the parent.
-        ranks, sources: uint8 [m].
+        ranks: uint8 [m]; 0 for the first choice below this parent.
         path_ranks: uint64 [m]; ranks along the path, four bits each, the candidate's own in the lowest.
         scores_so_far: float32 [n]; calibrated path acceptance of the nodes of all trees.
         tree_of_so_far: intp [n]; whose node it is.
@@ -42,12 +39,9 @@ class Layer:
 
     depth: int
     tree_of: NDArray[np.intp]
-    parent_scores: NDArray[np.float32]
-    probs: NDArray[np.float32]
+    scores: NDArray[np.float32]
     path_probs: NDArray[np.float32]
-    accepts: NDArray[np.float32]
     ranks: NDArray[np.uint8]
-    sources: NDArray[np.uint8]
     path_ranks: NDArray[np.uint64]
     scores_so_far: NDArray[np.float32]
     tree_of_so_far: NDArray[np.intp]
@@ -57,11 +51,6 @@ class Layer:
     weights: NDArray[np.float32]
     sampled: NDArray[np.bool_]
     batch: int
-
-    @cached_property
-    def scores(self) -> NDArray[np.float32]:
-        """float32 [m]: calibrated path acceptance, never above the parent's."""
-        return self.parent_scores * np.minimum(self.accepts, 1)
 
 
 class Policy(Protocol):

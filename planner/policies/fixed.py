@@ -20,7 +20,7 @@ class Off(Growth):
     max_children = 0
 
     def keep(self, layer: Layer, plan: Plan) -> NDArray[np.bool_]:
-        return np.zeros(len(layer.probs), np.bool_)
+        return np.zeros(len(layer.ranks), np.bool_)
 
 
 @dataclass(frozen=True)

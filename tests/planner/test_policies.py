@@ -13,17 +13,15 @@ from treeline.config import VerifierConfig
 from treeline.plan import PaperFit, Plan
 
 
-def layer(probs: list[float], ranks: list[int] | None = None, **changes) -> Layer:
+def layer(probs: list[float], ranks: list[int] | None = None, parents: float | list[float] = 1.0, **changes) -> Layer:
+    """Candidates below parents of this path acceptance."""
     m = len(probs)
     values = {
         "depth": 1,
         "tree_of": np.zeros(m, np.intp),
-        "parent_scores": np.ones(m, np.float32),
-        "probs": np.asarray(probs, np.float32),
+        "scores": np.asarray(parents, np.float32) * np.asarray(probs, np.float32),
         "path_probs": np.asarray(probs, np.float32),
-        "accepts": np.asarray(probs, np.float32),
         "ranks": np.asarray(ranks if ranks is not None else range(m), np.uint8),
-        "sources": np.zeros(m, np.uint8),
         "path_ranks": np.asarray(ranks if ranks is not None else range(m), np.uint64),
         "scores_so_far": np.zeros(0, np.float32),
         "paths": np.ones(1, np.intp),
@@ -86,7 +84,7 @@ def test_a_static_tree_keeps_its_shape_by_rank():
 
 def test_eagle2_expands_the_best_of_the_layer_and_reranks_all_at_the_end():
     policy = parse_policy("eagle2:3,2,3")
-    candidates = layer([0.5, 0.3, 0.6, 0.1], [0, 1, 0, 1], parent_scores=np.asarray([0.7, 0.7, 0.2, 0.2], np.float32))
+    candidates = layer([0.5, 0.3, 0.6, 0.1], [0, 1, 0, 1], parents=[0.7, 0.7, 0.2, 0.2])
     kept = policy.keep(candidates, PLAN)
     assert kept.all()
     assert policy.expand(candidates, kept, PLAN).tolist() == [0, 1]  # 0.35 and 0.21, against 0.12 and 0.02
@@ -156,9 +154,9 @@ def test_opt_tree_stops_where_a_layer_adds_too_little():
     assert kept.tolist() == [True, True, True, False]
     assert policy.expand(first, kept, PLAN).tolist() == [0, 1, 2]  # 0.9 tokens more than nothing
     # The three best of all were worth 0.9; with this layer they are worth 0.6 + 0.54 + 0.3.
-    second = layer([0.9, 0.5], parent_scores=np.full(2, 0.6, np.float32), depth=2, scores_so_far=first.scores[kept])
+    second = layer([0.9, 0.5], parents=0.6, depth=2, scores_so_far=first.scores[kept])
     assert policy.expand(second, policy.keep(second, PLAN), PLAN).tolist() == [0, 1]
-    third = layer([0.5], parent_scores=np.full(1, 0.54, np.float32), depth=3, scores_so_far=second.scores)
+    third = layer([0.5], parents=0.54, depth=3, scores_so_far=second.scores)
     assert policy.expand(third, policy.keep(third, PLAN), PLAN).tolist() == []
     assert policy.finish(np.asarray([0.6, 0.2, 0.54, 0.3], np.float32), np.zeros(4, np.intp)).tolist() == [
         True,
