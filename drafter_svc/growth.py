@@ -130,7 +130,8 @@ class GrowingForest:
         nodes = stays.nonzero()[0]
         nodes = nodes[np.argsort(tree_of[nodes], kind="stable")]
         ends = [0, *self._count(tree_of[nodes]).cumsum().tolist()]
-        indices = np.full(len(self._scores), ROOT, np.int32)  # by place, that of the roots first
+        indices = np.full(len(self._scores), ROOT - 1, np.int32)  # by place; no tree may have a parent that was cut
+        indices[0] = ROOT
         indices[1 + nodes] = np.arange(len(nodes)) - np.asarray(ends)[tree_of[nodes]]
         above, token_ids, probs, ranks, sources = (
             np.concatenate([getattr(layer, name) for layer in self._layers])[nodes]

@@ -26,14 +26,12 @@ class _Followed:
         kv: of the session's tokens from `first` on, root included; the tree's nodes in scratch.
         parents: scratch index of each scratch entry's parent, ROOT for children of the root.
         nodes: scratch index by node of the growing tree.
-        states: the head's output [hidden] at the root and at these nodes.
     """
 
     kv: SequenceCache
     first: int = 0
     parents: list[int] = field(default_factory=list)
     nodes: dict[int, int] = field(default_factory=dict)
-    states: dict[int, Tensor] = field(default_factory=dict)
 
 
 class HeadProposer(LayeredProposer[_Followed]):
@@ -47,6 +45,9 @@ class HeadProposer(LayeredProposer[_Followed]):
     def __init__(self, head: DraftHead, cache: KVCache, max_nodes: int) -> None:
         super().__init__(cache, _Followed, max_nodes)
         self._head = head
+        # The last pass: its output states, and which of them is that of (session, node of its tree).
+        self._states = torch.empty(0)
+        self._rows: dict[tuple[int, int], int] = {}
 
     def _top(self, logits: Tensor, rows: list[Row], k: int) -> tuple[Tensor, Tensor]:
         return self._head.top_drafts(logits, rows, k)
@@ -57,13 +58,13 @@ class HeadProposer(LayeredProposer[_Followed]):
 
     def _follow(self, sessions: list[Session]) -> dict[int, Tensor]:
         """Run the committed tokens that are not in the cache, root included, with the target's features."""
-        current = {session.session_id for session in sessions}
+        current, self._rows = {session.session_id for session in sessions}, {}
         runs: list[tuple[Session, _Followed, PackedSequence]] = []
         features = []
         for session in sessions:
             followed = self._places.use(session.session_id)
             if followed is not None:
-                followed.parents, followed.nodes, followed.states = [], {}, {}
+                followed.parents, followed.nodes = [], {}
             length, given = len(session.tokens), len(session.features)
             if not given:
                 continue
@@ -78,34 +79,34 @@ class HeadProposer(LayeredProposer[_Followed]):
         bits = torch.from_numpy(np.concatenate(features).view(np.int16)).view(torch.bfloat16)
         packed = [run for _, _, run in runs]
         self.stats.catch_up_tokens += sum(len(run.token_ids) - 1 for run in packed)
-        logits, states = self._head.forward(packed, self._head.states(bits), self._cache)
+        logits, self._states = self._head.forward(packed, self._head.states(bits), self._cache)
         self._cache.commit([(run.cache, list(range(run.cache.scratch))) for run in packed])
         ends = np.cumsum([len(run.token_ids) for run in packed]) - 1
-        for (_, followed, _), end in zip(runs, ends.tolist(), strict=True):
-            followed.states = {ROOT: states[end]}
+        self._rows = {(session.session_id, ROOT): end for (session, _, _), end in zip(runs, ends.tolist(), strict=True)}
         return {session.session_id: row for (session, _, _), row in zip(runs, logits, strict=True)}
 
     def _run_layer(self, wanted: list[tuple[GrowingTree, list[int]]]) -> tuple[list[TreeRow], Tensor]:
         """Run nodes whose parents were run; below others, which a lookup alone had proposed, there is no state."""
-        packed, rows, states = [], [], []
+        packed, rows, above = [], list[TreeRow](), []
         for tree, nodes in wanted:
-            followed = self._places[tree.session.session_id]
+            session_id = tree.session.session_id
+            followed = self._places[session_id]
             room = followed.kv.capacity - followed.kv.length - followed.kv.scratch
-            ready = [node for node in nodes if tree.parents[node] in followed.states][:room]
+            ready = [node for node in nodes if (session_id, tree.parents[node]) in self._rows][:room]
             for node in ready:
                 parent = tree.parents[node]
                 followed.nodes[node] = len(followed.parents)
                 followed.parents.append(ROOT if parent == ROOT else followed.nodes[parent])
-                states.append(followed.states[parent])
+                above.append(self._rows[session_id, parent])
                 rows.append((tree, node))
             if ready:
                 parents = np.asarray(followed.parents, np.int32)
                 packed.append(PackedSequence(followed.kv, [tree.token_ids[node] for node in ready], parents))
         if not packed:
             return [], torch.empty(0)
-        logits, outputs = self._head.forward(packed, torch.stack(states), self._cache)
-        for (tree, node), output in zip(rows, outputs, strict=True):
-            self._places[tree.session.session_id].states[node] = output
+        states = self._states[torch.as_tensor(above, device=self._states.device)]
+        logits, self._states = self._head.forward(packed, states, self._cache)
+        self._rows = {(tree.session.session_id, node): row for row, (tree, node) in enumerate(rows)}
         self.stats.nodes.append(len(rows))
         self.stats.seconds.append(0.0)
         return rows, logits
