@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from statistics import median
 
 import numpy as np
 
+from drafter_svc.growth import grow
+from drafter_svc.proposer import Children, GrowingTree
+from drafter_svc.sessions import Session
 from planner.calibration import prior
 from planner.gate import Decision, DraftGate
 from planner.policies import parse_policy
 from planner.rule import BatchState, Candidate, Frontier, another_layer, prune_batch
+from treeline.drafting import DraftSequence
 from treeline.forest import Forest
 from treeline.plan import CostCurve, CostModel, Plan
-from treeline.tree import ROOT, DraftTree
+from treeline.sampling import SamplingParams
+from treeline.tree import ROOT, DraftTree, Source
 
 TOKENS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 REGIONS = ((1, 64), (8, 64), (32, 64), (1, 768))
 MAX_DEPTH = 8
 WARM_UP = 20
+CHILDREN_PROBS = (0.6, 0.2, 0.1, 0.05, 0.02, 0.01)
 
 
 def run_prune(requests: Sequence[int], nodes: Sequence[int], repeats: int, seed: int = 0) -> Iterator[dict]:
@@ -27,7 +34,8 @@ def run_prune(requests: Sequence[int], nodes: Sequence[int], repeats: int, seed:
 
     Timed are all decisions of a step: whether to draft (gate; while drafting it learns from every step's drafts, and so
     has to look again), whether to draft another layer (asked once a layer), which nodes to verify (prune_batch), and
-    cutting the trees to these. Trees are random; the context grows with every repeat, as it does in service.
+    cutting the trees to these; and the growth of trees of at most so many nodes, layer by layer, from children that are
+    at hand. The other trees are random; the context grows with every repeat, as it does in service.
     """
     random = np.random.default_rng(seed)
     for batch in requests:
@@ -58,6 +66,10 @@ def _decisions(random: np.random.Generator, requests: int, nodes: int) -> dict[s
         drafted(repeat)
         return decide(repeat)
 
+    def grow_trees(repeat: int) -> list[DraftTree]:
+        sequence = DraftSequence(0, 0, [0], SamplingParams(), smart.spec, nodes, MAX_DEPTH)
+        return grow([GrowingTree(Session(0, [0]), sequence, smart) for _ in range(requests)], plan, [], AtHand())
+
     drafted(0)
     return {
         "gate": decide,
@@ -65,7 +77,31 @@ def _decisions(random: np.random.Generator, requests: int, nodes: int) -> dict[s
         "another_layer": lambda repeat: another_layer(frontiers, plan),
         "prune_batch": lambda repeat: prune_batch(Forest.of(forest.trees), candidates, state(repeat), plan),
         "cut trees": lambda repeat: forest.select(pruning.chosen),
+        "grow trees": grow_trees,
     }
+
+
+class AtHand:
+    """Proposes the same children below every node, in no time."""
+
+    source = Source.SYNTHETIC
+
+    def begin(self, sessions: list[Session]) -> None:
+        pass
+
+    def propose(self, wanted: list[tuple[GrowingTree, list[int]]]) -> list[Children]:
+        return [_children(tuple(nodes)) for _, nodes in wanted]
+
+    def release(self, session_id: int) -> None:
+        pass
+
+
+@cache
+def _children(nodes: tuple[int, ...]) -> Children:
+    count = len(CHILDREN_PROBS)
+    parents = [node for node in nodes for _ in range(count)]
+    ranks = list(range(count)) * len(nodes)
+    return Children(parents, ranks, list(CHILDREN_PROBS) * len(nodes), ranks)
 
 
 def _microseconds(function: Callable[[int], object], repeats: int) -> dict[str, float]:
@@ -85,7 +121,7 @@ def _plan() -> Plan:
             sequences, context, tokens, tuple(0.02 + 1e-6 * context + 8e-4 * max(0, n - 8) for n in tokens)
         )
 
-    cost = CostModel(tuple(curve(*region) for region in REGIONS), draft_layer_s=0.001, draft_node_s=1e-4)
+    cost = CostModel(tuple(curve(*region) for region in REGIONS), draft_layer_s=0.001, draft_node_s=1e-4, node_s=8e-4)
     return Plan(1, 0.0, 60.0, cost, prior(), 100.0, 64, MAX_DEPTH)
 
 

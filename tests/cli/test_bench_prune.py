@@ -16,8 +16,8 @@ def test_bench_prune_times_the_fast_path_and_writes_a_report(tmp_path):
     assert "| prune_batch |" in result.output
     written = json.loads(report.read_text())
     assert written["config"]["requests"] == [1, 3]
-    assert [(row["requests"], row["nodes"]) for row in written["rows"][::5]] == [(1, 5), (3, 5)]
-    decisions = {"prune_batch", "cut trees", "gate", "gate, drafting", "another_layer"}
+    assert [(row["requests"], row["nodes"]) for row in written["rows"][::6]] == [(1, 5), (3, 5)]
+    decisions = {"prune_batch", "cut trees", "gate", "gate, drafting", "another_layer", "grow trees"}
     assert {row["what"] for row in written["rows"]} == decisions
     assert all(0 < row["us_min"] <= row["us"] <= row["us_max"] for row in written["rows"])
 
