@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from treeline.tree import DraftTree, Source
 
 GRAM = 2
 """So many tokens must have stood together before."""
 MAX_AGREED = 16
+LONGEST = 256
 NONE = -1
 
 
@@ -20,18 +24,18 @@ class Copying:
         """How sure `token_ids`, which may only have grown, go on as before; 0 if their end is new."""
         text = self._texts.setdefault(session_id, _Text())
         text.read(token_ids)
-        return 0.0 if text.follows == NONE else _prob(text.agreed)
+        return 0.0 if text.follows == NONE else _PROBS.item(min(text.agreed, MAX_AGREED))
 
     def chain(self, session_id: int, token_ids: list[int], max_nodes: int) -> DraftTree:
         """What followed then; empty if the end is new. `token_ids`: as they were read."""
-        text = self._texts[session_id]
-        if text.follows == NONE or max_nodes < 1:
+        text, nodes = self._texts[session_id], min(max_nodes, LONGEST)
+        if text.follows == NONE or nodes < 1:
             return DraftTree.empty()
-        copied: list[int] = []
-        for at in range(text.follows, text.follows + max_nodes):  # past its own end a text goes on with its draft
-            copied.append(token_ids[at] if at < len(token_ids) else copied[at - len(token_ids)])
-        probs = [_prob(text.agreed + ahead) for ahead in range(max_nodes)]
-        return DraftTree.build(copied, list(range(-1, max_nodes - 1)), probs, source=Source.NGRAM)
+        copied = token_ids[text.follows : text.follows + nodes]
+        copied = (copied * -(-nodes // len(copied)))[:nodes]  # past its own end a text goes on with its draft
+        first = min(text.agreed, MAX_AGREED)
+        probs = _PROBS[first : first + nodes]
+        return DraftTree(np.asarray(copied, np.int32), _PARENTS[:nodes], probs, _RANKS[:nodes], _SOURCES[:nodes])
 
     def forget(self, session_id: int) -> None:
         self._texts.pop(session_id, None)
@@ -64,7 +68,15 @@ class _Text:
         self._read = len(token_ids)
 
 
-def _prob(agreed: int) -> float:
-    """That a copy goes on: measured odds of agreed^1.5 to 4, and no better from MAX_AGREED on."""
-    odds = min(agreed, MAX_AGREED) ** 1.5 / 4
-    return odds / (1 + odds)
+def _probs() -> NDArray[np.float32]:
+    """float32 [MAX_AGREED + LONGEST]: how surely a copy goes on that agrees in so many tokens.
+
+    Measured odds of agreed^1.5 to 4, and no better from MAX_AGREED on.
+    """
+    odds = np.minimum(np.arange(MAX_AGREED + LONGEST), MAX_AGREED) ** 1.5 / 4
+    return (odds / (1 + odds)).astype(np.float32)
+
+
+# The columns of all copies, which only have to be cut to length.
+_PARENTS, _PROBS = np.arange(-1, LONGEST - 1, dtype=np.int32), _probs()
+_RANKS, _SOURCES = np.zeros(LONGEST, np.uint8), np.full(LONGEST, Source.NGRAM, np.uint8)
