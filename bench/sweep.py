@@ -33,7 +33,7 @@ from lm.threads import own_cores
 from planner.policies import canonical_spellings
 
 OFF = "off"
-MIN_SUCCESSORS = 16
+MIN_SUCCESSORS = 32
 """A closed-loop block sends this many requests, or one a stream, behind the streams' first ones."""
 MIN_ARRIVALS = 8
 """Requests of an open-loop block, or as many as arrive within a block's seconds."""

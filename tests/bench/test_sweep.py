@@ -13,7 +13,16 @@ from typer.testing import CliRunner
 from bench.common import Prompt
 from bench.forecast import seconds_left
 from bench.local_engine import PlannedStep
-from bench.sweep import Block, BlockRun, Settings, checked_policies, closed_blocks, closed_requests, open_blocks
+from bench.sweep import (
+    MIN_SUCCESSORS,
+    Block,
+    BlockRun,
+    Settings,
+    checked_policies,
+    closed_blocks,
+    closed_requests,
+    open_blocks,
+)
 from bench.systems import LocalSystems
 from cli.bench_sweep import POLICIES
 from cli.main import app
@@ -64,14 +73,14 @@ def test_the_time_left_goes_by_what_was_seen_of_a_policy_then_of_a_load_then_by_
 
 
 def test_all_policies_of_a_round_are_asked_the_same_and_rounds_differ():
-    prompts = [Prompt(str(number), "chat", "one two") for number in range(40)]
+    prompts = [Prompt(str(number), "chat", "one two") for number in range(80)]
 
     def asked(policy: str, round_: int) -> list[tuple[str, int]]:
         block = Block("closed", 4, round_, policy)
         return [(r.prompt.id, r.max_tokens) for r in closed_requests(block, prompts, 16)]
 
     assert asked("off", 1) == asked("smart", 1)
-    assert [tokens for _, tokens in asked("off", 1)] == [4, 8, 12, 16] + [16] * 16
+    assert [tokens for _, tokens in asked("off", 1)] == [4, 8, 12, 16] + [16] * MIN_SUCCESSORS
     assert not {prompt for prompt, _ in asked("off", 1)} & {prompt for prompt, _ in asked("off", 2)}
     assert [tokens for _, tokens in asked("off", 0)] == [16] * 4
 
