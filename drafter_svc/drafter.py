@@ -104,14 +104,14 @@ class TreeDrafter:
         if self._model is not None:
             modelled = [s.session_id for s in request.sequences if s.max_layers and s.session_id in admitted]
             self._model.begin([admitted[session_id] for session_id in modelled])
-        growing = [
-            GrowingTree(admitted[sequence.session_id], sequence, policy)
+        growing = {
+            sequence.session_id: GrowingTree(admitted[sequence.session_id], sequence, policy)
             for sequence, policy in zip(request.sequences, policies, strict=True)
             if sequence.session_id in admitted
-        ]
-        trees = grow(growing, plan, self._lookups, self._model)
-        of_sessions = {tree.session.session_id: done for tree, done in zip(growing, trees, strict=True)}
-        return DraftReply(request.step_id, of_sessions, held, self._stats(started_s, plan))
+        }
+        trees = grow(list(growing.values()), plan, self._lookups, self._model)
+        finished = dict(zip(growing, trees, strict=True))
+        return DraftReply(request.step_id, finished, held, self._stats(started_s, plan))
 
     def warm_up(self) -> None:
         """Draft for batches of several sizes: a first call takes many times as long, and no step is to wait for it."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from drafter_svc.candidates import Candidates, merge
 from drafter_svc.proposer import GrowingTree, Proposer
-from planner.policies import Layer, Policy
+from planner.policies import Layer
 from planner.policies.base import places_by_score
 from planner.rule import Frontier, another_layer
 from treeline.plan import Plan
@@ -38,9 +38,9 @@ class GrowingForest:
         trees: at least one; those that still grow are equally deep.
     """
 
-    def __init__(self, policy: Policy, trees: list[GrowingTree]) -> None:
+    def __init__(self, trees: list[GrowingTree]) -> None:
         self.trees = trees
-        self._policy = policy
+        self._policy = trees[0].policy
         self._limits = np.asarray([tree.sequence.max_nodes for tree in trees])
         self._weights = np.asarray([tree.sequence.weight for tree in trees], np.float32)
         self._sampled = np.asarray([not tree.sequence.sampling.greedy for tree in trees])
@@ -188,8 +188,10 @@ def grow(trees: list[GrowingTree], plan: Plan, lookups: list[Proposer], model: P
     `lookups` are free and asked about every node. The `model` is asked about the nodes that each policy chooses, as
     long as another layer pays for the whole batch; the lookups may then go on alone.
     """
-    policies = {tree.policy.spec: tree.policy for tree in trees}
-    forests = [GrowingForest(policy, [tree for tree in trees if tree.policy == policy]) for policy in policies.values()]
+    of_policies: dict[str, list[GrowingTree]] = {}
+    for tree in trees:
+        of_policies.setdefault(tree.policy.spec, []).append(tree)
+    forests = [GrowingForest(alike) for alike in of_policies.values()]
     growing = [tree for tree in trees if tree.grows]
     wanted = [(tree, tree.layer) for tree in growing if tree.models] if model else []
     while growing:

@@ -33,7 +33,12 @@ def accepts(
     draft_probs: NDArray[np.float32],
     sampled: bool | NDArray[np.bool_],
 ) -> NDArray[np.float32]:
-    """float32 [n]: c(v), the calibrated probability that the target accepts each node once its parent was accepted."""
+    """float32 [n]: c(v), the calibrated probability that the target accepts each node once its parent was accepted.
+
+    Args:
+        depths: [n], or [] if all are equally deep.
+        sampled: bool [n], or one for all.
+    """
     # One flat index, of typed constants (bytes would overflow), is several times faster than an index of four columns.
     cells = sources * _PER_SOURCE
     cells += sampled * _PER_SAMPLED

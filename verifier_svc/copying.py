@@ -11,6 +11,7 @@ GRAM = 2
 """So many tokens must have stood together before."""
 MAX_AGREED = 16
 LONGEST = 256
+"""Most nodes of a copy: no tree may have more (`limits.max_tree_nodes`)."""
 NONE = -1
 
 

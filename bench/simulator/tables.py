@@ -135,7 +135,7 @@ class Tables:
         nodes = plan.max_nodes if self._policy.prices_drafting else MAX_NODES
         wanted = DraftSequence(0, 0, [0], SamplingParams(), self._policy.spec, nodes, layers)
         trees = [GrowingTree(Session(index, [0]), wanted, self._policy) for index in range(len(self._worlds))]
-        forest = GrowingForest(self._policy, trees)
+        forest = GrowingForest(trees)
         runs, layer = [[(1, 1.0)] for _ in trees], [(tree, [ROOT]) for tree in trees]
         while layer:
             for tree, parents in layer:
