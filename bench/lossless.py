@@ -71,7 +71,7 @@ class Reference:
         folder = resolve_model(target.model)
         self.tokenizer = load_tokenizer(folder)
         self._hf: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch_dtype(target), attn_implementation="sdpa", local_files_only=True
+            folder, dtype=torch_dtype(target, folder), attn_implementation="sdpa", local_files_only=True
         ).eval()
 
     @torch.inference_mode()

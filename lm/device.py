@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm.native import library
+from lm.quantized import holds_groups
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
 
@@ -24,8 +25,12 @@ def torch_device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def torch_dtype(config: ModelConfig) -> torch.dtype:
-    """The weights' type. "auto" is bfloat16 where the device multiplies it faster than float32.
+def torch_dtype(config: ModelConfig, folder: Path | None = None) -> torch.dtype:
+    """The weights' type. "auto" is bfloat16 where the device multiplies it faster than float32, but for weights that
+    our kernels read in groups of a few bits.
+
+    Args:
+        folder: of the weights' files, where there are some.
 
     Raises:
         ConfigError: as `torch_device`, or the weights cannot be quantised here.
@@ -35,7 +40,11 @@ def torch_dtype(config: ModelConfig) -> torch.dtype:
         return torch.float32
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    return torch.bfloat16 if multiplies_bfloat16(torch_device(config.device)) else torch.float32
+    device = torch_device(config.device)
+    if not multiplies_bfloat16(device):
+        return torch.float32
+    ours = device.type == "cpu" and config.quantization == "auto" and library() is not None
+    return torch.float32 if ours and folder is not None and holds_groups(folder) else torch.bfloat16
 
 
 def _check_quantization(config: ModelConfig) -> None:

@@ -227,10 +227,11 @@ def load_plain(target: ModelConfig) -> PreTrainedModel:
     Raises:
         ConfigError, OSError, ValueError: it cannot be read.
     """
+    folder = resolve_model(target.model)
     with progress_bars(False):
         return AutoModelForCausalLM.from_pretrained(
-            resolve_model(target.model),
-            dtype=torch_dtype(target),
+            folder,
+            dtype=torch_dtype(target, folder),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,

@@ -67,7 +67,7 @@ class LanguageModel:
             with progress_bars(False):
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     folder,
-                    dtype=torch_dtype(config),
+                    dtype=torch_dtype(config, folder),
                     attn_implementation=IMPLEMENTATION,
                     use_safetensors=True,
                     trust_remote_code=False,

@@ -5,11 +5,14 @@ Formats go by their names in GGUF: Q4_0, Q4_1 and Q8_0.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor
 
 GROUP = 32
@@ -66,6 +69,17 @@ def find_groups(weight: Tensor) -> GroupedWeight | None:
             found = round_to(weight)
             return found if torch.equal(found.floats(), weight) else None
     return None
+
+
+def holds_groups(folder: Path) -> bool:
+    """Whether a folder's safetensors were made of groups, told by the smallest matrix of the first file."""
+    path = min(folder.glob("*.safetensors"), default=None)
+    if path is None:
+        return False
+    with safe_open(path, "pt") as weights:
+        shapes = {name: weights.get_slice(name).get_shape() for name in weights.offset_keys()}
+        matrices = [(math.prod(shape), name) for name, shape in shapes.items() if len(shape) == 2]
+        return bool(matrices) and find_groups(weights.get_tensor(min(matrices)[1])) is not None
 
 
 def round_to_q4_1(weight: Tensor) -> GroupedWeight:

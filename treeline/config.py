@@ -45,7 +45,8 @@ class ModelConfig(Section):
     model: str = DEFAULT_MODEL
     name: str | None = Field(default=None, description="name under which it is served; the model's own by default")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: bfloat16 where the device is fast with it, else float32"
+        default="auto",
+        description="auto: bfloat16 where the device is fast with it, else and for weights that stay in groups float32",
     )
     quantization: Quantization = Field(
         default="auto",

@@ -22,9 +22,13 @@ typedef struct {
     float scale, softcap; /* 0: none */
 } Attention;
 
-void treeline_grouped_linear(const uint8_t *tiles, int64_t bits, const float *bias, const float *inputs,
-                             float *outputs, int64_t tokens, int64_t features_in, int64_t features_out,
-                             int64_t threads);
+/* Whether the processor has vectors of 16 numbers. */
+int treeline_wide_vectors(void);
+
+typedef void GroupedLinear(const uint8_t *tiles, int64_t bits, const float *bias, const float *inputs, float *outputs,
+                           int64_t tokens, int64_t features_in, int64_t features_out, int64_t threads);
+
+GroupedLinear treeline_grouped_linear, treeline_grouped_linear_wide, treeline_grouped_linear_narrow;
 
 void treeline_attend(const Batch *batch, const Attention *layer, float *keys, float *values, const float *query,
                      int64_t query_stride, const float *key, int64_t key_stride, const float *value,

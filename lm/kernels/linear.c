@@ -2,18 +2,34 @@
  *
  * A weight is scale * code + minimum, in float32 and rounded once, so that products are those of the plain float32
  * weights. Outputs are interleaved by ROWS, so that a vector holds neighbouring ones, and a sum over the inputs runs in
- * their order in one accumulator per output: a token's bits do not depend on what else is in the pass. */
+ * their order in one accumulator per output: a token's bits depend neither on what else is in the pass nor on how wide
+ * vectors are. Compiled twice: see linear_wide.c. */
 #include <string.h>
 
 #include "kernels.h"
 #include "vectors.h"
 
-#define ROWS 32        /* outputs side by side in a tile */
-#define VECTORS 4      /* of 8 outputs in a tile */
-#define GROUP 32       /* inputs that share a scale */
-#define TOKENS 6       /* tokens multiplied at a time: two vectors of sums each fill the registers */
+#define ROWS 32 /* outputs side by side in a tile */
+#define GROUP 32 /* inputs that share a scale */
+#ifdef WIDE
+#define SIZED(name) name##_wide
+#define LANES 16
+#define TOKENS 12 /* multiplied at a time: two vectors of sums each fill the registers */
+#define FEW_TOKENS 8 /* the same where a tile is decoded meanwhile */
+#else
+#define SIZED(name) name##_narrow
+#define LANES 8
+#define TOKENS 6
+#define FEW_TOKENS 4
+#endif
+#define VECTORS (ROWS / LANES)
 #define TOKEN_BLOCK 96 /* tokens per decoding of a tile: their sums stay in the first cache */
 #define INLINE static inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 /* A group of a tile: float16 scale [ROWS], with 4 bits float16 minimum [ROWS], then words [GROUP * bits / 32][ROWS] of
  * codes side by side, the first input's lowest. With 8 bits the minimum is -128 scales. */
@@ -23,103 +39,104 @@ INLINE const uint32_t *words_of(const uint8_t *group, int bits, int word) {
     return (const uint32_t *)(group + 2 * ROWS * (bits == 4 ? 2 : 1)) + word * ROWS;
 }
 
-INLINE v8f from_half(const uint16_t *halves) {
+INLINE vf from_half(const uint16_t *halves) {
     /* Exact: the exponent's bias is mended by a product with a power of two, which serves subnormals as well. */
-    v8i bits = __builtin_convertvector(*(const v8h *)halves, v8i);
-    v8f value = (v8f)((bits & 0x7fff) << 13) * 0x1p112f;
-    return (v8f)((v8i)value | (bits & 0x8000) << 16);
+    vi bits = __builtin_convertvector(*(const vh *)halves, vi);
+    vf value = (vf)((bits & 0x7fff) << 13) * 0x1p112f;
+    return (vf)((vi)value | (bits & 0x8000) << 16);
 }
 
 /* Codes stay where they are in the low half of their word, which makes them greater by a power of two; the scale of
  * place j is smaller by the same. */
-INLINE void scales_of(const uint8_t *group, int bits, int vector, v8f scales[4], v8f *minimum) {
-    const uint16_t *halves = (const uint16_t *)group + 8 * vector;
-    v8f scale = from_half(halves);
+INLINE void scales_of(const uint8_t *group, int bits, int vector, vf scales[4], vf *minimum) {
+    const uint16_t *halves = (const uint16_t *)group + LANES * vector;
+    vf scale = from_half(halves);
     for (int j = 0; j < 16 / bits; j++) scales[j] = scale * (1.0f / (1 << bits * j));
     if (bits == 4) *minimum = from_half(halves + ROWS);
     else *minimum = scale * -128.0f;
 }
 
-INLINE v8f decode(v8u word, int bits, int j, v8f scale, v8f minimum) {
+INLINE vf decode(vu word, int bits, int j, vf scale, vf minimum) {
     uint32_t mask = ((1u << bits) - 1) << bits * j;
     /* The product is exact, so that the sum is rounded once. */
-    return __builtin_convertvector((v8i)(word & mask), v8f) * scale + minimum;
+    return __builtin_convertvector((vi)(word & mask), vf) * scale + minimum;
 }
 
 INLINE void decode_group(const uint8_t *group, int bits, float weights[GROUP][ROWS]) {
     for (int v = 0; v < VECTORS; v++) {
-        v8f scales[4], minimum;
+        vf scales[4], minimum;
         scales_of(group, bits, v, scales, &minimum);
         float(*out)[ROWS] = weights;
         for (int w = 0; w < GROUP * bits / 32; w++) {
-            v8u word = *(const v8u *)(words_of(group, bits, w) + 8 * v);
+            vu word = *(const vu *)(words_of(group, bits, w) + LANES * v);
             for (int half = 0; half < 2; half++, word >>= 16)
                 for (int j = 0; j < 16 / bits; j++, out++)
-                    *(v8f *)(*out + 8 * v) = decode(word, bits, j, scales[j], minimum);
+                    *(vf *)(*out + LANES * v) = decode(word, bits, j, scales[j], minimum);
         }
     }
 }
 
-/* sums[t] += weights^T inputs[t] over one group, for up to 4 tokens and `count` vectors of outputs from the first given
- * one on, all known when compiled: no weight is written down in between. */
+/* sums[t] += weights^T inputs[t] over one group, for up to FEW_TOKENS and `count` vectors of outputs from the first
+ * given one on, all known when compiled: no weight is written down in between. */
 INLINE void multiply_few(
     const uint8_t *group, int bits, const float *inputs, int64_t stride, float (*sums)[ROWS], int tokens, int first,
     int count) {
-    v8f scales[VECTORS][4], minimum[VECTORS], sum[4][VECTORS];
+    vf scales[VECTORS][4], minimum[VECTORS], sum[FEW_TOKENS][VECTORS];
     for (int v = 0; v < count; v++) {
         scales_of(group, bits, first + v, scales[v], &minimum[v]);
-        for (int t = 0; t < tokens; t++) sum[t][v] = *(v8f *)(sums[t] + 8 * (first + v));
+        for (int t = 0; t < tokens; t++) sum[t][v] = *(vf *)(sums[t] + LANES * (first + v));
     }
     for (int w = 0; w < GROUP * bits / 32; w++) {
-        v8u word[VECTORS];
-        for (int v = 0; v < count; v++) word[v] = *(const v8u *)(words_of(group, bits, w) + 8 * (first + v));
+        vu word[VECTORS];
+        for (int v = 0; v < count; v++) word[v] = *(const vu *)(words_of(group, bits, w) + LANES * (first + v));
         for (int half = 0; half < 2; half++) {
             for (int j = 0; j < 16 / bits; j++, inputs++)
                 for (int v = 0; v < count; v++) {
-                    v8f weight = decode(word[v], bits, j, scales[v][j], minimum[v]);
+                    vf weight = decode(word[v], bits, j, scales[v][j], minimum[v]);
                     for (int t = 0; t < tokens; t++) sum[t][v] += weight * inputs[t * stride];
                 }
             for (int v = 0; v < count; v++) word[v] >>= 16;
         }
     }
     for (int t = 0; t < tokens; t++)
-        for (int v = 0; v < count; v++) *(v8f *)(sums[t] + 8 * (first + v)) = sum[t][v];
+        for (int v = 0; v < count; v++) *(vf *)(sums[t] + LANES * (first + v)) = sum[t][v];
 }
 
-/* sums[t] += weights^T inputs[t] over one group, for 16 outputs and `tokens`, known when compiled. */
+/* sums[t] += weights^T inputs[t] over one group, for two vectors of outputs and `tokens`, known when compiled. */
 INLINE void multiply(
     const float (*weights)[ROWS], const float *inputs, int64_t stride, float (*sums)[ROWS], int tokens) {
-    v8f left[TOKENS], right[TOKENS];
+    vf left[TOKENS], right[TOKENS];
     for (int t = 0; t < tokens; t++) {
-        left[t] = *(v8f *)sums[t];
-        right[t] = *(v8f *)(sums[t] + 8);
+        left[t] = *(vf *)sums[t];
+        right[t] = *(vf *)(sums[t] + LANES);
     }
     for (int k = 0; k < GROUP; k++)
         for (int t = 0; t < tokens; t++) {
-            left[t] += *(const v8f *)weights[k] * inputs[t * stride + k];
-            right[t] += *(const v8f *)(weights[k] + 8) * inputs[t * stride + k];
+            left[t] += *(const vf *)weights[k] * inputs[t * stride + k];
+            right[t] += *(const vf *)(weights[k] + LANES) * inputs[t * stride + k];
         }
     for (int t = 0; t < tokens; t++) {
-        *(v8f *)sums[t] = left[t];
-        *(v8f *)(sums[t] + 8) = right[t];
+        *(vf *)sums[t] = left[t];
+        *(vf *)(sums[t] + LANES) = right[t];
     }
 }
 
-/* The same for all outputs and any number of tokens. */
+/* The same for all outputs and any number of tokens, in parts of about the same size: a small one is slow. */
 static void multiply_many(
     const float (*weights)[ROWS], const float *inputs, int64_t stride, float (*sums)[ROWS], int64_t tokens) {
-    for (int side = 0; side < ROWS; side += 16) {
+    for (int side = 0; side < ROWS; side += 2 * LANES) {
         const float(*w)[ROWS] = (const float(*)[ROWS])(weights[0] + side), *x = inputs;
         float(*s)[ROWS] = (float(*)[ROWS])(sums[0] + side);
-        for (int64_t left = tokens, now; left; left -= now, x += now * stride, s += now) {
-            now = left <= TOKENS ? left : left <= TOKENS + 2 ? 4 : TOKENS; /* 6 and 2 are slower than 4 and 4 */
+        int64_t parts = (tokens + TOKENS - 1) / TOKENS;
+        for (int64_t left = tokens, now; parts; left -= now, x += now * stride, s += now, parts--) {
+            now = (left + parts - 1) / parts;
             switch (now) {
-                case 6: multiply(w, x, stride, s, 6); break;
-                case 5: multiply(w, x, stride, s, 5); break;
-                case 4: multiply(w, x, stride, s, 4); break;
-                case 3: multiply(w, x, stride, s, 3); break;
-                case 2: multiply(w, x, stride, s, 2); break;
-                case 1: multiply(w, x, stride, s, 1); break;
+#define CASE(n) case n: multiply(w, x, stride, s, n); break;
+                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#ifdef WIDE
+                CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+#undef CASE
             }
         }
     }
@@ -132,26 +149,23 @@ INLINE void multiply_tile(
     int64_t stride = GROUP * groups;
     memset(sums, 0, tokens * sizeof(*sums));
     for (int64_t g = 0; g < groups; g++, tile += group_bytes(bits), inputs += GROUP) switch (tokens) {
-        case 1: multiply_few(tile, bits, inputs, stride, sums, 1, 0, 4); break;
-        case 2: multiply_few(tile, bits, inputs, stride, sums, 2, 0, 4); break;
-        case 3:
-            multiply_few(tile, bits, inputs, stride, sums, 3, 0, 2);
-            multiply_few(tile, bits, inputs, stride, sums, 3, 2, 2);
+#define CASE(n, count) \
+        case n: \
+            for (int first = 0; first < VECTORS; first += count) \
+                multiply_few(tile, bits, inputs, stride, sums, n, first, count); \
             break;
-        case 4:
-            multiply_few(tile, bits, inputs, stride, sums, 4, 0, 2);
-            multiply_few(tile, bits, inputs, stride, sums, 4, 2, 2);
-            break;
+        CASE(1, VECTORS) CASE(2, VECTORS) CASE(3, 2) CASE(4, 2)
+#ifdef WIDE
+        CASE(5, 2) CASE(6, 2) CASE(7, 2) CASE(8, 2)
+#endif
+#undef CASE
         default:
             decode_group(tile, bits, weights);
             multiply_many(weights, inputs, stride, sums, tokens);
     }
 }
 
-/* outputs [tokens, features_out] = inputs [tokens, features_in] * weight^T + bias; bias may be NULL.
- *
- * tiles: per ROWS outputs features_in / GROUP groups of `bits` 4 or 8; rows beyond features_out are padding. */
-void treeline_grouped_linear(
+void SIZED(treeline_grouped_linear)(
     const uint8_t *tiles, int64_t bits, const float *bias, const float *inputs, float *outputs, int64_t tokens,
     int64_t features_in, int64_t features_out, int64_t threads) {
     int64_t groups = features_in / GROUP, count = (features_out + ROWS - 1) / ROWS;
@@ -171,3 +185,15 @@ void treeline_grouped_linear(
         }
     }
 }
+
+#ifndef WIDE
+/* outputs [tokens, features_out] = inputs [tokens, features_in] * weight^T + bias; bias may be NULL.
+ *
+ * tiles: per ROWS outputs features_in / GROUP groups of `bits` 4 or 8; rows beyond features_out are padding. */
+void treeline_grouped_linear(
+    const uint8_t *tiles, int64_t bits, const float *bias, const float *inputs, float *outputs, int64_t tokens,
+    int64_t features_in, int64_t features_out, int64_t threads) {
+    (treeline_wide_vectors() ? treeline_grouped_linear_wide : treeline_grouped_linear_narrow)(
+        tiles, bits, bias, inputs, outputs, tokens, features_in, features_out, threads);
+}
+#endif

@@ -3,7 +3,11 @@
 #include <stdint.h>
 
 #ifdef __x86_64__
+#ifdef WIDE
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#else
 #pragma GCC target("avx2,fma")
+#endif
 #endif
 
 typedef float v8f __attribute__((vector_size(32), aligned(4), may_alias));

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lm.grouped_linear import GroupedLinear, kernel
 from lm.model import LanguageModel
+from lm.native import library, typed
 from lm.packed import PackedSequence
 from lm.quantized import GroupedWeight, find_groups, round_to_q4_0, round_to_q4_1, round_to_q8_0
 from tests.lm.helpers import random_tokens, reference_logits
@@ -85,6 +86,20 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it_and_however_many_threads_
         assert torch.equal(layer(inputs[:, :rows]), whole[:, :rows])
         assert torch.equal(layer(inputs[:, -rows:]), whole[:, -rows:])
     torch.set_num_threads(threads)
+
+
+@compiled
+@pytest.mark.skipif(kernel() is not None and not library().treeline_wide_vectors(), reason="no vectors of 16")
+@pytest.mark.parametrize("name", FORMATS)
+def test_wide_vectors_give_the_same_bits(name: str) -> None:
+    linear = GroupedLinear(FORMATS[name][0](some_weight(rows=200)), torch.randn(200))
+    narrow = typed(library().treeline_grouped_linear_narrow, "pnpppnnnn")
+    for tokens in [*range(1, 27), 100]:
+        inputs = torch.randn(tokens, 96)
+        wide = linear(inputs)
+        linear._multiply, kept = narrow, linear._multiply
+        assert torch.equal(linear(inputs), wide)
+        linear._multiply = kept
 
 
 @compiled
