@@ -13,7 +13,7 @@ from drafter_svc.drafter import DrafterInfo, TreeDrafter, build_drafter
 from drafter_svc.proposer import Proposer
 from lm.model import LanguageModel
 from lm.store import vocabulary_sha256
-from planner.cost import verify_seconds
+from planner.cost import as_decoded, verify_seconds
 from planner.loop import PlanMaker, VerifierState
 from planner.signals import Signals
 from treeline.config import Config
@@ -113,7 +113,8 @@ class PlannedEngine:
 def predicted_step_s(cost: CostModel, record: StepRecord) -> float:
     """Seconds that `cost` gives a step which drafts and verifies what this one did."""
     context_tokens = record.context_tokens // max(1, record.sequences)
-    verify_s = float(verify_seconds(cost, max(1, record.sequences), context_tokens, record.tokens)[-1])
+    tokens = record.tokens - record.prefill_tokens + as_decoded(cost, record.prefill_tokens)
+    verify_s = float(verify_seconds(cost, max(1, record.sequences), context_tokens, tokens)[-1])
     layers = record.draft_layer_nodes
     drafting_s = cost.draft_round_trip_s + cost.draft_sequence_s * record.sequences
     drafting_s += cost.draft_layer_s * len(layers) + cost.draft_node_s * sum(layers)

@@ -86,7 +86,7 @@ def watch(planned: PlannedEngine) -> Iterator[Stopwatch]:
         (engine.scheduler, "schedule", "schedule"),
         (stage, "run", "draft messages"),
         (stage, "_choose", "gate"),
-        (stage, "_copied", "draft trees"),
+        (stage, "_undrafted", "draft trees"),
         (stage.link, "draft", "draft trees"),
         (drafts, "prune_batch", "prune"),
         (stage.hidden_states, "keep", "draft messages"),

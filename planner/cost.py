@@ -30,6 +30,11 @@ def pass_s(cost: CostModel, sequences: int, context_tokens: int, tokens: int) ->
     return float(seconds[tokens]) + max(0, context_tokens - short) * float(per_context_token[tokens])
 
 
+def as_decoded(cost: CostModel, prompt_tokens: int) -> int:
+    """As many decoded tokens as so many of a prompt cost."""
+    return round(cost.prompt_ratio * prompt_tokens)
+
+
 def context_token_s(cost: CostModel, sequences: int, tokens: int) -> float:
     """What each context token per sequence beyond the profile's shortest context adds to a pass."""
     return float(_reading(cost, sequences, tokens)[2][tokens])

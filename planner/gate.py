@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.cost import verify_seconds
-from planner.rule import BatchState, price_of
+from planner.rule import BatchState, own_seconds, price_of
 from treeline.drafting import ALL_LAYERS
 from treeline.plan import DEPTHS, CostModel, Plan
 
@@ -144,19 +144,17 @@ def outlook(
     """
     nodes, gains = supply.curves(requests)
     most = state.base_tokens + math.ceil(nodes[-1, -1])
-    pass_s = plan.cost.step_overhead_s + verify_seconds(plan.cost, sequences, state.context_tokens, most)
-    draft_s, sizes = supply.draft_s(plan.cost, requests, connected), np.arange(most + 1)
+    verify_s = verify_seconds(plan.cost, sequences, state.context_tokens, most)
+    draft_s, own_s = supply.draft_s(plan.cost, requests, connected), own_seconds(verify_s, sequences, state, plan)
     charged_s = draft_s
     if behind_tokens:
         charged_s = draft_s.copy()
         charged_s[1:] += plan.cost.draft_node_s * behind_tokens / CATCH_UP_STEPS
-    # Not the prompts' time, but the trees' beside prompts.
-    promptless_s = seconds = charged_s[:, None] + np.interp(sequences + nodes, sizes, pass_s)
-    if state.base_tokens > sequences:
-        seconds = charged_s[:, None] + np.interp(state.base_tokens + nodes, sizes, pass_s)
-    goodputs, plain_s = (sequences + gains) / promptless_s, pass_s.item(sequences)
-    price = price_of(goodputs, plain_s, sequences, state.waiting_startable)
-    gain = (gains - price * (seconds - pass_s[state.base_tokens])).max(axis=1)
+    sizes, beside_s = np.arange(len(own_s)), verify_s[state.base_tokens :] - verify_s[state.base_tokens]
+    goodputs = (sequences + gains) / (charged_s[:, None] + np.interp(nodes, sizes, own_s))
+    price = price_of(goodputs, own_s.item(0), sequences, state.waiting_startable)
+    added_s = charged_s[:, None] + np.interp(nodes, sizes[: len(beside_s)], beside_s)
+    gain = (gains - price * added_s).max(axis=1)
     layers = 1 + int(gain[1:].argmax())
     best = goodputs.max(axis=1)
     return Outlook(best.item(layers), best.item(0), gain.item(layers) - gain.item(0), layers, draft_s)
@@ -233,8 +231,10 @@ class DraftGate:
     def _look(
         self, requests: int, sequences: int, state: BatchState, plan: Plan, connected: bool, behind: int
     ) -> Outlook:
-        """The outlook, as it was when last looked at if nothing but some more context and few drafts came since."""
-        batch = (requests, sequences, state.base_tokens, state.waiting_startable, connected)
+        """The outlook, as it was when last looked at if only some more context, other lengths of prompts and few drafts
+        came since."""
+        beside = (state.base_tokens > sequences, state.prompts_go_on)
+        batch = (requests, sequences, *beside, state.waiting_startable, connected)
         moved = self._unseen_steps >= LOOK_AGAIN_STEPS
         if self._outlook is None or moved or plan is not self._seen_plan or batch != self._seen_batch:
             self._unseen_steps = 0

@@ -7,6 +7,7 @@ so looking at every prefix of one sorted list is exact for any cost curve.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from treeline.plan import DEPTHS, Calibration, Plan
 MAX_ACCEPTANCE = np.float32(1 - 2.0**-16)
 """Below 1 by more than a deep path's rounding, so that a child is always worth less than its parent, and any order by
 worth is closed under parents."""
+LEAST_S = 1e-9
+"""Where more tokens cost nothing, they still take some time."""
 
 
 class Candidate(NamedTuple):
@@ -46,12 +49,14 @@ class BatchState(NamedTuple):
         context_tokens: mean committed tokens per sequence.
         draft_s: seconds spent on drafting, or about to be.
         waiting_startable: Q, waiting requests that could start when this step ends.
+        prompts_go_on: the next step will carry prompts as well, whatever is decoded in this one.
     """
 
     base_tokens: int
     context_tokens: int
     draft_s: float
     waiting_startable: int
+    prompts_go_on: bool = False
 
 
 class Candidates(NamedTuple):
@@ -176,9 +181,10 @@ def best_size(
     expected.cumsum(out=expected)
     sequences, base = len(candidates.factors), state.base_tokens + fixed
     verify_s = verify_seconds(plan.cost, sequences, state.context_tokens, base + len(ranked))
-    beside_s, plain_s = state.draft_s + plan.cost.step_overhead_s, plan.cost.step_overhead_s + verify_s.item(sequences)
-    promptless_s = verify_s[sequences + fixed : sequences + fixed + len(expected)] + beside_s
-    price = price_of(expected / promptless_s, plain_s, sequences, state.waiting_startable)
+    beside_s = state.draft_s + plan.cost.step_overhead_s
+    own_s = own_seconds(verify_s, sequences, state, plan)
+    drafted_s = own_s[fixed : fixed + len(expected)] + state.draft_s
+    price = price_of(expected / drafted_s, own_s.item(0), sequences, state.waiting_startable)
     verify_s = verify_s[base:]
     size = int((expected - price * verify_s).argmax())
     best = _best(open_gains, ranked, size)
@@ -205,14 +211,39 @@ def best_size(
     )
 
 
+def least_gain(nodes: int, margin: float, sequences: int, state: BatchState, plan: Plan) -> float:
+    """Tokens that one at least of up to so many nodes must gain if together they are to be worth their place, and
+    `margin` tokens more. Less is certainly not enough; to look at the nodes themselves takes several times as long.
+    """
+    seconds = verify_seconds(plan.cost, sequences, state.context_tokens, state.base_tokens + nodes)
+    plain_s = own_seconds(seconds, sequences, state, plan).item(0)
+    # The price is at least that of plain decoding.
+    price = price_of(np.zeros(1), plain_s, sequences, state.waiting_startable)
+    added_s = seconds[state.base_tokens + 1 :] - seconds[state.base_tokens]
+    return float(((margin + price * added_s) / np.arange(1, nodes + 1)).min(initial=math.inf))
+
+
+def own_seconds(verify_s: NDArray[np.float64], sequences: int, state: BatchState, plan: Plan) -> NDArray[np.float64]:
+    """float64 [n]: what decoding one token of each sequence and 0, 1, 2, ... nodes takes of a step, prompts apart.
+
+    Prompts that share the step are run whatever is decoded, so what a second is worth does not depend on them: the step
+    is counted without them. But if they go on in the next one, its fixed costs are theirs, however few tokens are left
+    to decode: then decoding takes only what it adds to their pass.
+
+    Args:
+        verify_s: float64 [tokens]; of passes over so many tokens.
+    """
+    if not state.prompts_go_on:
+        return verify_s[sequences:] + plan.cost.step_overhead_s
+    prompt_tokens = state.base_tokens - sequences
+    return np.maximum(verify_s[state.base_tokens :] - verify_s[prompt_tokens], LEAST_S)
+
+
 def price_of(goodputs: NDArray[np.float64], plain_s: float, sequences: int, waiting: int) -> float:
     """R + mu Q: R is the best goodput of a batch, with what was drafted for it or without any of it.
 
-    Prompts that share the step are left out of all seconds here: they are run whatever is decoded, so what a second is
-    worth does not depend on them.
-
     Args:
-        goodputs: float64 [sizes]; weighted tokens per second of a drafted step, prompts apart.
+        goodputs: float64 [sizes]; weighted tokens per second of a drafted step, by its `own_seconds`.
         plain_s: of a step that is not drafted. Weights are 1 on average, so it brings a token per sequence.
     """
     goodput = max(goodputs.item(goodputs.argmax()), sequences / plain_s)

@@ -22,18 +22,22 @@ WINDOW_STEPS = 15
 ERROR_STEPS = 200
 NOISE = 0.05
 """Verification times scatter about this much, as a ratio."""
-SCALE_DEVIATION, POINT_DEVIATION, CONTEXT_DEVIATION = 0.5, 0.15, 0.5
-"""How far, as logarithms of ratios, the whole device, one point of the profile and the context's part may drift."""
+SCALE_DEVIATION, POINT_DEVIATION, CONTEXT_DEVIATION, PROMPT_DEVIATION = 0.5, 0.15, 0.5, 0.25
+"""How far, as logarithms of ratios, the whole device, one point of the profile, the context's part and that of prompts
+may drift."""
 VERIFY_MEMORY = 0.9995
 MAX_LOG_SCALE = 3.0
+SCALE, CONTEXT, PROMPTS, POINTS = range(4)
+"""Places of what is tracked; the points come last."""
 
 
 class CostTracker:
     """Learns one verifier's costs, starting from its profile.
 
     The logarithm of every measured point of the profile's short curves is corrected, and with them one scale of the
-    whole device and one of what context adds. A step teaches the points it lies between, and the device: where a batch
-    has run, its own points are right; elsewhere the device's drift is known at least.
+    whole device, one of what context adds and one of what a prompt's token costs. A step teaches the points it lies
+    between, and the device: where a batch has run, its own points are right; elsewhere the device's drift is known at
+    least.
     """
 
     def __init__(self, profile: VerifierProfile) -> None:
@@ -51,14 +55,16 @@ class CostTracker:
         self._model: CostModel | None = None
 
     def observe(self, record: StepRecord) -> None:
-        """Learn from one step, drafted or not. Steps that run prompts teach what drafting costs, and nothing else."""
+        """Learn from one step, drafted or not, in which somebody decoded."""
         self._draft.observe(record)
         self._model = None
-        if record.prefill_tokens or not record.sequences or record.verify_s <= 0:
+        if not record.sequences or record.verify_s <= 0:
+            return
+        self._observe_verification(record)
+        if record.prefill_tokens:
             return
         if record.predicted_verify_s and record.plan_version:
             self._errors.append(abs(record.predicted_verify_s / record.verify_s - 1))
-        self._observe_verification(record)
         self._overheads.append(max(0.0, record.step_s - record.draft_s - record.verify_s))
 
     def model(self) -> CostModel:
@@ -79,19 +85,29 @@ class CostTracker:
 
     def rescale(self, ratio: float) -> None:
         """Correct all verification costs at once: `ratio` is measured / predicted."""
-        self._verify.theta[0] += math.log(ratio)
+        self._verify.theta[SCALE] += math.log(ratio)
         self._model = None
 
     def _observe_verification(self, record: StepRecord) -> None:
-        predicted_s, x = self._predict(record.sequences, record.context_tokens // record.sequences, record.tokens)
-        self._verify.update(x, float(np.log(record.verify_s / predicted_s)))
+        decoded, prompt = record.tokens - record.prefill_tokens, record.prefill_tokens
+        contexts = max(record.sequences, record.running) if prompt else record.sequences
+        context_tokens = record.context_tokens // contexts
+        predicted_s, x = self._predict(record.sequences, context_tokens, decoded + self._prompt_ratio * prompt)
+        if prompt:
+            x[PROMPTS] = 1 - self._predict(record.sequences, context_tokens, decoded)[0] / predicted_s
+        self._verify.update(x, math.log(record.verify_s / predicted_s))
 
-    def _predict(self, sequences: int, context_tokens: int, tokens: int) -> tuple[float, NDArray[np.float64]]:
+    @property
+    def _prompt_ratio(self) -> float:
+        return math.exp(self._verify.theta[PROMPTS])
+
+    def _predict(self, sequences: int, context_tokens: int, tokens: float) -> tuple[float, NDArray[np.float64]]:
         """Verification seconds as corrected so far, and the gradient of their logarithm by the parameters."""
         theta, curves = self._verify.theta, self._profile.verify
         x = np.zeros(len(theta))
         beyond_tokens = max(0, context_tokens - self._short)
-        x[1] = math.exp(theta[1]) * beyond_tokens * context_token_s(self._measured, sequences, tokens)
+        added_s = beyond_tokens * context_token_s(self._measured, sequences, round(tokens))
+        x[CONTEXT] = math.exp(theta[CONTEXT]) * added_s
         for index, share in curve_weights(curves, sequences):
             curve, first = curves[index], self._offsets[index]
             place = _place(curve.tokens, tokens)
@@ -104,8 +120,8 @@ class CostTracker:
                     x[first + point] += share * weight * beyond * curve.seconds[point] * math.exp(theta[first + point])
         total = float(x.sum())
         x /= total
-        x[0] = 1.0
-        return total * math.exp(theta[0]), x
+        x[SCALE] = 1.0
+        return total * math.exp(theta[SCALE]), x
 
     def _corrected(self) -> CostModel:
         theta = np.clip(self._verify.theta, -MAX_LOG_SCALE, MAX_LOG_SCALE)
@@ -119,15 +135,16 @@ class CostTracker:
         round_trip_s, sequence_s, layer_s, node_s = self._draft.seconds.tolist()
         return CostModel(
             verify=tuple(
-                short[index] if index in short else self._moved(index, short, float(corrections[1]))
+                short[index] if index in short else self._moved(index, short, float(corrections[CONTEXT]))
                 for index in range(len(self._profile.verify))
             ),
-            verify_scale=float(corrections[0]),
+            verify_scale=float(corrections[SCALE]),
             draft_round_trip_s=round_trip_s,
             draft_sequence_s=sequence_s,
             draft_layer_s=layer_s,
             draft_node_s=node_s,
             step_overhead_s=median(self._overheads) if self._overheads else 0.0,
+            prompt_ratio=self._prompt_ratio,
             paper=self._paper,
         )
 
@@ -142,7 +159,7 @@ class CostTracker:
         return CostCurve(far.sequences, far.context_tokens, far.tokens, tuple(seconds.tolist()))
 
 
-def _place(measured: tuple[int, ...], tokens: int) -> float:
+def _place(measured: tuple[int, ...], tokens: float) -> float:
     """Between which points `tokens` lies, as an index; it is never beyond either end."""
     after = bisect_right(measured, tokens)
     if after in (0, len(measured)):
@@ -153,7 +170,7 @@ def _place(measured: tuple[int, ...], tokens: int) -> float:
 
 def _offsets(curves: tuple[CostCurve, ...], short: int) -> dict[int, int]:
     """Where each short curve's points begin among the tracked parameters, by the curve's index."""
-    offsets, first = {}, 2
+    offsets, first = {}, POINTS
     for index, curve in enumerate(curves):
         if curve.context_tokens == short:
             offsets[index] = first
@@ -173,14 +190,15 @@ def _far(curves: tuple[CostCurve, ...], short: Container[int]) -> dict[int, tupl
 
 
 def _drift(curves: list[CostCurve]) -> NDArray[np.float64]:
-    """float64 [2 + points, 2 + points]: prior covariance of the scale, the context's part, and all points of `curves`.
+    """float64 [3 + points, 3 + points]: prior covariance of the scale, context and prompts, and all points of `curves`.
 
     Points drift together the more alike they are: the correlation falls by 1/e every two doublings of tokens or batch.
     """
     places = np.log2([(n, curve.sequences) for curve in curves for n in curve.tokens])
     apart = np.abs(places[:, None] - places[None]).sum(-1)
-    covariance = np.diag(np.square([SCALE_DEVIATION, CONTEXT_DEVIATION] + [0.0] * len(places)))
-    covariance[2:, 2:] = POINT_DEVIATION**2 * np.exp(-apart / 2)
+    scales = [SCALE_DEVIATION, CONTEXT_DEVIATION, PROMPT_DEVIATION]
+    covariance = np.diag(np.square(scales + [0.0] * len(places)))
+    covariance[POINTS:, POINTS:] = POINT_DEVIATION**2 * np.exp(-apart / 2)
     return covariance
 
 

@@ -67,6 +67,7 @@ def plan_to_proto(plan: Plan) -> pb.Plan:
             draft_node_s=cost.draft_node_s,
             step_overhead_s=cost.step_overhead_s,
             node_s=cost.node_s,
+            prompt_ratio=cost.prompt_ratio,
             paper=_paper_to_proto(cost.paper),
         ),
         calibration=pb.Calibration(
@@ -100,6 +101,7 @@ def plan_from_proto(message: pb.Plan) -> Plan:
             draft_node_s=cost.draft_node_s,
             step_overhead_s=cost.step_overhead_s,
             node_s=cost.node_s,
+            prompt_ratio=cost.prompt_ratio or 1.0,  # a planner that does not know it says nothing
             paper=PaperFit(paper.lambda_s, paper.gamma_s, paper.delta, paper.rho) if cost.HasField("paper") else None,
         ),
         calibration=Calibration(

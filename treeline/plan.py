@@ -64,6 +64,7 @@ class CostModel:
         draft_node_s: d1, one more node in a layer.
         step_overhead_s: C_step, all of a step that is neither drafting nor verification.
         node_s: what one more verified node has been worth lately: the best one left out, as seconds at the price.
+        prompt_ratio: what a prompt's token costs, by what a decoded one does: it needs no logits.
         paper: the fit used by the `smart-paper` policy, if there is one.
     """
 
@@ -75,6 +76,7 @@ class CostModel:
     draft_node_s: float = 0.0
     step_overhead_s: float = 0.0
     node_s: float = 0.0
+    prompt_ratio: float = 1.0
     paper: PaperFit | None = None
 
     @cached_property
@@ -164,7 +166,7 @@ class StepRecord:
     Attributes:
         sequences: decoding requests verified in the step.
         tokens: tokens of the verification pass, prefill included.
-        prefill_tokens: prompt tokens among them; such a step does not teach the cost model.
+        prefill_tokens: prompt tokens among them.
         context_tokens: committed tokens of all sequences together.
         drafted_nodes, verified_nodes, accepted_nodes: draft nodes at each stage, over the batch.
         emitted_tokens: tokens given to requests.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from planner.cost import pass_s
+from planner.cost import as_decoded, pass_s
 from planner.draft_costs import catches_up
 from planner.gate import Decision, DraftGate
 from planner.rule import BatchState
@@ -19,19 +19,13 @@ from treeline.drafting import ALL_LAYERS, DraftLink, DraftReply, DraftRequest, D
 from treeline.forest import Forest
 from treeline.plan import Plan
 from treeline.tree import DraftTree
-from verifier_svc.copying import Copying
+from verifier_svc.copy_stage import CopyStage
 from verifier_svc.drafts import Drafts, pruned
 from verifier_svc.hidden_states import HiddenStates
 from verifier_svc.patience import Patience
 from verifier_svc.scheduler import Batch, Scheduler
-from verifier_svc.sequence import Sequence
+from verifier_svc.sequence import Sequence, weights_of
 from verifier_svc.walk import Walk
-
-COPY_MARGIN = 0.02
-"""A copy must bring this share more than plain decoding: to walk and to commit a tree takes some of a step as well."""
-COPY_STRETCH = 2.5
-"""Beside a prompt a copy may make a pass so many times as long as one without either: who decodes waits for it. Hardly
-more than what the scheduler lets the prompt take."""
 
 
 class Asked(NamedTuple):
@@ -65,8 +59,7 @@ class DraftStage:
         self._step_id = 0
         self._idle_s = self._ended_s = 0.0
         self._gate = DraftGate()
-        self._copying = Copying() if copies else None
-        self._refused_batch, self._refused = (0, 0, 0), 0.0
+        self._copies = CopyStage() if copies else None
 
     @property
     def ready(self) -> bool:
@@ -84,16 +77,17 @@ class DraftStage:
             self._idle_s += started_s - self._ended_s
         self.hidden_states.follow(self.link.features if self.link else None)
         state = BatchState(
-            base_tokens=len(batch.decoding) + batch.prefill_tokens,
+            base_tokens=len(batch.decoding) + as_decoded(plan.cost, batch.prefill_tokens),
             context_tokens=batch.context_tokens // max(1, batch.sequences),
             draft_s=0.0,
             waiting_startable=self._scheduler.free_slots,
+            prompts_go_on=batch.prompts_go_on,
         )
         asked, decision = self._choose(batch.decoding, state, plan)
         if not asked:
             self.release()
-            return self._copied(batch.decoding, state, plan, decision.reason)
-        weights = _weights(batch.decoding, started_s)
+            return self._undrafted(batch.decoding, state, plan, decision.reason)
+        weights = weights_of(batch.decoding, started_s)
         messages = self._messages(asked, weights, decision, plan)
         # A model that was not asked for long has much to catch up with, at about a node's price a token.
         told = sum([max(len(message.token_ids), len(message.features)) for message in messages])
@@ -104,7 +98,7 @@ class DraftStage:
             self._patience.late()
             self._gate.late(draft_s, self._worked_s())
             late = state._replace(draft_s=draft_s)
-            return self._copied(batch.decoding, late, plan, "the drafter did not answer in time")
+            return self._undrafted(batch.decoding, late, plan, "the drafter did not answer in time")
         self._patience.came()
         self._note_held(messages, asked, reply)
         forest = _forest(batch.decoding, messages, reply)
@@ -117,34 +111,16 @@ class DraftStage:
             self._note_offered(batch.decoding, drafts, Decision(requests, "", decision.layers, expected_s))
         return drafts
 
-    def _copied(self, decoding: list[Sequence], state: BatchState, plan: Plan, reason: str) -> Drafts:
-        """What can be had without the drafter: for requests whose text repeats itself, more of the same."""
+    def _undrafted(self, decoding: list[Sequence], state: BatchState, plan: Plan, refusal: str) -> Drafts:
+        """What can be had without the drafter."""
+        if self._copies is not None:
+            running = len(self._scheduler.running)
+            now_s, longest = self._clock(), lambda s: min(self._nodes(s, plan), self._depth(s, running, plan))
+            copied = self._copies.run(decoding, longest, state, plan, now_s)
+            if copied is not None:
+                return copied
         verify_s = pass_s(plan.cost, max(1, len(decoding)), state.context_tokens, state.base_tokens)
-        plain = Drafts(draft_s=state.draft_s, predicted_verify_s=verify_s, refusal=reason)
-        if self._copying is None:
-            return plain
-        smart = [s for s in decoding if s.policy.prices_drafting]
-        sure = {s.session_id: self._copying.read(s.session_id, s.token_ids) for s in smart}
-        surest, batch = max(sure.values(), default=0.0), (plan.version, len(decoding), state.base_tokens)
-        # A surer copy than this one was not worth its place in such a batch.
-        if not surest or (batch == self._refused_batch and surest <= self._refused):
-            return plain
-        running = len(self._scheduler.running)
-        trees = [
-            self._copying.chain(s.session_id, s.token_ids, min(self._nodes(s, plan), self._depth(s, running, plan)))
-            if sure.get(s.session_id)
-            else DraftTree.empty()
-            for s in decoding
-        ]
-        copied = {s.session_id for s, tree in zip(decoding, trees, strict=True) if len(tree)}
-        drafts = pruned(decoding, Forest.of(trees), copied, _weights(decoding, self._clock()), state, plan)
-        assert drafts.pruning is not None
-        gain = drafts.pruning.expected_tokens - len(decoding)
-        pays = gain - drafts.pruning.price * (drafts.predicted_verify_s - verify_s) > COPY_MARGIN * len(decoding)
-        if pays and _bearable(drafts, len(decoding), state, plan):
-            return drafts
-        self._refused_batch, self._refused = batch, surest
-        return plain
+        return Drafts(draft_s=state.draft_s, predicted_verify_s=verify_s, refusal=refusal)
 
     def learn(self, sequences: list[Sequence], drafts: Drafts, walks: list[Walk]) -> None:
         """What became of each sequence's tree in this step; one walk per sequence, in order."""
@@ -158,8 +134,8 @@ class DraftStage:
     def forget(self, sequence: Sequence) -> None:
         """The request has ended: its session is to be released."""
         self.hidden_states.forget(sequence)
-        if self._copying is not None:
-            self._copying.forget(sequence.session_id)
+        if self._copies is not None:
+            self._copies.forget(sequence)
         if sequence.session_id in self._told:
             self._told.remove(sequence.session_id)
             self._unreleased.append(sequence.session_id)
@@ -260,14 +236,6 @@ class DraftStage:
         self._gate.drafted(decision, gains, layers, stats.layer_nodes, drafts.draft_s, self._worked_s(), behind)
 
 
-def _bearable(drafts: Drafts, sequences: int, state: BatchState, plan: Plan) -> bool:
-    """Whether those who decode wait no longer than they may beside a prompt, if the pass carries one."""
-    if state.base_tokens == sequences:
-        return True
-    plain_s = pass_s(plan.cost, sequences, state.context_tokens, sequences)
-    return drafts.predicted_verify_s <= COPY_STRETCH * plain_s
-
-
 def _forest(decoding: list[Sequence], messages: list[DraftSequence], reply: DraftReply) -> Forest:
     """The trees of all that decode; one larger than was allowed is not to be trusted with our memory."""
     trees = dict.fromkeys([s.session_id for s in decoding], DraftTree.empty())
@@ -282,10 +250,3 @@ def _forest(decoding: list[Sequence], messages: list[DraftSequence], reply: Draf
         return forest
     cut = {*forest.tree_of[too_deep].tolist()}
     return Forest.of([DraftTree.empty() if index in cut else tree for index, tree in enumerate(forest.trees)])
-
-
-def _weights(sequences: list[Sequence], now_s: float) -> dict[int, float]:
-    """What a token of each request is worth, by session. 1 on average: weights shift nodes, and leave goodput as is."""
-    weights = [sequence.weight(now_s) for sequence in sequences]
-    total = sum(weights)
-    return {s.session_id: w * len(sequences) / total for s, w in zip(sequences, weights, strict=True)}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lm.kv_cache import KVCache
-from planner.cost import verify_seconds
+from planner.cost import as_decoded, verify_seconds
 from planner.policies import parse_policy
 from treeline.config import LimitsConfig
 from treeline.plan import Plan
@@ -31,11 +31,13 @@ class Batch:
         decoding: sequences whose root is to be verified, with a tree or without.
         prefilling: (sequence, tokens) chunks of prompts.
         finished_prompts: those of `prefilling` whose prompt ends with this chunk; they get their first token.
+        prompts_go_on: more of prompts is left for the next step.
     """
 
     decoding: list[Sequence]
     prefilling: list[tuple[Sequence, int]]
     finished_prompts: list[Sequence]
+    prompts_go_on: bool
 
     @property
     def sequences(self) -> int:
@@ -101,7 +103,7 @@ class Scheduler:
                 budget -= tokens
                 if tokens == sequence.uncomputed_tokens:
                     finished_prompts.append(sequence)
-        return Batch(decoding, prefilling, finished_prompts)
+        return Batch(decoding, prefilling, finished_prompts, len(finished_prompts) < len(prompts))
 
     def _prompt_budget(self, decoding: list[Sequence], plan: Plan) -> int:
         """Most prompt tokens of this step: what MAX_STRETCH allows by the plan's costs, but LEAST_CHUNK_TOKENS.
@@ -112,10 +114,10 @@ class Scheduler:
         if not decoding or plan.version == 0:
             return most
         roots, context_tokens = len(decoding), sum(s.kv.length for s in decoding) // len(decoding)
-        seconds = verify_seconds(plan.cost, roots, context_tokens, roots + most)[roots:]
+        seconds = verify_seconds(plan.cost, roots, context_tokens, roots + as_decoded(plan.cost, most))[roots:]
         stretch = MAX_STRETCH * max(1.0, (len(self.running) - roots) / roots)
         fitting = int(np.searchsorted(seconds, stretch * seconds[0], side="right")) - 1
-        return max(fitting, min(most, LEAST_CHUNK_TOKENS))
+        return min(most, max(int(fitting / plan.cost.prompt_ratio), LEAST_CHUNK_TOKENS))
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, waiting or running, and free its blocks."""

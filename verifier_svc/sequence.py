@@ -158,3 +158,10 @@ class Output:
 
     request_id: str
     item: Chunk | Completion
+
+
+def weights_of(sequences: list[Sequence], now_s: float) -> dict[int, float]:
+    """What a token of each request is worth, by session. 1 on average: weights shift nodes, and leave goodput as is."""
+    weights = [sequence.weight(now_s) for sequence in sequences]
+    total = sum(weights)
+    return {s.session_id: w * len(sequences) / total for s, w in zip(sequences, weights, strict=True)}

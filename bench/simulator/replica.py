@@ -148,7 +148,8 @@ class Replica:
         emitted = round(self._interval_tokens / max(self._interval_step_s, 1e-9) * step_s)
         record = StepRecord(
             step_id=1, unix_s=end_s, plan_version=self._plan.version, sequences=sequences, tokens=tokens,
-            prefill_tokens=prefill_tokens, context_tokens=state.context_tokens * sequences,
+            prefill_tokens=prefill_tokens,
+            context_tokens=state.context_tokens * (self.slots.count if prefill_tokens else sequences),
             drafted_nodes=0, verified_nodes=0,
             accepted_nodes=0, emitted_tokens=emitted, running=self.slots.count, waiting=len(self.waiting),
             free_slots=self.slots.slots - self.slots.count, draft_s=draft_s,

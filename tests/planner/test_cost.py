@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from planner.cost import cheapest_slopes_s, context_token_s, plain_decode_s, verify_seconds
+from planner.cost import as_decoded, cheapest_slopes_s, context_token_s, pass_s, plain_decode_s, verify_seconds
 from planner.tracker import CostTracker, fit_paper
 from tests.planner.builders import linear_cost, record
 from treeline.plan import CostCurve, CostModel, VerifierProfile
@@ -68,12 +68,24 @@ def test_a_lasting_slowdown_is_learnt_within_50_steps():
     assert predicted_s(tracked) == pytest.approx(2 * 0.034, rel=0.15)
 
 
-def test_outliers_pauses_and_prompts_teach_nothing():
+def test_outliers_pauses_and_odd_prompts_teach_nothing_of_decoding():
     tracked = tracker()
     for step in range(100):
         tracked.observe(record(tokens=4, verify_s=5.0 if step % 10 == 0 else 0.034))
         tracked.observe(record(tokens=200, prefill_tokens=196, verify_s=1.0))
     assert predicted_s(tracked) == pytest.approx(0.034, rel=0.05)
+
+
+def test_a_server_that_always_runs_prompts_learns_what_passes_cost_as_well():
+    tracked, random = tracker(), np.random.default_rng(0)
+    for _ in range(100):
+        prompt = int(random.integers(8, 40))
+        verify_s = 1.8 * (0.03 + 0.001 * (8 + 0.7 * prompt)) * random.normal(1, 0.05)
+        tracked.observe(record(sequences=8, running=9, tokens=8 + prompt, prefill_tokens=prompt, verify_s=verify_s))
+    cost = tracked.model()
+    assert pass_s(cost, 8, 64, 8) == pytest.approx(1.8 * 0.038, rel=0.1)
+    assert pass_s(cost, 8, 64, 8 + as_decoded(cost, 40)) == pytest.approx(1.8 * 0.066, rel=0.1)
+    assert 0.6 < cost.prompt_ratio < 0.95
 
 
 def test_drafting_costs_are_learnt_beside_prompts_as_well():

@@ -9,7 +9,7 @@ import pytest
 from planner.calibration import accepts
 from planner.cost import verify_seconds
 from planner.policies import parse_policy
-from planner.rule import BatchState, Frontier, another_layer
+from planner.rule import BatchState, Frontier, another_layer, least_gain
 from tests.planner.builders import Drafted, linear_cost, plan_with, prune, random_tree
 from treeline.plan import CostCurve, CostModel
 from treeline.tree import ROOT, DraftTree
@@ -65,7 +65,9 @@ def test_the_rule_equals_brute_force_over_all_closed_forests(shape, instances):
             for _ in range(count)
         ]
         plan = plan_with(CostModel((curve(random, shape),), step_overhead_s=0.001))
-        state = BatchState(len(candidates) + int(random.integers(0, 5)), 64, 0.002, int(random.integers(0, 3)))
+        prompt_tokens, waiting = int(random.integers(0, 5)), int(random.integers(0, 3))
+        go_on = bool(prompt_tokens and random.integers(2))
+        state = BatchState(len(candidates) + prompt_tokens, 64, 0.002, waiting, go_on)
         check_against_brute_force(candidates, state, plan)
 
 
@@ -80,11 +82,18 @@ def check_against_brute_force(candidates: list[Drafted], state: BatchState, plan
             c.weight * c.ratio * s[list(kept)].sum() for c, s, kept in zip(candidates, scores, forest, strict=True)
         )
         forests.append((base + gain, state.base_tokens + sum(map(len, forest))))
-    # Prompts are run whatever is decoded: a second is worth what it is worth without them.
+    # Prompts are run whatever is decoded: a second is worth what it is worth without them. If the next step has some as
+    # well, decoding less saves no step, but only what it adds to theirs.
     prompts = state.base_tokens - len(candidates)
-    alone_s = verify_seconds(plan.cost, len(candidates), state.context_tokens, 64) + 0.001
-    drafted = max(gain / (alone_s[tokens - prompts] + state.draft_s) for gain, tokens in forests)
-    best_goodput = max(drafted, len(candidates) / alone_s[len(candidates)])
+    passes_s = verify_seconds(plan.cost, len(candidates), state.context_tokens, 64)
+
+    def own_s(tokens: int) -> float:
+        if state.prompts_go_on:
+            return max(1e-9, passes_s[tokens] - passes_s[prompts])
+        return passes_s[tokens - prompts] + 0.001
+
+    drafted = max(gain / (own_s(tokens) + state.draft_s) for gain, tokens in forests)
+    best_goodput = max(drafted, len(candidates) / own_s(state.base_tokens))
     price = best_goodput * (1 + state.waiting_startable / len(candidates))
     best_value = max(gain - price * seconds[tokens] for gain, tokens in forests)
 
@@ -162,6 +171,36 @@ def test_a_prompt_in_the_step_makes_nodes_no_cheaper():
     assert not worthy.all()
     for keep in beside.keep:
         np.testing.assert_array_equal(keep, worthy)
+
+
+def test_while_prompts_go_on_a_node_that_costs_like_a_token_must_be_as_good_as_one():
+    candidates = [Drafted(DraftTree.build([1, 2], [-1, 0], [0.9, 0.9]), SMART, 1.0, False)] * 4
+    last, more = BatchState(4 + 20, 64, 0.0, 0), BatchState(4 + 20, 64, 0.0, 0, prompts_go_on=True)
+    linear, flat = plan_with(linear_cost()), plan_with(CostModel((CostCurve(1, 64, (1, 64), (0.02, 0.02)),)))
+    assert prune(candidates, last, linear).kept == 8
+    assert prune(candidates, more, linear).kept == 0
+    assert prune(candidates, more, flat).kept == 8, "what costs nothing always pays"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nodes_that_pay_are_never_refused_before_they_are_looked_at(shape):
+    random, refused, instances = np.random.default_rng(crc32(shape.encode())), 0, 300
+    for _ in range(instances):
+        candidates = [
+            Drafted(random_tree(random, 5), SMART, 1.0, False, float(random.choice([0.5, 1.0, 1.5]))) for _ in range(3)
+        ]
+        plan = plan_with(CostModel((curve(random, shape),), step_overhead_s=0.001))
+        state = BatchState(
+            3 + int(random.integers(0, 5)), 64, 0.0, int(random.integers(0, 3)), bool(random.integers(2))
+        )
+        pruning, margin = prune(candidates, state, plan), float(random.uniform(0, 0.2))
+        seconds = verify_seconds(plan.cost, 3, 64, state.base_tokens)
+        brings = pruning.expected_tokens - 3 - pruning.price * (pruning.predicted_verify_s - seconds[-1])
+        greatest = max((one.ratio * path_scores(one, plan).max() for one in candidates if len(one.tree)), default=0.0)
+        refuses = greatest < least_gain(15, margin, 3, state, plan)
+        assert not refuses or brings <= margin + 1e-6
+        refused += refuses
+    assert 0 < refused < instances
 
 
 def test_drafts_that_do_not_pay_make_time_no_cheaper():

@@ -25,10 +25,10 @@ def model() -> LanguageModel:
     return LanguageModel.from_hf(tiny_llama(), tiny_tokenizer())
 
 
-def plan_of(seconds_of_64: float, version: int = 1) -> Plan:
+def plan_of(seconds_of_64: float, version: int = 1, prompt_ratio: float = 1.0) -> Plan:
     """One second up to 4 tokens, then a straight line to these seconds."""
     curve = CostCurve(1, 64, (1, 4, 64), (1.0, 1.0, seconds_of_64))
-    return replace(builtin_plan(LIMITS), version=version, cost=CostModel((curve,)))
+    return replace(builtin_plan(LIMITS), version=version, cost=CostModel((curve,), prompt_ratio=prompt_ratio))
 
 
 def chunks(model: LanguageModel, plan: Plan, streams: int, prompts: int = 1) -> list[int]:
@@ -66,6 +66,12 @@ def test_a_chunk_is_as_long_as_those_who_decode_can_bear(model):
     taken = chunks(model, plan_of(6.0), streams=4)
     assert taken[:-1] == [bearable] * (len(taken) - 1)
     assert LEAST_CHUNK_TOKENS < bearable < CHUNK
+
+
+def test_a_chunk_of_cheaper_tokens_is_longer(model):
+    usual = chunks(model, plan_of(6.0), streams=4)[0]
+    assert chunks(model, plan_of(6.0, prompt_ratio=0.5), streams=4)[0] == 2 * usual
+    assert chunks(model, plan_of(1.5, prompt_ratio=0.5), streams=4)[0] == CHUNK, "but no longer than configured"
 
 
 def test_few_who_decode_wait_longer_for_many_prompts(model):
