@@ -21,8 +21,8 @@ from treeline.forest import Forest
 from treeline.plan import DEPTHS, Calibration, Plan
 
 MAX_ACCEPTANCE = np.float32(1 - 2.0**-16)
-"""Below 1 by more than a deep path's rounding, so that a child is always worth less than its parent, and any order by
-worth is closed under parents."""
+"""Below 1 by more than a deep path's rounding, so that a child is worth less than its parent, and any order by worth is
+closed under parents. A request whose drafts fare better than calibrated has no surer nodes than this either."""
 LEAST_S = 1e-9
 """Where more tokens cost nothing, they still take some time."""
 
@@ -63,12 +63,13 @@ class Candidates(NamedTuple):
     """What the choice reads of all candidates.
 
     Attributes:
-        factors: float32 [candidates]; weight and ratio, by which a node's acceptance is multiplied.
+        ratios, weights: float32 [candidates]; by which a node's acceptance, below 1 all the same, is multiplied.
         weight: the sum of all weights.
         prunes: bool [candidates]; whose nodes may be left out. None: everyone's.
     """
 
-    factors: NDArray[np.float32]
+    ratios: NDArray[np.float32]
+    weights: NDArray[np.float32]
     weight: float
     prunes: NDArray[np.bool_] | None
 
@@ -76,7 +77,8 @@ class Candidates(NamedTuple):
     def of(candidates: list[Candidate]) -> Candidates:
         prunes = [c.policy.prunes for c in candidates]
         return Candidates(
-            np.asarray([c.weight * c.ratio for c in candidates], np.float32),
+            np.asarray([c.ratio for c in candidates], np.float32),
+            np.asarray([c.weight for c in candidates], np.float32),
             sum([c.weight for c in candidates]),
             None if all(prunes) else np.asarray(prunes),
         )
@@ -167,7 +169,7 @@ def best_size(
         tree_of: intp [nodes]; which candidate's node it is.
         scores: float32 [nodes]; a(u).
     """
-    gains = scores * candidates.factors[tree_of]
+    gains = np.minimum(scores * candidates.ratios[tree_of], MAX_ACCEPTANCE) * candidates.weights[tree_of]
     prunable = slice(None) if candidates.prunes is None else candidates.prunes[tree_of]
     open_gains = gains[prunable]
     fixed = len(gains) - len(open_gains)
@@ -179,7 +181,7 @@ def best_size(
         expected[0] += float(gains.sum()) - float(ranked.sum())
     expected[1:] = ranked
     expected.cumsum(out=expected)
-    sequences, base = len(candidates.factors), state.base_tokens + fixed
+    sequences, base = len(candidates.weights), state.base_tokens + fixed
     verify_s = verify_seconds(plan.cost, sequences, state.context_tokens, base + len(ranked))
     beside_s = state.draft_s + plan.cost.step_overhead_s
     own_s = own_seconds(verify_s, sequences, state, plan)

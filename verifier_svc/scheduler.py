@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lm.kv_cache import KVCache
-from planner.cost import as_decoded, verify_seconds
+from planner.cost import as_decoded, pass_s, verify_seconds
 from planner.policies import parse_policy
 from treeline.config import LimitsConfig
 from treeline.plan import Plan
@@ -94,7 +94,7 @@ class Scheduler:
         self._admit()
         decoding = [s for s in self.running if s.output_tokens]
         prompts = [s for s in self.running if not s.output_tokens]
-        budget = self._prompt_budget(decoding, plan) if prompts else 0
+        budget = self._prompt_budget(decoding, prompts, plan) if prompts else 0
         prefilling, finished_prompts = [], []
         for sequence in prompts:
             tokens = min(sequence.uncomputed_tokens, budget)
@@ -105,18 +105,21 @@ class Scheduler:
                     finished_prompts.append(sequence)
         return Batch(decoding, prefilling, finished_prompts, len(finished_prompts) < len(prompts))
 
-    def _prompt_budget(self, decoding: list[Sequence], plan: Plan) -> int:
+    def _prompt_budget(self, decoding: list[Sequence], prompts: list[Sequence], plan: Plan) -> int:
         """Most prompt tokens of this step: what MAX_STRETCH allows by the plan's costs, but LEAST_CHUNK_TOKENS.
 
-        Nobody waits where nobody decodes, and the built-in plan's costs are only a guess.
+        Most tokens of such a pass are the first prompt's, and see as much context as it has by now. Nobody waits where
+        nobody decodes, and the built-in plan's costs are only a guess.
         """
         most = self._prefill_chunk_tokens
         if not decoding or plan.version == 0:
             return most
         roots, context_tokens = len(decoding), sum(s.kv.length for s in decoding) // len(decoding)
+        plain_s = pass_s(plan.cost, roots, context_tokens, roots)
+        context_tokens = max(context_tokens, prompts[0].kv.length)
         seconds = verify_seconds(plan.cost, roots, context_tokens, roots + as_decoded(plan.cost, most))[roots:]
-        stretch = MAX_STRETCH * max(1.0, (len(self.running) - roots) / roots)
-        fitting = int(np.searchsorted(seconds, stretch * seconds[0], side="right")) - 1
+        stretch = MAX_STRETCH * max(1.0, len(prompts) / roots)
+        fitting = int(np.searchsorted(seconds, stretch * plain_s, side="right")) - 1
         return min(most, max(int(fitting / plan.cost.prompt_ratio), LEAST_CHUNK_TOKENS))
 
     def remove(self, sequence: Sequence) -> None:

@@ -1,5 +1,3 @@
-/* The same products with vectors of 16, for processors with AVX-512. */
-#ifdef __x86_64__
+/* The same products with vectors of 16, for processors that have such. */
 #define WIDE
 #include "linear.c"
-#endif

@@ -9,7 +9,7 @@ import pytest
 from planner.calibration import accepts
 from planner.cost import verify_seconds
 from planner.policies import parse_policy
-from planner.rule import BatchState, Frontier, another_layer, least_gain
+from planner.rule import MAX_ACCEPTANCE, BatchState, Frontier, another_layer, least_gain
 from tests.planner.builders import Drafted, linear_cost, plan_with, prune, random_tree
 from treeline.plan import CostCurve, CostModel
 from treeline.tree import ROOT, DraftTree
@@ -79,7 +79,8 @@ def check_against_brute_force(candidates: list[Drafted], state: BatchState, plan
     forests = []
     for forest in product(*choices):
         gain = sum(
-            c.weight * c.ratio * s[list(kept)].sum() for c, s, kept in zip(candidates, scores, forest, strict=True)
+            c.weight * np.minimum(c.ratio * s[list(kept)], MAX_ACCEPTANCE).sum()
+            for c, s, kept in zip(candidates, scores, forest, strict=True)
         )
         forests.append((base + gain, state.base_tokens + sum(map(len, forest))))
     # Prompts are run whatever is decoded: a second is worth what it is worth without them. If the next step has some as
@@ -102,7 +103,7 @@ def check_against_brute_force(candidates: list[Drafted], state: BatchState, plan
     kept_gain, kept_nodes = base, 0
     for candidate, keep, score in zip(candidates, pruning.keep, scores, strict=True):
         candidate.tree.select(keep)  # raises unless closed under parents
-        kept_gain += candidate.weight * candidate.ratio * score[keep].sum()
+        kept_gain += candidate.weight * np.minimum(candidate.ratio * score[keep], MAX_ACCEPTANCE).sum()
         kept_nodes += int(keep.sum())
         if not candidate.policy.prunes:
             assert keep.all()

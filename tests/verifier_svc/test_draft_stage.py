@@ -273,8 +273,7 @@ def test_a_text_that_repeats_itself_is_drafted_without_the_drafter(model):
     assert all(record.draft_s == 0 for record in records), "it is not the drafter's time"
 
 
-def test_while_prompts_go_on_only_what_is_surer_than_sure_is_copied(model):
-    """A node costs as much as a token there; only where drafts fare better than calibrated it brings more."""
+def test_while_prompts_go_on_nothing_is_copied_that_costs_as_much_as_theirs(model):
     engine = Engine(model, AbsentLink(), lambda: plan(0.010, 0.0001), CONFIG)
     engine.add(request("r", prompt_token_ids=[5, 6, 7, 8, 9] * 4, max_tokens=100))
     for _ in range(12):
@@ -289,7 +288,8 @@ def test_while_prompts_go_on_only_what_is_surer_than_sure_is_copied(model):
             go_on = any(not sequence.output_tokens for sequence in engine.scheduler.running)
             copied[go_on].append(record.verified_nodes)
     assert min(map(len, copied.values())) > 3
-    assert 0 <= np.mean(copied[True]) < np.mean(copied[False]) / 3
+    assert not any(copied[True])
+    assert any(copied[False])
 
 
 def test_a_copy_that_does_not_pay_does_not_pay_beside_a_prompt_either(model):
