@@ -115,8 +115,11 @@ class DraftStage:
         """What can be had without the drafter."""
         if self._copies is not None:
             running = len(self._scheduler.running)
-            now_s, longest = self._clock(), lambda s: min(self._nodes(s, plan), self._depth(s, running, plan))
-            copied = self._copies.run(decoding, longest, state, plan, now_s)
+
+            def longest(sequence: Sequence) -> int:
+                return min(self._nodes(sequence, plan), self._depth(sequence, running, plan))
+
+            copied = self._copies.run(decoding, longest, state, plan, self._clock())
             if copied is not None:
                 return copied
         verify_s = pass_s(plan.cost, max(1, len(decoding)), state.context_tokens, state.base_tokens)

@@ -17,8 +17,8 @@ from verifier_svc.sequence import Sequence
 
 MAX_STRETCH = 2.25
 """A pass with prompts in it takes at most so many times as long as without them: those who decode wait for it. Below 3,
-since a pass late in a long prompt is dearer than the curve says. Where more prompts wait than streams decode, it may
-take as many times longer: fewer wait for more."""
+since single passes take longer than the curve says. Where more prompts wait than streams decode, it may take as many
+times longer: fewer wait for more."""
 LEAST_CHUNK_TOKENS = 8
 """A prompt gets on by so many tokens a step however dear they are."""
 
