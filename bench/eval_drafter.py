@@ -19,15 +19,15 @@ from bench.local_engine import encode
 from drafter_svc.drafter import TreeDrafter
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
-from planner.calibration import Calibrator
-from planner.fallback import builtin_plan
+from planner.fast.acceptance import Calibrator
+from planner.fast.fallback import builtin_plan
 from treeline.config import LimitsConfig
 from treeline.drafting import NO_FEATURES, DraftRequest, DraftSequence
 from treeline.plan import NodeOutcomes, Plan
 from treeline.sampling import SamplingParams
 from treeline.tree import DraftTree
-from verifier_svc.hidden_states import WINDOW_TOKENS
-from verifier_svc.walk import Walk, concatenate, observed, target_walk
+from verifier_svc.engine.walk import Walk, concatenate, observed, target_walk
+from verifier_svc.speculation.hidden_states import WINDOW_TOKENS
 
 TOP = "static:4"
 POLICIES = {"chain:5": "chain:5", "tree:16": "eagle2:6,4,16"}

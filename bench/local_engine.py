@@ -13,17 +13,17 @@ from drafter_svc.drafter import DrafterInfo, TreeDrafter, build_drafter
 from drafter_svc.proposer import Proposer
 from lm.model import LanguageModel
 from lm.store import vocabulary_sha256
-from planner.cost import as_decoded, verify_seconds
-from planner.loop import PlanMaker, VerifierState
-from planner.signals import Signals
+from planner.fast.cost import as_decoded, verify_seconds
+from planner.service.loop import PlanMaker, VerifierState
+from planner.service.signals import Signals
 from treeline.config import Config
 from treeline.plan import CostCurve, CostModel, StepRecord, VerifierProfile
 from treeline.sampling import SamplingParams
-from verifier_svc.engine import Engine
-from verifier_svc.link import LocalLink
-from verifier_svc.request import Chunk, Completion, GenerationRequest
-from verifier_svc.sequence import Output
-from verifier_svc.service import token_ids_of
+from verifier_svc.engine.engine import Engine
+from verifier_svc.engine.request import Chunk, Completion, GenerationRequest
+from verifier_svc.engine.sequence import Output
+from verifier_svc.service.service import token_ids_of
+from verifier_svc.speculation.link import LocalLink
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:

@@ -17,7 +17,7 @@ from lm.device import torch_dtype
 from lm.model import LanguageModel
 from lm.store import load_tokenizer, resolve_model
 from treeline.config import Config, DrafterConfig, ModelConfig, VerifierConfig
-from verifier_svc.profile import profile_verification
+from verifier_svc.service.profile import profile_verification
 
 POLICIES = ("off", "chain:4", "static:4-2-1", "eagle2:4,4,12", "smart-paper", "smart")
 BATCH = 8

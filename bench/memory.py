@@ -50,10 +50,10 @@ def measure_memory(config: Config, prompts: list[list[int]]) -> Memory:
 def _load_and_answer(config: Config, prompts: list[list[int]]) -> Memory:
     from lm.model import LanguageModel
     from lm.store import resolve_model
-    from planner.fallback import builtin_plan
+    from planner.fast.fallback import builtin_plan
     from treeline.sampling import SamplingParams
-    from verifier_svc.engine import Engine
-    from verifier_svc.request import GenerationRequest
+    from verifier_svc.engine.engine import Engine
+    from verifier_svc.engine.request import GenerationRequest
 
     python_mb, _ = _resident_mb()
     model = LanguageModel.load(config.verifier.target)

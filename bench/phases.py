@@ -14,10 +14,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bench.passes import Pass
 from lm.attention import IMPLEMENTATION
-from lm.elementwise import NativeElementwise
-from lm.grouped_linear import GroupedLinear
-from lm.native_attention import NativeAttention
-from lm.native_layers import TIMED, NativeLayers
+from lm.cpu.elementwise import NativeElementwise
+from lm.cpu.grouped_linear import GroupedLinear
+from lm.cpu.native_attention import NativeAttention
+from lm.cpu.native_layers import TIMED, NativeLayers
 
 PHASES = ("linear", "attention", "norm_rotary", "head", "sampling")
 """norm_rotary is all work element by element: norms, rotary embedding, activation, residual sums, embedding rows."""

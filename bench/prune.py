@@ -12,10 +12,10 @@ import numpy as np
 from drafter_svc.growth import grow
 from drafter_svc.proposer import Children, GrowingTree
 from drafter_svc.sessions import Session
-from planner.calibration import prior
-from planner.gate import Decision, DraftGate
+from planner.fast.acceptance import prior
+from planner.fast.gate import Decision, DraftGate
+from planner.fast.rule import BatchState, Candidate, Frontier, another_layer, prune_batch
 from planner.policies import parse_policy
-from planner.rule import BatchState, Candidate, Frontier, another_layer, prune_batch
 from treeline.drafting import DraftSequence
 from treeline.forest import Forest
 from treeline.plan import CostCurve, CostModel, Plan

@@ -9,7 +9,7 @@ from bench.local_engine import PlannedEngine, Streams
 from bench.shifts_hogs import cpu_hogs
 from bench.shifts_report import ERROR_STEPS, WITHIN, ShiftStep, plain, smoothed_errors, step_errors
 from treeline.errors import ConfigError
-from verifier_svc.request import Chunk
+from verifier_svc.engine.request import Chunk
 
 POLICY = "smart"
 ALONE, CROWD, ALONE_AGAIN = "one stream", "all streams", "one again"

@@ -9,8 +9,8 @@ from itertools import chain, cycle, islice
 from statistics import median
 
 from bench.local_engine import PlannedEngine, Streams
-from verifier_svc.request import Chunk
-from verifier_svc.sequence import Output
+from verifier_svc.engine.request import Chunk
+from verifier_svc.engine.sequence import Output
 
 DECODE_STEPS = 20
 """Steps before the prompt arrives, whose median is the unit of a wait; as many before them only warm up."""

@@ -13,7 +13,7 @@ import torch
 
 from bench.local_engine import PlannedEngine
 from treeline.drafting import DraftReply
-from verifier_svc import drafts
+from verifier_svc.speculation import drafts
 
 PHASES = (
     "schedule",

@@ -29,7 +29,7 @@ from bench.load import (
 )
 from bench.local_engine import PlannedStep
 from bench.turns import in_turns
-from lm.threads import own_cores
+from lm.cpu.threads import own_cores
 from planner.policies import canonical_spellings
 
 OFF = "off"

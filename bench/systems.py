@@ -21,8 +21,8 @@ from treeline.errors import ConfigError, QueueFullError, TreelineError
 from treeline.plan import CostCurve
 from treeline.sampling import SamplingParams
 from treeline.v1 import generation_pb2 as pb
-from verifier_svc.profile import profile_verification
-from verifier_svc.request import Chunk, Completion, FinishReason, GenerationRequest, SpeculationTotals
+from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, SpeculationTotals
+from verifier_svc.service.profile import profile_verification
 
 PROFILE_CACHE_TOKENS = 4096
 REQUEST_TIMEOUT_S = 600.0

@@ -60,7 +60,7 @@ def _cpu_flags() -> list[str]:
 
 def _kernels() -> tuple[bool, str, str]:
     try:
-        from lm.native import library
+        from lm.cpu.native import library
     except ImportError:
         return True, "kernels", "unknown without torch"
     return True, "kernels", "compiled" if library() else "torch's own: ours need a C compiler at installation, and AVX2"

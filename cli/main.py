@@ -8,7 +8,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli.bench import bench
+from cli.bench.main import bench
+from cli.bench.simulate import simulate
 from cli.config import config
 from cli.demo import demo
 from cli.distill import distill
@@ -18,7 +19,6 @@ from cli.generate import generate
 from cli.models import models
 from cli.profile import profile
 from cli.serve import serve
-from cli.simulate import simulate
 from cli.top import top
 from treeline.config import SPIN_COUNT
 from treeline.errors import ConfigError, TreelineError

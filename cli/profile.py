@@ -23,7 +23,7 @@ def profile(
     """
     verifier = load_config(config).verifier
     from lm.model import LanguageModel
-    from verifier_svc.profile_cache import verification_profile
+    from verifier_svc.service.profile_cache import verification_profile
 
     model = LanguageModel.load(verifier.target)
     cache = model.new_cache(verifier.kv_cache_tokens, verifier.kv_block_tokens)

@@ -58,7 +58,7 @@ class Replica:
 
 class PlannerReplica(Replica):
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
-        from planner.server import PlannerServer
+        from planner.service.server import PlannerServer
 
         self.metrics_host = (checked := Config.model_validate(config)).metrics.host
         self.server = await PlannerServer.start(checked)
@@ -74,7 +74,7 @@ class DrafterReplica(Replica):
 
 class VerifierReplica(Replica):
     async def __init__(self, config: dict[str, Any], drafter: DeploymentHandle, planner: DeploymentHandle) -> None:  # type: ignore[misc]
-        from verifier_svc.server import VerifierServer
+        from verifier_svc.service.server import VerifierServer
 
         self.metrics_host = (checked := Config.model_validate(config)).metrics.host
         self.server = await VerifierServer.start(checked, discover(drafter), discover(planner))
@@ -82,7 +82,7 @@ class VerifierReplica(Replica):
 
 class FrontDoorReplica(Replica):
     async def __init__(self, config: dict[str, Any], verifier: DeploymentHandle) -> None:  # type: ignore[misc]
-        from verifier_svc.front_door import FrontDoorServer
+        from front_door.server import FrontDoorServer
 
         self.metrics_host = (checked := Config.model_validate(config)).metrics.host
         self.front_door = self.server = await FrontDoorServer.start(checked, discover(verifier))

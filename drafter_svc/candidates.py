@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafter_svc.proposer import Children
-from planner.calibration import accepts
+from planner.fast.acceptance import accepts
 from treeline.plan import Calibration
 from treeline.tree import Source
 

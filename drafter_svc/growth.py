@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from drafter_svc.candidates import Candidates, merge
 from drafter_svc.proposer import GrowingTree, Proposer
+from planner.fast.rule import Frontier, another_layer
 from planner.policies import Layer
 from planner.policies.base import places_by_score
-from planner.rule import Frontier, another_layer
 from treeline.plan import Plan
 from treeline.tree import ROOT, DraftTree
 

@@ -15,8 +15,8 @@ from prometheus_client import CollectorRegistry
 
 from drafter_svc.drafter import DrafterInfo, TreeDrafter, build_drafter, find_head
 from lm.store import load_tokenizer, resolve_model, vocabulary_sha256
-from planner.client import PlanWatcher
 from planner.policies import parse_policy
+from planner.service.client import PlanWatcher
 from treeline.config import DEFAULT_MODEL, Config, LimitsConfig
 from treeline.drafting import DraftReply, DraftRequest
 from treeline.drafting_wire import map_sessions, reply_to_proto, request_from_proto, unmap_sessions

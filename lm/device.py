@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lm.native import library
-from lm.quantized import holds_groups
+from lm.cpu.native import library
+from lm.cpu.quantized import holds_groups
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
 

@@ -20,17 +20,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrain
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lm.attention import CONTEXT, IMPLEMENTATION, AttentionContext
+from lm.cpu.elementwise import TORCH, elementwise_for
+from lm.cpu.packed_linear import pack_linear_layers
+from lm.cuda.graphs import Outputs
+from lm.cuda.static_pass import BUCKETS
 from lm.device import torch_dtype
-from lm.elementwise import TORCH, elementwise_for
 from lm.fused import fuse_layers
-from lm.graphs import Outputs
 from lm.kv_cache import KVCache, LayerShape
 from lm.model import torch_device
 from lm.packed import PackedSequence
-from lm.packed_linear import pack_linear_layers
 from lm.passes import Passes
 from lm.sampling import Row, top_drafts
-from lm.static_pass import BUCKETS
 from lm.store import one_line, progress_bars, resolve_model
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError

@@ -21,10 +21,10 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from lm.attention import CONTEXT, AttentionContext, AttentionOptions
-from lm.elementwise import TORCH, elementwise_for
-from lm.native import LANES
-from lm.native_attention import NativeAttention
-from lm.native_layers import NativeLayers, native_layers
+from lm.cpu.elementwise import TORCH, elementwise_for
+from lm.cpu.native import LANES
+from lm.cpu.native_attention import NativeAttention
+from lm.cpu.native_layers import NativeLayers, native_layers
 
 FUSED = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 """Layers that compute just what `FusedLayer` does; their subclasses may not."""

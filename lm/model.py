@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lm.attention import CONTEXT, IMPLEMENTATION, AttentionContext, Probe, UnsupportedAttentionError
+from lm.cpu.packed_linear import pack_linear_layers, read_bytes
+from lm.cuda.graphs import Outputs
 from lm.device import torch_device, torch_dtype
 from lm.features import FeatureTap
 from lm.fused import LENGTH_DEPENDENT_ROPE, fuse_layers
-from lm.graphs import Outputs
 from lm.kv_cache import KVCache, LayerShape
 from lm.packed import PackedSequence
-from lm.packed_linear import pack_linear_layers, read_bytes
 from lm.passes import Passes
 from lm.store import load_tokenizer, model_name, one_line, progress_bars, resolve_model
 from treeline.config import ModelConfig

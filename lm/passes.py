@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lm.cpu.native_attention import attention_for
+from lm.cuda.graphs import Outputs
+from lm.cuda.static_pass import BUCKETS, Body, StaticPasses
 from lm.device import upload
-from lm.graphs import Outputs
 from lm.kv_cache import KVCache
-from lm.native_attention import attention_for
 from lm.packed import PackedBatch, PackedSequence, pack
-from lm.static_pass import BUCKETS, Body, StaticPasses
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,10 @@ MAY_IMPORT = {
     "distill": {"lm", "treeline"},
     "drafter_svc": {"lm", "planner", "treeline"},
     "verifier_svc": {"lm", "planner", "treeline"},
-    "deploy": {"verifier_svc", "drafter_svc", "planner", "treeline"},
-    "bench": {"distill", "deploy", "verifier_svc", "drafter_svc", "lm", "planner", "treeline"},
-    "cli": {"bench", "distill", "deploy", "verifier_svc", "drafter_svc", "lm", "planner", "treeline"},
+    "front_door": {"verifier_svc", "treeline"},
+    "deploy": {"front_door", "verifier_svc", "drafter_svc", "planner", "treeline"},
+    "bench": {"distill", "deploy", "front_door", "verifier_svc", "drafter_svc", "lm", "planner", "treeline"},
+    "cli": {"bench", "distill", "deploy", "front_door", "verifier_svc", "drafter_svc", "lm", "planner", "treeline"},
 }
 NEVER = {"treeline": {"torch", "ray", "transformers"}, "planner": {"torch", "ray", "transformers"}}
 

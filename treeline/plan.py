@@ -81,7 +81,7 @@ class CostModel:
 
     @cached_property
     def readings(self) -> dict[tuple[int, int], Reading]:
-        """What `planner.cost` has read off the curves, by (sequences, n): every step asks again."""
+        """What `planner.fast.cost` has read off the curves, by (sequences, n): every step asks again."""
         return {}
 
     @cached_property

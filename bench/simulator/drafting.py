@@ -1,4 +1,4 @@
-"""The drafting half of a simulated step, as `verifier_svc.draft_stage` does it: real decisions about drawn trees."""
+"""The drafting half of a simulated step, as the verifier's `draft_stage` does it: real decisions about drawn trees."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from bench.simulator.dealing import Dealer, Drawn, Hand
 from bench.simulator.devices import Device
 from bench.simulator.tables import Table, Tables
 from bench.simulator.worlds import MAX_DEPTH
-from planner.gate import Decision, DraftGate
+from planner.fast.gate import Decision, DraftGate
+from planner.fast.rule import BatchState, Candidate, Candidates, Frontier, Pruning, another_layer, best_size
 from planner.policies import Policy
-from planner.rule import BatchState, Candidate, Candidates, Frontier, Pruning, another_layer, best_size
 from treeline.plan import NodeOutcomes, Plan
 
 

@@ -14,11 +14,11 @@ from bench.simulator.devices import Device
 from bench.simulator.drafting import Drafted, Drafting
 from bench.simulator.slots import Finished, Request, Slots
 from bench.simulator.tables import Tables
-from planner.cost import pass_s
-from planner.loop import PlanMaker, VerifierState
+from planner.fast.cost import pass_s
+from planner.fast.rule import BatchState
 from planner.policies import Policy
-from planner.rule import BatchState
-from planner.signals import Signals
+from planner.service.loop import PlanMaker, VerifierState
+from planner.service.signals import Signals
 from treeline.config import Config
 from treeline.plan import CostModel, NodeOutcomes, Plan, StepRecord
 

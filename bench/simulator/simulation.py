@@ -19,9 +19,9 @@ from bench.simulator.replica import Replica, Step
 from bench.simulator.slots import PREFILL_CHUNK_TOKENS, Request
 from bench.simulator.tables import Tables
 from bench.simulator.worlds import WORLDS, AcceptanceLaw, Draws, World
-from planner.cost import pass_s
-from planner.loop import PlanMaker, VerifierState
+from planner.fast.cost import pass_s
 from planner.policies import parse_policy
+from planner.service.loop import PlanMaker, VerifierState
 from treeline.config import Config
 from treeline.plan import CostModel
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.weights import urgency
+from planner.fast.weights import urgency
 
 PREFILL_CHUNK_TOKENS = 512
 

@@ -13,10 +13,10 @@ from bench.simulator.worlds import MAX_DEPTH, OUTCOMES, World
 from drafter_svc.growth import GrowingForest
 from drafter_svc.proposer import GrowingTree
 from drafter_svc.sessions import Session
-from planner.cost import plain_decode_s
+from planner.fast.cost import plain_decode_s
+from planner.fast.rule import path_acceptance
 from planner.policies import Policy
 from planner.policies.smart import PAPER_BUDGET_NODES, SmartPaper
-from planner.rule import path_acceptance
 from treeline.drafting import DraftSequence
 from treeline.forest import Forest
 from treeline.plan import Calibration, Plan

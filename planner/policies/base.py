@@ -60,7 +60,7 @@ class Policy(Protocol):
         spec: canonical spelling.
         max_depth: no layer beyond it; 0 never drafts.
         max_children: children to propose under each expanded node.
-        prunes: the verifier chooses among its nodes over the whole batch (`planner.rule.prune_batch`).
+        prunes: the verifier chooses among its nodes over the whole batch (`planner.fast.rule.prune_batch`).
         prices_drafting: whether to draft at all, and how deep, is left to the rule.
     """
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.cost import verify_seconds
+from planner.fast.cost import verify_seconds
 from planner.policies.base import Growth, Layer, places_by_score
 from treeline.plan import CostModel, Plan
 

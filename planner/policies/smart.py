@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.cost import paper_layer_s, plain_decode_s
+from planner.fast.cost import paper_layer_s, plain_decode_s
 from planner.policies.base import MAX_DEPTH, Growth, Layer, places_by_score
 from treeline.plan import DEPTHS, PaperFit, Plan
 

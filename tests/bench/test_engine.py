@@ -19,8 +19,8 @@ from lm.model import LanguageModel
 from tests.lm.tiny import tiny_llama
 from tests.verifier_svc.services import save_tiny_model, tiny_config
 from treeline.config import Config, DrafterConfig
-from verifier_svc.profile import profile_verification
-from verifier_svc.request import Chunk
+from verifier_svc.engine.request import Chunk
+from verifier_svc.service.profile import profile_verification
 
 
 @pytest.fixture(scope="module")

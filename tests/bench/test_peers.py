@@ -90,7 +90,7 @@ def test_packages_that_are_not_installed_are_named(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kind", ["ngram", "model"])
 def test_the_command_names_everyone(tmp_path, monkeypatch, kind):
     monkeypatch.setenv("TREELINE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("cli.bench_peers.OPTIONAL", ("torch", "no-such-package"))
+    monkeypatch.setattr("cli.bench.peers.OPTIONAL", ("torch", "no-such-package"))
     model = tmp_path / "tiny"
     tiny_llama().save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)

@@ -18,13 +18,13 @@ from bench.simulator.devices import measured
 from bench.step import Subject, grid, head_subject, model_subject, run_step
 from bench.step_plot import plot_step
 from cli.main import app
-from lm.elementwise import elementwise_for
-from lm.grouped_linear import GroupedLinear
+from lm.cpu.elementwise import elementwise_for
+from lm.cpu.grouped_linear import GroupedLinear
+from lm.cpu.native import library
+from lm.cpu.native_attention import NativeAttention
+from lm.cpu.quantized import round_to_q8_0
 from lm.model import LanguageModel
-from lm.native import library
-from lm.native_attention import NativeAttention
 from lm.packed import PackedSequence
-from lm.quantized import round_to_q8_0
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from tests.lm.tiny_head import tiny_head
 from treeline.config import ModelConfig
@@ -190,7 +190,7 @@ def test_the_command_writes_its_report_and_plot(folder, tmp_path, monkeypatch):
 
 def test_a_shape_of_random_weights_is_measured_and_its_curves_can_be_simulated(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.step.QUICK", tuple(POINTS))
-    monkeypatch.setattr("verifier_svc.profile.BUDGET_S", 0.5)
+    monkeypatch.setattr("verifier_svc.service.profile.BUDGET_S", 0.5)
     config, report, curves = tmp_path / "c.yaml", tmp_path / "r.json", tmp_path / "curves.json"
     config.write_text("verifier: {target: {dtype: float32, device: cpu}, kv_cache_tokens: 512}\n")
     arguments = ["--config", str(config), "--quick", "--repeats", "1", "--json", str(report), "--curves", str(curves)]

@@ -24,7 +24,7 @@ from bench.sweep import (
     open_blocks,
 )
 from bench.systems import LocalSystems
-from cli.bench_sweep import POLICIES
+from cli.bench.sweep import POLICIES
 from cli.main import app
 from tests.verifier_svc.services import save_tiny_model
 from treeline.errors import ConfigError

@@ -9,10 +9,10 @@ import torch.nn.attention.flex_attention
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from lm import elementwise, native_attention
+from lm.cpu import elementwise, native_attention
+from lm.cpu.native import library
 from lm.kv_cache import KVCache, SequenceCache
 from lm.model import LanguageModel
-from lm.native import library
 from lm.packed import PackedSequence
 from lm.passes import Passes
 

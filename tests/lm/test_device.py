@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from lm import device
+from lm.cpu.grouped_linear import kernel
+from lm.cpu.quantized import round_to_q4_1
 from lm.device import torch_dtype
 from lm.draft_head import load_plain
-from lm.grouped_linear import kernel
 from lm.model import LanguageModel
-from lm.quantized import round_to_q4_1
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from treeline.config import ModelConfig
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from planner.calibration import prior
+from planner.fast.acceptance import prior
+from planner.fast.rule import BatchState, Candidate, Pruning, prune_batch
 from planner.policies import Policy
-from planner.rule import BatchState, Candidate, Pruning, prune_batch
 from treeline.forest import Forest
 from treeline.plan import CostCurve, CostModel, NodeOutcomes, Plan, StepRecord
 from treeline.tree import DraftTree

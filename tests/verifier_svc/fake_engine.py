@@ -13,10 +13,10 @@ from jinja2 import TemplateError
 
 from treeline.config import Config
 from treeline.errors import QueueFullError
+from treeline.interceptors import SERVICE, CallInterceptor
 from treeline.rpc import add_standard_services, bind, new_server
 from treeline.v1 import generation_pb2_grpc as pb_grpc
-from verifier_svc.interceptors import SERVICE, CallInterceptor
-from verifier_svc.request import (
+from verifier_svc.engine.request import (
     Chunk,
     Completion,
     FinishReason,
@@ -26,8 +26,8 @@ from verifier_svc.request import (
     StepExplanation,
     TokenLogprobs,
 )
-from verifier_svc.service import GenerationServicer
-from verifier_svc.validation import ServedModel
+from verifier_svc.service.service import GenerationServicer
+from verifier_svc.service.validation import ServedModel
 
 INFO = ServedModel("fake", "FakeForCausalLM", "float32", 256, 1024, frozenset({0}), has_chat_template=True)
 

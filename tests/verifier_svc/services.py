@@ -12,7 +12,8 @@ from pathlib import Path
 import grpc
 
 from drafter_svc.server import DrafterServer
-from planner.server import PlannerServer
+from front_door.server import FrontDoorServer
+from planner.service.server import PlannerServer
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from treeline.config import (
     Config,
@@ -26,8 +27,7 @@ from treeline.config import (
 )
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1.generation_pb2_grpc import GenerationServiceStub
-from verifier_svc.front_door import FrontDoorServer
-from verifier_svc.server import VerifierServer
+from verifier_svc.service.server import VerifierServer
 
 
 def save_tiny_model(folder: Path, seed: int = 0) -> Path:

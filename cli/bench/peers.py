@@ -1,0 +1,116 @@
+"""`treeline bench peers`: the same prompts through us and through others."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options import ConfigFile, JsonFile, Prompts
+from treeline.config import Config, load_config
+from treeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bench.common import Prompt
+    from bench.peers import Missing, PeerRow
+
+OPTIONAL = ("openvino-genai", "llama-cpp-python")
+
+
+def peers(
+    config: ConfigFile = None,
+    prompts: Prompts = None,
+    limit: Annotated[int, typer.Option(min=1, help="Use the first so many prompts.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of each answer.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="How often every system answers all prompts, in turns.")] = 3,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(min=1, help="Requests at a time; may be given repeatedly.  [default: 1, 8]")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Compare greedy decoding end to end with transformers, OpenVINO GenAI and llama.cpp; names whoever is missing.
+
+    OpenVINO GenAI and llama.cpp are optional: pip install "treeline[peers]".
+    """
+    loaded, concurrencies = load_config(config), sorted(set(concurrency or (1, 8)))
+
+    from dataclasses import asdict
+
+    from bench.common import OWN_PROMPTS, load_prompts, write_report
+
+    texts = load_prompts(prompts or OWN_PROMPTS, limit)
+    rows, missing = _measure(loaded, texts, max_tokens, rounds, concurrencies)
+    _show(rows, missing)
+    if json_file is not None:
+        described = {
+            "config": loaded.model_dump(mode="json"),
+            "prompts": len(texts),
+            "max_tokens": max_tokens,
+            "rounds": rounds,
+            "optional_peers": _installed(OPTIONAL),
+        }
+        write_report(json_file, described, [asdict(row) for row in rows], missing=[asdict(peer) for peer in missing])
+
+
+def _installed(packages: tuple[str, ...]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _measure(
+    config: Config, texts: list[Prompt], max_tokens: int, rounds: int, concurrencies: list[int]
+) -> tuple[list[PeerRow], list[Missing]]:
+    from bench.local_engine import encode
+    from bench.peers import run_peers
+    from bench.peers_lineup import build_lineup
+    from cli.shown import Counted
+    from lm.model import LanguageModel
+    from verifier_svc.service.profile_cache import verification_profile
+
+    with Counted("loading") as bar:
+        model = LanguageModel.load(config.verifier.target)
+        encoded = [encode(model.tokenizer, prompt) for prompt in texts]
+        most = min(model.max_context_tokens, config.limits.max_context_tokens)
+        if max(map(len, encoded)) + max_tokens > most:
+            raise ConfigError(f"a prompt and its {max_tokens} new tokens exceed the context of {most}")
+        cache = model.new_cache(config.verifier.kv_cache_tokens, config.verifier.kv_block_tokens)
+        curves = verification_profile(model, cache)
+        del cache
+        lineup = build_lineup(model, config, curves, max_tokens, concurrencies, bar.begin)
+        runs = sum(1 if peer.serial else len(concurrencies) for peer in lineup.peers)
+        bar.expect(len(lineup.peers) + len(lineup.missing) + len(lineup.peers) + rounds * runs)
+        rows = run_peers(lineup, encoded, model.eos_token_ids, rounds, concurrencies, bar.begin)
+    return rows, lineup.missing
+
+
+def _show(rows: list[PeerRow], missing: list[Missing]) -> None:
+    from rich.console import Console
+
+    from cli.shown import table
+
+    console = Console()
+    ours = {row.concurrency: row.tokens_per_s for row in rows if (row.system, row.mode) == ("treeline", "smart")}
+    headings = ("system", "mode", "at a time", "tokens/s", "of smart", "agreement")
+    lines = [
+        [
+            row.system,
+            row.mode,
+            str(row.concurrency),
+            f"{row.tokens_per_s:.1f}",
+            f"{row.tokens_per_s / ours[row.concurrency]:.2f}",
+            f"{row.agreement:.0%}",
+        ]
+        for row in sorted(rows, key=lambda row: row.concurrency)
+    ]
+    console.print(table("greedy decoding, end to end", headings, lines, names=2))
+    for note in dict.fromkeys(row.note for row in rows if row.note):
+        who = dict.fromkeys(f"{row.system} {row.mode}" for row in rows if row.note == note)
+        console.print(f"{', '.join(who)}: {note}", highlight=False)
+    for peer in missing:
+        console.print(f"missing: {peer.system} {peer.mode}: {peer.reason}", markup=False, highlight=False)

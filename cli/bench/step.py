@@ -1,0 +1,121 @@
+"""`treeline bench step`: what a verification pass costs, and how near that is to what the machine allows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options import ConfigFile, JsonFile
+from treeline.config import Config, load_config
+from treeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bench.step import StepResult, Subject
+
+
+def step(
+    config: ConfigFile = None,
+    drafter: Annotated[
+        str | None, typer.Option(help="Measure this draft model's passes too; the configuration's drafter by default.")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Measure a model of this shape with random weights instead: llama-8b, llama-tiny."),
+    ] = None,
+    curves: Annotated[
+        Path | None, typer.Option(help="With --shape: write its profile here, for `treeline simulate --curves`.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Four points of the grid only.")] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed passes of each system at each point.")] = 5,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the passes into this picture (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Time passes over 1 to 64 tokens of 1 to 16 sequences, ours and transformers' in turns, and the machine's limit.
+
+    Shows the phases in which the time is spent as well. Takes a few minutes for the default model on two cores.
+    """
+    loaded = load_config(config)
+    if curves is not None and shape is None:
+        raise ConfigError("--curves goes with --shape; `treeline profile --json` prints those of a configured target")
+
+    from bench.common import write_report
+    from bench.step import QUICK, grid, run_step
+    from cli.shown import Counted
+
+    points = list(QUICK) if quick else grid()
+    with Counted("loading") as bar:
+        subjects = _subjects(loaded, drafter) if shape is None else [_shaped(loaded, shape, curves)]
+        bar.expect(1 + len(points) * len(subjects))
+        result = run_step(subjects, points, repeats, bar.begin)
+    _show(result)
+    if json_file is not None:
+        described = {"config": loaded.model_dump(mode="json"), "repeats": repeats, "shape": shape}
+        more = {"limit": result.limit_json(), "phases": [asdict(row) for row in result.phases]}
+        write_report(json_file, described, [asdict(row) for row in result.rows], **more)
+    if plot is not None:
+        from bench.step_plot import plot_step
+
+        plot_step(result.rows, plot)
+
+
+def _subjects(config: Config, drafter: str | None) -> list[Subject]:
+    """The target, and the drafter of the configuration or this draft model."""
+    from bench.step import head_subject, model_subject
+    from drafter_svc.drafter import find_head
+    from lm.draft_head import DraftHead
+
+    target = config.verifier.target
+    subjects = [model_subject("target", target)]
+    if drafter is not None:
+        subjects.append(model_subject("drafter", target.model_copy(update={"model": drafter, "name": None})))
+    elif config.drafter.model is not None:
+        subjects.append(model_subject("drafter", config.drafter.model))
+    elif (folder := find_head(config.drafter, target)) is not None:
+        subjects.append(head_subject(DraftHead.load(folder, target), subjects[0].max_context_tokens))
+    return subjects
+
+
+def _shaped(config: Config, shape: str, curves: Path | None) -> Subject:
+    """A model of random weights; its profile is written first, if asked for."""
+    from bench.shapes import random_model, shape_subject
+
+    model = random_model(shape, config.verifier.target)
+    if curves is not None:
+        from verifier_svc.service.profile import profile_verification
+
+        cache = model.new_cache(config.verifier.kv_cache_tokens, config.verifier.kv_block_tokens)
+        model.capture(cache)
+        measured = [asdict(curve) for curve in profile_verification(model, cache)]
+        curves.write_text(json.dumps(measured) + "\n")
+    return shape_subject(model)
+
+
+def _show(result: StepResult) -> None:
+    from rich.console import Console
+
+    from cli.shown import number, table
+
+    console, limit = Console(), result.limit
+    console.print(f"this machine reads {limit.read_gb_s:.1f} GB/s and multiplies {limit.gemm_gflop_s:.0f} GFLOP/s")
+    headings = ("context", "sequences", "tokens", "limit", "ours", "transformers", "ours /\ntheirs")
+    for model in dict.fromkeys(row.model for row in result.rows):
+        rows = []
+        for row in result.rows:
+            if row.model == model:
+                ratio = None if row.transformers_ms is None else row.ours_ms / row.transformers_ms
+                times = map(number, (row.limit_ms, row.ours_ms, row.transformers_ms))
+                rows.append([str(row.context), str(row.sequences), str(row.tokens), *times, number(ratio, 2)])
+        console.print(table(f"{model}: milliseconds of a pass", headings, rows, names=0))
+    parts = ("context", "tokens", "linear", "attention", "norm,\nrotary", "head", "sampling", "Python")
+    for model, system in dict.fromkeys((part.model, part.system) for part in result.phases):
+        rows = []
+        for part in result.phases:
+            if (part.model, part.system, part.sequences) == (model, system, 1):
+                spent = (part.linear_ms, part.attention_ms, part.norm_rotary_ms, part.head_ms, part.sampling_ms)
+                rows.append([str(part.context), str(part.tokens), *map(number, (*spent, part.python_ms))])
+        title = f"{model}, {system}: where one sequence's milliseconds go"
+        console.print(table(title, parts, rows, names=0))

@@ -1,0 +1,148 @@
+"""Which verifier a request goes to: the least loaded one that is alive."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, field
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from treeline.config import Config
+from treeline.interceptors import SERVICE
+from treeline.rpc import Discover, connect
+from treeline.v1 import generation_pb2 as pb
+from treeline.v1 import generation_pb2_grpc as pb_grpc
+
+logger = logging.getLogger(__name__)
+
+POLL_INTERVAL_S = 0.5
+POLL_TIMEOUT_S = 2.0
+MAX_LATE_POLLS = 3
+"""A verifier that answers late may only be short of CPU; one that is gone refuses at once."""
+
+
+OnPoll = Callable[[int], Awaitable[None]]
+"""Told after each round how many verifiers serve."""
+
+
+@dataclass(eq=False)
+class Verifier:
+    """One verifier as this front door knows it.
+
+    Attributes:
+        serving: said that it serves when it last answered, and did not leave too many polls unanswered since.
+        late_polls: polls in a row without an answer.
+        in_flight: streams that this front door has open there now.
+        others: requests there that came by other ways, as of the last poll.
+    """
+
+    endpoint: str
+    channel: grpc.aio.Channel
+    serving: bool = False
+    late_polls: int = 0
+    in_flight: int = 0
+    others: int = 0
+    load: pb.GetLoadResponse = field(default_factory=pb.GetLoadResponse)
+    info: pb.GetModelInfoResponse | None = None
+
+    @property
+    def requests(self) -> int:
+        return self.in_flight + self.others
+
+    def call(self, method: str) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
+        """A method of its generation service, on messages as they are on the wire."""
+        return self.channel.unary_unary(f"/{SERVICE}/{method}")
+
+    def call_stream(self, method: str) -> grpc.aio.UnaryStreamMultiCallable[bytes, bytes]:
+        """The same for a method that streams its answer."""
+        return self.channel.unary_stream(f"/{SERVICE}/{method}")
+
+    async def poll(self) -> None:
+        """Bring everything but in_flight up to date."""
+        service = pb_grpc.GenerationServiceStub(self.channel)
+        health = health_pb2_grpc.HealthStub(self.channel)
+        try:
+            status = await health.Check(health_pb2.HealthCheckRequest(), timeout=POLL_TIMEOUT_S)
+            if self.info is None:
+                self.info = await service.GetModelInfo(pb.GetModelInfoRequest(), timeout=POLL_TIMEOUT_S)
+            in_flight = self.in_flight
+            self.load = await service.GetLoad(pb.GetLoadRequest(), timeout=POLL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            self.late_polls += 1
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED or self.late_polls >= MAX_LATE_POLLS:
+                self._set_serving(False, error.code().name)
+            return
+        self.late_polls = 0
+        self.others = max(0, self.load.num_requests_running + self.load.num_requests_waiting - in_flight)
+        self._set_serving(status.status == health_pb2.HealthCheckResponse.SERVING, "draining")
+
+    def _set_serving(self, serving: bool, problem: str) -> None:
+        if serving != self.serving:
+            logger.info("verifier %s: %s", self.endpoint, "serving" if serving else problem)
+        self.serving = serving
+
+
+class VerifierPool:
+    """Follows discovery, health and load of all verifiers in a background task."""
+
+    def __init__(self, config: Config, discover: Discover, on_poll: OnPoll) -> None:
+        self._config, self._discover, self._on_poll = config, discover, on_poll
+        self._verifiers: dict[str, Verifier] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(cls, config: Config, discover: Discover, on_poll: OnPoll) -> VerifierPool:
+        """A pool that has looked around once."""
+        pool = cls(config, discover, on_poll)
+        await pool._refresh()
+        pool._task = asyncio.create_task(pool._keep_fresh(), name="verifier-pool")
+        return pool
+
+    @property
+    def serving(self) -> list[Verifier]:
+        return [verifier for verifier in self._verifiers.values() if verifier.serving]
+
+    @property
+    def info(self) -> pb.GetModelInfoResponse | None:
+        """What is served: all verifiers serve the same model. None until one was reached."""
+        return next((verifier.info for verifier in self._verifiers.values() if verifier.info), None)
+
+    def least_loaded(self, excluded: Collection[Verifier] = ()) -> Verifier | None:
+        """The serving verifier with the fewest requests, then with the most free KV blocks."""
+        candidates = [verifier for verifier in self.serving if verifier not in excluded]
+        return min(candidates, key=lambda v: (v.requests, v.load.kv_blocks_used), default=None)
+
+    def check(self) -> None:
+        """Raise RuntimeError if the background task has ended."""
+        if self._task is not None and self._task.done():
+            raise RuntimeError("the verifier pool is no longer refreshed")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await asyncio.gather(*(verifier.channel.close() for verifier in self._verifiers.values()))
+
+    async def _keep_fresh(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_INTERVAL_S)
+            await self._refresh()
+
+    async def _refresh(self) -> None:
+        try:
+            found = set(await self._discover())
+        except Exception:  # discovery asks another system, which may fail in its own ways
+            logger.exception("could not look for verifiers; the known ones stay")
+            found = set(self._verifiers)
+        for endpoint in found - self._verifiers.keys():
+            channel = connect(endpoint, self._config.internal, self._config.limits.max_message_bytes)
+            self._verifiers[endpoint] = Verifier(endpoint, channel)
+        await asyncio.gather(*(verifier.poll() for verifier in self._verifiers.values()))
+        for endpoint, verifier in list(self._verifiers.items()):
+            if endpoint not in found and not verifier.in_flight:
+                del self._verifiers[endpoint]
+                await verifier.channel.close()
+        await self._on_poll(len(self.serving))

@@ -1,0 +1,60 @@
+"""The kernels of `lm/kernels`, compiled when this package was installed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+from ctypes import c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch  # noqa: F401  (loads the OpenMP library that the kernels share)
+
+logger = logging.getLogger(__name__)
+
+OPENMP_NAMES = ("libgomp", "libiomp", "libomp")
+LANES = 8
+"""Numbers in a vector of the kernels: sizes that they take are multiples of it, but for those of products."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None if they were not built, or cannot run here."""
+    for path in Path(__file__).parent.parent.glob("_kernels*.so"):
+        try:
+            _share_openmp()
+            kernels = ctypes.CDLL(str(path))
+        except OSError as error:
+            logger.warning("the compiled kernels cannot be loaded, torch's own are used: %s", error)
+            return None
+        return kernels if kernels.treeline_processor_fits() else None
+    return None
+
+
+def typed(function: Any, kinds: str) -> Any:
+    """A kernel's function, told its arguments: n is int64, i is int, f is float, p is a pointer."""
+    types = {"n": c_int64, "i": c_int, "f": c_float, "p": c_void_p}
+    function.argtypes, function.restype = [types[kind] for kind in kinds], None
+    return function
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Hex digest of the compiled kernels; empty without any. What was measured with one may not hold for another."""
+    kernels = library()
+    return "" if kernels is None else hashlib.sha256(Path(kernels._name).read_bytes()).hexdigest()
+
+
+def _share_openmp() -> None:
+    """Let the kernels find the OpenMP library that torch has loaded, under whatever name.
+
+    They are linked to none: threads of a second one would get in the way of torch's, which spin for a while.
+    """
+    mapped = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
+    for path in mapped:
+        if Path(path).name.startswith(OPENMP_NAMES):
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+            return
+    raise OSError("torch has loaded no OpenMP library")

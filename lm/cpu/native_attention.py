@@ -1,0 +1,119 @@
+"""Tree attention by our own kernel (`lm/kernels/attention.c`): float32 on the CPU, read and written in place."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_float, c_int64, c_void_p
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lm.attention import AttentionContext, AttentionOptions, TreeAttention
+from lm.cpu.native import LANES, library, typed
+from lm.kv_cache import KVCache
+from lm.packed import PackedBatch
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (("count", c_int64), ("threads", c_int64), ("spans", c_void_p))
+
+
+class LayerAttention(ctypes.Structure):
+    """How a layer attends, as the kernels read it."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("kv_heads", "group", "key_dim", "value_dim", "window")),
+        *((name, c_float) for name in ("scale", "softcap")),
+    )
+
+    @classmethod
+    def of(cls, kv_heads: int, group: int, key_dim: int, value_dim: int, options: AttentionOptions) -> LayerAttention:
+        sizes = (kv_heads, group, key_dim, value_dim, options.window or 0)
+        return cls(*sizes, options.scale, options.softcap or 0.0)
+
+
+def attention_for(batch: PackedBatch, cache: KVCache) -> AttentionContext:
+    """Attention of one packed forward pass: by the kernel where it can, else by torch."""
+    kernels = library()
+    if kernels is None or not _fits(cache):
+        return TreeAttention(batch, cache)
+    return NativeAttention(kernels, batch, cache)
+
+
+def _fits(cache: KVCache) -> bool:
+    first = cache.keys[0]
+    return (
+        first.dtype == torch.float32
+        and first.device.type == "cpu"
+        and all(kept.shape[2] % LANES == 0 for kept in (*cache.keys, *cache.values))
+    )
+
+
+class NativeAttention:
+    """One packed forward pass. A token's bits depend only on what it sees: not on the rest of the pass, on siblings in
+    a tree, on where blocks lie, or on the number of threads.
+
+    Attributes:
+        batch: a reference to the kernels' description of the pass.
+    """
+
+    def __init__(self, kernels: ctypes.CDLL, batch: PackedBatch, cache: KVCache) -> None:
+        self._attend, self.cache = _kernel(kernels), cache
+        spans = batch.spans
+        shapes = np.array([(s.start, s.stop - s.start, s.cache.length, len(s.depths)) for s in spans], np.int64)
+        _, tokens, lengths, entries = shapes.T
+        slots = np.concatenate([s.cache.slots(0, s.cache.length + len(s.depths)) for s in spans])
+        depths = np.concatenate([s.depths for s in spans])
+        visible = np.concatenate([s.visible.ravel() for s in spans])
+        addresses = [
+            _addresses(column, counts)
+            for column, counts in ((slots, lengths + entries), (depths, entries), (visible, tokens * entries))
+        ]
+        table = np.column_stack((shapes, *addresses))
+        self._kept = (slots, depths, visible, table)  # The kernel reads them while this object lives.
+        self.batch = ctypes.byref(_Batch(len(spans), torch.get_num_threads(), table.ctypes.data))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        tokens, heads, key_dim = query.shape
+        kv_heads, value_dim = values.shape[1:]
+        output = query.new_empty((tokens, heads, value_dim))
+        query, key, value = _dense_heads(query), _dense_heads(key), _dense_heads(value)
+        self._attend(
+            self.batch,
+            _layer(kv_heads, heads // kv_heads, key_dim, value_dim, options),
+            keys.data_ptr(),
+            values.data_ptr(),
+            query.data_ptr(),
+            query.stride(0),
+            key.data_ptr(),
+            key.stride(0),
+            value.data_ptr(),
+            value.stride(0),
+            output.data_ptr(),
+        )
+        return output
+
+
+@functools.cache
+def _kernel(kernels: ctypes.CDLL) -> Any:
+    return typed(kernels.treeline_attend, "ppppp" + "np" * 3)
+
+
+@functools.lru_cache(256)
+def _layer(kv_heads: int, group: int, key_dim: int, value_dim: int, options: AttentionOptions) -> Any:
+    """A reference to the kernel's description of a layer."""
+    return ctypes.byref(LayerAttention.of(kv_heads, group, key_dim, value_dim, options))
+
+
+def _dense_heads(tensor: Tensor) -> Tensor:
+    """[tokens, heads, dim] of which each token's heads lie side by side."""
+    return tensor if tensor.stride()[1:] == (tensor.shape[2], 1) else tensor.contiguous()
+
+
+def _addresses(column: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """int64: where each of the parts that lie one behind the other in `column` begins."""
+    return column.ctypes.data + (np.cumsum(counts) - counts) * column.itemsize

@@ -1,0 +1,136 @@
+"""Fused layers in a row as one call of a kernel (`lm/kernels/decoder.c`): what a layer costs is not Python's."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from ctypes import c_float, c_int64, c_void_p
+from typing import TYPE_CHECKING, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lm.cpu.elementwise import is_silu
+from lm.cpu.grouped_linear import GroupedLinear
+from lm.cpu.native import library, typed
+from lm.cpu.native_attention import LayerAttention, NativeAttention
+from lm.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from lm.fused import FusedLayer
+
+TIMED = ("linear", "attention", "norm_rotary")
+"""What the kernel tells the time of, as phases of a pass."""
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("tiles", "bias")),
+        *((name, c_int64) for name in ("bits", "features_in", "features_out")),
+    )
+
+    @classmethod
+    def of(cls, linear: GroupedLinear) -> _Linear:
+        bias = None if linear.bias is None else linear.bias.data_ptr()
+        return cls(linear.tiles.data_ptr(), bias, linear.bits, linear.in_features, linear.out_features)
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Linear) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, c_void_p) for name in ("input_norm", "mlp_norm")),
+        *((name, c_float) for name in ("input_epsilon", "mlp_epsilon")),
+        ("attention", LayerAttention),
+        *((name, c_void_p) for name in ("keys", "values")),
+    )
+
+    @classmethod
+    def of(cls, layer: FusedLayer, cache: KVCache) -> _Layer:
+        queries, kv_heads, _ = layer.heads
+        keys, values = cache.keys[layer.index], cache.values[layer.index]
+        linears = [_Linear.of(linear) for linear in _linears(layer)]
+        norms = (layer.input_norm, layer.mlp_norm)
+        return cls(
+            *linears,
+            *(norm.weight.data_ptr() for norm in norms),
+            *(norm.variance_epsilon for norm in norms),
+            LayerAttention.of(kv_heads, queries // kv_heads, layer.head_dim, layer.head_dim, layer.options),
+            keys.data_ptr(),
+            values.data_ptr(),
+        )
+
+
+class NativeLayers:
+    """Layers of one model, whose weights are in place. A layer's forward hooks see its output.
+
+    Attributes:
+        spent_ns: of all of them: if set, int64 [len(TIMED)], to which the time spent on each is added.
+    """
+
+    spent_ns: ClassVar[ctypes.Array[c_int64] | None] = None
+
+    def __init__(self, layers: Sequence[FusedLayer]) -> None:
+        self._layers = layers
+        self._tables: WeakKeyDictionary[KVCache, ctypes.Array[_Layer]] = WeakKeyDictionary()
+        self._run = typed(library().treeline_decoder_layers, "nppnnpppp")  # type: ignore[union-attr]
+
+    def forward(self, hidden: Tensor, turns: Tensor, context: NativeAttention) -> Tensor:
+        """float32 hidden states [1, tokens, hidden] -> the same behind the last layer; turns as `ComplexRotary`'s."""
+        table = self._tables.get(context.cache)
+        if table is None:
+            table = (_Layer * len(self._layers))(*(_Layer.of(layer, context.cache) for layer in self._layers))
+            self._tables[context.cache] = table
+        for start, stop in self._runs():
+            hidden = self._call(table, start, stop, context, turns, hidden.contiguous())
+            last = self._layers[stop - 1]
+            for hook in last._forward_hooks.values():
+                hook(last, (), hidden)
+        return hidden
+
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        """Layers of which only the last one's output is to be seen: by a hook, or as the result."""
+        start = 0
+        for stop, layer in enumerate(self._layers, start=1):
+            if layer._forward_hooks or stop == len(self._layers):
+                yield start, stop
+                start = stop
+
+    def _call(
+        self,
+        table: ctypes.Array[_Layer],
+        start: int,
+        stop: int,
+        context: NativeAttention,
+        turns: Tensor,
+        hidden: Tensor,
+    ) -> Tensor:
+        out = torch.empty_like(hidden)
+        self._run(
+            stop - start,
+            ctypes.byref(table, start * ctypes.sizeof(_Layer)),
+            context.batch,
+            *hidden.shape[1:],
+            turns.data_ptr(),
+            hidden.data_ptr(),
+            out.data_ptr(),
+            self.spent_ns,
+        )
+        return out
+
+
+def native_layers(layers: nn.ModuleList) -> NativeLayers | None:
+    """These as the kernel runs them, if it can: layers of one shape, with weights in groups and SiLU between them."""
+    fused: list[FusedLayer] = list(layers)  # type: ignore[arg-type]
+    if library() is None or not all(map(_fits, fused)):
+        return None
+    shapes = {(*layer.heads, layer.head_dim, *(each.out_features for each in _linears(layer))) for layer in fused}
+    return NativeLayers(fused) if len(shapes) == 1 else None
+
+
+def _fits(layer: FusedLayer) -> bool:
+    return layer.whole_lanes and is_silu(layer.activation) and {*map(type, _linears(layer))} == {GroupedLinear}
+
+
+def _linears(layer: FusedLayer) -> tuple[GroupedLinear, ...]:
+    return layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj  # type: ignore[return-value]

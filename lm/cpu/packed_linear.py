@@ -1,0 +1,90 @@
+"""Linear layers with weights laid out once for oneDNN, which plain torch would do at every call, if at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lm.cpu.grouped_linear import GroupedLinear, kernel
+from lm.cpu.quantized import GROUP, GroupedWeight, find_groups, round_to_q4_1, round_to_q8_0
+from lm.device import has_bfloat16_kernels
+from treeline.config import Quantization
+
+ROUNDING: dict[Quantization, Callable[[Tensor], GroupedWeight | None]] = {
+    "auto": find_groups,
+    "none": lambda weight: None,
+    "int8": round_to_q8_0,
+    "int4": round_to_q4_1,
+}
+
+
+class PackedLinear(nn.Module):
+    """A frozen `nn.Linear` on the CPU; keeps only the packed weight. A row's result does not depend on the others."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        row = weight[:1]
+        self._pairs_up = not torch.equal(self._multiply(row), self._multiply(row.expand(2, -1))[:1])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self._pairs_up and inputs.shape[-2] == 1:
+            # A single row would take another kernel that rounds differently; beside a second one it costs the same.
+            return self._multiply(inputs.expand(*inputs.shape[:-2], 2, -1))[..., :1, :]
+        return self._multiply(inputs)
+
+    def _multiply(self, inputs: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+
+
+def packed_dtypes() -> set[torch.dtype]:
+    """Which weights oneDNN can pack for this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return set()
+    return {torch.float32, torch.bfloat16} if has_bfloat16_kernels() else {torch.float32}
+
+
+@torch.inference_mode()
+def pack_linear_layers(model: nn.Module, quantization: Quantization = "auto") -> None:
+    """Replace the linear layers of `model` on the CPU by faster ones, where this processor has kernels for them.
+
+    Any other layer stays as it is. A weight that the embedding shares stays there as well.
+
+    Args:
+        quantization: as in `ModelConfig`; rounding needs the kernel, float32, and whole groups.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            # Subclasses may compute something else.
+            if type(layer) is nn.Linear and layer.weight.device.type == "cpu":
+                setattr(
+                    parent, name, _packed(layer, "int8" if quantization == "int4" and layer is head else quantization)
+                )
+
+
+def _packed(layer: nn.Linear, quantization: Quantization) -> nn.Module:
+    weight = layer.weight.detach()
+    if kernel() is not None and weight.dtype == torch.float32 and weight.shape[1] % GROUP == 0:
+        groups = ROUNDING[quantization](weight)
+        if groups is not None:
+            return GroupedLinear(groups, layer.bias)
+    return PackedLinear(layer) if weight.dtype in packed_dtypes() else layer
+
+
+def read_bytes(model: nn.Module) -> int:
+    """Bytes of the weights that every pass over `model` reads: not those of tables of which it takes single rows."""
+    weights: dict[int, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, GroupedLinear):
+            weights[id(module)] = module.tiles
+        elif isinstance(module, PackedLinear):
+            weights[id(module)] = module.weight
+        elif not isinstance(module, nn.Embedding):
+            weights.update((id(weight), weight) for weight in module.parameters(recurse=False))
+    return sum(weight.numel() * weight.element_size() for weight in weights.values())

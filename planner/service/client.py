@@ -1,0 +1,124 @@
+"""The services' side of planning: the plan in force, and step reports on their way. Neither ever makes a step wait."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+
+import grpc
+
+from planner.fast.fallback import builtin_plan
+from treeline.config import InternalConfig, LimitsConfig
+from treeline.plan import Plan, StepRecord, VerifierProfile
+from treeline.plan_wire import plan_from_proto, profile_to_proto, step_to_proto
+from treeline.rpc import Discover, connect
+from treeline.v1 import planning_pb2 as pb
+from treeline.v1.planning_pb2_grpc import PlanningServiceStub
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 0.5
+REPORT_INTERVAL_S = 0.1
+MAX_UNSENT_STEPS = 2048
+MAX_STEPS_PER_MESSAGE = 256
+MAX_MESSAGE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class _Received:
+    plan: Plan
+    until_s: float
+
+
+class PlanWatcher:
+    """Keeps the newest plan at hand. Made on a running event loop; `plan` may be read from any thread."""
+
+    def __init__(self, discover: Discover, verifier_id: str, limits: LimitsConfig, internal: InternalConfig) -> None:
+        self._verifier_id = verifier_id
+        self._builtin = builtin_plan(limits)
+        self._received: _Received | None = None
+        self._task = asyncio.create_task(_persist(discover, internal, self._watch), name="plan-watcher")
+
+    @property
+    def plan(self) -> Plan:
+        """The newest plan until its lifetime is over, then the built-in one."""
+        received = self._received
+        if received is None or time.monotonic() > received.until_s:
+            return self._builtin
+        return received.plan
+
+    async def close(self) -> None:
+        await _cancel(self._task)
+
+    async def _watch(self, stub: PlanningServiceStub) -> None:
+        async for message in stub.WatchPlan(pb.WatchPlanRequest(verifier_id=self._verifier_id)):
+            plan = plan_from_proto(message.plan)
+            self._received = _Received(plan, time.monotonic() + plan.lifetime_s)
+
+
+class StepReporter:
+    """Sends step records to the planner. Made on a running event loop; while there is no planner, old ones are lost."""
+
+    def __init__(
+        self,
+        discover: Discover,
+        verifier_id: str,
+        metrics_url: str,
+        profile: VerifierProfile,
+        internal: InternalConfig,
+    ) -> None:
+        self._hello = pb.ReportStepsRequest(
+            verifier_id=verifier_id, metrics_url=metrics_url, profile=profile_to_proto(profile)
+        )
+        self._unsent: deque[StepRecord] = deque(maxlen=MAX_UNSENT_STEPS)
+        self._task = asyncio.create_task(_persist(discover, internal, self._send), name="step-reporter")
+
+    def report(self, record: StepRecord) -> None:
+        """Never blocks; may be called from any thread."""
+        self._unsent.append(record)
+
+    async def close(self) -> None:
+        await _cancel(self._task)
+
+    async def _send(self, stub: PlanningServiceStub) -> None:
+        await stub.ReportSteps(self._messages())
+
+    async def _messages(self) -> AsyncIterator[pb.ReportStepsRequest]:
+        """The profile first, then records for as long as the stream lives."""
+        yield self._hello
+        while True:
+            await asyncio.sleep(REPORT_INTERVAL_S)
+            count = min(len(self._unsent), MAX_STEPS_PER_MESSAGE)
+            steps = [step_to_proto(self._unsent.popleft()) for _ in range(count)]
+            # An empty message tells the planner that this verifier lives, only idle.
+            yield pb.ReportStepsRequest(verifier_id=self._hello.verifier_id, steps=steps)
+
+
+async def _persist(
+    discover: Discover, internal: InternalConfig, talk: Callable[[PlanningServiceStub], Awaitable[None]]
+) -> None:
+    """Talk to a planner; whenever that ends, find one again."""
+    told = False
+    while True:
+        try:
+            for endpoint in await discover():
+                async with connect(endpoint, internal, MAX_MESSAGE_BYTES) as channel:
+                    told = False
+                    await talk(PlanningServiceStub(channel))
+        except Exception as error:  # discovery asks another system, which may fail in ways of its own
+            if not told:
+                why = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
+                logger.warning("no planner, going on without: %s", why)
+                told = True
+        await asyncio.sleep(RETRY_S)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

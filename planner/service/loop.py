@@ -1,0 +1,147 @@
+"""The slow loop: from one verifier's records and signals to its plan, a few times a second."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from dataclasses import replace
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.fast.acceptance import Calibrator
+from planner.fast.cost import cheapest_slopes_s, verify_seconds
+from planner.service.signals import Signals
+from planner.service.tracker import CostTracker
+from treeline.config import LimitsConfig, PlannerConfig
+from treeline.plan import CostModel, Plan, StepRecord, VerifierProfile
+
+GOODPUT_MEMORY_S = 0.4
+"""Goodput forgets with this time constant: a step of the load is forgotten to 1 % within 2 s."""
+OLDEST_S = math.log(100) * GOODPUT_MEMORY_S
+"""What is older would count less than a hundredth, and is left out."""
+DEAD_BAND = 0.03
+"""A price that moved by less than this share is not published: small noise must not move trees."""
+MAX_DEPTH = 8
+QUIET_S = 2.0
+"""Without a step record for this long while requests run, measured latency stands in for them."""
+
+
+class VerifierState:
+    """All that the planner knows of one verifier."""
+
+    def __init__(self, profile: VerifierProfile, metrics_url: str) -> None:
+        self.tracker = CostTracker(profile)
+        self.calibrator = Calibrator()
+        self.metrics_url = metrics_url
+        self.last_heard_s = time.monotonic()
+        self.price = 0.0
+        self.last: StepRecord | None = None
+        self._work: deque[StepRecord] = deque(maxlen=256)
+
+    def observe(self, record: StepRecord) -> None:
+        """Learn from one step."""
+        self.tracker.observe(record)
+        self.calibrator.update(record.outcomes)
+        if record.sequences:
+            self.last = record
+            if not record.prefill_tokens:
+                self._work.append(record)
+
+    def goodput(self) -> float:
+        """Tokens per second of step time over the last moments of work: R as it was realised; 0 before any work."""
+        records, weights = self._recent()
+        if not records:
+            return 0.0
+        return float(weights @ [r.emitted_tokens for r in records] / (weights @ [r.step_s for r in records]))
+
+    def node_s(self, cost: CostModel) -> float:
+        """What one more node had to be worth in the last moments of work, as seconds at the price.
+
+        That is the worth of the best node that the verifier left out; where it left none out it would have had more of
+        them, at what the cheapest way to grow the pass costs.
+        """
+        records, weights = self._recent()
+        if not records:
+            return float(cheapest_slopes_s(cost, 1, 0, np.asarray([1]))[0])
+        node_s = np.asarray([r.node_s for r in records])
+        batches, tokens = np.asarray([(r.sequences, r.tokens) for r in records]).T
+        for batch in {*batches[node_s == 0].tolist()}:
+            grown = ((batches == batch) & (node_s == 0)).nonzero()[0]
+            context_tokens = records[grown[0]].context_tokens // batch
+            node_s[grown] = cheapest_slopes_s(cost, batch, context_tokens, tokens[grown])
+        return float(weights @ node_s / weights.sum())
+
+    def _recent(self) -> tuple[list[StepRecord], NDArray[np.float64]]:
+        """The last steps without prompts, and how much they count."""
+        records: list[StepRecord] = []
+        for record in reversed(self._work):
+            if self._work[-1].unix_s - record.unix_s >= OLDEST_S:
+                break
+            records.append(record)
+        records.reverse()
+        ages_s = np.asarray([max(0.0, records[-1].unix_s - record.unix_s) for record in records])
+        return records, np.exp(ages_s / -GOODPUT_MEMORY_S)
+
+    def settle(self, price: float) -> float:
+        """The price to publish: the old one while the new one is nearly the same."""
+        if abs(price - self.price) > DEAD_BAND * self.price:
+            self.price = price
+        return self.price
+
+
+class PlanMaker:
+    """Makes plans; versions grow over all verifiers."""
+
+    def __init__(self, limits: LimitsConfig, config: PlannerConfig) -> None:
+        self._limits, self._config = limits, config
+        self._versions = count(1)
+
+    def make(self, state: VerifierState, signals: Signals) -> Plan:
+        """The plan for one verifier, as of now."""
+        self._use_latency(state, signals)
+        cost, last = state.tracker.model(), state.last
+        sequences = last.sequences if last else 1
+        context_tokens = last.context_tokens // sequences if last else 0
+        plain_s = float(verify_seconds(cost, sequences, context_tokens, sequences)[sequences])
+        # R is what this batch can reach, and it can always decode plainly.
+        goodput = max(state.goodput(), sequences / (plain_s + cost.step_overhead_s))
+        startable = min(last.waiting, last.free_slots) if last else 0
+        price = state.settle(goodput * (1 + startable / sequences))
+        published = replace(cost, node_s=state.node_s(cost))
+        published.readings.update(cost.readings)  # of the same curves
+        published.curve_readings.update(cost.curve_readings)
+        return Plan(
+            version=next(self._versions),
+            created_unix_s=time.time(),
+            lifetime_s=self._config.plan_lifetime_s,
+            cost=published,
+            calibration=state.calibrator.calibration(),
+            price=price,
+            max_nodes=self._limits.max_tree_nodes,
+            max_depth=min(MAX_DEPTH, self._limits.max_tree_depth),
+            reason=_reason(price, goodput, sequences, last, signals),
+        )
+
+    def _use_latency(self, state: VerifierState, signals: Signals) -> None:
+        """Requests run, but no records come: let the measured verification latency correct the cost model."""
+        measured_s = signals.get("verify_p50_s")
+        last = state.last
+        if measured_s is None or last is None or time.time() - last.unix_s < QUIET_S:
+            return
+        if signals.get("running") and last.predicted_verify_s:
+            state.tracker.rescale(max(0.5, min(2.0, measured_s / last.predicted_verify_s)) ** 0.1)
+
+
+def _reason(price: float, goodput: float, sequences: int, last: StepRecord | None, signals: Signals) -> str:
+    if last is None:
+        return f"from the device profile alone: {goodput:.0f} tok/s plain"
+    parts = [f"{goodput:.0f} tok/s lately at batch {sequences}"]
+    if price > goodput:
+        parts.append(f"{last.waiting} waiting raise the price to {price:.0f}")
+    latency = signals.get("itl_p95_s")
+    if latency is not None:
+        parts.append(f"inter-token p95 {1000 * latency:.0f} ms")
+    return ", ".join(parts)

@@ -1,0 +1,139 @@
+"""Plans and reports through a real planner and a real port."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+
+import grpc
+import numpy as np
+import pytest
+
+from planner.fast.fallback import builtin_plan
+from planner.service.client import PlanWatcher, StepReporter
+from planner.service.server import PlannerServer
+from tests.planner.builders import linear_cost, outcomes, plan_with, record
+from treeline.config import Config, MetricsConfig, PlannerConfig
+from treeline.plan import PaperFit, VerifierProfile
+from treeline.plan_wire import (
+    plan_from_proto,
+    plan_to_proto,
+    profile_from_proto,
+    profile_to_proto,
+    step_from_proto,
+    step_to_proto,
+)
+from treeline.v1 import planning_pb2 as pb
+from treeline.v1.planning_pb2_grpc import PlanningServiceStub
+
+CONFIG = Config(planner=PlannerConfig(interval_s=0.05, plan_lifetime_s=0.6), metrics=MetricsConfig(base_port=0))
+PROFILE = VerifierProfile(linear_cost().verify, 0.004, 0.0002)
+NOWHERE = "http://127.0.0.1:9/metrics"
+
+
+def test_plans_survive_the_wire():
+    cost = replace(linear_cost(), verify_scale=1.5, paper=PaperFit(0.1, 0.2, 0.3, 0.4), draft_layer_s=0.01)
+    plan = plan_with(cost, price=61.5, version=7, reason="because")
+    back = plan_from_proto(pb.Plan.FromString(plan_to_proto(plan).SerializeToString()))
+    np.testing.assert_array_equal(back.calibration.acceptance, plan.calibration.acceptance)
+    np.testing.assert_array_equal(back.calibration.kappa, plan.calibration.kappa)
+    assert replace(back, calibration=plan.calibration) == plan
+
+
+def test_records_survive_the_wire():
+    sent = record(draft_layer_nodes=(1, 4), price=3.5, outcomes=outcomes(np.asarray([0.25, 0.5]), [True, False], 2))
+    back = step_from_proto(pb.StepRecord.FromString(step_to_proto(sent).SerializeToString()))
+    for name, column in vars(sent.outcomes).items():
+        np.testing.assert_array_equal(getattr(back.outcomes, name), column)
+    assert replace(back, outcomes=sent.outcomes) == sent
+
+
+def test_profiles_survive_the_wire_and_empty_ones_are_refused():
+    assert profile_from_proto(profile_to_proto(PROFILE)) == PROFILE
+    with pytest.raises(ValueError, match="without a cost curve"):
+        profile_from_proto(pb.VerifierProfile())
+
+
+async def eventually(condition, timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        await asyncio.sleep(0.01)
+
+
+class Place:
+    """Where the planner is now, for those who look for it."""
+
+    endpoints: list[str]
+
+    async def __call__(self) -> list[str]:
+        return self.endpoints
+
+
+def test_plans_arrive_freeze_fall_back_and_come_again():
+    async def scenario() -> None:
+        place = Place()
+        place.endpoints = []
+        watcher = PlanWatcher(place, "v1", CONFIG.limits, CONFIG.internal)
+        reporter = StepReporter(place, "v1", NOWHERE, PROFILE, CONFIG.internal)
+        assert watcher.plan.reason == builtin_plan(CONFIG.limits).reason
+        planner = await PlannerServer.start(CONFIG)
+        place.endpoints = [planner.endpoint]
+        await eventually(lambda: watcher.plan.version > 3)
+        assert watcher.plan.cost.verify == PROFILE.verify
+        for _ in range(60):
+            reporter.report(record(tokens=4, verify_s=0.068))
+        await eventually(lambda: watcher.plan.cost.verify_scale > 1.5)
+        await planner.check()
+
+        await planner.stop()
+        frozen = watcher.plan
+        assert frozen.version > 3, "a dead planner freezes the plan"
+        await eventually(lambda: watcher.plan.version == 0, CONFIG.planner.plan_lifetime_s + 1)
+
+        planner = await PlannerServer.start(CONFIG)
+        place.endpoints = [planner.endpoint]
+        await eventually(lambda: watcher.plan.version > 0)
+        await watcher.close()
+        await reporter.close()
+        await planner.stop()
+
+    asyncio.run(scenario())
+
+
+def test_reporting_never_blocks_and_nothing_grows_without_a_planner():
+    async def scenario() -> None:
+        place = Place()
+        place.endpoints = []
+        reporter = StepReporter(place, "v1", NOWHERE, PROFILE, CONFIG.internal)
+        for step in range(10_000):
+            reporter.report(record(step_id=step))
+        assert len(reporter._unsent) < 10_000
+        await reporter.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_plan_can_be_asked_for_and_nonsense_is_refused():
+    async def scenario() -> None:
+        planner = await PlannerServer.start(CONFIG)
+        async with grpc.aio.insecure_channel(planner.endpoint) as channel:
+            stub = PlanningServiceStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as none_yet:
+                await stub.GetPlan(pb.GetPlanRequest(verifier_id="v1"))
+            assert none_yet.value.code() is grpc.StatusCode.NOT_FOUND
+            with pytest.raises(grpc.aio.AioRpcError) as no_profile:
+                await stub.ReportSteps(iter([pb.ReportStepsRequest(verifier_id="v1", steps=[pb.StepRecord()])]))
+            assert no_profile.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            hello = pb.ReportStepsRequest(verifier_id="v1", metrics_url=NOWHERE, profile=profile_to_proto(PROFILE))
+            assert (await stub.ReportSteps(iter([hello]))).steps == 0
+            await asyncio.sleep(0.2)
+            plan = (await stub.GetPlan(pb.GetPlanRequest(verifier_id="v1"))).plan
+            assert plan.version > 0
+            assert plan.price == pytest.approx(1 / 0.031, rel=0.01)
+            newest = (await stub.GetPlan(pb.GetPlanRequest())).plan
+            assert newest.version >= plan.version
+        await planner.stop()
+
+    asyncio.run(scenario())

@@ -1,0 +1,133 @@
+"""What the engine samples follows the target's own distribution, whatever trees are verified."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from lm.model import LanguageModel
+from planner.fast.fallback import builtin_plan
+from tests.lm.tiny import tiny_llama, tiny_tokenizer
+from treeline.config import Config, LimitsConfig, ModelConfig, VerifierConfig
+from treeline.drafting import DraftReply, DraftRequest
+from treeline.sampling import SamplingParams
+from treeline.tree import DraftTree
+from verifier_svc.engine.engine import Engine
+from verifier_svc.engine.request import Chunk, GenerationRequest
+from verifier_svc.speculation.link import LocalLink
+
+DRAWS = 20_000
+PROMPT = [7, 30, 99]
+LIMITS = LimitsConfig(max_running_requests=64, max_context_tokens=64, max_tree_nodes=12, max_tree_depth=4)
+CONFIG = Config(
+    verifier=VerifierConfig(
+        target=ModelConfig(dtype="float32"), kv_cache_tokens=2048, kv_block_tokens=4, prefill_chunk_tokens=256
+    ),
+    limits=LIMITS,
+)
+CASES = {
+    "temperature": SamplingParams(temperature=2.0),
+    "top-k": SamplingParams(temperature=2.5, top_k=6),
+    "top-p": SamplingParams(temperature=2.5, top_p=0.8),
+}
+
+
+class LikelyDrafter:
+    """Proposes the target's most likely continuations as a chain, a fan, a full tree or nothing, in turn."""
+
+    features = None
+
+    def __init__(self, top: dict[tuple[int, ...], list[int]]) -> None:
+        self._top = top
+        self._count = 0
+
+    def draft(self, request: DraftRequest) -> DraftReply:
+        trees = {}
+        for sequence in request.sequences:
+            self._count += 1
+            trees[sequence.session_id] = self._tree(tuple(sequence.token_ids[sequence.length - sequence.start - 1 :]))
+        return DraftReply(request.step_id, trees)
+
+    def _tree(self, root: tuple[int, ...]) -> DraftTree:
+        best = self._top[root]
+        shape = self._count % 4
+        if shape == 0:
+            return DraftTree.empty()
+        if shape == 1:
+            return DraftTree.build(best[:1], [-1])
+        if shape == 2:
+            return DraftTree.build(best[:4], [-1] * 4)
+        return DraftTree.build([*best[:3], 5, 6, 7], [-1, -1, -1, 0, 0, 1])
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel.from_hf(tiny_llama(seed=3), tiny_tokenizer())
+
+
+def reference(model: LanguageModel, tokens: list[int], params: SamplingParams) -> np.ndarray:
+    """float64 [vocab]: the target's next-token distribution, computed the plain way."""
+    model.hf.set_attn_implementation("eager")
+    with torch.inference_mode():
+        logits = model.hf(torch.tensor([tokens])).logits[0, -1].double().numpy() / params.temperature
+    model.hf.set_attn_implementation("treeline")
+    probs = np.exp(logits - logits.max())
+    probs /= probs.sum()
+    order = np.argsort(-probs)
+    kept = np.ones(len(probs), bool)
+    if params.top_k:
+        kept[order[params.top_k :]] = False
+    if params.top_p < 1:
+        before = np.cumsum(probs[order]) - probs[order]
+        kept[order[before >= params.top_p]] = False
+    probs[~kept] = 0
+    return probs / probs.sum()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_tokens_follow_the_targets_distribution(model, case):
+    params = CASES[case]
+    first = reference(model, PROMPT, params)
+    firsts = np.argsort(-first)[:5].tolist()
+    top = {(int(t),): np.argsort(-reference(model, [*PROMPT, int(t)], params))[:6].tolist() for t in range(260)}
+    plan = builtin_plan(LIMITS)
+    engine = Engine(model, LocalLink(LikelyDrafter(top)), lambda: plan, CONFIG)
+    pairs: list[tuple[int, int]] = []
+    drawn: dict[str, list[int]] = {}
+    started = accepted = 0
+    while len(pairs) < DRAWS:
+        while started < DRAWS and len(engine.scheduler.running) + len(engine.scheduler.waiting) < 64:
+            sampling = SamplingParams(params.temperature, params.top_p, params.top_k, seed=started)
+            # Three tokens, so that the second one still has a tree before it.
+            engine.add(GenerationRequest(str(started), PROMPT, sampling, 3, ignore_eos=True, policy="eagle2:2,4,12"))
+            started += 1
+        for output in engine.step()[0]:
+            if isinstance(output.item, Chunk):
+                drawn.setdefault(output.request_id, []).extend(output.item.token_ids)
+            else:
+                accepted += output.item.speculation.accepted_nodes
+                tokens = drawn.pop(output.request_id)
+                pairs.append((tokens[0], tokens[1]))
+    assert accepted > DRAWS / 20, "hardly a node was accepted, so the trees tested nothing"
+    counts = np.bincount([a for a, _ in pairs], minlength=260)
+    assert p_value(counts, first) > 0.01
+    for token in firsts[:2]:
+        seconds = np.bincount([b for a, b in pairs if a == token], minlength=260)
+        assert p_value(seconds, reference(model, [*PROMPT, token], params)) > 0.01
+
+
+def p_value(counts: np.ndarray, probs: np.ndarray) -> float:
+    """Of a chi-square test, tokens expected fewer than 8 times taken together; impossible ones must not occur."""
+    assert counts[probs == 0].sum() == 0
+    expected = probs * counts.sum()
+    common = expected >= 8
+    observed = [*counts[common], counts[~common].sum()]
+    wanted = [*expected[common], expected[~common].sum()]
+    if wanted[-1] < 1e-9:
+        observed, wanted = observed[:-1], wanted[:-1]
+    return float(chisquare(observed, np.asarray(wanted) * sum(observed) / sum(wanted)).pvalue)

@@ -1,0 +1,95 @@
+"""Prompts share steps with decoding, in chunks that others can bear."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lm.model import LanguageModel
+from planner.fast.fallback import builtin_plan
+from tests.lm.tiny import tiny_llama, tiny_tokenizer
+from treeline.config import Config, LimitsConfig, ModelConfig, VerifierConfig
+from treeline.plan import CostCurve, CostModel, Plan
+from treeline.sampling import SamplingParams
+from verifier_svc.engine.engine import Engine
+from verifier_svc.engine.request import GenerationRequest
+from verifier_svc.engine.scheduler import LEAST_CHUNK_TOKENS, MAX_STRETCH
+
+LIMITS = LimitsConfig(max_running_requests=8, max_context_tokens=256, max_tree_nodes=0)
+CHUNK, BLOCK, LONG = 64, 4, 150
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel.from_hf(tiny_llama(), tiny_tokenizer())
+
+
+def plan_of(seconds_of_64: float, version: int = 1, prompt_ratio: float = 1.0) -> Plan:
+    """One second up to 4 tokens, then a straight line to these seconds."""
+    curve = CostCurve(1, 64, (1, 4, 64), (1.0, 1.0, seconds_of_64))
+    return replace(builtin_plan(LIMITS), version=version, cost=CostModel((curve,), prompt_ratio=prompt_ratio))
+
+
+def chunks(model: LanguageModel, plan: Plan, streams: int, prompts: int = 1) -> list[int]:
+    """How the steps share out so many long prompts that come when so many others decode."""
+    verifier = VerifierConfig(
+        target=ModelConfig(dtype="float32"),
+        kv_cache_tokens=1024,
+        kv_block_tokens=BLOCK,
+        prefill_chunk_tokens=CHUNK,
+        prefix_caching=False,
+    )
+    engine = Engine(model, None, lambda: plan, Config(verifier=verifier, limits=LIMITS))
+
+    def add(name: str, tokens: int) -> None:
+        ids = [1 + i % 200 for i in range(tokens)]
+        engine.add(GenerationRequest(name, ids, SamplingParams(), 80, ignore_eos=True, policy="off"))
+
+    for index in range(streams):
+        add(str(index), 3)
+    engine.step()
+    for index in range(prompts):
+        add(f"long {index}", LONG)
+    taken: list[int] = []
+    while sum(taken) < LONG:
+        record = engine.step()[1]
+        assert record is not None
+        assert record.sequences == streams  # nobody is left out meanwhile
+        taken.append(record.prefill_tokens)
+    return taken
+
+
+def test_a_chunk_is_as_long_as_those_who_decode_can_bear(model):
+    line = (6.0 - 1.0) / 60  # seconds a token
+    bearable = int(4 + (MAX_STRETCH - 1) / line) - 4
+    taken = chunks(model, plan_of(6.0), streams=4)
+    assert taken[:-1] == [bearable] * (len(taken) - 1)
+    assert LEAST_CHUNK_TOKENS < bearable < CHUNK
+
+
+def test_a_chunk_of_cheaper_tokens_is_longer(model):
+    usual = chunks(model, plan_of(6.0), streams=4)[0]
+    assert chunks(model, plan_of(6.0, prompt_ratio=0.5), streams=4)[0] == 2 * usual
+    assert chunks(model, plan_of(1.5, prompt_ratio=0.5), streams=4)[0] == CHUNK, "but no longer than configured"
+
+
+def test_few_who_decode_wait_longer_for_many_prompts(model):
+    line = (41.0 - 1.0) / 60
+    bearable = int(4 + (3 * MAX_STRETCH - 1) / line) - 1
+    taken = chunks(model, plan_of(41.0), streams=1, prompts=3)
+    assert taken[0] == bearable
+    assert LEAST_CHUNK_TOKENS < bearable < CHUNK
+
+
+def test_a_prompt_always_gets_on_by_a_few_tokens(model):
+    assert chunks(model, plan_of(1000.0), streams=4)[0] == LEAST_CHUNK_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("streams", "plan"),
+    [(0, plan_of(1000.0)), (4, plan_of(1.5)), (4, plan_of(1000.0, version=0))],
+    ids=["nobody decodes", "it costs little", "the costs are a guess"],
+)
+def test_elsewhere_chunks_are_as_long_as_configured(model, streams, plan):
+    assert chunks(model, plan, streams) == [CHUNK, CHUNK, LONG - 2 * CHUNK]

@@ -1,0 +1,221 @@
+"""The engine: one `step()` schedules, drafts, verifies, commits and reports. Single-threaded on purpose."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import count
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from lm.model import LanguageModel
+from lm.packed import PackedSequence
+from lm.sampling import Row, argmax, choose_tokens
+from planner.policies import parse_policy
+from treeline.config import Config
+from treeline.drafting import DraftLink
+from treeline.errors import FieldViolation, InvalidRequestError
+from treeline.plan import Plan, StepRecord
+from treeline.tree import ROOT, DraftTree
+from verifier_svc.engine.detokenizer import Detokenizer
+from verifier_svc.engine.request import Chunk, FinishReason, GenerationRequest
+from verifier_svc.engine.scheduler import Batch, Scheduler
+from verifier_svc.engine.sequence import Output, Sequence
+from verifier_svc.engine.step_report import explanation, step_record, token_logprobs
+from verifier_svc.engine.walk import Walk, target_walk
+from verifier_svc.speculation.draft_stage import DraftStage
+from verifier_svc.speculation.drafts import Drafts
+from verifier_svc.speculation.hidden_states import HiddenStates
+
+
+class Advance(NamedTuple):
+    """What one step brought one sequence."""
+
+    sequence: Sequence
+    accepted_nodes: int
+    chunk: Chunk
+
+
+class Engine:
+    """Continuous batching with speculative trees over one target model.
+
+    Args:
+        link: the way to the drafter; None never drafts.
+        plan: gives the plan in force; called once a step.
+    """
+
+    def __init__(self, model: LanguageModel, link: DraftLink | None, plan: Callable[[], Plan], config: Config) -> None:
+        self.model = model
+        self.cache = model.new_cache(config.verifier.kv_cache_tokens, config.verifier.kv_block_tokens)
+        model.capture(self.cache)
+        verifier = config.verifier
+        self.scheduler = Scheduler(self.cache, config.limits, verifier.prefill_chunk_tokens, verifier.prefix_caching)
+        hidden_states = HiddenStates(model, config.limits.max_message_bytes)
+        copies = link is not None and config.drafter.looks_up
+        self.draft_stage = DraftStage(
+            link, hidden_states, self.scheduler, config.limits, verifier.draft_timeout_s, copies
+        )
+        self.plan = plan
+        self._sequences: dict[str, Sequence] = {}
+        self._session_ids = count(1)
+        self._step_ids = count(1)
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request whose id is not in use.
+
+        Raises:
+            InvalidRequestError: it could never fit the KV cache.
+        """
+        self.check_fits(request)
+        sequence = Sequence(
+            request,
+            next(self._session_ids),
+            parse_policy(request.policy),
+            Detokenizer(self.model.tokenizer.backend_tokenizer, request.stop),
+            list(request.prompt_token_ids),
+            arrived_s=time.monotonic(),
+        )
+        self._sequences[request.request_id] = sequence
+        self.scheduler.add(sequence)
+
+    def check_fits(self, request: GenerationRequest) -> None:
+        """Raise InvalidRequestError if the KV cache could never hold this request."""
+        needed, held = self.scheduler.reservation_tokens(request), self.cache.total_blocks * self.cache.block_tokens
+        if needed > held:
+            problem = f"needs {needed} KV cache tokens (prompt, max_tokens and tree); the cache holds {held}"
+            raise InvalidRequestError(FieldViolation("stopping.max_tokens", problem))
+
+    def abort(self, request_ids: Iterable[str]) -> list[Output]:
+        """End these requests; unknown ids are ignored. Their memory is free when this returns."""
+        sequences = [s for request_id in request_ids if (s := self._sequences.get(request_id)) is not None]
+        for sequence in sequences:
+            sequence.finish_reason = FinishReason.ABORTED
+        return [self._finish(sequence) for sequence in sequences]
+
+    @property
+    def has_work(self) -> bool:
+        """True while requests wait or run, or the drafter has still to be told of ended ones."""
+        return bool(self._sequences) or self.draft_stage.owes_release
+
+    def step(self) -> tuple[list[Output], StepRecord | None]:
+        """One step of the whole batch. The record is None if there was nothing to run."""
+        started_s = time.perf_counter()
+        plan = self.plan()
+        batch = self.scheduler.schedule(plan)
+        if batch.sequences == 0:
+            self.draft_stage.release()
+            return [], None
+        context_tokens = batch.context_tokens
+        drafts = self.draft_stage.run(batch, plan)
+        drafted_s = time.perf_counter()
+        logits = self._forward(batch, drafts)
+        walks = self._walk(batch, drafts, logits)
+        verified_s = time.perf_counter()
+        self._commit(batch, walks)
+        self.draft_stage.hidden_states.keep(batch, walks, [len(drafts.tree(s)) for s in batch.decoding])
+        self.draft_stage.learn(batch.decoding, drafts, walks[: len(batch.decoding)])
+        advances = self._accept(batch, drafts, walks, logits)
+        finished_s = time.perf_counter()
+        record = step_record(
+            step_id=next(self._step_ids),
+            batch=batch,
+            drafts=drafts,
+            walks=walks,
+            plan=plan,
+            scheduler=self.scheduler,
+            context_tokens=context_tokens,
+            verify_s=verified_s - drafted_s,
+            step_s=finished_s - started_s,
+        )
+        return self._outputs(advances, drafts, record), record
+
+    def _forward(self, batch: Batch, drafts: Drafts) -> torch.Tensor:
+        """Logits float32 [rows, vocab]: root and nodes of each decoding sequence, then one row per finished prompt."""
+        packed = []
+        for sequence in batch.decoding:
+            tree = drafts.tree(sequence)
+            parents = np.concatenate(([ROOT], tree.parents + 1)).astype(np.int32) if len(tree) else None
+            token_ids = [sequence.token_ids[-1], *tree.token_ids.tolist()]
+            packed.append(PackedSequence(sequence.kv, token_ids, parents, "all"))
+        for sequence, tokens in batch.prefilling:
+            start = sequence.kv.length
+            wanted: Literal["last", "none"] = "last" if tokens == sequence.uncomputed_tokens else "none"
+            packed.append(PackedSequence(sequence.kv, sequence.token_ids[start : start + tokens], None, wanted))
+        return self.model.forward(packed, self.cache)
+
+    def _walk(self, batch: Batch, drafts: Drafts, logits: torch.Tensor) -> list[Walk]:
+        """One walk per decoding sequence, then one per finished prompt: its first token."""
+        sequences = batch.decoding + batch.finished_prompts
+        if not sequences:
+            return []
+        trees = [drafts.tree(sequence) for sequence in sequences]
+        if all(sequence.request.sampling.is_argmax for sequence in sequences):
+            chosen = argmax(logits)
+        else:
+            chosen = choose_tokens(logits, [row for each in zip(sequences, trees, strict=True) for row in _rows(*each)])
+        own_tokens = chosen.tolist()  # The step waits for the device here, and nowhere else.
+        walks, first_row = [], 0
+        for tree in trees:
+            walks.append(target_walk(tree, own_tokens[first_row : first_row + 1 + len(tree)]))
+            first_row += 1 + len(tree)
+        return walks
+
+    def _commit(self, batch: Batch, walks: list[Walk]) -> None:
+        """Keep the KV of the root and of what was accepted, and of prompt chunks; drop the rest."""
+        decoded = zip(batch.decoding, walks[: len(batch.decoding)], strict=True)
+        moves = [(sequence.kv, [0, *(1 + node for node in walk.accepted)]) for sequence, walk in decoded]
+        moves += [(sequence.kv, list(range(tokens))) for sequence, tokens in batch.prefilling]
+        self.cache.commit(moves)
+
+    def _accept(self, batch: Batch, drafts: Drafts, walks: list[Walk], logits: torch.Tensor) -> list[Advance]:
+        """Give every walked sequence its tokens."""
+        now = time.monotonic()
+        advances, first_row = [], 0
+        for sequence, walk in zip(batch.decoding + batch.finished_prompts, walks, strict=True):
+            tree = drafts.tree(sequence)
+            first = sequence.first_token_s is None
+            waited_s = now - (sequence.last_token_s or sequence.arrived_s)
+            sequence.last_token_s = now
+            if first:
+                sequence.first_token_s = now
+            else:
+                drafted = drafts.drafted_nodes.get(sequence.session_id, 0)
+                sequence.count_step(drafted, len(tree), len(walk.accepted))
+            text, taken = sequence.accept(walk.tokens, self.model.eos_token_ids)
+            logprobs = token_logprobs(sequence, walk, taken, logits, first_row)
+            chunk = Chunk(text, walk.tokens[:taken], logprobs, waited_s=waited_s, first=first)
+            advances.append(Advance(sequence, len(walk.accepted), chunk))
+            first_row += 1 + len(tree)
+        return advances
+
+    def _outputs(self, advances: list[Advance], drafts: Drafts, record: StepRecord) -> list[Output]:
+        outputs = []
+        for sequence, accepted_nodes, chunk in advances:
+            why = explanation(sequence, drafts, accepted_nodes, record)
+            told = chunk if why is None else replace(chunk, explanation=why)
+            outputs.append(Output(sequence.request.request_id, told))
+            if sequence.finish_reason is not None:
+                outputs.append(self._finish(sequence))
+        return outputs
+
+    def _finish(self, sequence: Sequence) -> Output:
+        """End a sequence and free all it holds."""
+        self.scheduler.remove(sequence)
+        self.draft_stage.forget(sequence)
+        del self._sequences[sequence.request.request_id]
+        return Output(sequence.request.request_id, sequence.completion())
+
+
+def _rows(sequence: Sequence, tree: DraftTree) -> list[Row]:
+    """The root's row and each node's: what is drawn there is the token that follows it."""
+    params, length = sequence.request.sampling, len(sequence.token_ids)
+    rows = [Row(params, length, sequence.history([]))]
+    paths: list[list[int]] = []
+    for token, parent in zip(tree.token_ids.tolist(), tree.parents.tolist(), strict=True):
+        path = [*(paths[parent] if parent != ROOT else []), token]
+        paths.append(path)
+        rows.append(Row(params, length + len(path), sequence.history(path)))
+    return rows

@@ -1,0 +1,170 @@
+"""Who runs: continuous batching over slots and KV blocks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from lm.kv_cache import KVCache
+from planner.fast.cost import as_decoded, pass_s, verify_seconds
+from planner.policies import parse_policy
+from treeline.config import LimitsConfig
+from treeline.plan import Plan
+from verifier_svc.engine.request import GenerationRequest
+from verifier_svc.engine.sequence import Sequence
+
+MAX_STRETCH = 2.25
+"""A pass with prompts in it takes at most so many times as long as without them: those who decode wait for it. Below 3,
+since single passes take longer than the curve says. Where more prompts wait than streams decode, it may take as many
+times longer: fewer wait for more."""
+LEAST_CHUNK_TOKENS = 8
+"""A prompt gets on by so many tokens a step however dear they are."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's work.
+
+    Attributes:
+        decoding: sequences whose root is to be verified, with a tree or without.
+        prefilling: (sequence, tokens) chunks of prompts.
+        finished_prompts: those of `prefilling` whose prompt ends with this chunk; they get their first token.
+        prompts_go_on: more of prompts is left for the next step.
+    """
+
+    decoding: list[Sequence]
+    prefilling: list[tuple[Sequence, int]]
+    finished_prompts: list[Sequence]
+    prompts_go_on: bool
+
+    @property
+    def sequences(self) -> int:
+        return len(self.decoding) + len(self.prefilling)
+
+    @property
+    def prefill_tokens(self) -> int:
+        return sum(tokens for _, tokens in self.prefilling)
+
+    @property
+    def context_tokens(self) -> int:
+        """Committed tokens of all sequences together."""
+        return sum(s.kv.length for s in self.decoding) + sum(s.kv.length for s, _ in self.prefilling)
+
+
+class Scheduler:
+    """Owns the waiting queue, the running set and the KV blocks' reservation.
+
+    A request's blocks are reserved whole when it is admitted, so that a running request never has to be preempted. With
+    prefix caching, what an earlier prompt and its answer left in the cache is not computed again.
+    """
+
+    def __init__(
+        self, cache: KVCache, limits: LimitsConfig, prefill_chunk_tokens: int, prefix_caching: bool = True
+    ) -> None:
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._cache = cache
+        self._limits = limits
+        self._prefill_chunk_tokens = prefill_chunk_tokens
+        self._prefix_caching = prefix_caching
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue behind all of the same or higher priority."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].request.priority < sequence.request.priority:
+            place -= 1
+        self.waiting.insert(place, sequence)
+
+    def reservation_tokens(self, request: GenerationRequest) -> int:
+        """KV entries the request may need at most: all its tokens, and the largest tree behind them."""
+        return len(request.prompt_token_ids) + request.max_tokens + self.tree_nodes(request)
+
+    def tree_nodes(self, request: GenerationRequest) -> int:
+        """The most draft nodes any step of this request may verify."""
+        if parse_policy(request.policy).max_depth == 0:
+            return 0
+        limit = self._limits.max_tree_nodes
+        return limit if request.max_nodes is None else min(request.max_nodes, limit)
+
+    def schedule(self, plan: Plan) -> Batch:
+        """Admit what fits, then take every decoding sequence and prompt chunks up to the chunk budget."""
+        self._remember_prompts()
+        self._admit()
+        decoding = [s for s in self.running if s.output_tokens]
+        prompts = [s for s in self.running if not s.output_tokens]
+        budget = self._prompt_budget(decoding, prompts, plan) if prompts else 0
+        prefilling, finished_prompts = [], []
+        for sequence in prompts:
+            tokens = min(sequence.uncomputed_tokens, budget)
+            if tokens:
+                prefilling.append((sequence, tokens))
+                budget -= tokens
+                if tokens == sequence.uncomputed_tokens:
+                    finished_prompts.append(sequence)
+        return Batch(decoding, prefilling, finished_prompts, len(finished_prompts) < len(prompts))
+
+    def _prompt_budget(self, decoding: list[Sequence], prompts: list[Sequence], plan: Plan) -> int:
+        """Most prompt tokens of this step: what MAX_STRETCH allows by the plan's costs, but LEAST_CHUNK_TOKENS.
+
+        Most tokens of such a pass are the first prompt's, and see as much context as it has by now. Nobody waits where
+        nobody decodes, and the built-in plan's costs are only a guess.
+        """
+        most = self._prefill_chunk_tokens
+        if not decoding or plan.version == 0:
+            return most
+        roots, context_tokens = len(decoding), sum(s.kv.length for s in decoding) // len(decoding)
+        plain_s = pass_s(plan.cost, roots, context_tokens, roots)
+        context_tokens = max(context_tokens, prompts[0].kv.length)
+        seconds = verify_seconds(plan.cost, roots, context_tokens, roots + as_decoded(plan.cost, most))[roots:]
+        stretch = MAX_STRETCH * max(1.0, len(prompts) / roots)
+        fitting = int(np.searchsorted(seconds, stretch * plain_s, side="right")) - 1
+        return min(most, max(int(fitting / plan.cost.prompt_ratio), LEAST_CHUNK_TOKENS))
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, waiting or running, and free its blocks."""
+        if sequence.cache is None:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            if self._prefix_caching:
+                self._cache.remember(sequence.cache, sequence.token_ids)
+            self._cache.free(sequence.cache)
+            sequence.cache = None
+
+    @property
+    def free_slots(self) -> int:
+        """How many of the waiting requests could start now, slots and blocks considered."""
+        if not self.waiting:
+            return 0
+        slots = self._limits.max_running_requests - len(self.running)
+        blocks = self._cache.free_blocks
+        startable = 0
+        for sequence in self.waiting[:slots]:
+            blocks -= -(-self.reservation_tokens(sequence.request) // self._cache.block_tokens)
+            if blocks < 0:
+                break
+            startable += 1
+        return startable
+
+    def _remember_prompts(self) -> None:
+        """Prompts that the last step finished can be shared while their requests still run."""
+        if self._prefix_caching:
+            for sequence in self.running:
+                if sequence.output_tokens and not sequence.is_remembered:
+                    self._cache.remember(sequence.kv, sequence.request.prompt_token_ids)
+                    sequence.is_remembered = True
+
+    def _admit(self) -> None:
+        # In order: a large request at the head is not starved by small ones behind it.
+        while self.waiting and len(self.running) < self._limits.max_running_requests:
+            sequence = self.waiting[0]
+            # The last token of a prompt is always run: its logits give the first token of the answer.
+            prefix = sequence.request.prompt_token_ids[:-1] if self._prefix_caching else []
+            cache = self._cache.allocate(self.reservation_tokens(sequence.request), prefix)
+            if cache is None:
+                return
+            sequence.cache, sequence.cached_tokens = cache, cache.length
+            sequence.admitted_s = time.monotonic()
+            self.running.append(self.waiting.pop(0))

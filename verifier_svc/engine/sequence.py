@@ -1,0 +1,167 @@
+"""One request's state inside the engine. The engine owns it; nobody else touches it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lm.kv_cache import SequenceCache
+from planner.fast.acceptance import RequestAcceptance
+from planner.fast.weights import urgency
+from planner.policies import Policy
+from verifier_svc.engine.detokenizer import Detokenizer
+from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, SpeculationTotals
+
+
+@dataclass
+class Sequence:
+    """A request that waits or runs.
+
+    Attributes:
+        session_id: names this request to the drafter.
+        token_ids: prompt and output; when decoding, the last one is the root and has no KV yet.
+        cache: None while waiting.
+        cached_tokens: of the prompt, that were taken from the prefix cache; no pass ran them, so that nobody has seen
+            their hidden states.
+        is_remembered: its prompt is in the prefix cache.
+        drafter_tokens: how many of `token_ids` the drafter is believed to hold.
+        acceptance: how its drafts fare beside those of other requests.
+    """
+
+    request: GenerationRequest
+    session_id: int
+    policy: Policy
+    detokenizer: Detokenizer
+    token_ids: list[int]
+    arrived_s: float
+    cache: SequenceCache | None = None
+    cached_tokens: int = 0
+    is_remembered: bool = False
+    drafter_tokens: int = 0
+    acceptance: RequestAcceptance = field(default_factory=RequestAcceptance)
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    totals: SpeculationTotals = field(default_factory=SpeculationTotals)
+    finish_reason: FinishReason | None = None
+    matched_stop: int | str | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.token_ids) - self.prompt_tokens
+
+    @property
+    def remaining_tokens(self) -> int:
+        return self.request.max_tokens - self.output_tokens
+
+    @property
+    def kv(self) -> SequenceCache:
+        """The KV cache of a running sequence."""
+        assert self.cache is not None, "the sequence is waiting"
+        return self.cache
+
+    @property
+    def uncomputed_tokens(self) -> int:
+        """Tokens without KV; 1 (the root) when decoding."""
+        return len(self.token_ids) - self.kv.length
+
+    @property
+    def behind_tokens(self) -> int:
+        """Tokens that the drafter has to catch up with before it can draft."""
+        return len(self.token_ids) - self.drafter_tokens
+
+    def urgency(self, now_s: float) -> float:
+        """How much more this request's tokens count because it is behind its target."""
+        target_s = self.request.target_s
+        if target_s is None or self.first_token_s is None:
+            return 1.0
+        behind_tokens = (now_s - self.first_token_s) / target_s - (self.output_tokens - 1)
+        return urgency(behind_tokens)
+
+    def weight(self, now_s: float) -> float:
+        """What one of its tokens is worth now, among those of other requests."""
+        return self.request.weight * self.urgency(now_s)
+
+    def accept(self, token_ids: list[int], eos_token_ids: frozenset[int]) -> tuple[str, int]:
+        """Append tokens until one of them ends the request.
+
+        Returns:
+            The text that is now certain, and how many of the tokens were taken.
+        """
+        request = self.request
+        text = ""
+        for taken, token_id in enumerate(token_ids, start=1):
+            self.token_ids.append(token_id)
+            if token_id in request.stop_token_ids or (token_id in eos_token_ids and not request.ignore_eos):
+                self.finish_reason, self.matched_stop = FinishReason.STOP, token_id
+            else:
+                text += self.detokenizer.feed(token_id)
+                if self.detokenizer.matched_stop is not None:
+                    self.finish_reason, self.matched_stop = FinishReason.STOP, self.detokenizer.matched_stop
+                elif self.remaining_tokens == 0:
+                    self.finish_reason = FinishReason.LENGTH
+            if self.finish_reason is not None:
+                return self._flushed(text), taken
+        return text, len(token_ids)
+
+    def _flushed(self, text: str) -> str:
+        text += self.detokenizer.flush()
+        if self.detokenizer.matched_stop is not None:
+            self.finish_reason, self.matched_stop = FinishReason.STOP, self.detokenizer.matched_stop
+        return text
+
+    def count_step(self, drafted: int, verified: int, accepted: int) -> None:
+        totals = self.totals
+        self.totals = SpeculationTotals(
+            steps=totals.steps + 1,
+            drafted_nodes=totals.drafted_nodes + drafted,
+            verified_nodes=totals.verified_nodes + verified,
+            accepted_nodes=totals.accepted_nodes + accepted,
+        )
+
+    def completion(self) -> Completion:
+        assert self.finish_reason is not None
+        now = time.monotonic()
+        admitted_s = self.admitted_s if self.admitted_s is not None else now
+        first_token_s = self.first_token_s if self.first_token_s is not None else now
+        target_s, gaps = self.request.target_s, self.output_tokens - 1
+        return Completion(
+            finish_reason=self.finish_reason,
+            matched_stop=self.matched_stop,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            completion_tokens=self.output_tokens,
+            queue_s=admitted_s - self.arrived_s,
+            time_to_first_token_s=first_token_s - self.arrived_s,
+            total_s=now - self.arrived_s,
+            speculation=self.totals,
+            target_met=now - first_token_s <= target_s * gaps if target_s is not None and gaps > 0 else None,
+        )
+
+    def history(self, path: list[int]) -> NDArray[np.int64] | None:
+        """int64 [t]: all tokens before the next one, `path` being draft tokens; None if no penalty needs them."""
+        if self.request.sampling.repetition_penalty == 1.0:
+            return None
+        return np.asarray(self.token_ids + path, np.int64)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a step, or its end, brought one request."""
+
+    request_id: str
+    item: Chunk | Completion
+
+
+def weights_of(sequences: list[Sequence], now_s: float) -> dict[int, float]:
+    """What a token of each request is worth, by session. 1 on average: weights shift nodes, and leave goodput as is."""
+    weights = [sequence.weight(now_s) for sequence in sequences]
+    total = sum(weights)
+    return {s.session_id: w * len(sequences) / total for s, w in zip(sequences, weights, strict=True)}

@@ -1,0 +1,119 @@
+"""What a step tells: its record for the planner, and its explanation for the stream."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from lm.sampling import logprobs
+from treeline.plan import NodeOutcomes, Plan, StepRecord
+from verifier_svc.engine.request import StepExplanation, TokenLogprobs
+from verifier_svc.engine.scheduler import Batch, Scheduler
+from verifier_svc.engine.sequence import Sequence
+from verifier_svc.engine.walk import Walk, all_observed
+from verifier_svc.speculation.drafts import Drafts
+
+
+def step_record(
+    step_id: int,
+    batch: Batch,
+    drafts: Drafts,
+    walks: list[Walk],
+    plan: Plan,
+    scheduler: Scheduler,
+    context_tokens: int,
+    verify_s: float,
+    step_s: float,
+) -> StepRecord:
+    """The record of a step whose first walks are those of `batch.decoding`, in order."""
+    own_walks = walks[: len(batch.decoding)]
+    outcomes = NodeOutcomes.empty()
+    if drafts.forest is not None and drafts.pruning is not None:
+        sampled = [not s.request.sampling.greedy for s in batch.decoding]
+        outcomes = all_observed(drafts.forest, drafts.pruning.chosen, own_walks, sampled)
+    verified_nodes = sum(map(len, drafts.trees.values()))
+    return StepRecord(
+        step_id=step_id,
+        unix_s=time.time(),
+        plan_version=plan.version,
+        sequences=len(batch.decoding),
+        tokens=len(batch.decoding) + verified_nodes + batch.prefill_tokens,
+        prefill_tokens=batch.prefill_tokens,
+        context_tokens=context_tokens,
+        drafted_nodes=sum(drafts.drafted_nodes.values()),
+        verified_nodes=verified_nodes,
+        accepted_nodes=sum([len(walk.accepted) for walk in own_walks]),
+        emitted_tokens=sum([len(walk.tokens) for walk in walks]),
+        running=len(scheduler.running),
+        waiting=len(scheduler.waiting),
+        free_slots=scheduler.free_slots,
+        draft_s=drafts.draft_s,
+        drafter_s=drafts.stats.draft_s,
+        draft_layer_nodes=drafts.stats.layer_nodes,
+        verify_s=verify_s,
+        predicted_verify_s=drafts.predicted_verify_s,
+        step_s=step_s,
+        goodput=drafts.pruning.goodput if drafts.pruning else 0.0,
+        price=drafts.pruning.price if drafts.pruning else 0.0,
+        node_s=drafts.pruning.node_s if drafts.pruning else 0.0,
+        outcomes=outcomes,
+        catch_up_tokens=drafts.stats.catch_up_tokens,
+        drafted_requests=len(drafts.drafted_nodes),
+    )
+
+
+def explanation(sequence: Sequence, drafts: Drafts, accepted_nodes: int, record: StepRecord) -> StepExplanation | None:
+    """For a request that asked for it, why this step's tokens came as they did."""
+    if not sequence.request.explain:
+        return None
+    return StepExplanation(
+        drafted_nodes=drafts.drafted_nodes.get(sequence.session_id, 0),
+        verified_nodes=len(drafts.tree(sequence)),
+        accepted_nodes=accepted_nodes,
+        price=record.price,
+        plan_version=record.plan_version,
+        batch_sequences=record.sequences,
+        batch_tokens=record.tokens,
+        draft_s=record.draft_s,
+        verify_s=record.verify_s,
+        step_s=record.step_s,
+        reason=_reason(sequence, drafts),
+    )
+
+
+def _reason(sequence: Sequence, drafts: Drafts) -> str:
+    if sequence.output_tokens <= 1:
+        return "first token, from the prompt's own pass"
+    if sequence.policy.max_depth == 0:
+        return "policy off"
+    if drafts.pruning is not None and sequence.session_id in drafts.trees:
+        return drafts.pruning.reason + _target(sequence)
+    return drafts.refusal or "no token but the last one is left to come"
+
+
+def _target(sequence: Sequence) -> str:
+    """How the request stands to its latency target, if it has one."""
+    target_s, since_s, now_s = sequence.request.target_s, sequence.first_token_s, sequence.last_token_s
+    if target_s is None or since_s is None or now_s is None:
+        return ""
+    mean_ms, urgency = 1e3 * (now_s - since_s) / (sequence.output_tokens - 1), sequence.urgency(now_s)
+    standing = "met" if mean_ms <= 1e3 * target_s else f"missed, its tokens count {urgency:.1f}-fold"
+    return f"; {mean_ms:.1f} ms a token, target {1e3 * target_s:.1f}: {standing}"
+
+
+def token_logprobs(
+    sequence: Sequence, walk: Walk, taken: int, logits: torch.Tensor, first_row: int
+) -> list[TokenLogprobs]:
+    """Log-probabilities of the first `taken` tokens of `walk`, whose root has row `first_row` of `logits`."""
+    top = sequence.request.logprobs
+    if top is None:
+        return []
+    rows = [first_row, *(first_row + 1 + node for node in walk.accepted)][:taken]
+    chosen, top_ids, top_values = logprobs(logits[rows], walk.tokens[:taken], top)
+    return [
+        TokenLogprobs(token, value, tuple(zip(ids, values, strict=True)))
+        for token, value, ids, values in zip(
+            walk.tokens[:taken], chosen.tolist(), top_ids.tolist(), top_values.tolist(), strict=True
+        )
+    ]

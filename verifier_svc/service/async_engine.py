@@ -1,0 +1,189 @@
+"""The engine in its own thread, behind an asyncio face."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+
+from lm.cpu.threads import own_cores
+from treeline.errors import DrainingError, DuplicateRequestError, QueueFullError, TreelineError, UnavailableError
+from treeline.plan import StepRecord
+from verifier_svc.engine.engine import Engine
+from verifier_svc.engine.request import Chunk, Completion, GenerationRequest, Load
+from verifier_svc.engine.sequence import Output
+
+logger = logging.getLogger(__name__)
+
+RATE_WINDOW_S = 5.0
+IDLE_WAIT_S = 0.5
+
+
+class EngineDeadError(TreelineError):
+    """INTERNAL: a step failed; the replica is unhealthy and will be replaced."""
+
+
+class AsyncEngine:
+    """Runs `Engine.step()` in a thread of its own; everything else runs on the event loop that made it.
+
+    Args:
+        on_step: called in the engine's thread after each step.
+        on_output: called in the engine's thread for everything a request is given.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        max_running: int,
+        max_waiting: int,
+        on_step: Callable[[StepRecord], None] = lambda record: None,
+        on_output: Callable[[Chunk | Completion], None] = lambda output: None,
+    ) -> None:
+        self.engine = engine
+        self._max_running, self._max_waiting = max_running, max_waiting
+        self._on_step, self._on_output = on_step, on_output
+        self._loop = asyncio.get_running_loop()
+        self._streams: dict[str, asyncio.Queue[Chunk | Completion | TreelineError]] = {}
+        self._wake = threading.Condition()
+        self._inbox: list[GenerationRequest | str] = []  # new requests, and ids to abort, in order
+        self._recent: deque[StepRecord] = deque(maxlen=4096)
+        self._draining = self._stopping = False
+        self._failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk | Completion]:
+        """Chunks as they are produced, then one Completion. Closing the iterator aborts the request.
+
+        Raises:
+            QueueFullError, UnavailableError, DuplicateRequestError, InvalidRequestError: at once, before it is queued.
+            EngineDeadError: a step failed.
+        """
+        self._check_admission(request)
+        stream: asyncio.Queue[Chunk | Completion | TreelineError] = asyncio.Queue()
+        self._streams[request.request_id] = stream
+        self._tell(request)
+        ended = False
+        try:
+            while not ended:
+                item = await stream.get()
+                if isinstance(item, TreelineError):
+                    ended = True
+                    raise item
+                ended = isinstance(item, Completion)
+                yield item
+        finally:
+            if not ended:
+                self._tell(request.request_id)
+
+    def abort(self, request_ids: Iterable[str]) -> int:
+        """End these requests; their streams get a Completion. Returns how many of them were open."""
+        known = [request_id for request_id in request_ids if request_id in self._streams]
+        self._tell(*known)
+        return len(known)
+
+    def load(self) -> Load:
+        """How busy the engine is now."""
+        cutoff = time.time() - RATE_WINDOW_S
+        recent = [record for record in list(self._recent) if record.unix_s >= cutoff]
+        decoded = sum(r.sequences for r in recent)
+        last = self._recent[-1] if self._recent else None
+        running = len(self.engine.scheduler.running)
+        return Load(
+            num_requests_running=running,
+            num_requests_waiting=max(0, len(self._streams) - running),
+            kv_blocks_used=self.engine.cache.used_blocks,
+            kv_blocks_total=self.engine.cache.total_blocks,
+            tokens_per_s=sum(r.emitted_tokens for r in recent) / RATE_WINDOW_S,
+            mean_accepted_length=1 + sum(r.accepted_nodes for r in recent) / decoded if decoded else 0.0,
+            mean_tree_nodes=sum(r.verified_nodes for r in recent) / decoded if decoded else 0.0,
+            plan_version=last.plan_version if last else 0,
+            price=self.engine.plan().price,
+            drafter_ready=self.engine.draft_stage.ready,
+        )
+
+    def check(self) -> None:
+        """Raise RuntimeError if the engine cannot serve any more."""
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
+        if not self._thread.is_alive():
+            raise RuntimeError("the engine's thread has ended")
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new requests, let running ones end within `grace_s`, abort the rest, end the thread."""
+        self._draining = True
+        deadline = time.monotonic() + grace_s
+        while self._streams and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self.abort(list(self._streams))
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join, 10.0)
+
+    def _check_admission(self, request: GenerationRequest) -> None:
+        if self._failure is not None:
+            raise UnavailableError(self._failure)  # another verifier may take it
+        if self._draining:
+            raise DrainingError("this replica is shutting down")
+        if request.request_id in self._streams:
+            raise DuplicateRequestError(f"a request with id {request.request_id!r} is open")
+        self.engine.check_fits(request)
+        running, waiting = len(self.engine.scheduler.running), len(self.engine.scheduler.waiting)
+        # Requests on their way into the engine find a free slot first; what then waits counts against the queue.
+        free_slots = 0 if waiting else self._max_running - running
+        if len(self._streams) - running >= self._max_waiting + free_slots:
+            raise QueueFullError(f"{self._max_waiting} requests are waiting already")
+
+    def _tell(self, *messages: GenerationRequest | str) -> None:
+        with self._wake:
+            self._inbox += messages
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            with own_cores(self.engine.model.device):
+                while self._take_in():
+                    outputs, record = self.engine.step()
+                    self._deliver(outputs)
+                    if record is not None:
+                        self._recent.append(record)
+                        self._on_step(record)
+        except Exception as error:
+            logger.exception("the engine died")
+            self._failure = f"engine step failed: {type(error).__name__}: {error}"
+            self._loop.call_soon_threadsafe(self._fail_all, EngineDeadError(self._failure))
+
+    def _take_in(self) -> bool:
+        """Wait for work; hand new and aborted requests to the engine. False once stopped."""
+        with self._wake:
+            while not (self._inbox or self._stopping or self.engine.has_work):
+                self._wake.wait(IDLE_WAIT_S)
+            inbox, self._inbox = self._inbox, []
+            stopping = self._stopping
+        for message in inbox:
+            if isinstance(message, GenerationRequest):
+                self.engine.add(message)
+            else:
+                self._deliver(self.engine.abort([message]))
+        return not stopping
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        if outputs:
+            self._loop.call_soon_threadsafe(self._dispatch, outputs)
+            for output in outputs:
+                self._on_output(output.item)
+
+    def _dispatch(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            self._streams[output.request_id].put_nowait(output.item)
+            if isinstance(output.item, Completion):
+                del self._streams[output.request_id]  # only now may the id be used again
+
+    def _fail_all(self, error: TreelineError) -> None:
+        for stream in self._streams.values():
+            stream.put_nowait(error)
+        self._streams.clear()

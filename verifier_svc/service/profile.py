@@ -1,0 +1,120 @@
+"""What verification passes cost on this device: measured at start, the cost model's first knowledge."""
+
+from __future__ import annotations
+
+import math
+import time
+from itertools import pairwise
+
+import numpy as np
+import torch
+from scipy.optimize import isotonic_regression
+
+from lm.cuda.static_pass import BUCKETS
+from lm.kv_cache import KVCache
+from lm.model import LanguageModel
+from lm.packed import PackedSequence
+from lm.sampling import Row, choose_tokens
+from treeline.plan import CostCurve
+from treeline.sampling import SamplingParams
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Where passes are padded, their buckets take the place of these."""
+REGIONS = ((1, 64), (8, 64), (32, 64), (1, 768))
+"""(sequences, context tokens) of each curve."""
+ROUNDS = 4
+REFINEMENTS = 4
+"""Most counts measured beside TOKENS in each region, where the curve rises most: a step is found where it is."""
+BUDGET_S = 12.0
+WARM_UP_TOKENS = (1, 8, 32)
+
+
+def profile_verification(model: LanguageModel, cache: KVCache) -> tuple[CostCurve, ...]:
+    """Time passes of several sizes on an idle engine's cache, within BUDGET_S unless a pass takes longer than 0.1 s.
+
+    Regions that do not fit the cache or the model's context are left out; the first one always fits.
+    """
+    capacity, most_tokens = cache.total_blocks * cache.block_tokens, max(_sizes(model))
+    fitting = [(1, min(REGIONS[0][1], capacity // 2, model.max_context_tokens // 2))]
+    for sequences, context_tokens in REGIONS[1:]:
+        room = sequences * (context_tokens + cache.block_tokens) + most_tokens <= capacity  # in whole blocks
+        if room and context_tokens + most_tokens <= model.max_context_tokens:
+            fitting.append((sequences, context_tokens))
+    deadline_s = time.perf_counter() + BUDGET_S
+    curves = []
+    for index, (sequences, context_tokens) in enumerate(fitting):
+        now_s = time.perf_counter()
+        until_s = now_s + max(0.0, deadline_s - now_s) / (len(fitting) - index)
+        curves.append(_curve(model, cache, sequences, context_tokens, until_s))
+    return tuple(curves)
+
+
+def warm_up(model: LanguageModel, cache: KVCache) -> None:
+    """Run passes on an idle engine's cache, so that no request pays for first calls where the profile was stored."""
+    for tokens in WARM_UP_TOKENS:
+        _pass_s(model, cache, 1, 1, tokens)
+
+
+def _curve(model: LanguageModel, cache: KVCache, sequences: int, context_tokens: int, until_s: float) -> CostCurve:
+    room = cache.total_blocks // sequences * cache.block_tokens - context_tokens
+    longest = min(model.max_context_tokens - context_tokens, room) * sequences
+    fastest = {tokens: math.inf for tokens in _sizes(model) if sequences <= tokens <= longest}
+
+    def measure(counts: list[int], least_rounds: int) -> None:
+        # Whatever else the machine does only adds time: the fastest of several interleaved passes is nearest the truth.
+        for done in range(ROUNDS):
+            if done >= least_rounds and time.perf_counter() > until_s:
+                return
+            for tokens in counts:
+                passed_s = _pass_s(model, cache, sequences, context_tokens, tokens)
+                fastest[tokens] = min(fastest.get(tokens, math.inf), passed_s)
+
+    measure(list(fastest), least_rounds=2)  # a first pass is also a warm-up
+    for _ in range(0 if model.passes.padded else REFINEMENTS):
+        middle = _steepest(fastest)
+        if middle is None or time.perf_counter() > until_s:
+            break
+        measure([middle], least_rounds=2)
+    if model.passes.padded:
+        fastest |= _first_of_each(fastest)
+    counts = sorted(fastest)
+    monotone = isotonic_regression([fastest[tokens] for tokens in counts]).x
+    return CostCurve(sequences, context_tokens, tuple(counts), tuple(monotone.tolist()))
+
+
+def _sizes(model: LanguageModel) -> tuple[int, ...]:
+    return BUCKETS if model.passes.padded else TOKENS
+
+
+def _first_of_each(seconds: dict[int, float]) -> dict[int, float]:
+    """Padded passes cost by their bucket: what the fewest tokens of each one take, of which the most were measured."""
+    return {low + 1: seconds[high] for low, high in pairwise(sorted(seconds)) if high - low > 1}
+
+
+def _steepest(seconds: dict[int, float]) -> int | None:
+    """A count in the middle of the interval over which the seconds rise most; None if every count is there."""
+    counts = sorted(seconds)
+    gaps = [(seconds[high] - seconds[low], (low + high) // 2) for low, high in pairwise(counts) if high - low > 1]
+    return max(gaps)[1] if gaps else None
+
+
+def _pass_s(model: LanguageModel, cache: KVCache, sequences: int, context_tokens: int, tokens: int) -> float:
+    """Seconds of one pass in which the tokens are spread evenly, each sequence's nodes hanging from its root."""
+    packed = []
+    for index in range(sequences):
+        share = tokens // sequences + (index < tokens % sequences)
+        kv = cache.allocate(context_tokens + share)
+        if kv is None:
+            raise RuntimeError("the KV cache is not idle or too small to be profiled")
+        kv.length = context_tokens
+        parents = np.asarray([-1] + [0] * (share - 1), np.int32)
+        packed.append(PackedSequence(kv, [1 + i for i in range(share)], parents, "all"))
+    started_s = time.perf_counter()
+    logits = model.forward(packed, cache)
+    choose_tokens(logits, [Row(SamplingParams(), 0, None)] * len(logits)).tolist()
+    if logits.device.type == "cuda":
+        torch.cuda.synchronize(logits.device)
+    elapsed_s = time.perf_counter() - started_s
+    for sequence in packed:
+        cache.free(sequence.cache)
+    return elapsed_s

@@ -1,0 +1,96 @@
+"""The device profile is measured once and kept in the cache folder, by model, device, precision, threads, versions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import treeline
+from lm.cpu.native import fingerprint
+from lm.device import processor_name
+from lm.kv_cache import KVCache
+from lm.model import LanguageModel
+from lm.store import cache_folder
+from treeline.plan import CostCurve
+from verifier_svc.service.profile import profile_verification
+
+logger = logging.getLogger(__name__)
+
+
+def verification_profile(model: LanguageModel, cache: KVCache, refresh: bool = False) -> tuple[CostCurve, ...]:
+    """The stored profile of this model on this device; measured, and stored, if there is none or `refresh` is set.
+
+    A stored one that cannot be read, and a folder that cannot be written, are warned of and otherwise ignored.
+    """
+    identity = _identity(model, cache)
+    path = profile_path(identity)
+    curves = None if refresh else _load(path, identity)
+    if curves is None:
+        curves = profile_verification(model, cache)
+        _save(path, identity, curves)
+    return curves
+
+
+def profile_path(identity: dict[str, Any]) -> Path:
+    """Where the profile of what `identity` describes is stored."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / "profiles" / f"{identity['model'].replace('/', '--')}-{digest[:12]}.json"
+
+
+def _identity(model: LanguageModel, cache: KVCache) -> dict[str, Any]:
+    """All that the curves depend on."""
+    on_cuda = model.device.type == "cuda"
+    return {
+        "model": model.name,
+        "architecture": model.architecture,
+        "parameters": sum(parameter.numel() for parameter in model.hf.parameters()),
+        "device": torch.cuda.get_device_name(model.device) if on_cuda else processor_name(),
+        "dtype": str(model.dtype),
+        "layers": sorted({type(layer).__name__ for layer in model.hf.modules()}),
+        "kernels": fingerprint(),
+        "threads": torch.get_num_threads(),
+        "kv_cache_tokens": cache.total_blocks * cache.block_tokens,
+        "torch": torch.__version__,
+        "treeline": treeline.__version__,
+    }
+
+
+def _load(path: Path, identity: dict[str, Any]) -> tuple[CostCurve, ...] | None:
+    try:
+        stored = json.loads(path.read_text())
+        if stored["identity"] != identity:
+            raise ValueError("it is of something else")
+        curves = [CostCurve(c["sequences"], c["context_tokens"], *_points(c)) for c in stored["curves"]]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("measuring anew, as the stored profile %s cannot be used: %s", path, error)
+        return None
+    return tuple(curves)
+
+
+def _points(curve: dict[str, Any]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    tokens, seconds = tuple(map(int, curve["tokens"])), tuple(map(float, curve["seconds"]))
+    if not tokens or list(tokens) != sorted(set(tokens)) or len(tokens) != len(seconds) or not min(seconds) > 0:
+        raise ValueError("a curve is malformed")
+    return tokens, seconds
+
+
+def _save(path: Path, identity: dict[str, Any], curves: tuple[CostCurve, ...]) -> None:
+    """Written aside and moved into place, so that nobody ever reads half a file."""
+    text = json.dumps({"identity": identity, "curves": [asdict(curve) for curve in curves]}, indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".profile-", delete=False) as file:
+            file.write(text + "\n")
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.warning("the device profile cannot be stored in %s: %s", path.parent, error.strerror)

@@ -1,0 +1,176 @@
+"""The verifier service: model, engine, link to the drafter, plan, reports, metrics and gRPC port, put together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+from grpc_health.v1 import health
+from prometheus_client import CollectorRegistry
+
+from lm.model import LanguageModel
+from lm.store import vocabulary_sha256
+from planner.service.client import PlanWatcher, StepReporter
+from treeline.config import Config
+from treeline.errors import ConfigError
+from treeline.interceptors import SERVICE, CallInterceptor
+from treeline.metrics import VerifierMetrics, serve_metrics
+from treeline.plan import StepRecord, VerifierProfile
+from treeline.rpc import Discover, add_standard_services, bind, new_server, reachable_host
+from treeline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
+from verifier_svc.engine.engine import Engine
+from verifier_svc.engine.request import Chunk, Completion
+from verifier_svc.service.async_engine import AsyncEngine
+from verifier_svc.service.profile import warm_up
+from verifier_svc.service.profile_cache import verification_profile
+from verifier_svc.service.service import GenerationServicer
+from verifier_svc.service.validation import ServedModel
+from verifier_svc.speculation.link import GrpcLink, wait_for_info
+
+logger = logging.getLogger(__name__)
+
+DRAFTER_WAIT_S = 3.0
+"""A drafter starting beside us gets this long to tell its costs for the profile; later it is welcome all the same."""
+LOAD_INTERVAL_S = 0.5
+LOADER = "loader"
+"""The thread that loads and measures, and then ends. Every thread that computes keeps OpenMP threads of its own; once
+there are more of them than cores, idle ones included, OpenMP lets all of them sleep at every barrier of a pass."""
+
+
+class VerifierServer:
+    """One verifier.
+
+    Attributes:
+        endpoint: "host:port" of its generation service, for front doors.
+        metrics_port: port of /metrics.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        metrics_port: int,
+        server: grpc.aio.Server,
+        health_servicer: health.aio.HealthServicer,
+        engine: AsyncEngine,
+        link: GrpcLink,
+        watcher: PlanWatcher,
+        reporter: StepReporter,
+        load_task: asyncio.Task[None],
+    ) -> None:
+        self.endpoint, self.metrics_port = endpoint, metrics_port
+        self._server, self._health, self._engine = server, health_servicer, engine
+        self._link, self._watcher, self._reporter, self._load_task = link, watcher, reporter, load_task
+
+    @classmethod
+    async def start(cls, config: Config, drafter: Discover, planner: Discover) -> VerifierServer:
+        """Load the model, profile the device and listen.
+
+        Raises:
+            ConfigError: the model cannot be served as configured, or a port is taken.
+        """
+        loop, verifier_id = asyncio.get_running_loop(), uuid.uuid4().hex
+        with ThreadPoolExecutor(1, LOADER) as loader:
+            model = await loop.run_in_executor(loader, LanguageModel.load, config.verifier.target)
+            _check_limits(model, config)
+            watcher = PlanWatcher(planner, verifier_id, config.limits, config.internal)
+            link = GrpcLink(drafter, config, model.vocab_size, vocabulary_sha256(model.tokenizer))
+            core = await loop.run_in_executor(loader, Engine, model, link, lambda: watcher.plan, config)
+            curves = await loop.run_in_executor(loader, verification_profile, model, core.cache)
+            await loop.run_in_executor(loader, warm_up, model, core.cache)
+        info = await wait_for_info(link, DRAFTER_WAIT_S)
+        profile = VerifierProfile(curves, info.layer_s if info else 0.0, info.node_s if info else 0.0)
+        registry = CollectorRegistry()
+        metrics = VerifierMetrics(registry)
+        metrics_port = serve_metrics(registry, config.metrics)
+        metrics_url = f"http://{reachable_host(config.metrics.host)}:{metrics_port}/metrics"
+        reporter = StepReporter(planner, verifier_id, metrics_url, profile, config.internal)
+
+        def on_step(record: StepRecord) -> None:
+            metrics.observe_step(record)
+            reporter.report(record)
+
+        limits = config.limits
+        engine = AsyncEngine(
+            core,
+            limits.max_running_requests,
+            limits.max_waiting_requests,
+            on_step,
+            lambda output: _observe_output(metrics, output),
+        )
+        server = new_server(config.internal, limits.max_message_bytes, interceptors=[CallInterceptor()])
+        servicer = GenerationServicer(engine, model.tokenizer, _served(model, config), limits, config.verifier)
+        add_GenerationServiceServicer_to_server(servicer, server)
+        health_servicer = await add_standard_services(server, SERVICE)
+        endpoint = bind(server, config.internal)
+        await server.start()
+        load_task = asyncio.create_task(_show_load(engine, metrics), name="verifier-load")
+        logger.info("verifier of %s at %s, metrics at %s", model.name, endpoint, metrics_url)
+        return cls(endpoint, metrics_port, server, health_servicer, engine, link, watcher, reporter, load_task)
+
+    async def check(self) -> None:
+        """Raise RuntimeError if this verifier cannot serve any more."""
+        self._engine.check()
+
+    async def stop(self, grace_s: float = 5) -> None:
+        """Say NOT_SERVING, refuse new requests, let running ones end within `grace_s`, free everything."""
+        await self._health.enter_graceful_shutdown()
+        await self._engine.stop(grace_s)
+        await self._server.stop(1.0)
+        self._load_task.cancel()
+        self._link.close()
+        await self._watcher.close()
+        await self._reporter.close()
+
+
+def _check_limits(model: LanguageModel, config: Config) -> None:
+    if config.limits.max_context_tokens > model.max_context_tokens:
+        raise ConfigError(
+            f"limits.max_context_tokens is {config.limits.max_context_tokens}, "
+            f"but {model.name} was made for {model.max_context_tokens}"
+        )
+
+
+def _served(model: LanguageModel, config: Config) -> ServedModel:
+    return ServedModel(
+        name=model.name,
+        architecture=model.architecture,
+        dtype=str(model.dtype).removeprefix("torch."),
+        vocab_size=model.vocab_size,
+        max_context_tokens=config.limits.max_context_tokens,
+        eos_token_ids=model.eos_token_ids,
+        has_chat_template=model.tokenizer.chat_template is not None,
+    )
+
+
+def _observe_output(metrics: VerifierMetrics, output: Chunk | Completion) -> None:
+    if isinstance(output, Completion):
+        metrics.observe_prefix(output.prompt_tokens, output.cached_tokens)
+        metrics.observe_finished(
+            output.finish_reason,
+            output.completion_tokens,
+            output.queue_s,
+            output.time_to_first_token_s,
+            output.total_s,
+            output.speculation.mean_accepted_length,
+            output.target_met,
+        )
+    elif output.first:
+        metrics.observe_first_token(output.waited_s)
+    else:
+        metrics.observe_tokens(len(output.token_ids), output.waited_s)
+
+
+async def _show_load(engine: AsyncEngine, metrics: VerifierMetrics) -> None:
+    while True:
+        load = engine.load()
+        metrics.set_load(
+            load.num_requests_running,
+            load.num_requests_waiting,
+            load.kv_blocks_used,
+            load.kv_blocks_total,
+            load.drafter_ready,
+        )
+        await asyncio.sleep(LOAD_INTERVAL_S)

@@ -1,0 +1,189 @@
+"""The generation service of one verifier: text in, engine requests through, text out."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Protocol
+
+import grpc
+
+import treeline
+from treeline.config import LimitsConfig, VerifierConfig
+from treeline.errors import FieldViolation, InvalidRequestError
+from treeline.v1 import generation_pb2 as pb
+from treeline.v1 import generation_pb2_grpc as pb_grpc
+from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, Load, StepExplanation
+from verifier_svc.service.validation import Prompt, ServedModel, parse_generate, parse_tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_FINISH_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.ABORTED: pb.FINISH_REASON_ABORTED,
+}
+
+
+class EngineFace(Protocol):
+    """The part of AsyncEngine that the service uses."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk | Completion]: ...
+
+    def abort(self, request_ids: Iterable[str]) -> int: ...
+
+    def load(self) -> Load: ...
+
+
+class GenerationServicer(pb_grpc.GenerationServiceServicer):
+    """Serves `engine`. Errors are raised as TreelineErrors, so the server needs a CallInterceptor."""
+
+    def __init__(
+        self,
+        engine: EngineFace,
+        tokenizer: PreTrainedTokenizerFast,
+        info: ServedModel,
+        limits: LimitsConfig,
+        verifier: VerifierConfig,
+    ) -> None:
+        self._engine, self._tokenizer, self._info = engine, tokenizer, info
+        self._limits, self._verifier = limits, verifier
+        # One thread: long prompts must not hold up the streams, nor take every core.
+        self._tokenising = ThreadPoolExecutor(1, "tokenise")
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        checked = parse_generate(request, self._info, self._limits, self._verifier)
+        prompt_token_ids = await self._token_ids(checked.prompt)
+        request_id = checked.request_id or uuid.uuid4().hex
+        generation = checked.tokenised(prompt_token_ids, self._info, self._limits, request_id)
+        async with aclosing(self._engine.generate(generation)) as outputs:  # type: ignore[type-var]
+            async for output in outputs:
+                if isinstance(output, Chunk):
+                    yield pb.GenerateResponse(chunk=chunk_to_proto(output))
+                else:
+                    yield pb.GenerateResponse(complete=completion_to_proto(output, generation))
+
+    async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
+        return pb.AbortResponse(aborted=self._engine.abort(list(request.request_ids)))
+
+    async def GetLoad(self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadResponse:
+        load = self._engine.load()
+        return pb.GetLoadResponse(
+            num_requests_running=load.num_requests_running,
+            num_requests_waiting=load.num_requests_waiting,
+            max_requests_running=self._limits.max_running_requests,
+            max_requests_waiting=self._limits.max_waiting_requests,
+            kv_blocks_used=load.kv_blocks_used,
+            kv_blocks_total=load.kv_blocks_total,
+            tokens_per_s=load.tokens_per_s,
+            mean_accepted_length=load.mean_accepted_length,
+            mean_tree_nodes=load.mean_tree_nodes,
+            plan_version=load.plan_version,
+            price=load.price,
+            drafter_ready=load.drafter_ready,
+        )
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetModelInfoResponse:
+        return pb.GetModelInfoResponse(
+            model=self._info.name,
+            architecture=self._info.architecture,
+            dtype=self._info.dtype,
+            vocab_size=self._info.vocab_size,
+            max_context_tokens=self._info.max_context_tokens,
+            eos_token_ids=sorted(self._info.eos_token_ids),
+            has_chat_template=self._info.has_chat_template,
+            default_policy=self._verifier.default_policy,
+            allowed_policies=self._verifier.allowed_policies,
+            version=treeline.__version__,
+        )
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
+        return pb.TokenizeResponse(token_ids=await self._token_ids(parse_tokenize(request, self._info)))
+
+    async def _token_ids(self, prompt: Prompt) -> list[int]:
+        return await asyncio.get_running_loop().run_in_executor(self._tokenising, token_ids_of, prompt, self._tokenizer)
+
+
+def token_ids_of(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """A text as it is (no template), a chat through the model's template, ids unchanged.
+
+    Raises:
+        InvalidRequestError: the chat template refuses the chat (roles that do not alternate, say).
+    """
+    # Imported with transformers, which is loaded already where there is a tokenizer.
+    from jinja2 import TemplateError
+
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt, verbose=False).input_ids)
+    if not prompt or isinstance(prompt[0], int):
+        return prompt  # type: ignore[return-value]
+    try:
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise InvalidRequestError(FieldViolation("chat", f"refused by the chat template: {error}")) from None
+    # Templates write the special tokens themselves.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def chunk_to_proto(chunk: Chunk) -> pb.GenerateChunk:
+    """The message of one engine step."""
+    message = pb.GenerateChunk(text=chunk.text, token_ids=chunk.token_ids)
+    for position in chunk.logprobs:
+        entry = message.logprobs.add()
+        entry.chosen.token_id, entry.chosen.logprob = position.token_id, position.logprob
+        for token_id, logprob in position.top:
+            entry.top.add(token_id=token_id, logprob=logprob)
+    if chunk.explanation is not None:
+        message.speculation.CopyFrom(explanation_to_proto(chunk.explanation))
+    return message
+
+
+def explanation_to_proto(step: StepExplanation) -> pb.SpeculationStep:
+    return pb.SpeculationStep(
+        drafted_nodes=step.drafted_nodes,
+        verified_nodes=step.verified_nodes,
+        accepted_nodes=step.accepted_nodes,
+        price=step.price,
+        plan_version=step.plan_version,
+        batch_sequences=step.batch_sequences,
+        batch_tokens=step.batch_tokens,
+        draft_s=step.draft_s,
+        verify_s=step.verify_s,
+        step_s=step.step_s,
+        reason=step.reason,
+    )
+
+
+def completion_to_proto(completion: Completion, request: GenerationRequest) -> pb.GenerateComplete:
+    """The last message of a stream: how it ended, and what was in force."""
+    totals, matched = completion.speculation, completion.matched_stop
+    return pb.GenerateComplete(
+        finish_reason=_FINISH_REASONS[completion.finish_reason],
+        stop_token_id=matched if isinstance(matched, int) else None,
+        stop_string=matched if isinstance(matched, str) else None,
+        usage=pb.Usage(prompt_tokens=completion.prompt_tokens, completion_tokens=completion.completion_tokens),
+        timings=pb.Timings(
+            queue_s=completion.queue_s,
+            time_to_first_token_s=completion.time_to_first_token_s,
+            total_s=completion.total_s,
+        ),
+        speculation=pb.SpeculationSummary(
+            steps=totals.steps,
+            drafted_nodes=totals.drafted_nodes,
+            verified_nodes=totals.verified_nodes,
+            accepted_nodes=totals.accepted_nodes,
+            mean_accepted_length=totals.mean_accepted_length,
+            mean_tree_nodes=totals.mean_tree_nodes,
+        ),
+        seed=request.sampling.seed,
+        request_id=request.request_id,
+        policy=request.policy,
+    )

@@ -1,0 +1,299 @@
+"""Checks a request field by field, and reports everything that is wrong with it at once. Needs no tokenizer."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from planner.policies import parse_policy
+from treeline.config import LimitsConfig, VerifierConfig
+from treeline.errors import FieldViolation, InvalidRequestError, UnknownModelError
+from treeline.sampling import SamplingParams
+from treeline.v1 import generation_pb2 as pb
+from verifier_svc.engine.request import GenerationRequest
+
+DEFAULT_MAX_TOKENS = 256
+MAX_REQUEST_ID_CHARS, MAX_POLICY_CHARS = 128, 64
+MAX_STOP_TOKEN_IDS, MAX_PRIORITY = 256, 4
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
+MAX_SEED_BITS = 63
+MAX_VIOLATIONS = 16
+ROLES = ("system", "user", "assistant")
+
+ChatMessages = list[dict[str, str]]
+Prompt = str | list[int] | ChatMessages
+"""A text, its token ids, or a chat as chat templates take it."""
+
+M = TypeVar("M", bound=Message)
+N = TypeVar("N", int, float)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The target as clients see it. `max_context_tokens` is for prompt and output together."""
+
+    name: str
+    architecture: str
+    dtype: str
+    vocab_size: int
+    max_context_tokens: int
+    eos_token_ids: frozenset[int]
+    has_chat_template: bool
+
+
+@dataclass(frozen=True)
+class CheckedRequest:
+    """A request whose every field is in range; only its length in tokens is still unknown. See GenerationRequest.
+
+    Attributes:
+        max_tokens: as asked for; None leaves it to `tokenised`.
+    """
+
+    request_id: str
+    prompt: Prompt
+    sampling: SamplingParams
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    stop_token_ids: frozenset[int]
+    ignore_eos: bool
+    logprobs: int | None
+    explain: bool
+    policy: str
+    max_nodes: int | None
+    max_depth: int | None
+    priority: int
+    target_ms: float | None
+
+    def tokenised(
+        self, prompt_token_ids: list[int], info: ServedModel, limits: LimitsConfig, request_id: str
+    ) -> GenerationRequest:
+        """The request that goes into the engine.
+
+        Raises:
+            InvalidRequestError: prompt, or prompt and max_tokens together, do not fit the context.
+        """
+        field = "prompt" if isinstance(self.prompt, str) else "chat.messages"
+        length, room = len(prompt_token_ids), info.max_context_tokens - len(prompt_token_ids)
+        if not prompt_token_ids:
+            raise InvalidRequestError(FieldViolation(field, "holds no token"))
+        if room < 1:
+            raise InvalidRequestError(FieldViolation(field, _too_long(length, info)))
+        if self.max_tokens is not None and self.max_tokens > room:
+            problem = (
+                f"{length} prompt tokens leave room for {room} of {info.max_context_tokens}, not {self.max_tokens}"
+            )
+            raise InvalidRequestError(FieldViolation("stopping.max_tokens", problem))
+        return GenerationRequest(
+            request_id=request_id,
+            prompt_token_ids=prompt_token_ids,
+            sampling=self.sampling,
+            max_tokens=self.max_tokens or min(DEFAULT_MAX_TOKENS, limits.max_output_tokens, room),
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=self.ignore_eos,
+            logprobs=self.logprobs,
+            explain=self.explain,
+            policy=self.policy,
+            max_nodes=self.max_nodes,
+            max_depth=self.max_depth,
+            priority=self.priority,
+            target_ms=self.target_ms,
+        )
+
+
+def decode(message_type: type[M], data: bytes) -> M:
+    """The message in `data`.
+
+    Raises:
+        InvalidRequestError: it is not one; protobuf also refuses text that is not UTF-8.
+    """
+    try:
+        return message_type.FromString(data)
+    except DecodeError:
+        name = message_type.DESCRIPTOR.full_name
+        raise InvalidRequestError(FieldViolation("", f"not a {name} message, or text in it is not UTF-8")) from None
+
+
+def parse_generate(
+    request: pb.GenerateRequest, info: ServedModel, limits: LimitsConfig, verifier: VerifierConfig
+) -> CheckedRequest:
+    """The checked form of `request`. A seed is drawn if none is given; an empty request id stays empty.
+
+    Raises:
+        UnknownModelError: another model than the served one is asked for.
+        InvalidRequestError: with one violation for each wrong field.
+    """
+    if request.model and request.model != info.name:
+        raise UnknownModelError(f"model {_quoted(request.model)} is not served here; {info.name!r} is")
+    check = _Checker()
+    checked = CheckedRequest(
+        request_id=_request_id(check, request.request_id),
+        prompt=_prompt(check, request, info),
+        sampling=_sampling(check, request.sampling, info),
+        max_tokens=_optional(check, request.stopping, "stopping.max_tokens", 1, limits.max_output_tokens),
+        stop=_stop(check, request.stopping.stop, limits),
+        stop_token_ids=frozenset(_token_ids(check, "stopping.stop_token_ids", request.stopping.stop_token_ids, info)),
+        ignore_eos=request.stopping.ignore_eos,
+        logprobs=_optional(check, request.output, "output.logprobs", 0, limits.max_logprobs),
+        explain=request.output.explain,
+        policy=_policy(check, request.speculation, verifier),
+        max_nodes=_optional(check, request.speculation, "speculation.max_nodes", 0, limits.max_tree_nodes),
+        max_depth=_optional(check, request.speculation, "speculation.max_depth", 0, limits.max_tree_depth),
+        priority=request.priority,
+        target_ms=_optional(check, request, "target_time_per_output_token_ms", 0.1, 60000.0),
+    )
+    check.that(
+        len(request.stopping.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
+        "stopping.stop_token_ids",
+        f"has {len(request.stopping.stop_token_ids)} entries, at most {MAX_STOP_TOKEN_IDS} are allowed",
+    )
+    check.that(
+        abs(request.priority) <= MAX_PRIORITY,
+        "priority",
+        f"is {request.priority}, must lie in [-{MAX_PRIORITY}, {MAX_PRIORITY}]",
+    )
+    check.done()
+    return checked
+
+
+def parse_tokenize(request: pb.TokenizeRequest, info: ServedModel) -> Prompt:
+    """What to tokenise.
+
+    Raises:
+        InvalidRequestError: as for Generate.
+    """
+    check = _Checker()
+    prompt = _prompt(check, request, info)
+    check.done()
+    return prompt
+
+
+class _Checker:
+    """Collects violations, so that a client sees all of them at once."""
+
+    def __init__(self) -> None:
+        self._violations: list[FieldViolation] = []
+
+    def that(self, holds: bool, field: str, problem: str) -> bool:
+        if not holds:
+            self._violations.append(FieldViolation(field, problem))
+        return holds
+
+    def done(self) -> None:
+        if self._violations:
+            raise InvalidRequestError(*self._violations[:MAX_VIOLATIONS])
+
+
+def _request_id(check: _Checker, request_id: str) -> str:
+    check.that(
+        len(request_id) <= MAX_REQUEST_ID_CHARS and re.fullmatch("[!-~]*", request_id) is not None,
+        "request_id",
+        f"must be at most {MAX_REQUEST_ID_CHARS} printable ASCII characters without spaces",
+    )
+    return request_id
+
+
+def _prompt(check: _Checker, request: pb.GenerateRequest | pb.TokenizeRequest, info: ServedModel) -> Prompt:
+    kind = request.WhichOneof("input")
+    if kind == "prompt":
+        check.that(bool(request.prompt), "prompt", "is empty")
+        return request.prompt
+    if kind == "chat":
+        return _chat(check, request.chat.messages, info)
+    if kind == "token_ids" and isinstance(request, pb.GenerateRequest):
+        ids = request.token_ids.ids
+        check.that(len(ids) > 0, "token_ids.ids", "is empty")
+        if check.that(len(ids) < info.max_context_tokens, "token_ids.ids", _too_long(len(ids), info)):
+            return _token_ids(check, "token_ids.ids", ids, info)
+        return []
+    check.that(False, "input", "give one of " + ", ".join(f.name for f in request.DESCRIPTOR.oneofs[0].fields))
+    return ""
+
+
+def _chat(check: _Checker, messages: Sequence[pb.ChatMessage], info: ServedModel) -> ChatMessages:
+    check.that(info.has_chat_template, "chat", f"model {info.name!r} has no chat template; send a prompt")
+    check.that(len(messages) > 0, "chat.messages", "is empty")
+    for index, message in enumerate(messages[:MAX_VIOLATIONS]):
+        field = f"chat.messages[{index}]"
+        problem = f"is {_quoted(message.role)}, must be one of {', '.join(ROLES)}"
+        check.that(message.role in ROLES, f"{field}.role", problem)
+        check.that(bool(message.content), f"{field}.content", "is empty")
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _token_ids(check: _Checker, field: str, ids: Sequence[int], info: ServedModel) -> list[int]:
+    wrong = next((index for index, token_id in enumerate(ids) if token_id >= info.vocab_size), None)
+    if wrong is not None:
+        problem = f"is {ids[wrong]}, outside the vocabulary of {info.vocab_size} tokens"
+        check.that(False, f"{field}[{wrong}]", problem)
+    return list(ids)
+
+
+def _sampling(check: _Checker, sampling: pb.SamplingParams, info: ServedModel) -> SamplingParams:
+    temperature = sampling.temperature
+    check.that(
+        temperature == 0 or MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE,
+        "sampling.temperature",
+        f"is {temperature:g}, must be 0 (greedy) or lie in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]",
+    )
+    top_p = sampling.top_p if sampling.HasField("top_p") else 1.0
+    check.that(0 < top_p <= 1, "sampling.top_p", f"is {top_p:g}, must lie in (0, 1]")
+    check.that(sampling.top_k >= 0, "sampling.top_k", f"is {sampling.top_k}, must be 0 (all tokens) or more")
+    penalty = sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
+    check.that(
+        MIN_REPETITION_PENALTY <= penalty <= MAX_REPETITION_PENALTY,
+        "sampling.repetition_penalty",
+        f"is {penalty:g}, must lie in [{MIN_REPETITION_PENALTY:g}, {MAX_REPETITION_PENALTY:g}]",
+    )
+    seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(MAX_SEED_BITS)
+    return SamplingParams(temperature, top_p, min(sampling.top_k, info.vocab_size), penalty, seed)
+
+
+def _stop(check: _Checker, stop: Sequence[str], limits: LimitsConfig) -> tuple[str, ...]:
+    problem = f"has {len(stop)} entries, at most {limits.max_stop_strings} are allowed"
+    check.that(len(stop) <= limits.max_stop_strings, "stopping.stop", problem)
+    for index, text in enumerate(stop[:MAX_VIOLATIONS]):
+        field, longest = f"stopping.stop[{index}]", limits.max_stop_string_chars
+        check.that(bool(text), field, "is empty")
+        check.that(len(text) <= longest, field, f"has {len(text)} characters, at most {longest} are allowed")
+    return tuple(stop)
+
+
+def _policy(check: _Checker, speculation: pb.SpeculationOptions, verifier: VerifierConfig) -> str:
+    if not speculation.HasField("policy"):
+        return verifier.default_policy
+    spec = speculation.policy
+    try:
+        parse_policy(spec[:MAX_POLICY_CHARS])
+    except ValueError as error:
+        check.that(False, "speculation.policy", str(error))
+        return spec
+    allowed = verifier.allowed_policies
+    admitted = any(spec.startswith(entry) if entry.endswith(":") else spec == entry for entry in allowed)
+    problem = f"{_quoted(spec)} is not allowed here; allowed: {', '.join(allowed)}"
+    check.that(admitted and len(spec) <= MAX_POLICY_CHARS, "speculation.policy", problem)
+    return spec
+
+
+def _optional(check: _Checker, message: Message, path: str, low: N, high: N) -> N | None:
+    """The optional field at the end of `path`, None if unset."""
+    name = path.rpartition(".")[2]
+    if not message.HasField(name):
+        return None
+    value: N = getattr(message, name)
+    check.that(low <= value <= high, path, f"is {value}, must lie in [{low}, {high}]")
+    return value
+
+
+def _too_long(length: int, info: ServedModel) -> str:
+    return f"has {length} tokens; prompt and output together are at most {info.max_context_tokens}"
+
+
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= 64 else text[:64] + "…")

@@ -1,0 +1,161 @@
+"""The target's hidden states on their way to a draft head: read off each pass, kept per request until they are sent."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lm.device import download, upload
+from lm.features import FeatureTap
+from lm.model import LanguageModel
+from treeline.drafting import NO_FEATURES, FeatureSpec
+from treeline.errors import ConfigError
+from verifier_svc.engine.scheduler import Batch
+from verifier_svc.engine.sequence import Sequence
+from verifier_svc.engine.walk import Walk
+
+logger = logging.getLogger(__name__)
+
+WINDOW_TOKENS = 256
+"""Most features kept per request: with this much context a head begins that was away, or whose prompt is long."""
+UNREAD_TOKENS = 256
+"""Passes over so many tokens are left as they are, and then read together: while nothing is drafted nobody asks."""
+
+
+@dataclass
+class Unread:
+    """Passes whose features are still as the model left them.
+
+    Attributes:
+        passes: of each the features by layer, each [tokens, hidden].
+        tokens: of all of them.
+        wanted: (session, rows of all of them, counted through), in the order of the rows.
+    """
+
+    passes: list[list[Tensor]] = field(default_factory=list)
+    tokens: int = 0
+    wanted: list[tuple[int, list[int]]] = field(default_factory=list)
+
+
+class HiddenStates:
+    """Owns what a drafter may still want of the running requests' features: uint16 rows [width], bits of bfloat16.
+
+    The last row kept for a request belongs to the token before its root. Rows are of consecutive tokens.
+    """
+
+    def __init__(self, model: LanguageModel, max_message_bytes: int) -> None:
+        self._model = model
+        self._budget_bytes = max_message_bytes // 2
+        self._window_tokens = WINDOW_TOKENS
+        self._spec: FeatureSpec | None = None
+        self._tap: FeatureTap | None = None
+        self._unread = Unread()
+        self._rows: dict[int, deque[NDArray[np.uint16]]] = {}
+        self._wait: Callable[[], None] = lambda: None
+        """Until the last rows have come from the device."""
+        self._sent_tokens: dict[int, int] = {}
+
+    def follow(self, spec: FeatureSpec | None) -> None:
+        """Read what this drafter wants from the next pass on; what another one wanted is dropped."""
+        if spec == self._spec:
+            return
+        self._spec = spec
+        if self._tap is not None:
+            self._tap.close()
+            self._tap = None
+        self._unread = Unread()
+        self._rows.clear()
+        self._sent_tokens.clear()
+        if spec is None:
+            return
+        try:
+            self._tap = self._model.tap(spec.layers)
+        except ConfigError as error:
+            logger.warning("the drafter's head gets no features: %s", error)
+            return
+        if self._tap.width != spec.width:
+            logger.warning("the drafter's head reads %d features a token, not %d", spec.width, self._tap.width)
+            self._tap.close()
+            self._tap = None
+        # Two requests that begin fit one message.
+        self._window_tokens = max(1, min(WINDOW_TOKENS, self._budget_bytes // (4 * spec.width)))
+
+    def keep(self, batch: Batch, walks: list[Walk], tree_nodes: list[int]) -> None:
+        """Keep the features of the tokens that the pass just committed.
+
+        Args:
+            walks: of `batch.decoding` first.
+            tree_nodes: nodes verified for each of `batch.decoding`.
+        """
+        if self._tap is None:
+            return
+        unread = self._unread
+        first = unread.tokens
+        for sequence, walk, nodes in zip(batch.decoding, walks, tree_nodes, strict=False):
+            unread.wanted.append((sequence.session_id, [first, *[first + 1 + node for node in walk.accepted]]))
+            first += 1 + nodes
+        for sequence, tokens in batch.prefilling:
+            rows = range(first + max(0, tokens - self._window_tokens), first + tokens)
+            unread.wanted.append((sequence.session_id, list(rows)))
+            first += tokens
+        unread.passes.append(self._tap.parts())
+        unread.tokens = first
+        # The drafter will ask again after a step with trees: the features are on their way meanwhile.
+        if any(tree_nodes) or first >= UNREAD_TOKENS:
+            self._read()
+
+    def _read(self) -> None:
+        """Take what is wanted of the unread passes."""
+        unread, self._unread = self._unread, Unread()
+        if not unread.wanted:
+            return
+        hidden = torch.cat([torch.cat(parts, dim=-1).bfloat16() for parts in unread.passes])
+        rows = [row for _, rows in unread.wanted for row in rows]
+        if len(rows) < len(hidden):
+            hidden = hidden[upload(np.asarray(rows), self._model.device)]
+        bits, self._wait = download(hidden.view(torch.int16))
+        values = iter(bits.numpy().view(np.uint16))
+        for session_id, rows in unread.wanted:
+            kept = self._rows.setdefault(session_id, deque(maxlen=self._window_tokens))
+            kept.extend(islice(values, len(rows)))
+
+    def unsent(self, sequences: list[Sequence]) -> list[NDArray[np.uint16]]:
+        """For each sequence uint16 [k, width]: features of the tokens before those last k that came since `sent`.
+
+        What would make the message too large stays for a later step.
+        """
+        self._read()
+        self._wait()
+        budget_bytes = self._budget_bytes
+        found = []
+        for sequence in sequences:
+            rows: Iterable[NDArray[np.uint16]] = self._rows.get(sequence.session_id, ())
+            wanted = len(sequence.token_ids) - self._sent_tokens.get(sequence.session_id, 0)
+            features = np.stack(newest) if (newest := list(rows)[-wanted:]) else NO_FEATURES
+            if features.nbytes > budget_bytes:
+                features = NO_FEATURES
+            budget_bytes -= features.nbytes
+            found.append(features)
+        return found
+
+    def sent(self, sequence: Sequence) -> None:
+        """The drafter has the features of all tokens before this sequence's last one, as far as they were kept."""
+        self._sent_tokens[sequence.session_id] = len(sequence.token_ids)
+
+    def lost(self, sequence: Sequence) -> None:
+        """The drafter has none of this sequence's features any more."""
+        self._sent_tokens.pop(sequence.session_id, None)
+
+    def forget(self, sequence: Sequence) -> None:
+        """The request has ended."""
+        self._unread.wanted = [each for each in self._unread.wanted if each[0] != sequence.session_id]
+        self._rows.pop(sequence.session_id, None)
+        self._sent_tokens.pop(sequence.session_id, None)
