@@ -11,7 +11,6 @@ import torch
 
 from bench.limits import MachineLimit, ModelSize, Point, measure_limit, timed_s
 from bench.passes import PassMaker, head_passes, load_transformers, transformers_passes, treeline_passes
-from bench.phases import PHASES, phases_ms
 from lm.draft_head import DraftHead
 from lm.model import LanguageModel
 from treeline.config import ModelConfig
@@ -64,23 +63,6 @@ class Row:
     limit_ms: float | None
 
 
-@dataclass(frozen=True)
-class Phases:
-    """Where the time of one system's pass goes, in milliseconds; `python` is what no operator accounts for."""
-
-    model: str
-    system: str
-    tokens: int
-    sequences: int
-    context: int
-    linear_ms: float
-    attention_ms: float
-    norm_rotary_ms: float
-    head_ms: float
-    sampling_ms: float
-    python_ms: float
-
-
 def model_subject(name: str, config: ModelConfig) -> Subject:
     """A language model, ours and transformers' own copy of it.
 
@@ -103,7 +85,6 @@ def head_subject(head: DraftHead, max_context_tokens: int) -> Subject:
 class StepResult:
     limit: MachineLimit
     rows: list[Row]
-    phases: list[Phases]
 
     def limit_json(self) -> dict[str, float | None]:
         """The machine's limits, and the least time of the target's first row."""
@@ -126,43 +107,34 @@ def run_step(
     """
     on_progress("limits")
     limit = measure_limit(subjects[0].dtype, subjects[0].device)
-    rows, phases = [], []
+    rows = []
     for subject in subjects:
         for point in points:
             on_progress(f"{subject.model}, {point.tokens} tokens")
             if point.context + point.tokens > subject.max_context_tokens:
                 continue
-            row, where = _measure(subject, point, limit, repeats)
-            rows.append(row)
-            phases += where
-    return StepResult(limit, rows, phases)
+            rows.append(_measure(subject, point, limit, repeats))
+    return StepResult(limit, rows)
 
 
-def _measure(subject: Subject, point: Point, limit: MachineLimit, repeats: int) -> tuple[Row, list[Phases]]:
-    device = subject.device
+def _measure(subject: Subject, point: Point, limit: MachineLimit, repeats: int) -> Row:
     passes = {system: make(point) for system, make in subject.makers.items()}
     taken_ms: dict[str, list[float]] = {system: [] for system in passes}
     for repeat in range(1 + repeats):
         for system, measured in passes.items():
-            elapsed_s = timed_s(measured.run, device)
+            elapsed_s = timed_s(measured.run, subject.device)
             measured.reset()
             if repeat:
                 taken_ms[system].append(1e3 * elapsed_s)
-    place = (subject.model, point.tokens, point.sequences, point.context)
-    row = Row(
-        *place,
+    return Row(
+        subject.model,
+        point.tokens,
+        point.sequences,
+        point.context,
         *_spread(taken_ms["treeline"]),
         *_spread(taken_ms.get("transformers")),
         limit_ms=None if subject.size is None else limit.pass_ms(subject.size, point),
     )
-    phases = []
-    for system, measured in passes.items():
-        spent = phases_ms(measured, point.context, device.type == "cuda")
-        python_ms = max(0.0, median(taken_ms[system]) - sum(spent.values()))
-        each: dict[str, Any] = {f"{phase}_ms": spent[phase] for phase in PHASES}
-        at = (point.tokens, point.sequences, point.context)
-        phases.append(Phases(subject.model, system, *at, **each, python_ms=python_ms))
-    return row, phases
 
 
 def _spread(values: list[float] | None) -> tuple[Any, Any, Any]:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from cli.bench.engine import engine
 from cli.bench.lossless import lossless
 from cli.bench.peers import peers
-from cli.bench.prune import prune
-from cli.bench.shifts import shifts
 from cli.bench.step import step
 from cli.bench.sweep import sweep
 
@@ -16,9 +13,6 @@ bench = typer.Typer(
     help="Measurements that can be repeated. Run them on an otherwise idle machine.", no_args_is_help=True
 )
 bench.command()(step)
-bench.command()(engine)
 bench.command()(peers)
 bench.command()(lossless)
-bench.command()(prune)
 bench.command()(sweep)
-bench.command()(shifts)

@@ -32,11 +32,10 @@ def step(
     quick: Annotated[bool, typer.Option("--quick", help="Four points of the grid only.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Timed passes of each system at each point.")] = 5,
     json_file: JsonFile = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the passes into this picture (.png, .svg, .pdf).")] = None,
 ) -> None:
     """Time passes over 1 to 64 tokens of 1 to 16 sequences, ours and transformers' in turns, and the machine's limit.
 
-    Shows the phases in which the time is spent as well. Takes a few minutes for the default model on two cores.
+    Takes a few minutes for the default model on two cores.
     """
     loaded = load_config(config)
     if curves is not None and shape is None:
@@ -54,12 +53,7 @@ def step(
     _show(result)
     if json_file is not None:
         described = {"config": loaded.model_dump(mode="json"), "repeats": repeats, "shape": shape}
-        more = {"limit": result.limit_json(), "phases": [asdict(row) for row in result.phases]}
-        write_report(json_file, described, [asdict(row) for row in result.rows], **more)
-    if plot is not None:
-        from bench.step_plot import plot_step
-
-        plot_step(result.rows, plot)
+        write_report(json_file, described, [asdict(row) for row in result.rows], limit=result.limit_json())
 
 
 def _subjects(config: Config, drafter: str | None) -> list[Subject]:
@@ -110,12 +104,3 @@ def _show(result: StepResult) -> None:
                 times = map(number, (row.limit_ms, row.ours_ms, row.transformers_ms))
                 rows.append([str(row.context), str(row.sequences), str(row.tokens), *times, number(ratio, 2)])
         console.print(table(f"{model}: milliseconds of a pass", headings, rows, names=0))
-    parts = ("context", "tokens", "linear", "attention", "norm,\nrotary", "head", "sampling", "Python")
-    for model, system in dict.fromkeys((part.model, part.system) for part in result.phases):
-        rows = []
-        for part in result.phases:
-            if (part.model, part.system, part.sequences) == (model, system, 1):
-                spent = (part.linear_ms, part.attention_ms, part.norm_rotary_ms, part.head_ms, part.sampling_ms)
-                rows.append([str(part.context), str(part.tokens), *map(number, (*spent, part.python_ms))])
-        title = f"{model}, {system}: where one sequence's milliseconds go"
-        console.print(table(title, parts, rows, names=0))

@@ -32,7 +32,6 @@ class Files:
     json: Path | None
     markdown: Path | None
     plots: Path | None
-    trace: Path | None
 
 
 def sweep(
@@ -64,11 +63,10 @@ def sweep(
     json_file: JsonFile = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Write plots into this folder.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Write every step's outcomes here, as JSON lines.")] = None,
 ) -> None:
     """Measure policies over load, closed loop and open loop, in blocks that take turns, and compare their texts.
 
-    Tells after the first block about how long it will take. Ctrl-C stops and writes what has been measured so far.
+    Ctrl-C stops and writes what has been measured so far.
     """
     from bench.common import OWN_PROMPTS, load_prompts
     from bench.plots import require_matplotlib
@@ -87,19 +85,19 @@ def sweep(
     if not settings.concurrency:
         raise ConfigError("--concurrency: give at least one number of streams")
     drafts = parse_acceptance(acceptance) if acceptance else None
-    if target and (trace or config or drafts):
-        raise ConfigError("--trace, --config and --acceptance are for an engine in this process: leave out --target")
+    if target and (config or drafts):
+        raise ConfigError("--config and --acceptance are for an engine in this process: leave out --target")
     if plots is not None:
         require_matplotlib()
     loaded = load_prompts(prompts or OWN_PROMPTS, limit)
-    files = Files(json_file, markdown_file, plots, trace)
+    files = Files(json_file, markdown_file, plots)
 
     def start() -> Swept:
         if target is not None:
             return _service(target, token, tls_ca, settings)
         return _engine(config, loaded, settings, drafts)
 
-    results, complete = _run(settings, loaded, start, files.trace)
+    results, complete = _run(settings, loaded, start)
     if results:
         described = {**asdict(settings), "prompts": len(loaded), "acceptance": acceptance, "complete": complete}
         described |= {"target": target} if target else {"treeline": load_config(config).model_dump(mode="json")}
@@ -121,25 +119,18 @@ def _engine(config: Path | None, prompts: list[Prompt], settings: Settings, draf
     return start_local(load_config(config), prompts, max(settings.concurrency), settings.max_tokens, drafts)
 
 
-def _run(
-    settings: Settings, prompts: list[Prompt], start: Callable[[], Swept], trace: Path | None
-) -> tuple[list[Result], bool]:
+def _run(settings: Settings, prompts: list[Prompt], start: Callable[[], Swept]) -> tuple[list[Result], bool]:
     """All results until the end or Ctrl-C, and whether it was the end."""
     from bench.sweep import closed_blocks, open_blocks, run_sweep
-    from bench.trace import write_trace
 
     blocks = [*closed_blocks(settings), *open_blocks(settings)]
     done: list[BlockRun] = []
-    if trace is not None:
-        trace.write_text("")
     complete = False
-    with _Bar(settings, blocks) as bar:
+    with _Bar(blocks) as bar:
         try:
             for run in run_sweep(start(), prompts, settings):
                 done.append(run)
                 bar.show(done)
-                if run.result is not None and trace is not None:
-                    write_trace(trace, run.result)
             complete = True
         except KeyboardInterrupt:
             pass
@@ -147,36 +138,25 @@ def _run(
 
 
 class _Bar:
-    """Which block is run, and how long all others will take. A context manager."""
+    """Which block is run. A context manager."""
 
-    def __init__(self, settings: Settings, blocks: list[Block]) -> None:
+    def __init__(self, blocks: list[Block]) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self._settings, self._blocks = settings, blocks
+        self._blocks = blocks
         self._progress = Progress(
             TextColumn("{task.description:<40}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
             console=Console(stderr=True),
         )
-        self._task = self._progress.add_task("loading and profiling", total=len(blocks), left="")
+        self._task = self._progress.add_task("loading and profiling", total=len(blocks))
 
     def show(self, done: list[BlockRun]) -> None:
-        from bench.forecast import seconds_left
-
         left = self._blocks[len(done) :]
-        minutes = seconds_left(done, left, self._settings) / 60
-        if len(done) == 1:
-            self._progress.console.print(f"{len(self._blocks)} blocks, about {minutes:.0f} minutes")
-        self._progress.update(
-            self._task,
-            completed=len(done),
-            description=_described(left[0]) if left else "done",
-            left=f"about {minutes:.0f} min left",
-        )
+        self._progress.update(self._task, completed=len(done), description=_described(left[0]) if left else "done")
 
     def __enter__(self) -> _Bar:
         self._progress.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from ctypes import c_float, c_int64, c_void_p
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,9 +19,6 @@ from lm.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from lm.fused import FusedLayer
-
-TIMED = ("linear", "attention", "norm_rotary")
-"""What the kernel tells the time of, as phases of a pass."""
 
 
 class _Linear(ctypes.Structure):
@@ -62,18 +59,12 @@ class _Layer(ctypes.Structure):
 
 
 class NativeLayers:
-    """Layers of one model, whose weights are in place. A layer's forward hooks see its output.
-
-    Attributes:
-        spent_ns: of all of them: if set, int64 [len(TIMED)], to which the time spent on each is added.
-    """
-
-    spent_ns: ClassVar[ctypes.Array[c_int64] | None] = None
+    """Layers of one model, whose weights are in place. A layer's forward hooks see its output."""
 
     def __init__(self, layers: Sequence[FusedLayer]) -> None:
         self._layers = layers
         self._tables: WeakKeyDictionary[KVCache, ctypes.Array[_Layer]] = WeakKeyDictionary()
-        self._run = typed(library().treeline_decoder_layers, "nppnnpppp")  # type: ignore[union-attr]
+        self._run = typed(library().treeline_decoder_layers, "nppnnppp")  # type: ignore[union-attr]
 
     def forward(self, hidden: Tensor, turns: Tensor, context: NativeAttention) -> Tensor:
         """float32 hidden states [1, tokens, hidden] -> the same behind the last layer; turns as `ComplexRotary`'s."""
@@ -114,7 +105,6 @@ class NativeLayers:
             turns.data_ptr(),
             hidden.data_ptr(),
             out.data_ptr(),
-            self.spent_ns,
         )
         return out
 

@@ -1,6 +1,5 @@
 /* Whole decoder layers of Llama's kind, one after the other: what they compute is in the other kernels. */
 #include <stdlib.h>
-#include <time.h>
 
 #include "kernels.h"
 
@@ -19,25 +18,6 @@ typedef struct {
     float *keys, *values; /* of the cache */
 } DecoderLayer;
 
-/* What time can be told of. */
-enum { LINEAR, ATTENTION, NORM_ROTARY };
-
-static int64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000LL + now.tv_nsec;
-}
-
-/* Adds the time since *since_ns, and starts anew. */
-static void tell(int64_t *spent_ns, int phase, int64_t *since_ns)
-{
-    if (!spent_ns) return;
-    int64_t now = now_ns();
-    spent_ns[phase] += now - *since_ns;
-    *since_ns = now;
-}
-
 static void multiply(const Linear *linear, const float *inputs, float *outputs, int64_t tokens, int64_t threads)
 {
     treeline_grouped_linear(linear->tiles, linear->bits, linear->bias, inputs, outputs, tokens, linear->features_in,
@@ -45,9 +25,9 @@ static void multiply(const Linear *linear, const float *inputs, float *outputs, 
 }
 
 /* out [tokens, size] = what `count` layers, which are of one shape, make of hidden [tokens, size].
-   turns [tokens, key_dim / 2] of (cos, sin). spent_ns [NORM_ROTARY + 1], or NULL. */
+   turns [tokens, key_dim / 2] of (cos, sin). */
 void treeline_decoder_layers(int64_t count, const DecoderLayer *layers, const Batch *batch, int64_t tokens,
-                             int64_t size, const float *turns, const float *hidden, float *out, int64_t *spent_ns)
+                             int64_t size, const float *turns, const float *hidden, float *out)
 {
     const Attention *heads = &layers->attention;
     int64_t queries = heads->kv_heads * heads->group, turned = queries + heads->kv_heads, threads = batch->threads;
@@ -57,33 +37,22 @@ void treeline_decoder_layers(int64_t count, const DecoderLayer *layers, const Ba
     float *normed = added + tokens * size, *qkv = normed + tokens * size, *mixed = qkv + tokens * qkv_size;
     float *gate_up = mixed + tokens * mixed_size, *gated = gate_up + tokens * gate_up_size;
     const float *key = qkv + queries * heads->key_dim, *value = qkv + turned * heads->key_dim;
-    int64_t since_ns = now_ns();
 
     for (const DecoderLayer *layer = layers; layer < layers + count; layer++) {
         treeline_rms_norm(tokens, size, hidden, layer == layers ? NULL : added, out, layer->input_norm,
                           layer->input_epsilon, normed, threads);
-        tell(spent_ns, NORM_ROTARY, &since_ns);
         multiply(&layer->qkv, normed, qkv, tokens, threads);
-        tell(spent_ns, LINEAR, &since_ns);
         treeline_rotate(tokens, turned, heads->key_dim, qkv, qkv_size, turns, threads);
-        tell(spent_ns, NORM_ROTARY, &since_ns);
         treeline_attend(batch, &layer->attention, layer->keys, layer->values, qkv, qkv_size, key, qkv_size, value,
                         qkv_size, mixed);
-        tell(spent_ns, ATTENTION, &since_ns);
         multiply(&layer->o, mixed, added, tokens, threads);
-        tell(spent_ns, LINEAR, &since_ns);
         treeline_rms_norm(tokens, size, hidden, added, out, layer->mlp_norm, layer->mlp_epsilon, normed, threads);
         hidden = out; /* from here on sums are made in place */
-        tell(spent_ns, NORM_ROTARY, &since_ns);
         multiply(&layer->gate_up, normed, gate_up, tokens, threads);
-        tell(spent_ns, LINEAR, &since_ns);
         treeline_silu_times(tokens, gated_size, gate_up, gated, threads);
-        tell(spent_ns, NORM_ROTARY, &since_ns);
         multiply(&layer->down, gated, added, tokens, threads);
-        tell(spent_ns, LINEAR, &since_ns);
     }
     for (int64_t i = 0; i < tokens * size; i++)
         out[i] += added[i];
     free(added);
-    tell(spent_ns, NORM_ROTARY, &since_ns);
 }

@@ -1,4 +1,4 @@
-"""The cost of a pass: complete rows, honest limits, phases that find their operators."""
+"""The cost of a pass: complete rows, honest limits."""
 
 from __future__ import annotations
 
@@ -7,22 +7,14 @@ import json
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from typer.testing import CliRunner
 
 from bench.limits import MachineLimit, ModelSize, Point, measure_limit
-from bench.passes import Pass, transformers_passes, treeline_passes
-from bench.phases import PHASES, phases_ms
+from bench.passes import transformers_passes, treeline_passes
 from bench.shapes import SHAPES, random_model
 from bench.simulator.devices import measured
 from bench.step import Subject, grid, head_subject, model_subject, run_step
-from bench.step_plot import plot_step
 from cli.main import app
-from lm.cpu.elementwise import elementwise_for
-from lm.cpu.grouped_linear import GroupedLinear
-from lm.cpu.native import library
-from lm.cpu.native_attention import NativeAttention
-from lm.cpu.quantized import round_to_q8_0
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
@@ -61,7 +53,7 @@ def test_the_grid_gives_every_sequence_a_token():
     assert all(point.tokens >= point.sequences for point in points)
 
 
-def test_every_point_has_a_row_and_phases_for_both_systems(folder):
+def test_every_point_has_a_row_for_both_systems(folder):
     config = ModelConfig(model=str(folder), dtype="float32", device="cpu")
     seen = []
     subjects = [model_subject("target", config), model_subject("drafter", config)]
@@ -76,7 +68,6 @@ def test_every_point_has_a_row_and_phases_for_both_systems(folder):
         assert row.limit_ms > 0
     assert result.limit_json().keys() == {"read_gb_s", "gemm_gflop_s", "pass_ms"}
     assert result.limit_json()["pass_ms"] == result.rows[0].limit_ms
-    assert len(result.phases) == 2 * len(result.rows)
 
 
 def test_a_draft_head_is_measured_like_a_draft_model(folder, model):
@@ -110,49 +101,6 @@ def test_a_pass_gives_a_row_of_logits_a_token_and_can_be_repeated(model, system)
         make(Point(5, 3, 20))
 
 
-def test_phases_find_their_operators_and_leave_no_marks(model):
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    before = dict(ALL_ATTENTION_FUNCTIONS)
-    hf = tiny_llama()
-    hf.set_attn_implementation("sdpa")
-    for make in (treeline_passes(model), transformers_passes(hf, model.layers)):
-        spent = phases_ms(make(Point(4, 1, 32)), 32, on_cuda=False)
-        assert tuple(spent) == PHASES
-        assert all(ms > 0 for ms in spent.values())
-    assert dict(ALL_ATTENTION_FUNCTIONS) == before
-
-
-@pytest.mark.skipif(library() is None, reason="the kernels are not built")
-def test_kernels_have_their_phases():
-    """They are no operators of torch; without marks their time would pass for Python's."""
-    layer = GroupedLinear(round_to_q8_0(torch.randn(260, 64)), None)
-    norm, attend = LlamaRMSNorm(64), NativeAttention.attend
-
-    def forward() -> torch.Tensor:
-        hidden = torch.ones(1, 1, 64)
-        return layer(elementwise_for(hidden).norm(hidden, norm))[0]
-
-    spent = phases_ms(Pass(forward, lambda rows: rows.argmax(-1).tolist(), lambda: None), 32, on_cuda=False)
-    assert spent["head"] > 0
-    assert spent["norm_rotary"] > 0
-    assert spent["linear"] == spent["attention"] == 0
-    assert NativeAttention.attend is attend
-
-
-def test_a_phase_grows_with_its_work():
-    weight, logits = torch.randn(512, 512), torch.zeros(1, 7)
-
-    def forward() -> torch.Tensor:
-        for _ in range(20):
-            torch.nn.functional.linear(weight, weight)
-        return logits
-
-    spent = phases_ms(Pass(forward, lambda rows: rows.argmax(-1).tolist(), lambda: None), 32, on_cuda=False)
-    assert spent["linear"] == max(spent.values())
-    assert spent["attention"] == spent["head"] == 0
-
-
 def test_the_limit_is_the_slower_of_reading_and_computing():
     assert all(value > 0 for value in vars(measure_limit(torch.float32, CPU, read_bytes=1 << 20)).values())
     size = ModelSize(weight_bytes=10**9, token_flops=10**9, entry_bytes=0, entry_flops=0)
@@ -173,19 +121,18 @@ def test_a_model_is_read_once_without_the_rows_it_only_looks_up(model):
     assert size.entry_bytes == 4 * 2 * 2 * (8 + 8)
 
 
-def test_the_command_writes_its_report_and_plot(folder, tmp_path, monkeypatch):
+def test_the_command_writes_its_report(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("bench.step.QUICK", tuple(POINTS))
-    config, report, plot = tmp_path / "c.yaml", tmp_path / "r.json", tmp_path / "p.png"
+    config, report = tmp_path / "c.yaml", tmp_path / "r.json"
     config.write_text(f"verifier: {{target: {{model: {folder}, dtype: float32}}}}\n")
-    arguments = ["--config", str(config), "--quick", "--repeats", "1", "--json", str(report), "--plot", str(plot)]
+    arguments = ["--config", str(config), "--quick", "--repeats", "1", "--json", str(report)]
     result = CliRunner().invoke(app, ["bench", "step", *arguments])
     assert result.exit_code == 0, result.output
     assert "target: milliseconds of a pass" in result.stdout
     written = json.loads(report.read_text())
-    assert written.keys() == {"machine", "versions", "config", "rows", "limit", "phases"}
+    assert written.keys() == {"machine", "versions", "config", "rows", "limit"}
     assert len(written["rows"]) == 2
     assert written["rows"][0].keys() >= {"model", "tokens", "sequences", "context", "ours_ms", "transformers_ms"}
-    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_shape_of_random_weights_is_measured_and_its_curves_can_be_simulated(tmp_path, monkeypatch):
@@ -214,11 +161,3 @@ def test_random_weights_have_finite_logits_and_the_shape_they_should():
     assert sum(p.numel() for p in big.parameters()) == 8_030_261_248
     with pytest.raises(ConfigError, match="llama-tiny"):
         random_model("llama-9b", ModelConfig())
-
-
-def test_the_plot_leaves_out_what_was_not_measured(model, tmp_path):
-    head = Subject("drafter", None, 64, model.dtype, CPU, {"treeline": treeline_passes(model)})
-    plot_step(run_step([head], POINTS, 1).rows, tmp_path / "p.svg")
-    drawn = (tmp_path / "p.svg").read_text()
-    assert "ours, 1 sequence" in drawn
-    assert "transformers" not in drawn

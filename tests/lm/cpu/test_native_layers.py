@@ -8,12 +8,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from bench.limits import Point
-from bench.passes import treeline_passes
-from bench.phases import phases_ms
 from lm import fused
 from lm.cpu.native import library
-from lm.cpu.native_layers import NativeLayers, native_layers
+from lm.cpu.native_layers import native_layers
 from lm.cpu.packed_linear import pack_linear_layers
 from lm.features import FeatureTap
 from lm.fused import fuse_layers
@@ -66,12 +63,6 @@ def test_every_bit_is_that_of_single_layers(kind: str, taps: tuple[int, ...], mo
     assert torch.equal(logits, expected_logits)
     assert torch.equal(features, expected_features)
     assert features.shape == (19, 64 * (len(taps) + 1))
-
-
-def test_their_time_is_told_by_phase() -> None:
-    spent = phases_ms(treeline_passes(packed(KINDS["llama"]))(Point(4, 1, 32)), 32, on_cuda=False)
-    assert all(ms > 0 for ms in spent.values())
-    assert NativeLayers.spent_ns is None
 
 
 def test_layers_of_other_makes_are_left_alone() -> None:
