@@ -6,12 +6,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from treeline.config import Config
-from treeline.interceptors import SERVICE
 from treeline.rpc import Discover, connect
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
@@ -52,18 +52,13 @@ class Verifier:
     def requests(self) -> int:
         return self.in_flight + self.others
 
-    def call(self, method: str) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
-        """A method of its generation service, on messages as they are on the wire."""
-        return self.channel.unary_unary(f"/{SERVICE}/{method}")
-
-    def call_stream(self, method: str) -> grpc.aio.UnaryStreamMultiCallable[bytes, bytes]:
-        """The same for a method that streams its answer."""
-        return self.channel.unary_stream(f"/{SERVICE}/{method}")
+    @cached_property
+    def stub(self) -> pb_grpc.GenerationServiceStub:
+        return pb_grpc.GenerationServiceStub(self.channel)
 
     async def poll(self) -> None:
         """Bring everything but in_flight up to date."""
-        service = pb_grpc.GenerationServiceStub(self.channel)
-        health = health_pb2_grpc.HealthStub(self.channel)
+        service, health = self.stub, health_pb2_grpc.HealthStub(self.channel)
         try:
             status = await health.Check(health_pb2.HealthCheckRequest(), timeout=POLL_TIMEOUT_S)
             if self.info is None:

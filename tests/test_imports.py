@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "distill": {"lm", "treeline"},
     "drafter_svc": {"lm", "planner", "treeline"},
     "verifier_svc": {"lm", "planner", "treeline"},
-    "front_door": {"verifier_svc", "treeline"},
+    "front_door": {"treeline"},
     "deploy": {"front_door", "verifier_svc", "drafter_svc", "planner", "treeline"},
     "bench": {"distill", "deploy", "front_door", "verifier_svc", "drafter_svc", "lm", "planner", "treeline"},
     "cli": {"bench", "distill", "deploy", "front_door", "verifier_svc", "drafter_svc", "lm", "planner", "treeline"},

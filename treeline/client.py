@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from treeline.errors import ConfigError
+from treeline.errors import ConfigError, UnavailableError
 from treeline.rpc import client_options
 from treeline.status import from_rpc_error
 from treeline.v1 import generation_pb2 as pb
@@ -148,10 +148,10 @@ class TreelineClient:
             raise self._error(error) from None
 
     def _error(self, error: Any) -> Exception:
-        code, details, trailers = error.code(), error.details() or "", error.trailing_metadata()
-        if code is grpc.StatusCode.UNAVAILABLE and not trailers:  # not an answer: the transport itself failed
-            details = f"cannot reach {self.target}: {details.rpartition(': ')[2]}"
-        return from_rpc_error(code, details, trailers)
+        if error.code() is grpc.StatusCode.UNAVAILABLE and not error.trailing_metadata():
+            # Not an answer of the service: the transport itself failed.
+            return UnavailableError(f"cannot reach {self.target}: {(error.details() or '').rpartition(': ')[2]}")
+        return from_rpc_error(error)
 
 
 def _chat(messages: Sequence[Mapping[str, str]]) -> pb.Chat:

@@ -162,35 +162,30 @@ async def _refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
     await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a valid bearer token is needed (metadata 'authorization')")
 
 
+class _Bearer:
+    """Shows a bearer token on every call of a channel."""
+
+    def __init__(self, token: str) -> None:
+        self._value = f"Bearer {token}"
+
+    async def _intercept(self, continuation: Callable, client_call_details: Any, request: Any) -> Any:
+        metadata = grpc.aio.Metadata(*(client_call_details.metadata or ()))
+        metadata["authorization"] = self._value
+        return await continuation(client_call_details._replace(metadata=metadata), request)
+
+    intercept_unary_unary = intercept_unary_stream = _intercept
+    intercept_stream_unary = intercept_stream_stream = _intercept
+
+
 def bearer_interceptors(token: str) -> list[grpc.aio.ClientInterceptor]:
-    """Interceptors that show `token` on every call of a channel, of whatever kind (grpc.aio wants one class a kind)."""
-
-    def authorized(details: Any) -> Any:
-        metadata = grpc.aio.Metadata(*(details.metadata or ()))
-        metadata["authorization"] = f"Bearer {token}"
-        return details._replace(metadata=metadata)
-
-    class UnaryUnary(grpc.aio.UnaryUnaryClientInterceptor):
-        async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-            return await continuation(authorized(client_call_details), request)
-
-    class UnaryStream(grpc.aio.UnaryStreamClientInterceptor):
-        async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-            return await continuation(authorized(client_call_details), request)
-
-    class StreamUnary(grpc.aio.StreamUnaryClientInterceptor):
-        async def intercept_stream_unary(
-            self, continuation: Any, client_call_details: Any, request_iterator: Any
-        ) -> Any:
-            return await continuation(authorized(client_call_details), request_iterator)
-
-    class StreamStream(grpc.aio.StreamStreamClientInterceptor):
-        async def intercept_stream_stream(
-            self, continuation: Any, client_call_details: Any, request_iterator: Any
-        ) -> Any:
-            return await continuation(authorized(client_call_details), request_iterator)
-
-    return [UnaryUnary(), UnaryStream(), StreamUnary(), StreamStream()]
+    """One `_Bearer` for each kind of call: grpc.aio files an interceptor under the first kind it is an instance of."""
+    kinds = (
+        grpc.aio.UnaryUnaryClientInterceptor,
+        grpc.aio.UnaryStreamClientInterceptor,
+        grpc.aio.StreamUnaryClientInterceptor,
+        grpc.aio.StreamStreamClientInterceptor,
+    )
+    return [type("Bearer", (_Bearer, kind), {})(token) for kind in kinds]
 
 
 def _server_credentials(tls: TlsConfig) -> grpc.ServerCredentials:

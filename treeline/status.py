@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
+from grpc_status import rpc_status
 
 from treeline.errors import (
     DrainingError,
@@ -21,7 +23,6 @@ from treeline.errors import (
     UnknownModelError,
 )
 
-DETAILS_KEY = "grpc-status-details-bin"
 DOMAIN = "treeline"
 RETRY_DELAY_S = 1
 MAX_MESSAGE_CHARS = 1_000
@@ -64,34 +65,39 @@ def to_status(error: TreelineError) -> Status:
 
 async def abort_with(context: grpc.aio.ServicerContext, error: TreelineError) -> None:
     """End a call with `error`'s status. Raises grpc.aio.AbortError, as `context.abort` does."""
-    status = to_status(error)
-    await context.abort(code_of(error), status.message, ((DETAILS_KEY, status.SerializeToString()),))
+    rich = rpc_status.to_status(to_status(error))
+    await context.abort(rich.code, rich.details, rich.trailing_metadata)
 
 
 async def abort_as(context: grpc.aio.ServicerContext, error: grpc.aio.AioRpcError) -> None:
     """End a call exactly as an upstream call ended: same code, message and details."""
-    details = tuple((key, value) for key, value in error.trailing_metadata() or () if key == DETAILS_KEY)
-    await context.abort(error.code(), error.details() or "", details)
+    status = _status_of(error)
+    trailers = rpc_status.to_status(status).trailing_metadata if status else ()
+    await context.abort(error.code(), error.details() or "", trailers)
 
 
-def from_rpc_error(
-    code: grpc.StatusCode, message: str, trailing_metadata: Iterable[tuple[str, str | bytes]] | None
-) -> TreelineError:
-    """The error behind a failed call; RequestFailedError if it is not one of ours."""
-    packed = next((value for key, value in trailing_metadata or () if key == DETAILS_KEY), None)
-    status = Status.FromString(packed) if isinstance(packed, bytes) else Status()
+def from_rpc_error(error: Any) -> TreelineError:
+    """The TreelineError behind a failed call (a grpc.RpcError); RequestFailedError if it is not one of ours."""
+    code, message = error.code(), error.details() or ""
     info, bad_request = ErrorInfo(), BadRequest()
-    for detail in status.details:
-        if detail.Is(ErrorInfo.DESCRIPTOR):
-            detail.Unpack(info)
-        elif detail.Is(BadRequest.DESCRIPTOR):
-            detail.Unpack(bad_request)
+    for detail in (_status_of(error) or Status()).details:
+        # Unpack is a no-op for details of another type.
+        detail.Unpack(info)
+        detail.Unpack(bad_request)
     kind = _BY_REASON.get(info.reason) if info.domain == DOMAIN else None
     if kind is InvalidRequestError:
         return InvalidRequestError(*(FieldViolation(v.field, v.description) for v in bad_request.field_violations))
     if kind is None and code is _Code.UNAVAILABLE:
         return UnavailableError(message)
     return kind(message) if kind else RequestFailedError(code.name, message)
+
+
+def _status_of(error: Any) -> Status | None:
+    """The google.rpc.Status of a failed call; None without one, or if it is malformed or contradicts the call."""
+    try:
+        return rpc_status.from_call(error)
+    except (ValueError, DecodeError):
+        return None
 
 
 def _shortened(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -14,10 +13,11 @@ import grpc
 import treeline
 from treeline.config import LimitsConfig, VerifierConfig
 from treeline.errors import FieldViolation, InvalidRequestError
+from treeline.request import identify
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
-from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, Load, StepExplanation
-from verifier_svc.service.validation import Prompt, ServedModel, parse_generate, parse_tokenize
+from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, Load
+from verifier_svc.service.validation import Prompt, ServedModel, parse_generate, parse_tokenize, with_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -58,10 +58,9 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
-        checked = parse_generate(request, self._info, self._limits, self._verifier)
-        prompt_token_ids = await self._token_ids(checked.prompt)
-        request_id = checked.request_id or uuid.uuid4().hex
-        generation = checked.tokenised(prompt_token_ids, self._info, self._limits, request_id)
+        identify(request)
+        checked, prompt = parse_generate(request, self._info, self._limits, self._verifier)
+        generation = with_prompt(checked, prompt, await self._token_ids(prompt), self._info, self._limits)
         async with aclosing(self._engine.generate(generation)) as outputs:  # type: ignore[type-var]
             async for output in outputs:
                 if isinstance(output, Chunk):
@@ -73,20 +72,10 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         return pb.AbortResponse(aborted=self._engine.abort(list(request.request_ids)))
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadResponse:
-        load = self._engine.load()
         return pb.GetLoadResponse(
-            num_requests_running=load.num_requests_running,
-            num_requests_waiting=load.num_requests_waiting,
             max_requests_running=self._limits.max_running_requests,
             max_requests_waiting=self._limits.max_waiting_requests,
-            kv_blocks_used=load.kv_blocks_used,
-            kv_blocks_total=load.kv_blocks_total,
-            tokens_per_s=load.tokens_per_s,
-            mean_accepted_length=load.mean_accepted_length,
-            mean_tree_nodes=load.mean_tree_nodes,
-            plan_version=load.plan_version,
-            price=load.price,
-            drafter_ready=load.drafter_ready,
+            **vars(self._engine.load()),
         )
 
     async def GetModelInfo(
@@ -142,24 +131,8 @@ def chunk_to_proto(chunk: Chunk) -> pb.GenerateChunk:
         for token_id, logprob in position.top:
             entry.top.add(token_id=token_id, logprob=logprob)
     if chunk.explanation is not None:
-        message.speculation.CopyFrom(explanation_to_proto(chunk.explanation))
+        message.speculation.CopyFrom(pb.SpeculationStep(**vars(chunk.explanation)))
     return message
-
-
-def explanation_to_proto(step: StepExplanation) -> pb.SpeculationStep:
-    return pb.SpeculationStep(
-        drafted_nodes=step.drafted_nodes,
-        verified_nodes=step.verified_nodes,
-        accepted_nodes=step.accepted_nodes,
-        price=step.price,
-        plan_version=step.plan_version,
-        batch_sequences=step.batch_sequences,
-        batch_tokens=step.batch_tokens,
-        draft_s=step.draft_s,
-        verify_s=step.verify_s,
-        step_s=step.step_s,
-        reason=step.reason,
-    )
 
 
 def completion_to_proto(completion: Completion, request: GenerationRequest) -> pb.GenerateComplete:
@@ -176,10 +149,7 @@ def completion_to_proto(completion: Completion, request: GenerationRequest) -> p
             total_s=completion.total_s,
         ),
         speculation=pb.SpeculationSummary(
-            steps=totals.steps,
-            drafted_nodes=totals.drafted_nodes,
-            verified_nodes=totals.verified_nodes,
-            accepted_nodes=totals.accepted_nodes,
+            **vars(totals),
             mean_accepted_length=totals.mean_accepted_length,
             mean_tree_nodes=totals.mean_tree_nodes,
         ),

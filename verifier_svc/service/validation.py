@@ -1,14 +1,13 @@
-"""Checks a request field by field, and reports everything that is wrong with it at once. Needs no tokenizer."""
+"""Checks a request field by field and reports every violation at once. The only place where requests are checked."""
 
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from planner.policies import parse_policy
 from treeline.config import LimitsConfig, VerifierConfig
@@ -22,15 +21,13 @@ MAX_REQUEST_ID_CHARS, MAX_POLICY_CHARS = 128, 64
 MAX_STOP_TOKEN_IDS, MAX_PRIORITY = 256, 4
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
-MAX_SEED_BITS = 63
 MAX_VIOLATIONS = 16
 ROLES = ("system", "user", "assistant")
 
 ChatMessages = list[dict[str, str]]
 Prompt = str | list[int] | ChatMessages
-"""A text, its token ids, or a chat as chat templates take it."""
+"""A text, its token ids, or a chat in the form chat templates take."""
 
-M = TypeVar("M", bound=Message)
 N = TypeVar("N", int, float)
 
 
@@ -47,96 +44,24 @@ class ServedModel:
     has_chat_template: bool
 
 
-@dataclass(frozen=True)
-class CheckedRequest:
-    """A request whose every field is in range; only its length in tokens is still unknown. See GenerationRequest.
-
-    Attributes:
-        max_tokens: as asked for; None leaves it to `tokenised`.
-    """
-
-    request_id: str
-    prompt: Prompt
-    sampling: SamplingParams
-    max_tokens: int | None
-    stop: tuple[str, ...]
-    stop_token_ids: frozenset[int]
-    ignore_eos: bool
-    logprobs: int | None
-    explain: bool
-    policy: str
-    max_nodes: int | None
-    max_depth: int | None
-    priority: int
-    target_ms: float | None
-
-    def tokenised(
-        self, prompt_token_ids: list[int], info: ServedModel, limits: LimitsConfig, request_id: str
-    ) -> GenerationRequest:
-        """The request that goes into the engine.
-
-        Raises:
-            InvalidRequestError: prompt, or prompt and max_tokens together, do not fit the context.
-        """
-        field = "prompt" if isinstance(self.prompt, str) else "chat.messages"
-        length, room = len(prompt_token_ids), info.max_context_tokens - len(prompt_token_ids)
-        if not prompt_token_ids:
-            raise InvalidRequestError(FieldViolation(field, "holds no token"))
-        if room < 1:
-            raise InvalidRequestError(FieldViolation(field, _too_long(length, info)))
-        if self.max_tokens is not None and self.max_tokens > room:
-            problem = (
-                f"{length} prompt tokens leave room for {room} of {info.max_context_tokens}, not {self.max_tokens}"
-            )
-            raise InvalidRequestError(FieldViolation("stopping.max_tokens", problem))
-        return GenerationRequest(
-            request_id=request_id,
-            prompt_token_ids=prompt_token_ids,
-            sampling=self.sampling,
-            max_tokens=self.max_tokens or min(DEFAULT_MAX_TOKENS, limits.max_output_tokens, room),
-            stop=self.stop,
-            stop_token_ids=self.stop_token_ids,
-            ignore_eos=self.ignore_eos,
-            logprobs=self.logprobs,
-            explain=self.explain,
-            policy=self.policy,
-            max_nodes=self.max_nodes,
-            max_depth=self.max_depth,
-            priority=self.priority,
-            target_ms=self.target_ms,
-        )
-
-
-def decode(message_type: type[M], data: bytes) -> M:
-    """The message in `data`.
-
-    Raises:
-        InvalidRequestError: it is not one; protobuf also refuses text that is not UTF-8.
-    """
-    try:
-        return message_type.FromString(data)
-    except DecodeError:
-        name = message_type.DESCRIPTOR.full_name
-        raise InvalidRequestError(FieldViolation("", f"not a {name} message, or text in it is not UTF-8")) from None
-
-
 def parse_generate(
     request: pb.GenerateRequest, info: ServedModel, limits: LimitsConfig, verifier: VerifierConfig
-) -> CheckedRequest:
-    """The checked form of `request`. A seed is drawn if none is given; an empty request id stays empty.
+) -> tuple[GenerationRequest, Prompt]:
+    """The checked request and its prompt, which is still to be tokenised and then added by `with_prompt`.
 
     Raises:
-        UnknownModelError: another model than the served one is asked for.
-        InvalidRequestError: with one violation for each wrong field.
+        UnknownModelError: the request names another model than the served one.
+        InvalidRequestError: one violation for each wrong field.
     """
     if request.model and request.model != info.name:
         raise UnknownModelError(f"model {_quoted(request.model)} is not served here; {info.name!r} is")
     check = _Checker()
-    checked = CheckedRequest(
+    prompt = _prompt(check, request, info)
+    checked = GenerationRequest(
         request_id=_request_id(check, request.request_id),
-        prompt=_prompt(check, request, info),
+        prompt_token_ids=[],
         sampling=_sampling(check, request.sampling, info),
-        max_tokens=_optional(check, request.stopping, "stopping.max_tokens", 1, limits.max_output_tokens),
+        max_tokens=_optional(check, request.stopping, "stopping.max_tokens", 1, limits.max_output_tokens) or 0,
         stop=_stop(check, request.stopping.stop, limits),
         stop_token_ids=frozenset(_token_ids(check, "stopping.stop_token_ids", request.stopping.stop_token_ids, info)),
         ignore_eos=request.stopping.ignore_eos,
@@ -159,7 +84,28 @@ def parse_generate(
         f"is {request.priority}, must lie in [-{MAX_PRIORITY}, {MAX_PRIORITY}]",
     )
     check.done()
-    return checked
+    return checked, prompt
+
+
+def with_prompt(
+    request: GenerationRequest, prompt: Prompt, prompt_token_ids: list[int], info: ServedModel, limits: LimitsConfig
+) -> GenerationRequest:
+    """`request` with its tokenised prompt, and with the default of `max_tokens` if none was asked for.
+
+    Raises:
+        InvalidRequestError: the prompt, or prompt and `max_tokens` together, exceed the context.
+    """
+    field = "prompt" if isinstance(prompt, str) else "chat.messages"
+    length, room = len(prompt_token_ids), info.max_context_tokens - len(prompt_token_ids)
+    if not prompt_token_ids:
+        raise InvalidRequestError(FieldViolation(field, "holds no token"))
+    if room < 1:
+        raise InvalidRequestError(FieldViolation(field, _too_long(length, info)))
+    if request.max_tokens > room:
+        problem = f"{length} prompt tokens leave room for {room} of {info.max_context_tokens}, not {request.max_tokens}"
+        raise InvalidRequestError(FieldViolation("stopping.max_tokens", problem))
+    max_tokens = request.max_tokens or min(DEFAULT_MAX_TOKENS, limits.max_output_tokens, room)
+    return replace(request, prompt_token_ids=prompt_token_ids, max_tokens=max_tokens)
 
 
 def parse_tokenize(request: pb.TokenizeRequest, info: ServedModel) -> Prompt:
@@ -251,8 +197,7 @@ def _sampling(check: _Checker, sampling: pb.SamplingParams, info: ServedModel) -
         "sampling.repetition_penalty",
         f"is {penalty:g}, must lie in [{MIN_REPETITION_PENALTY:g}, {MAX_REPETITION_PENALTY:g}]",
     )
-    seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(MAX_SEED_BITS)
-    return SamplingParams(temperature, top_p, min(sampling.top_k, info.vocab_size), penalty, seed)
+    return SamplingParams(temperature, top_p, min(sampling.top_k, info.vocab_size), penalty, sampling.seed)
 
 
 def _stop(check: _Checker, stop: Sequence[str], limits: LimitsConfig) -> tuple[str, ...]:

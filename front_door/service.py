@@ -1,0 +1,115 @@
+"""The generation service by forwarding: each call goes to the least loaded verifier. Requests are checked there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+import grpc
+
+from front_door.routing import Verifier, VerifierPool
+from treeline.errors import DrainingError, DuplicateRequestError, UnavailableError
+from treeline.request import identify
+from treeline.v1 import generation_pb2 as pb
+from treeline.v1 import generation_pb2_grpc as pb_grpc
+
+ABORT_TIMEOUT_S = 5.0
+ATTEMPTS = 2
+"""A stream without any output is tried on one other verifier."""
+
+
+class FrontDoor(pb_grpc.GenerationServiceServicer):
+    """Forwards calls to the verifiers of `pool`. Errors are raised, so the server needs a CallInterceptor."""
+
+    def __init__(self, pool: VerifierPool) -> None:
+        self.pool = pool
+        self.draining = False
+        self._open_ids: set[str] = set()
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        if self.draining:
+            raise DrainingError("this front door is shutting down")
+        identify(request)
+        with self._opened(request.request_id):
+            failed: list[Verifier] = []
+            emitted = False
+            while True:
+                verifier = self._pick(failed)
+                call = verifier.stub.Generate(request, timeout=context.time_remaining())
+                verifier.in_flight += 1
+                try:
+                    async for message in call:
+                        emitted = True
+                        yield message
+                    return
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                        raise
+                    verifier.serving = False  # until a poll says otherwise
+                    failed.append(verifier)
+                    if emitted or len(failed) == ATTEMPTS or self.pool.least_loaded(failed) is None:
+                        raise
+                finally:
+                    verifier.in_flight -= 1
+                    call.cancel()
+
+    async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
+        """Asks every verifier: the request may have come through another front door."""
+        calls = [verifier.stub.Abort(request, timeout=ABORT_TIMEOUT_S) for verifier in self.pool.serving]
+        replies = await asyncio.gather(*calls, return_exceptions=True)
+        return pb.AbortResponse(aborted=sum(r.aborted for r in replies if isinstance(r, pb.AbortResponse)))
+
+    async def GetLoad(self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadResponse:
+        self._model_info()
+        return total_load([verifier.load for verifier in self.pool.serving])
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetModelInfoResponse:
+        return self._model_info()
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
+        return await self._pick().stub.Tokenize(request, timeout=context.time_remaining())
+
+    def _pick(self, failed: Collection[Verifier] = ()) -> Verifier:
+        verifier = self.pool.least_loaded(failed)
+        if verifier is None:
+            raise UnavailableError("no verifier can be reached")
+        return verifier
+
+    def _model_info(self) -> pb.GetModelInfoResponse:
+        if self.pool.info is None:
+            raise UnavailableError("no verifier can be reached")
+        return self.pool.info
+
+    @contextmanager
+    def _opened(self, request_id: str) -> Iterator[None]:
+        if request_id in self._open_ids:
+            raise DuplicateRequestError(f"a request with id {request_id!r} is open")
+        self._open_ids.add(request_id)
+        try:
+            yield
+        finally:
+            self._open_ids.remove(request_id)
+
+
+def total_load(loads: Sequence[pb.GetLoadResponse]) -> pb.GetLoadResponse:
+    """The load of all verifiers together: counts and rates add up, means are weighted by tokens per second."""
+    total = pb.GetLoadResponse(
+        num_requests_running=sum(load.num_requests_running for load in loads),
+        num_requests_waiting=sum(load.num_requests_waiting for load in loads),
+        max_requests_running=sum(load.max_requests_running for load in loads),
+        max_requests_waiting=sum(load.max_requests_waiting for load in loads),
+        kv_blocks_used=sum(load.kv_blocks_used for load in loads),
+        kv_blocks_total=sum(load.kv_blocks_total for load in loads),
+        tokens_per_s=sum(load.tokens_per_s for load in loads),
+        plan_version=max((load.plan_version for load in loads), default=0),
+        drafter_ready=bool(loads) and all(load.drafter_ready for load in loads),
+    )
+    weights = [load.tokens_per_s / total.tokens_per_s if total.tokens_per_s else 1 / len(loads) for load in loads]
+    for field in ("mean_accepted_length", "mean_tree_nodes", "price"):
+        setattr(total, field, sum(w * getattr(load, field) for w, load in zip(weights, loads, strict=True)))
+    return total

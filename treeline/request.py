@@ -1,0 +1,19 @@
+"""What identifies a request: its id and its seed."""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+
+from treeline.v1 import generation_pb2 as pb
+
+SEED_BITS = 63
+"""Seeds are uint64 on the wire; 63 bits also fit the signed integers of other languages."""
+
+
+def identify(request: pb.GenerateRequest) -> None:
+    """Give `request` an id and a seed where it has none. Both then stay the same wherever the request runs."""
+    if not request.request_id:
+        request.request_id = uuid.uuid4().hex
+    if not request.sampling.HasField("seed"):
+        request.sampling.seed = secrets.randbits(SEED_BITS)
