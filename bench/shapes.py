@@ -12,7 +12,7 @@ from bench.passes import treeline_passes
 from bench.step import Subject
 from lm.attention import IMPLEMENTATION
 from lm.device import torch_device, torch_dtype
-from lm.fused import fuse_layers
+from lm.layers.fuse import fuse_layers
 from lm.model import LanguageModel
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError

@@ -25,8 +25,8 @@ from lm.cpu.packed_linear import pack_linear_layers
 from lm.cuda.graphs import Outputs
 from lm.cuda.static_pass import BUCKETS
 from lm.device import torch_dtype
-from lm.fused import fuse_layers
 from lm.kv_cache import KVCache, LayerShape
+from lm.layers.fuse import fuse_layers
 from lm.model import torch_device
 from lm.packed import PackedSequence
 from lm.passes import Passes

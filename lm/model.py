@@ -15,8 +15,9 @@ from lm.cpu.packed_linear import pack_linear_layers, read_bytes
 from lm.cuda.graphs import Outputs
 from lm.device import torch_device, torch_dtype
 from lm.features import FeatureTap
-from lm.fused import LENGTH_DEPENDENT_ROPE, fuse_layers
 from lm.kv_cache import KVCache, LayerShape
+from lm.layers.fuse import fuse_layers
+from lm.layers.fused import LENGTH_DEPENDENT_ROPE
 from lm.packed import PackedSequence
 from lm.passes import Passes
 from lm.store import load_tokenizer, model_name, one_line, progress_bars, resolve_model

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from ctypes import c_float, c_int64, c_void_p
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,9 +15,7 @@ from lm.cpu.grouped_linear import GroupedLinear
 from lm.cpu.native import library, typed
 from lm.cpu.native_attention import LayerAttention, NativeAttention
 from lm.kv_cache import KVCache
-
-if TYPE_CHECKING:
-    from lm.fused import FusedLayer
+from lm.layers.fused import FusedLayer
 
 
 class _Linear(ctypes.Structure):

@@ -13,7 +13,7 @@ from lm.cpu.native import library
 from lm.cpu.native_layers import native_layers
 from lm.cpu.packed_linear import pack_linear_layers
 from lm.features import FeatureTap
-from lm.fused import fuse_layers
+from lm.layers.fuse import fuse_layers
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from tests.lm.helpers import prefill, random_parents, random_tokens

@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from lm.features import FeatureTap
-from lm.fused import FusedLayer, fuse_layers
+from lm.layers.fuse import fuse_layers
+from lm.layers.fused import FusedLayer
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from tests.lm.helpers import WAYS, compute, path_to, prefill, random_parents, random_tokens, reference_logits

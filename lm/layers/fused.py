@@ -1,40 +1,28 @@
-"""Leaner decoder layers for models of Llama's kind: fewer and larger products, and a rotation in one operation.
+"""A leaner decoder layer for Llama-like models: fewer, larger matrix products and one multiplication per rotation.
 
-They take the place of the layers of transformers inside its model, with the same weights; all else stays its own.
-Rotary embedding turns dimension i of a head together with dimension i + d/2. Here the rows of the query and key weights
-are reordered so that such pairs lie side by side, and a turn is one product of complex numbers. Scores are sums over
-pairs, so that the order does not matter to them.
+Rotary embedding rotates dimension i of a head together with dimension i + d/2. Here the rows of the query and key
+weights are reordered so that such pairs are adjacent, and a rotation is one complex multiplication. Attention scores
+sum over pairs, so the order does not change them.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from lm.attention import CONTEXT, AttentionContext, AttentionOptions
 from lm.cpu.elementwise import TORCH, elementwise_for
 from lm.cpu.native import LANES
-from lm.cpu.native_attention import NativeAttention
-from lm.cpu.native_layers import NativeLayers, native_layers
 
-FUSED = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
-"""Layers that compute just what `FusedLayer` does; their subclasses may not."""
 LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
 """Kinds of rotary embedding that turn by other angles once a sequence of the batch is long."""
 FIRST_POSITIONS = 1024
 
 
 class FusedLayer(nn.Module):
-    """Computes what one layer of `FUSED` does, in inference.
+    """Computes what a decoder layer of Llama, Mistral or Qwen2 does, in inference.
 
     Args:
         layer: whose weights are taken.
@@ -97,53 +85,6 @@ class ComplexRotary(nn.Module):
         cos, sin = self.rotary(hidden_states.float(), position_ids)
         half = cos.shape[-1] // 2
         return torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
-
-
-@torch.no_grad()
-def fuse_layers(hf: PreTrainedModel, finish: Callable[[nn.Module], object] = lambda layer: None) -> None:
-    """Put fused layers in place of those of `hf`, if it is of Llama's kind; any other model stays as it is.
-
-    Args:
-        finish: called with each layer once it is in place; meanwhile only one layer's weights are there twice.
-    """
-    body: Any = hf.base_model
-    layers = getattr(body, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not all(type(layer) in FUSED for layer in layers):
-        return
-    for index, layer in enumerate(layers):
-        layers[index] = FusedLayer(layer, _window(layer))
-        finish(layers[index])
-    body.rotary_emb = ComplexRotary(body.rotary_emb)
-    # Looked for at the first pass: only then are the weights as they will stay.
-    body.forward = functools.partial(_forward, body, functools.cache(lambda: native_layers(layers)))
-
-
-def _forward(
-    body: Any,
-    native: Callable[[], NativeLayers | None],
-    input_ids: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    inputs_embeds: Tensor | None = None,
-    **kwargs: Any,
-) -> BaseModelOutputWithPast:
-    """What the body's own forward pass does around its layers, but for masks and a cache that are not ours."""
-    hidden_states = body.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-    turns = body.rotary_emb(hidden_states, position_ids)
-    context = kwargs[CONTEXT]
-    if isinstance(context, NativeAttention) and (layers := native()) is not None:
-        hidden_states = layers.forward(hidden_states, turns, context)
-    else:
-        for layer in body.layers:
-            hidden_states = layer(hidden_states, position_embeddings=turns, **kwargs)
-    normed = elementwise_for(hidden_states).norm(hidden_states, body.norm)
-    return BaseModelOutputWithPast(last_hidden_state=normed)  # type: ignore[arg-type]
-
-
-def _window(layer: Any) -> int | None:
-    """How far a layer of `FUSED` sees."""
-    if isinstance(layer, MistralDecoderLayer):
-        return layer.self_attn.config.sliding_window
-    return layer.self_attn.sliding_window if isinstance(layer, Qwen2DecoderLayer) else None
 
 
 def _joined(projections: list[nn.Linear], order: Tensor | None = None) -> nn.Linear:
