@@ -45,20 +45,31 @@ class Engine:
     Args:
         link: the way to the drafter; None never drafts.
         plan: gives the plan in force; called once a step.
+        clock: seconds of a monotonic clock; a simulation gives its own.
     """
 
-    def __init__(self, model: LanguageModel, link: DraftLink | None, plan: Callable[[], Plan], config: Config) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        link: DraftLink | None,
+        plan: Callable[[], Plan],
+        config: Config,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.model = model
         self.cache = model.new_cache(config.verifier.kv_cache_tokens, config.verifier.kv_block_tokens)
         model.capture(self.cache)
         verifier = config.verifier
-        self.scheduler = Scheduler(self.cache, config.limits, verifier.prefill_chunk_tokens, verifier.prefix_caching)
+        self.scheduler = Scheduler(
+            self.cache, config.limits, verifier.prefill_chunk_tokens, verifier.prefix_caching, clock
+        )
         hidden_states = HiddenStates(model, config.limits.max_message_bytes)
         copies = link is not None and config.drafter.looks_up
         self.draft_stage = DraftStage(
-            link, hidden_states, self.scheduler, config.limits, verifier.draft_timeout_s, copies
+            link, hidden_states, self.scheduler, config.limits, verifier.draft_timeout_s, copies, clock
         )
         self.plan = plan
+        self._clock = clock
         self._sequences: dict[str, Sequence] = {}
         self._session_ids = count(1)
         self._step_ids = count(1)
@@ -76,7 +87,7 @@ class Engine:
             parse_policy(request.policy),
             Detokenizer(self.model.tokenizer.backend_tokenizer, request.stop),
             list(request.prompt_token_ids),
-            arrived_s=time.monotonic(),
+            arrived_s=self._clock(),
         )
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
@@ -102,7 +113,7 @@ class Engine:
 
     def step(self) -> tuple[list[Output], StepRecord | None]:
         """One step of the whole batch. The record is None if there was nothing to run."""
-        started_s = time.perf_counter()
+        started_s = self._clock()
         plan = self.plan()
         batch = self.scheduler.schedule(plan)
         if batch.sequences == 0:
@@ -110,15 +121,15 @@ class Engine:
             return [], None
         context_tokens = batch.context_tokens
         drafts = self.draft_stage.run(batch, plan)
-        drafted_s = time.perf_counter()
+        drafted_s = self._clock()
         logits = self._forward(batch, drafts)
         walks = self._walk(batch, drafts, logits)
-        verified_s = time.perf_counter()
+        verified_s = self._clock()
         self._commit(batch, walks)
         self.draft_stage.hidden_states.keep(batch, walks, [len(drafts.tree(s)) for s in batch.decoding])
         self.draft_stage.learn(batch.decoding, drafts, walks[: len(batch.decoding)])
         advances = self._accept(batch, drafts, walks, logits)
-        finished_s = time.perf_counter()
+        finished_s = self._clock()
         record = step_record(
             step_id=next(self._step_ids),
             batch=batch,
@@ -172,7 +183,7 @@ class Engine:
 
     def _accept(self, batch: Batch, drafts: Drafts, walks: list[Walk], logits: torch.Tensor) -> list[Advance]:
         """Give every walked sequence its tokens."""
-        now = time.monotonic()
+        now = self._clock()
         advances, first_row = [], 0
         for sequence, walk in zip(batch.decoding + batch.finished_prompts, walks, strict=True):
             tree = drafts.tree(sequence)
@@ -206,7 +217,7 @@ class Engine:
         self.scheduler.remove(sequence)
         self.draft_stage.forget(sequence)
         del self._sequences[sequence.request.request_id]
-        return Output(sequence.request.request_id, sequence.completion())
+        return Output(sequence.request.request_id, sequence.completion(self._clock()))
 
 
 def _rows(sequence: Sequence, tree: DraftTree) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +62,12 @@ class Scheduler:
     """
 
     def __init__(
-        self, cache: KVCache, limits: LimitsConfig, prefill_chunk_tokens: int, prefix_caching: bool = True
+        self,
+        cache: KVCache,
+        limits: LimitsConfig,
+        prefill_chunk_tokens: int,
+        prefix_caching: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -69,6 +75,7 @@ class Scheduler:
         self._limits = limits
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self._prefix_caching = prefix_caching
+        self._clock = clock
 
     def add(self, sequence: Sequence) -> None:
         """Queue behind all of the same or higher priority."""
@@ -166,5 +173,5 @@ class Scheduler:
             if cache is None:
                 return
             sequence.cache, sequence.cached_tokens = cache, cache.length
-            sequence.admitted_s = time.monotonic()
+            sequence.admitted_s = self._clock()
             self.running.append(self.waiting.pop(0))

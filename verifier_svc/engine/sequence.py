@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -126,9 +125,9 @@ class Sequence:
             accepted_nodes=totals.accepted_nodes + accepted,
         )
 
-    def completion(self) -> Completion:
+    def completion(self, now: float) -> Completion:
+        """How the request ended, `now` in seconds of the engine's clock."""
         assert self.finish_reason is not None
-        now = time.monotonic()
         admitted_s = self.admitted_s if self.admitted_s is not None else now
         first_token_s = self.first_token_s if self.first_token_s is not None else now
         target_s, gaps = self.request.target_s, self.output_tokens - 1

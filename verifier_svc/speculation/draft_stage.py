@@ -46,7 +46,7 @@ class DraftStage:
         limits: LimitsConfig,
         timeout_s: float,
         copies: bool,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.link = link
         self.hidden_states = hidden_states
