@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
+import bench.baselines  # noqa: F401 - registers its policies
 from bench.common import Prompt
 from bench.load import (
     Answer,

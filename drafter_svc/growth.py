@@ -51,7 +51,6 @@ class GrowingForest:
         self._above = np.ones(len(trees), np.intp)  # what leads from a node of the last layer to its place
         # By node, the roots first as one.
         self._scores, self._path_probs = np.ones((2, 1), np.float32)
-        self._path_ranks = np.zeros(1, np.uint64)
         self._tree_of = np.zeros(1, np.intp)
         self._decision: tuple[Layer, NDArray[np.bool_]] | None = None
 
@@ -72,9 +71,6 @@ class GrowingForest:
             scores=self._scores[new.above] * np.minimum(new.accepts, 1),
             path_probs=self._path_probs[new.above] * new.probs,
             ranks=new.ranks,
-            path_ranks=self._path_ranks[new.above] << np.uint64(4) | new.ranks,
-            scores_so_far=self._scores[1:],
-            tree_of_so_far=self._tree_of[1:],
             sizes=self._sizes,
             paths=np.maximum(1, self._sizes - self._inner),
             path_probs_so_far=self._path_probs_sums,
@@ -159,7 +155,6 @@ class GrowingForest:
         self._path_probs_sums = self._path_probs_sums + np.bincount(joining.tree_of, path_probs, len(counts))
         self._scores = np.concatenate([self._scores, layer.scores[kept]])
         self._path_probs = np.concatenate([self._path_probs, path_probs])
-        self._path_ranks = np.concatenate([self._path_ranks, layer.path_ranks[kept]])
         self._tree_of = np.concatenate([self._tree_of, joining.tree_of])
         self._layers.append(joining)
         parents, token_ids = joining.parents.tolist(), joining.token_ids.tolist()
@@ -169,9 +164,9 @@ class GrowingForest:
 
     def _within_limits(self, layer: Layer, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which candidates are among their tree's best `max_nodes` so far; no others can be in the end."""
-        scores = np.concatenate([layer.scores_so_far, np.where(kept, layer.scores, np.float32(-1))])
-        tree_of = np.concatenate([layer.tree_of_so_far, layer.tree_of])
-        return (places_by_score(scores, tree_of) < self._limits[tree_of])[len(layer.scores_so_far) :]
+        scores = np.concatenate([self._scores[1:], np.where(kept, layer.scores, np.float32(-1))])
+        tree_of = np.concatenate([self._tree_of[1:], layer.tree_of])
+        return (places_by_score(scores, tree_of) < self._limits[tree_of])[len(self._scores) - 1 :]
 
     def _least_that_stays(self, full: NDArray[np.bool_]) -> NDArray[np.float32]:
         """float32 [trees]: the score of the last node that fits into each `full` tree; below all scores elsewhere."""

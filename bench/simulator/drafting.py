@@ -81,17 +81,17 @@ class Drafting:
             hidden_s: so much of drafting delays nothing, as the other half of the batch is verified meanwhile.
         """
         decision, layers = Decision(sequences), self._layers_wanted(plan, running)
-        if layers and self._policy.prices_drafting:
+        if layers and self._policy.priced:
             layers = min(layers, plan.max_depth)
             decision = self._gate.decide(sequences, sequences, state, plan, False, now_s)
         if not layers or not decision.requests:
             return None
         hand = self._hand(plan, decision.requests, layers)
-        if not self._policy.prunes:
+        if not self._policy.priced:
             return self._whole(hand)
         layers = min(layers, decision.layers)
         drafted = self._pruned(hand, sequences, weights, layers, state, plan, hidden_s)
-        if self._policy.prices_drafting and drafted.pruned is not None:  # only then is the gate asked
+        if self._policy.priced and drafted.pruned is not None:  # only then is the gate asked
             (drawn, pruning), draft_s = drafted.pruned, drafted.draft_s
             self._gate.drafted(decision, pruning.gains, drawn.depths, drafted.layer_nodes, draft_s, now_s + draft_s)
         return drafted
@@ -137,7 +137,7 @@ class Drafting:
     def _layers(self, hand: Hand, weights: NDArray[np.float64] | None, most: int, plan: Plan) -> tuple[int, ...]:
         """Nodes run through the draft model for each layer, as long as the rule wants another one."""
         per_layer = [nodes for nodes in hand.layer_nodes()[:most] if nodes]
-        if self._policy.prices_drafting:
+        if self._policy.priced:
             acceptance = hand.layer_acceptance(weights)
             for depth in range(1, len(per_layer)):
                 # The rule is a sum over nodes, so the whole batch may go in as one request.

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+import bench.baselines  # noqa: F401 - registers its policies
 from bench.simulator.conditions import STEADY, TARGET_OF_PLAIN, Conditions
 from bench.simulator.counts import Counts, Result
 from bench.simulator.devices import Device

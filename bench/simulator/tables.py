@@ -122,7 +122,7 @@ class Tables:
 
     def _key(self, plan: Plan, requests: int) -> tuple[int, ...]:
         """What the policy's `keep` and `expand` read of plan and batch, in levels."""
-        if self._policy.prices_drafting:
+        if self._policy.priced:
             kept, expanded = plan.price * plan.cost.node_s, plan.price * (plan.cost.node_s + plan.cost.draft_node_s)
             kept, expanded = max(LEAST_THRESHOLD, kept), max(LEAST_THRESHOLD, expanded)
             return _level(kept), _level(expanded / kept)
@@ -132,7 +132,7 @@ class Tables:
 
     def _grow(self, plan: Plan, requests: int, layers: int) -> list[Grown]:
         """Every world's tree; `requests` of them would grow together."""
-        nodes = plan.max_nodes if self._policy.prices_drafting else MAX_NODES
+        nodes = plan.max_nodes if self._policy.priced else MAX_NODES
         wanted = DraftSequence(0, 0, [0], SamplingParams(), self._policy.spec, nodes, layers)
         trees = [GrowingTree(Session(index, [0]), wanted, self._policy) for index in range(len(self._worlds))]
         forest = GrowingForest(trees)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 POLICIES = (
     "off smart smart-paper eagle2:2,2,4 eagle2:4,4,12 eagle2:6,10,60 chain:3 static:2-2-1 sequoia:16,6 opt-tree:16,6 "
-    "smartspec sglang-ema vllm-adaptive"
+    "smartspec sglang-ema vllm-adaptive cast"
 )
 INTERRUPTED = 130
 

@@ -75,7 +75,7 @@ class Candidates(NamedTuple):
 
     @staticmethod
     def of(candidates: list[Candidate]) -> Candidates:
-        prunes = [c.policy.prunes for c in candidates]
+        prunes = [c.policy.priced for c in candidates]
         return Candidates(
             np.asarray([c.ratio for c in candidates], np.float32),
             np.asarray([c.weight for c in candidates], np.float32),
@@ -260,7 +260,7 @@ def another_layer(frontiers: list[Frontier], plan: Plan) -> bool:
     """
     kappa, gain, nodes = plan.calibration.kappa, 0.0, 0
     for f in frontiers:
-        if f.policy.prices_drafting:
+        if f.policy.priced:
             gain += f.weight * f.acceptance * kappa.item(int(f.sampled), min(f.depth, DEPTHS - 1))
             nodes += f.nodes
         elif f.depth < f.policy.max_depth:

@@ -1,6 +1,6 @@
-"""How trees are grown: every policy behind one interface, spelled as a short string (`spellings.py`)."""
+"""How trees grow: every policy behind one interface, spelled as a short string (`parse.py`)."""
 
 from planner.policies.base import Layer, Policy
-from planner.policies.spellings import SPELLINGS, canonical_spellings, parse_policy
+from planner.policies.parse import canonical_spellings, parse_policy, spellings
 
-__all__ = ["SPELLINGS", "Layer", "Policy", "canonical_spellings", "parse_policy"]
+__all__ = ["Layer", "Policy", "canonical_spellings", "parse_policy", "spellings"]

@@ -1,4 +1,4 @@
-"""What a policy is: it decides which candidates join a tree, and what the verifier may still drop."""
+"""What a policy is: it decides which candidates join a draft tree and which nodes the draft model expands."""
 
 from __future__ import annotations
 
@@ -18,19 +18,16 @@ MAX_NODES = 256
 
 @dataclass(frozen=True)
 class Layer:
-    """Candidates for the next layer of a batch's trees, one row each, tree by tree; and the trees that they would join.
+    """Candidates for the next layer of a batch's trees, one row each, tree by tree; and the trees they would join.
 
     Attributes:
-        depth: 1 for children of the root.
-        tree_of: intp [m]; whose candidate it is.
+        depth: of the candidates; 1 for children of the root.
+        tree_of: intp [m]; index of each candidate's tree.
         scores: float32 [m]; calibrated path acceptance, never above the parent's.
-        path_probs: float32 [m]; product of the drafter's probabilities over the whole path, this candidate included.
+        path_probs: float32 [m]; product of the drafter's probabilities over the path, the candidate's included.
         ranks: uint8 [m]; 0 for the first choice below this parent.
-        path_ranks: uint64 [m]; ranks along the path, four bits each, the candidate's own in the lowest.
-        scores_so_far: float32 [n]; calibrated path acceptance of the nodes of all trees.
-        tree_of_so_far: intp [n]; whose node it is.
-        sizes: intp [trees]; nodes of each tree.
-        paths: intp [trees]; paths of each; the bare root is one path.
+        sizes: intp [trees]; nodes of each tree so far.
+        paths: intp [trees]; root-to-leaf paths of each tree so far; the bare root is one path.
         path_probs_so_far: float64 [trees]; sum of path_probs over each tree's nodes.
         weights: float32 [trees]; value of each request's tokens.
         sampled: bool [trees]; sampled or greedy.
@@ -42,9 +39,6 @@ class Layer:
     scores: NDArray[np.float32]
     path_probs: NDArray[np.float32]
     ranks: NDArray[np.uint8]
-    path_ranks: NDArray[np.uint64]
-    scores_so_far: NDArray[np.float32]
-    tree_of_so_far: NDArray[np.intp]
     sizes: NDArray[np.intp]
     paths: NDArray[np.intp]
     path_probs_so_far: NDArray[np.float64]
@@ -58,10 +52,10 @@ class Policy(Protocol):
 
     Attributes:
         spec: canonical spelling.
-        max_depth: no layer beyond it; 0 never drafts.
+        max_depth: no layer lies deeper; 0 never drafts.
         max_children: children to propose under each expanded node.
-        prunes: the verifier chooses among its nodes over the whole batch (`planner.fast.rule.prune_batch`).
-        prices_drafting: whether to draft at all, and how deep, is left to the rule.
+        priced: the rule decides whether to draft, how deep, and which nodes to verify (`planner.fast.rule`).
+            Otherwise every step drafts, to the policy's own depth, and verifies the whole tree.
     """
 
     @property
@@ -74,33 +68,29 @@ class Policy(Protocol):
     def max_children(self) -> int: ...
 
     @property
-    def prunes(self) -> bool: ...
-
-    @property
-    def prices_drafting(self) -> bool: ...
+    def priced(self) -> bool: ...
 
     def layers(self, plan: Plan, batch: int, sampled: bool) -> int:
-        """The most layers worth asking for in a step of `batch` requests, 0 to max_depth; 0 drafts nothing."""
+        """Most layers to draft in a step of `batch` requests, 0 to max_depth; 0 drafts nothing."""
         ...
 
     def keep(self, layer: Layer, plan: Plan) -> NDArray[np.bool_]:
-        """bool [m]: which candidates join their trees."""
+        """bool [m]: the candidates that join their trees."""
         ...
 
     def expand(self, layer: Layer, kept: NDArray[np.bool_], plan: Plan) -> NDArray[np.intp]:
-        """Indices of kept candidates to run through the draft model next, should another layer be run."""
+        """Indices of the kept candidates to run through the draft model if there is another layer."""
         ...
 
     def finish(self, scores: NDArray[np.float32], tree_of: NDArray[np.intp]) -> NDArray[np.bool_]:
-        """bool [n], closed under parents: the last cut of each finished tree by path acceptance."""
+        """bool [n], closed under parents: the nodes of each finished tree that stay, by calibrated path acceptance."""
         ...
 
 
 class Growth(ABC):
-    """What most policies share: draft to the full depth, expand all that was kept, cut nothing at the end."""
+    """The default: draft to the full depth, expand every kept node, cut nothing at the end."""
 
-    prunes = False
-    prices_drafting = False
+    priced = False
 
     @property
     @abstractmethod
@@ -117,7 +107,10 @@ class Growth(ABC):
 
 
 def places_by_score(scores: NDArray[np.float32], tree_of: NDArray[np.intp]) -> NDArray[np.intp]:
-    """intp [n]: how many of its tree have a higher score; of equals the earlier goes first, parents before children."""
+    """intp [n]: each node's place within its tree by falling score; of equals the earlier first, so parents first.
+
+    Scores [.5, .9, .7, .2] of trees [0, 0, 1, 0] have places [1, 0, 0, 2].
+    """
     order = np.lexsort((-scores, tree_of))
     trees = tree_of[order]
     places = np.empty(len(scores), np.intp)

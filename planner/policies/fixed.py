@@ -1,4 +1,4 @@
-"""Trees that are the same in every step: none, a chain, a fixed shape."""
+"""Trees of a size fixed beforehand: none, a chain, a static shape, EAGLE-2's dynamic tree."""
 
 from __future__ import annotations
 
@@ -62,3 +62,37 @@ class Static(Growth):
 
     def keep(self, layer: Layer, plan: Plan) -> NDArray[np.bool_]:
         return layer.ranks < self.branching[layer.depth - 1]
+
+
+@dataclass(frozen=True)
+class Eagle2(Growth):
+    """EAGLE-2 (arXiv 2406.16858): expand the `topk` best of each layer, then keep the `nodes` best of all.
+
+    Nodes are ranked by calibrated path acceptance; the paper ranks by the product of raw confidences.
+    """
+
+    depth: int
+    topk: int
+    nodes: int
+
+    @property
+    def spec(self) -> str:
+        return f"eagle2:{self.depth},{self.topk},{self.nodes}"
+
+    @property
+    def max_depth(self) -> int:
+        return self.depth
+
+    @property
+    def max_children(self) -> int:
+        return self.topk
+
+    def keep(self, layer: Layer, plan: Plan) -> NDArray[np.bool_]:
+        return layer.ranks < self.topk
+
+    def expand(self, layer: Layer, kept: NDArray[np.bool_], plan: Plan) -> NDArray[np.intp]:
+        best = places_by_score(np.where(kept, layer.scores, np.float32(-1)), layer.tree_of) < self.topk
+        return np.flatnonzero(kept & best)
+
+    def finish(self, scores: NDArray[np.float32], tree_of: NDArray[np.intp]) -> NDArray[np.bool_]:
+        return places_by_score(scores, tree_of) < self.nodes

@@ -52,8 +52,7 @@ class Smart(Growth):
     spec = "smart"
     max_depth = MAX_DEPTH
     max_children = SMART_CHILDREN
-    prunes = True
-    prices_drafting = True
+    priced = True
 
     def keep(self, layer: Layer, plan: Plan) -> NDArray[np.bool_]:
         return layer.weights[layer.tree_of] * layer.scores > SPARE * plan.price * plan.cost.node_s

@@ -55,7 +55,7 @@ def test_by_default_every_policy_is_swept():
     names = {policy.partition(":")[0] for policy in checked_policies(POLICIES.split())}
     assert names == {
         "off", "chain", "static", "sequoia", "eagle2", "opt-tree", "smartspec", "sglang-ema", "vllm-adaptive",
-        "smart-paper", "smart",
+        "cast", "smart-paper", "smart",
     }  # fmt: skip
 
 

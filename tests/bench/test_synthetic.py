@@ -76,7 +76,7 @@ def test_acceptance_is_what_was_asked_for_by_depth_and_rank(model, answers):
 
 
 def test_every_policy_grows_these_trees(model, answers):
-    for policy in ("eagle2:3,3,8", "opt-tree:8,3", "smart-paper", "smart"):
+    for policy in ("eagle2:3,3,8", "smart-paper", "smart"):
         planned = run(model, answers, "0.7,0.2", policy)
         assert accepted_per_step(planned) > 0.5, policy
 

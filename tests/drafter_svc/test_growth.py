@@ -175,12 +175,9 @@ def test_lookups_go_on_alone_when_another_layer_does_not_pay():
 ALL_POLICIES = [
     "chain:3",
     "static:3-2-1",
-    "sequoia:9,4",
     "eagle2:4,3,9",
-    "opt-tree:9,4",
     "smart-paper",
     "smart",
-    "sglang-ema",
 ]
 
 

@@ -33,10 +33,10 @@ class CopyStage:
         self, decoding: list[Sequence], longest: Callable[[Sequence], int], state: BatchState, plan: Plan, now_s: float
     ) -> Drafts | None:
         """Copies that pay, if there are any. `longest`: of a request's copy, in nodes."""
-        if not any(s.policy.prices_drafting for s in decoding):
+        if not any(s.policy.priced for s in decoding):
             return None
         weights, least = weights_of(decoding, now_s), self._least(len(decoding), state, plan)
-        factors = [weights[s.session_id] * s.acceptance.ratio if s.policy.prices_drafting else 0.0 for s in decoding]
+        factors = [weights[s.session_id] * s.acceptance.ratio if s.policy.priced else 0.0 for s in decoding]
         if max(factors) < least:
             return None
         sure = [

@@ -107,7 +107,7 @@ class DraftStage:
         drafts = pruned(batch.decoding, forest, drafted, weights, state, plan, reply.stats)
         drafts = replace(drafts, draft_s=self._clock() - started_s)  # pruning is part of what drafting takes
         if decision.requests:
-            requests = sum([one.sequence.policy.prunes for one in asked])
+            requests = sum([one.sequence.policy.priced for one in asked])
             self._note_offered(batch.decoding, drafts, Decision(requests, "", decision.layers, expected_s))
         return drafts
 
@@ -163,8 +163,8 @@ class DraftStage:
             return [], Decision(0, "no request of this step may draft")
         if not self.ready:
             return [], Decision(0, "no drafter")
-        asked = [one for one in wanting if not one.sequence.policy.prices_drafting]
-        smart = [one for one in wanting if one.sequence.policy.prices_drafting]
+        asked = [one for one in wanting if not one.sequence.policy.priced]
+        smart = [one for one in wanting if one.sequence.policy.priced]
         if not smart:
             return asked, Decision(0)
         behind = sum([one.sequence.behind_tokens for one in smart])
@@ -180,13 +180,13 @@ class DraftStage:
         request, policy = sequence.request, sequence.policy
         wanted = policy.layers(plan, running, not request.sampling.greedy)
         depth = min(wanted, self._limits.max_tree_depth, sequence.remaining_tokens - 1)
-        if policy.prices_drafting:
+        if policy.priced:
             depth = min(depth, plan.max_depth)
         return depth if request.max_depth is None else min(depth, request.max_depth)
 
     def _nodes(self, sequence: Sequence, plan: Plan) -> int:
         nodes = self._scheduler.tree_nodes(sequence.request)
-        return min(nodes, plan.max_nodes) if sequence.policy.prices_drafting else nodes
+        return min(nodes, plan.max_nodes) if sequence.policy.priced else nodes
 
     def _messages(
         self, asked: list[Asked], weights: dict[int, float], decision: Decision, plan: Plan
@@ -205,7 +205,7 @@ class DraftStage:
                     policy=sequence.policy.spec,
                     max_nodes=self._nodes(sequence, plan),
                     max_depth=max_depth,
-                    max_layers=decision.layers if sequence.policy.prices_drafting else ALL_LAYERS,
+                    max_layers=decision.layers if sequence.policy.priced else ALL_LAYERS,
                     weight=weights[session_id] * sequence.acceptance.ratio,
                     features=unsent,
                 )

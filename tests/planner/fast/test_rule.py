@@ -74,7 +74,7 @@ def test_the_rule_equals_brute_force_over_all_closed_forests(shape, instances):
 def check_against_brute_force(candidates: list[Drafted], state: BatchState, plan) -> None:
     scores = [path_scores(c, plan) for c in candidates]
     base = sum(c.weight for c in candidates)
-    choices = [closed_subsets(c.tree) if c.policy.prunes else [tuple(range(len(c.tree)))] for c in candidates]
+    choices = [closed_subsets(c.tree) if c.policy.priced else [tuple(range(len(c.tree)))] for c in candidates]
     seconds = verify_seconds(plan.cost, len(candidates), state.context_tokens, 64) + state.draft_s + 0.001
     forests = []
     for forest in product(*choices):
@@ -105,7 +105,7 @@ def check_against_brute_force(candidates: list[Drafted], state: BatchState, plan
         candidate.tree.select(keep)  # raises unless closed under parents
         kept_gain += candidate.weight * np.minimum(candidate.ratio * score[keep], MAX_ACCEPTANCE).sum()
         kept_nodes += int(keep.sum())
-        if not candidate.policy.prunes:
+        if not candidate.policy.priced:
             assert keep.all()
     value = kept_gain - price * seconds[state.base_tokens + kept_nodes]
     assert value == pytest.approx(best_value, rel=1e-5, abs=1e-5)

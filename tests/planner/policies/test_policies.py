@@ -6,11 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from planner.fast.acceptance import prior
-from planner.policies import SPELLINGS, Layer, parse_policy
+from planner.policies import Layer, parse_policy, spellings
 from tests.planner.builders import linear_cost, plan_with
 from treeline.config import VerifierConfig
-from treeline.plan import PaperFit, Plan
+from treeline.plan import PaperFit
 
 
 def layer(probs: list[float], ranks: list[int] | None = None, parents: float | list[float] = 1.0, **changes) -> Layer:
@@ -22,16 +21,14 @@ def layer(probs: list[float], ranks: list[int] | None = None, parents: float | l
         "scores": np.asarray(parents, np.float32) * np.asarray(probs, np.float32),
         "path_probs": np.asarray(probs, np.float32),
         "ranks": np.asarray(ranks if ranks is not None else range(m), np.uint8),
-        "path_ranks": np.asarray(ranks if ranks is not None else range(m), np.uint64),
-        "scores_so_far": np.zeros(0, np.float32),
+        "sizes": np.zeros(1, np.intp),
         "paths": np.ones(1, np.intp),
         "path_probs_so_far": np.zeros(1),
         "weights": np.ones(1, np.float32),
         "sampled": np.zeros(1, np.bool_),
         "batch": 1,
     } | changes
-    nodes = len(values["scores_so_far"])
-    return Layer(tree_of_so_far=np.zeros(nodes, np.intp), sizes=np.asarray([nodes]), **values)
+    return Layer(**values)
 
 
 PLAN = plan_with(linear_cost(), price=30.0)
@@ -43,13 +40,7 @@ PLAN = plan_with(linear_cost(), price=30.0)
         ("off", 0, 0),
         ("chain:5", 5, 1),
         ("static:4-2-1", 3, 4),
-        ("sequoia:16,4", 4, 8),
         ("eagle2:5,4,16", 5, 4),
-        ("opt-tree:12,6", 6, 12),
-        ("opt-tree:50,6,0.7", 6, 16),
-        ("smartspec", 8, 1),
-        ("vllm-adaptive", 5, 1),
-        ("sglang-ema", 8, 1),
         ("smart-paper", 8, 8),
         ("smart", 32, 6),
     ],
@@ -57,15 +48,13 @@ PLAN = plan_with(linear_cost(), price=30.0)
 def test_spellings(spec, depth, children):
     policy = parse_policy(spec)
     assert (policy.spec, policy.max_depth, policy.max_children) == (spec, depth, children)
-    assert policy.prunes == (spec in ("smart", "vllm-adaptive"))
-    assert policy.prices_drafting == (spec == "smart")
+    assert policy.priced == (spec == "smart")
 
 
 @pytest.mark.parametrize(
     "spec",
     ["", "on", "chain", "chain:", "chain:0", "chain:x", "chain:99", "static:", "static:4-0", "eagle2:1,2",
-     "eagle2:5,4,9999", "sequoia:8", "sequoia:8,16", "opt-tree:8", "opt-tree:8,4,1", "opt-tree:8,4,x",
-     "opt-tree:8,4,0.5,1", "smart:3", "smart:", "off:1", "SMART"],
+     "eagle2:5,4,9999", "chain:2,3", "smart:3", "smart:", "off:1", "SMART"],
 )  # fmt: skip
 def test_what_is_no_policy_is_refused_with_the_spellings(spec):
     with pytest.raises(ValueError, match="eagle2:DEPTH,TOPK,NODES"):
@@ -113,7 +102,7 @@ def test_smart_paper_is_the_papers_formula():
     plan = plan_with(type(cost)(cost.verify, paper=fit))
     probs = [0.9, 0.75, 0.5, 0.05]
     tree = {
-        "scores_so_far": np.full(3, 0.5, np.float32),
+        "sizes": np.asarray([3]),
         "paths": np.asarray([2]),
         "path_probs_so_far": np.asarray([0.8]),
     }
@@ -136,65 +125,7 @@ def test_smart_paper_splits_its_budget_evenly_over_the_batch():
     assert parse_policy("smart-paper").keep(layer(probs, batch=100), plan).sum() <= 2
 
 
-def test_every_policy_is_allowed_unless_the_operator_says_otherwise():
-    names = {spelling.partition(":")[0] for spelling in SPELLINGS.split(", ")}
-    assert {entry.removesuffix(":") for entry in VerifierConfig().allowed_policies} == names
-
-
-def plan_where(by_rank: list[float], **costs: float) -> Plan:
-    """A plan that has measured this acceptance by rank, on a linear cost curve."""
-    calibration = replace(prior(), by_rank=np.asarray([by_rank, by_rank], np.float32))
-    return plan_with(linear_cost(**costs), calibration=calibration)
-
-
-def test_opt_tree_stops_where_a_layer_adds_too_little():
-    policy = parse_policy("opt-tree:3,8")
-    first = layer([0.6, 0.2, 0.1, 0.05])
-    kept = policy.keep(first, PLAN)
-    assert kept.tolist() == [True, True, True, False]
-    assert policy.expand(first, kept, PLAN).tolist() == [0, 1, 2]  # 0.9 tokens more than nothing
-    # The three best of all were worth 0.9; with this layer they are worth 0.6 + 0.54 + 0.3.
-    second = layer([0.9, 0.5], parents=0.6, depth=2, scores_so_far=first.scores[kept])
-    assert policy.expand(second, policy.keep(second, PLAN), PLAN).tolist() == [0, 1]
-    third = layer([0.5], parents=0.54, depth=3, scores_so_far=second.scores)
-    assert policy.expand(third, policy.keep(third, PLAN), PLAN).tolist() == []
-    assert policy.finish(np.asarray([0.6, 0.2, 0.54, 0.3], np.float32), np.zeros(4, np.intp)).tolist() == [
-        True,
-        False,
-        True,
-        True,
-    ]
-
-
-def test_smartspec_shortens_its_chains_as_the_batch_grows_and_stops_when_nothing_pays():
-    costs = {"fixed_s": 0.03, "token_s": 0.001, "draft_layer_s": 0.002}
-    plan = plan_where([0.8] + [0.05] * 7, **costs)
-    policy = parse_policy("smartspec")
-    lengths = [policy.layers(plan, batch, False) for batch in (1, 4, 16, 64)]
-    assert lengths == sorted(lengths, reverse=True)
-    assert lengths[0] > lengths[-1] > 0
-    assert policy.layers(plan_where([0.1] * 8, **costs), 64, False) == 0
-
-
-def test_smartspec_is_its_goodput_formula():
-    a, batch = 0.7, 8
-    plan = plan_where([a] * 8, draft_layer_s=0.003, draft_node_s=0.0002, draft_round_trip_s=0.001)
-    goodput = [
-        (1 - a ** (k + 1)) / (1 - a) / (0.03 + 0.001 * batch * (k + 1) + k * (0.003 + 0.0002 * batch) + (k > 0) * 0.001)
-        for k in range(9)
-    ]
-    assert parse_policy("smartspec").layers(plan, batch, False) == int(np.argmax(goodput))
-
-
-@pytest.mark.parametrize(("acceptance", "length"), [(0.0, 1), (0.3, 1), (0.5, 2), (0.75, 3), (1.0, 8)])
-def test_sglang_settles_one_beyond_the_accepted_length(acceptance, length):
-    found = parse_policy("sglang-ema").layers(plan_where([acceptance] * 8), 4, False)
-    accepted = sum(acceptance**i for i in range(1, found + 1))
-    assert found == length
-    assert found == min(8, round(accepted) + 1)
-
-
-def test_vllm_adaptive_drafts_whole_chains_and_leaves_the_cut_to_the_verifier():
-    policy = parse_policy("vllm-adaptive")
-    assert policy.layers(plan_where([0.1] * 8, draft_layer_s=1.0), 64, False) == 5
-    assert policy.keep(layer([0.01, 0.001]), PLAN).tolist() == [True, False]
+def test_a_server_allows_its_own_policies_unless_the_operator_says_otherwise():
+    names = {entry.removesuffix(":") for entry in VerifierConfig().allowed_policies}
+    assert names == {"off", "chain", "static", "eagle2", "smart-paper", "smart"}
+    assert names <= {spelling.partition(":")[0] for spelling in spellings().split(", ")}
