@@ -22,7 +22,7 @@ from treeline.sampling import SamplingParams
 from verifier_svc.engine.engine import Engine
 from verifier_svc.engine.request import Chunk, Completion, GenerationRequest
 from verifier_svc.engine.sequence import Output
-from verifier_svc.service.service import token_ids_of
+from verifier_svc.service.chat import token_ids_of
 from verifier_svc.speculation.link import LocalLink
 
 

@@ -35,6 +35,12 @@ INFO = ServedModel("fake", "FakeForCausalLM", "float32", 256, 1024, frozenset({0
 class FakeTokenizer:
     """One token a byte."""
 
+    def __init__(self) -> None:
+        self.added_tokens_decoder: dict[int, object] = {}
+
+    def get_chat_template(self) -> str:
+        return ""
+
     def __call__(self, text: str, **_: object) -> SimpleNamespace:
         return SimpleNamespace(input_ids=list(text.encode()))
 

@@ -1,63 +1,103 @@
-"""From tokens to text: whole characters only, and nothing of a stop string."""
+"""From tokens to text: only text that no later token can change, and nothing of a stop string."""
 
 from __future__ import annotations
 
+import functools
+import re
+from collections.abc import Sequence
+from os.path import commonprefix
+
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+UNKNOWN = "\ufffd"
+"""What invalid UTF-8 decodes to, and the start of a character whose other bytes have not come."""
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+"""A token of a byte-fallback vocabulary. One invalid byte turns every byte of an unbroken run into U+FFFD."""
+CONTEXT_TOKENS = 5
+"""Text of the prompt that decoders look at: one token for spaces, and the up to 3 bytes of an unfinished character."""
 
 
 class Detokenizer:
-    """Incremental text of one request. Feed it every token once, in order."""
+    """The text of one answer, piece by piece. Feed every token once, in order.
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+    All pieces together are what decoding prompt and answer gives beyond the text of the prompt, up to a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._undecoded: list[int] = []
+        self._special = _special_ids(tokenizer)
         self._stop = stop
         self._held = ""
         self.matched_stop: str | None = None
+        # A window of tokens that decodes like the whole text: those of `_shown`, and what came since.
+        self._window = self._context(prompt)
+        self._shown = tokenizer.decode(self._window)
 
     def feed(self, token_id: int) -> str:
-        """The text that is now certain. Sets `matched_stop`, after which nothing may be fed."""
-        self._undecoded.append(token_id)
-        piece = self._stream.step(self._tokenizer, token_id)
-        if piece is None:
+        """The text that is certain now. Sets `matched_stop`, after which no token may be fed."""
+        token = self._token(token_id)
+        if token is None:
             return ""
-        self._undecoded.clear()
+        self._window.append(token_id)
+        if BYTE_TOKEN.fullmatch(token):
+            return ""
+        text = self._tokenizer.decode(self._window)
+        if text.endswith(UNKNOWN):
+            return self._release(self._new(text[:-1]))
+        piece = self._new(text)
+        self._window = self._window[-1:]
+        self._shown = self._tokenizer.decode(self._window)
         return self._release(piece)
 
     def flush(self) -> str:
-        """What was held back, once the request has ended otherwise than by a stop string."""
+        """The text held back, once the request has ended for another reason than a stop string."""
         if self.matched_stop is not None:
             return ""
-        tail = self._tokenizer.decode(self._undecoded) if self._undecoded else ""
-        self._undecoded.clear()
-        text = self._release(tail)
+        text = self._release(self._new(self._tokenizer.decode(self._window)))
         if self.matched_stop is None:
-            text += self._held
-            self._held = ""
+            text, self._held = text + self._held, ""
         return text
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """The last tokens of the prompt, back to one that is no byte: a run of bytes decodes as a whole."""
+        context: list[int] = []
+        for token_id in reversed(prompt):
+            if (token := self._token(token_id)) is None:
+                continue
+            context.append(token_id)
+            if len(context) >= CONTEXT_TOKENS and not BYTE_TOKEN.fullmatch(token):
+                break
+        return context[::-1]
+
+    def _token(self, token_id: int) -> str | None:
+        """How a token is spelled; None if it stands for no text."""
+        return None if token_id in self._special else self._tokenizer.id_to_token(token_id)
+
+    def _new(self, text: str) -> str:
+        """What `text` of the window holds beyond what was shown of it."""
+        new = text[len(commonprefix((self._shown, text))) :]  # noqa: RUF071 (of characters, as wanted)
+        self._shown = text if new else self._shown
+        return new
 
     def _release(self, piece: str) -> str:
         """Add `piece` to what is held, and let go of all that cannot become part of a stop string."""
         self._held += piece
-        if not self._stop:
-            text, self._held = self._held, ""
+        # The one that ends first, so that it does not matter how the text was cut into pieces.
+        ends = [(at + len(stop), at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if ends:
+            _, cut, self.matched_stop = min(ends)
+            text, self._held = self._held[:cut], ""
             return text
-        matches = [(index, stop) for stop in self._stop if (index := self._held.find(stop)) >= 0]
-        if matches:
-            index, self.matched_stop = min(matches, key=lambda match: match[0])
-            text, self._held = self._held[:index], ""
-            return text
-        keep = max(_longest_overlap(self._held, stop) for stop in self._stop)
-        cut = len(self._held) - keep
+        cut = len(self._held) - max((_overlap(self._held, stop) for stop in self._stop), default=0)
         text, self._held = self._held[:cut], self._held[cut:]
         return text
 
 
-def _longest_overlap(text: str, stop: str) -> int:
+@functools.lru_cache(maxsize=2)
+def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    return frozenset(id for id, added in tokenizer.get_added_tokens_decoder().items() if added.special)
+
+
+def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if stop.startswith(text[-length:]):
-            return length
-    return 0
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -85,7 +85,7 @@ class Engine:
             request,
             next(self._session_ids),
             parse_policy(request.policy),
-            Detokenizer(self.model.tokenizer.backend_tokenizer, request.stop),
+            Detokenizer(self.model.tokenizer.backend_tokenizer, request.stop, request.prompt_token_ids),
             list(request.prompt_token_ids),
             arrived_s=self._clock(),
         )

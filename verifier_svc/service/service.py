@@ -12,12 +12,12 @@ import grpc
 
 import treeline
 from treeline.config import LimitsConfig, VerifierConfig
-from treeline.errors import FieldViolation, InvalidRequestError
 from treeline.request import identify
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
 from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, Load
-from verifier_svc.service.validation import Prompt, ServedModel, parse_generate, parse_tokenize, with_prompt
+from verifier_svc.service.chat import Prompt, token_ids_of
+from verifier_svc.service.validation import ServedModel, parse_generate, parse_tokenize, with_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -99,27 +99,6 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     async def _token_ids(self, prompt: Prompt) -> list[int]:
         return await asyncio.get_running_loop().run_in_executor(self._tokenising, token_ids_of, prompt, self._tokenizer)
-
-
-def token_ids_of(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """A text as it is (no template), a chat through the model's template, ids unchanged.
-
-    Raises:
-        InvalidRequestError: the chat template refuses the chat (roles that do not alternate, say).
-    """
-    # Imported with transformers, which is loaded already where there is a tokenizer.
-    from jinja2 import TemplateError
-
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt, verbose=False).input_ids)
-    if not prompt or isinstance(prompt[0], int):
-        return prompt  # type: ignore[return-value]
-    try:
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise InvalidRequestError(FieldViolation("chat", f"refused by the chat template: {error}")) from None
-    # Templates write the special tokens themselves.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def chunk_to_proto(chunk: Chunk) -> pb.GenerateChunk:

@@ -15,6 +15,7 @@ from treeline.errors import FieldViolation, InvalidRequestError, UnknownModelErr
 from treeline.sampling import SamplingParams
 from treeline.v1 import generation_pb2 as pb
 from verifier_svc.engine.request import GenerationRequest
+from verifier_svc.service.chat import ROLES, ChatMessages, Prompt
 
 DEFAULT_MAX_TOKENS = 256
 MAX_REQUEST_ID_CHARS, MAX_POLICY_CHARS = 128, 64
@@ -22,11 +23,6 @@ MAX_STOP_TOKEN_IDS, MAX_PRIORITY = 256, 4
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 MAX_VIOLATIONS = 16
-ROLES = ("system", "user", "assistant")
-
-ChatMessages = list[dict[str, str]]
-Prompt = str | list[int] | ChatMessages
-"""A text, its token ids, or a chat in the form chat templates take."""
 
 N = TypeVar("N", int, float)
 
@@ -169,7 +165,7 @@ def _chat(check: _Checker, messages: Sequence[pb.ChatMessage], info: ServedModel
         field = f"chat.messages[{index}]"
         problem = f"is {_quoted(message.role)}, must be one of {', '.join(ROLES)}"
         check.that(message.role in ROLES, f"{field}.role", problem)
-        check.that(bool(message.content), f"{field}.content", "is empty")
+        check.that(message.role != "user" or bool(message.content), f"{field}.content", "is empty")
     return [{"role": message.role, "content": message.content} for message in messages]
 
 

@@ -6,19 +6,12 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 from tests.verifier_svc.fake_engine import FakeEngine, fake_verifier, until
 from treeline.config import Config, LimitsConfig
-from treeline.errors import InvalidRequestError
 from treeline.interceptors import SERVICE
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
-from verifier_svc.service.service import token_ids_of
 
 
 def with_verifier(scenario, engine: FakeEngine | None = None, config: Config | None = None):
@@ -252,26 +245,3 @@ def test_health_and_reflection_are_on():
     statuses, services = with_verifier(scenario)
     assert statuses == [health_pb2.HealthCheckResponse.SERVING] * 2
     assert {SERVICE, "grpc.health.v1.Health"} <= services
-
-
-def small_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """Words, with a begin-of-sequence token in front of plain text, as Llama's tokenizers do."""
-    core = Tokenizer(WordLevel({"<s>": 0, "hi": 1, "user": 2, "?": 3}, unk_token="?"))
-    core.pre_tokenizer = WhitespaceSplit()
-    core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="?")
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def test_special_tokens_come_once_whether_by_tokenizer_or_by_template():
-    tokenizer = small_tokenizer("{{ bos_token }}{% for m in messages %} {{ m.role }} {{ m.content }}{% endfor %}")
-    assert token_ids_of("hi", tokenizer) == [0, 1]
-    assert token_ids_of([{"role": "user", "content": "hi"}], tokenizer) == [0, 2, 1]
-    assert token_ids_of([1, 1], tokenizer) == [1, 1]
-
-
-def test_a_template_that_refuses_a_chat_is_the_clients_mistake():
-    tokenizer = small_tokenizer("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(InvalidRequestError, match="roles must alternate"):
-        token_ids_of([{"role": "user", "content": "hi"}], tokenizer)

@@ -161,6 +161,8 @@ def test_chat_needs_a_template():
     with pytest.raises(InvalidRequestError, match="no chat template"):
         parse(bare, chat=chat(("user", "hi")))
     assert prompt_of(chat=chat(("user", "hi"))) == [{"role": "user", "content": "hi"}]
+    empty = chat(("system", ""), ("user", "hi"), ("assistant", ""), ("tool", ""))
+    assert [m["content"] for m in prompt_of(chat=empty)] == ["", "hi", "", ""]
 
 
 def test_prompt_and_output_share_the_context():
