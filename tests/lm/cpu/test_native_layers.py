@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from lm import fused
 from lm.cpu.native import library
 from lm.cpu.native_layers import native_layers
 from lm.cpu.packed_linear import pack_linear_layers
 from lm.features import FeatureTap
+from lm.layers import fuse
 from lm.layers.fuse import fuse_layers
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
@@ -58,7 +58,7 @@ def test_every_bit_is_that_of_single_layers(kind: str, taps: tuple[int, ...], mo
     model = packed(KINDS[kind])
     assert native_layers(model.hf.base_model.layers) is not None
     logits, features = pass_over(model, taps)
-    monkeypatch.setattr(fused, "native_layers", lambda layers: None)
+    monkeypatch.setattr(fuse, "native_layers", lambda layers: None)
     expected_logits, expected_features = pass_over(packed(KINDS[kind]), taps)
     assert torch.equal(logits, expected_logits)
     assert torch.equal(features, expected_features)
