@@ -6,7 +6,6 @@ Whatever is measured, the text is given: a draft is right if the target's next t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +22,7 @@ from planner.fast.acceptance import Calibrator
 from planner.fast.fallback import builtin_plan
 from treeline.config import LimitsConfig
 from treeline.drafting import NO_FEATURES, DraftRequest, DraftSequence
-from treeline.plan import NodeOutcomes, Plan
+from treeline.plan import NodeOutcomes
 from treeline.sampling import SamplingParams
 from treeline.tree import DraftTree
 from verifier_svc.engine.walk import Walk, concatenate, observed, target_walk
@@ -108,15 +107,15 @@ class DrafterTrial:
     """One drafter, tried on answers; its calibration is learnt as it goes, as in service.
 
     Attributes:
+        plan: the built-in one, with the calibration of its last walk.
         tallies: by category, and of all under "".
         calibrator: of this drafter.
     """
 
-    def __init__(self, build: Callable[[Callable[[], Plan]], TreeDrafter]) -> None:
-        """`build` makes the drafter that follows the plan it is given."""
+    def __init__(self, drafter: TreeDrafter) -> None:
         limits = LimitsConfig(max_tree_nodes=MAX_NODES, max_tree_depth=MAX_DEPTH)
-        self._plan = builtin_plan(limits)
-        self.drafter = build(lambda: self._plan)
+        self.plan = builtin_plan(limits)
+        self.drafter = drafter
         self.calibrator = Calibrator()
         self.tallies: dict[str, Tally] = defaultdict(Tally)
         self._session_id = 0
@@ -146,7 +145,7 @@ class DrafterTrial:
             walk = _forced_walk(tree, answer.token_ids[root + 1 :])
             outcomes = observed(tree, walk, sampled=False)
             self.calibrator.update(outcomes)
-            self._plan = replace(self._plan, calibration=self.calibrator.calibration())
+            self.plan = replace(self.plan, calibration=self.calibrator.calibration())
             for tally in tallies:
                 tally.steps[name] += 1
                 tally.emitted[name] += len(walk.tokens)
@@ -164,7 +163,7 @@ class _Session:
     """One answer told to the drafter token by token."""
 
     def __init__(self, trial: DrafterTrial, answer: Answer, policy: str) -> None:
-        self._drafter, self._answer, self._policy = trial.drafter, answer, policy
+        self._trial, self._answer, self._policy = trial, answer, policy
         self._id = trial.next_session_id()
         self._told = 0
 
@@ -177,12 +176,12 @@ class _Session:
             self._id, self._told, answer.token_ids[self._told : root + 1], SamplingParams(), self._policy, MAX_NODES,
             MAX_DEPTH, features=features,
         )  # fmt: skip
-        reply = self._drafter.draft(DraftRequest(root, [sequence]))
+        reply = self._trial.drafter.draft(DraftRequest(root, self._trial.plan, [sequence]))
         self._told = root + 1
         return reply.trees[self._id]
 
     def close(self) -> None:
-        self._drafter.draft(DraftRequest(0, [], [self._id]))
+        self._trial.drafter.release([self._id])
 
 
 def _forced_walk(tree: DraftTree, following: list[int]) -> Walk:

@@ -95,11 +95,11 @@ class PlannedEngine:
 
     def _build_drafter(self, model: LanguageModel) -> TreeDrafter:
         config, sha256 = self._config, vocabulary_sha256(model.tokenizer)
-        return build_drafter(config.drafter, config.verifier.target, config.limits, lambda: self.planner.plan, sha256)
+        return build_drafter(config.drafter, config.verifier.target, config.limits, sha256)
 
     def _drafter_of(self, proposer: Proposer) -> TreeDrafter:
         sessions = self._config.drafter.max_sessions
-        return TreeDrafter(DrafterInfo("proposer"), sessions, lambda: self.planner.plan, [proposer])
+        return TreeDrafter(DrafterInfo("proposer"), sessions, [proposer])
 
     def step(self) -> list[Output]:
         cost = self.planner.plan.cost

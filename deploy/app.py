@@ -65,11 +65,11 @@ class PlannerReplica(Replica):
 
 
 class DrafterReplica(Replica):
-    async def __init__(self, config: dict[str, Any], planner: DeploymentHandle) -> None:  # type: ignore[misc]
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
         from drafter_svc.server import DrafterServer
 
         self.metrics_host = (checked := Config.model_validate(config)).metrics.host
-        self.server = await DrafterServer.start(checked, discover(planner))
+        self.server = await DrafterServer.start(checked)
 
 
 class VerifierReplica(Replica):
@@ -110,7 +110,7 @@ def application(config: Config) -> serve.Application:
     planner = _deployment(PlannerReplica, "planner", config.planner.resources, threads=1).bind(data)
     drafter_model = config.drafter.model
     drafter_threads = drafter_model.threads if drafter_model else 1
-    drafter = _deployment(DrafterReplica, "drafter", config.drafter.resources, drafter_threads).bind(data, planner)
+    drafter = _deployment(DrafterReplica, "drafter", config.drafter.resources, drafter_threads).bind(data)
     verifier = _deployment(VerifierReplica, "verifier", config.verifier.resources, config.verifier.target.threads).bind(
         data, drafter, planner
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,12 +65,10 @@ class TreeDrafter:
         self,
         info: DrafterInfo,
         max_sessions: int,
-        plan: Callable[[], Plan],
         lookups: list[Proposer],
         model: LayeredProposer | None = None,
     ) -> None:
         self.info = info
-        self._plan = plan
         self._sessions = SessionStore(max_sessions)
         self._lookups = lookups
         self._model = model
@@ -79,6 +76,11 @@ class TreeDrafter:
     @property
     def features(self) -> FeatureSpec | None:
         return self.info.features
+
+    @property
+    def sessions(self) -> int:
+        """How many are held."""
+        return len(self._sessions)
 
     @property
     def session_ids(self) -> list[int]:
@@ -93,12 +95,9 @@ class TreeDrafter:
         """
         started_s = time.perf_counter()
         policies = [parse_policy(sequence.policy) for sequence in request.sequences]
-        plan = self._plan()
-        for session_id in request.released:
-            self._release(session_id)
+        self.release(request.released)
         admitted, held, evicted = self._sessions.admit(request.sequences)
-        for session_id in evicted:
-            self._release(session_id)
+        self.release(evicted)
         for lookup in self._lookups:
             lookup.begin(list(admitted.values()))
         if self._model is not None:
@@ -109,11 +108,11 @@ class TreeDrafter:
             for sequence, policy in zip(request.sequences, policies, strict=True)
             if sequence.session_id in admitted
         }
-        trees = grow(list(growing.values()), plan, self._lookups, self._model)
+        trees = grow(list(growing.values()), request.plan, self._lookups, self._model)
         finished = dict(zip(growing, trees, strict=True))
-        return DraftReply(request.step_id, finished, held, self._stats(started_s, plan))
+        return DraftReply(request.step_id, finished, held, self._stats(started_s))
 
-    def warm_up(self) -> None:
+    def warm_up(self, plan: Plan) -> None:
         """Draft for batches of several sizes: a first call takes many times as long, and no step is to wait for it."""
         sessions = [-1 - i for i in range(max(WARM_UP_BATCHES))]
         rows = np.zeros((WARM_UP_TOKENS - 1, self.features.width), np.uint16) if self.features else NO_FEATURES
@@ -123,15 +122,19 @@ class TreeDrafter:
                 DraftSequence(session, 0, tokens, SamplingParams(), "smart", WARM_UP_NODES, WARM_UP_NODES, 1.0, rows)
                 for session in sessions[:batch]
             ]
-            self.draft(DraftRequest(0, sequences))
-        self.draft(DraftRequest(0, [], sessions))
+            self.draft(DraftRequest(0, plan, sequences))
+        self.release(sessions)
 
     def measure(self) -> tuple[float, float]:
         """(seconds of a draft layer, seconds of each node in it); 0 without a model or head."""
         return self._model.measure() if self._model else (0.0, 0.0)
 
     def close(self) -> None:
-        for session_id in self.session_ids:
+        self.release(self.session_ids)
+
+    def release(self, session_ids: list[int]) -> None:
+        """Drop these sessions."""
+        for session_id in session_ids:
             self._release(session_id)
 
     @property
@@ -143,25 +146,23 @@ class TreeDrafter:
         for proposer in self._proposers:
             proposer.release(session_id)
 
-    def _stats(self, started_s: float, plan: Plan) -> DraftStats:
+    def _stats(self, started_s: float) -> DraftStats:
         draft_s = time.perf_counter() - started_s
         if self._model is None:
-            return DraftStats(draft_s, plan_version=plan.version)
+            return DraftStats(draft_s)
         layers = self._model.stats
-        return DraftStats(draft_s, tuple(layers.nodes), layers.catch_up_tokens, plan.version, tuple(layers.seconds))
+        return DraftStats(draft_s, tuple(layers.nodes), layers.catch_up_tokens, tuple(layers.seconds))
 
 
 def build_drafter(
     config: DrafterConfig,
     target: ModelConfig,
     limits: LimitsConfig,
-    plan: Callable[[], Plan],
     vocabulary_sha256: str | None,
 ) -> TreeDrafter:
     """The drafter that `config` describes for a target, its model or head loaded and measured.
 
     Args:
-        plan: the current plan, asked once per step.
         vocabulary_sha256: the target's; None leaves the comparison to the verifier.
 
     Raises:
@@ -174,7 +175,7 @@ def build_drafter(
     elif "model" in config.kind:
         info, proposer = _build_model(config, limits)
     else:
-        return TreeDrafter(DrafterInfo("ngram"), config.max_sessions, plan, lookups)
+        return TreeDrafter(DrafterInfo("ngram"), config.max_sessions, lookups)
     if vocabulary_sha256 is not None and info.vocabulary_sha256 != vocabulary_sha256:
         raise ConfigError(
             f"the draft model {info.name} has another vocabulary (sha256 {info.vocabulary_sha256[:12]}) "
@@ -183,7 +184,7 @@ def build_drafter(
     layer_s, node_s = proposer.measure()
     name = f"{info.name}+ngram" if lookups else info.name
     info = replace(info, name=name, layer_s=layer_s, node_s=node_s)
-    return TreeDrafter(info, config.max_sessions, plan, lookups, proposer)
+    return TreeDrafter(info, config.max_sessions, lookups, proposer)
 
 
 def find_head(config: DrafterConfig, target: ModelConfig) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,14 +15,13 @@ from prometheus_client import CollectorRegistry
 
 from drafter_svc.drafter import DrafterInfo, TreeDrafter, build_drafter, find_head
 from lm.store import load_tokenizer, resolve_model, vocabulary_sha256
+from planner.fast.fallback import builtin_plan
 from planner.policies import parse_policy
-from planner.service.client import PlanWatcher
 from treeline.config import DEFAULT_MODEL, Config, LimitsConfig
 from treeline.drafting import DraftReply, DraftRequest
 from treeline.drafting_wire import map_sessions, reply_to_proto, request_from_proto, unmap_sessions
 from treeline.metrics import DrafterMetrics, serve_metrics
-from treeline.plan import Plan
-from treeline.rpc import Discover, add_standard_services, bind, new_server
+from treeline.rpc import add_standard_services, bind, new_server
 from treeline.tree import Source
 from treeline.v1 import drafting_pb2 as pb
 from treeline.v1 import drafting_pb2_grpc as pb_grpc
@@ -51,22 +50,20 @@ class DrafterServer:
         server: grpc.aio.Server,
         health_servicer: health.aio.HealthServicer,
         service: DraftingService,
-        watcher: PlanWatcher,
     ) -> None:
         self.endpoint = endpoint
         self.metrics_port = metrics_port
-        self._server, self._health, self._service, self._watcher = server, health_servicer, service, watcher
+        self._server, self._health, self._service = server, health_servicer, service
 
     @classmethod
-    async def start(cls, config: Config, planner: Discover) -> DrafterServer:
+    async def start(cls, config: Config) -> DrafterServer:
         """A drafter that listens, its model loaded and measured.
 
         Raises:
             ConfigError: the draft model cannot be used, or a certificate, token or port is wrong.
         """
         worker = ThreadPoolExecutor(1, thread_name_prefix="drafter")
-        watcher = PlanWatcher(planner, "", config.limits, config.internal)
-        drafter = await asyncio.get_running_loop().run_in_executor(worker, _build, config, lambda: watcher.plan)
+        drafter = await asyncio.get_running_loop().run_in_executor(worker, _build, config)
         registry = CollectorRegistry()
         service = DraftingService(drafter, config.limits, worker, DrafterMetrics(registry))
         server = new_server(config.internal, config.limits.max_message_bytes)
@@ -76,7 +73,7 @@ class DrafterServer:
         metrics_port = serve_metrics(registry, config.metrics)
         await server.start()
         logger.info("drafter %s listens on %s", drafter.info.name, endpoint)
-        return cls(endpoint, metrics_port, server, health_servicer, service, watcher)
+        return cls(endpoint, metrics_port, server, health_servicer, service)
 
     async def check(self) -> None:
         """Raise RuntimeError if this replica cannot draft any more."""
@@ -86,7 +83,6 @@ class DrafterServer:
         """Say NOT_SERVING, end the streams, free everything. Verifiers go on unspeculated."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(min(grace_s, STREAM_GRACE_S))
-        await self._watcher.close()
         await self._service.close()
 
 
@@ -101,21 +97,25 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
         self._worker = worker
         self._metrics = metrics
         self._stream_numbers = itertools.count(1)
+        self._streams = 0
 
     async def Draft(
         self, request_iterator: AsyncIterator[pb.DraftRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.DraftResponse]:
         loop = asyncio.get_running_loop()
-        stream = next(self._stream_numbers)
+        self._streams += 1
+        stream, plan = next(self._stream_numbers), None
         try:
             async for message in request_iterator:
                 try:
-                    request = request_from_proto(message)
+                    request = request_from_proto(message, plan)
                     check_request(request, self._limits, self._drafter.info)
                 except ValueError as error:
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                plan = request.plan
                 yield await loop.run_in_executor(self._worker, self._draft, request, stream << SESSION_BITS)
         finally:
+            self._streams -= 1
             # Not awaited, as this may be a cancellation; behind a step that still runs, since there is one worker.
             self._worker.submit(self._release_stream, stream)
 
@@ -131,6 +131,8 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
             node_s=info.node_s,
             feature_width=info.features.width if info.features else 0,
             feature_layers=info.features.layers if info.features else (),
+            sessions=self._drafter.sessions,
+            streams=self._streams,
         )
 
     async def check(self) -> None:
@@ -149,13 +151,13 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
 
     def _release_stream(self, stream: int) -> None:
         ended = [session_id for session_id in self._drafter.session_ids if session_id >> SESSION_BITS == stream]
-        self._drafter.draft(DraftRequest(0, [], ended))
-        self._metrics.sessions.set(len(self._drafter.session_ids))
+        self._drafter.release(ended)
+        self._metrics.sessions.set(self._drafter.sessions)
 
     def _measure(self, reply: DraftReply) -> None:
         metrics, stats = self._metrics, reply.stats
         metrics.steps.inc()
-        metrics.sessions.set(len(self._drafter.session_ids))
+        metrics.sessions.set(self._drafter.sessions)
         metrics.step_seconds.observe(stats.draft_s)
         metrics.catch_up_tokens.inc(stats.catch_up_tokens)
         for seconds in stats.layer_s:
@@ -181,12 +183,12 @@ def check_request(request: DraftRequest, limits: LimitsConfig, info: DrafterInfo
         parse_policy(sequence.policy)
 
 
-def _build(config: Config, plan: Callable[[], Plan]) -> TreeDrafter:
+def _build(config: Config) -> TreeDrafter:
     """A target on a model hub is not fetched just for its tokenizer: the verifier compares when it connects."""
     drafter, target, target_sha256 = config.drafter, config.verifier.target, None
     modelled = "model" in drafter.kind or find_head(drafter, target) is not None
     if modelled and (target.model == DEFAULT_MODEL or Path(target.model).expanduser().exists()):
         target_sha256 = vocabulary_sha256(load_tokenizer(resolve_model(target.model)))
-    built = build_drafter(drafter, target, config.limits, plan, target_sha256)
-    built.warm_up()
+    built = build_drafter(drafter, target, config.limits, target_sha256)
+    built.warm_up(builtin_plan(config.limits))
     return built

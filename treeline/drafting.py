@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from treeline.plan import Plan
 from treeline.sampling import SamplingParams
 from treeline.tree import DraftTree
 
@@ -72,9 +73,16 @@ class DraftSequence:
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """One batched draft step; `released` names sessions whose state the drafter may drop."""
+    """One batched draft step.
+
+    Attributes:
+        plan: the verifier's plan: its prices and calibration decide how these trees grow. Over a stream it is sent only
+            when it has changed.
+        released: sessions whose state the drafter may drop.
+    """
 
     step_id: int
+    plan: Plan
     sequences: list[DraftSequence]
     released: list[int] = field(default_factory=list)
 
@@ -87,14 +95,12 @@ class DraftStats:
         draft_s: seconds spent on this step.
         layer_nodes: nodes run through the draft model, one entry per tree layer.
         catch_up_tokens: committed tokens run through the draft model to bring its cache up to date.
-        plan_version: the plan that was followed.
         layer_s: seconds of each tree layer, one per entry of layer_nodes (empty if not timed).
     """
 
     draft_s: float = 0.0
     layer_nodes: tuple[int, ...] = ()
     catch_up_tokens: int = 0
-    plan_version: int = 0
     layer_s: tuple[float, ...] = ()
 
 

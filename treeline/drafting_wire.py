@@ -9,30 +9,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeline.drafting import NO_FEATURES, DraftReply, DraftRequest, DraftSequence, DraftStats
+from treeline.plan import Plan
+from treeline.plan_wire import plan_from_proto, plan_to_proto
 from treeline.sampling import SamplingParams
 from treeline.tree import DraftTree
 from treeline.v1 import drafting_pb2 as pb
 
 
-def request_to_proto(request: DraftRequest) -> pb.DraftRequest:
+def request_to_proto(request: DraftRequest, sent: Plan | None = None) -> pb.DraftRequest:
+    """The message for `request`. `sent`: the plan that this stream carried last; the same one is not sent again."""
     return pb.DraftRequest(
         step_id=request.step_id,
         sequences=[_sequence_to_proto(sequence) for sequence in request.sequences],
         released=request.released,
+        plan=None if request.plan is sent else plan_to_proto(request.plan),
     )
 
 
-def request_from_proto(message: pb.DraftRequest) -> DraftRequest:
-    """The request in `message`.
+def request_from_proto(message: pb.DraftRequest, plan: Plan | None = None) -> DraftRequest:
+    """The request in `message`. `plan`: of the stream's previous request; it holds until another one is sent.
 
     Raises:
-        ValueError: a session occurs twice, a sequence has no tokens, or sampling parameters or features have no
-            meaning.
+        ValueError: there is no plan, a session occurs twice, a sequence has no tokens, or sampling parameters or
+            features have no meaning.
     """
     sequences = [_sequence_from_proto(sequence) for sequence in message.sequences]
     if len({sequence.session_id for sequence in sequences}) != len(sequences):
         raise ValueError("a session occurs twice in one step")
-    return DraftRequest(message.step_id, sequences, list(message.released))
+    if message.HasField("plan"):
+        plan = plan_from_proto(message.plan)
+    if plan is None:
+        raise ValueError("a stream's first request carries no plan")
+    return DraftRequest(message.step_id, plan, sequences, list(message.released))
 
 
 def reply_to_proto(reply: DraftReply) -> pb.DraftResponse:
@@ -44,7 +52,6 @@ def reply_to_proto(reply: DraftReply) -> pb.DraftResponse:
         draft_s=stats.draft_s,
         layer_nodes=stats.layer_nodes,
         catch_up_tokens=stats.catch_up_tokens,
-        plan_version=stats.plan_version,
         layer_s=stats.layer_s,
     )
 
@@ -59,7 +66,6 @@ def reply_from_proto(message: pb.DraftResponse) -> DraftReply:
             draft_s=message.draft_s,
             layer_nodes=tuple(message.layer_nodes),
             catch_up_tokens=message.catch_up_tokens,
-            plan_version=message.plan_version,
             layer_s=tuple(message.layer_s),
         ),
     )
@@ -68,7 +74,9 @@ def reply_from_proto(message: pb.DraftResponse) -> DraftReply:
 def map_sessions(request: DraftRequest, offset: int) -> DraftRequest:
     """The same request with `offset` added to every session id."""
     sequences = [replace(sequence, session_id=sequence.session_id + offset) for sequence in request.sequences]
-    return DraftRequest(request.step_id, sequences, [session_id + offset for session_id in request.released])
+    return DraftRequest(
+        request.step_id, request.plan, sequences, [session_id + offset for session_id in request.released]
+    )
 
 
 def unmap_sessions(reply: DraftReply, offset: int) -> DraftReply:

@@ -107,14 +107,14 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
         sent = None
         while True:
             async with self._changed:
-                while (plan := self._plan(request.verifier_id)) is sent:
+                while (plan := self._plans.get(request.verifier_id)) is sent:
                     await self._changed.wait()
             sent = plan
             if plan is not None:
                 yield pb.WatchPlanResponse(plan=plan_to_proto(plan))
 
     async def GetPlan(self, request: pb.GetPlanRequest, context: grpc.aio.ServicerContext) -> pb.GetPlanResponse:
-        plan = self._plan(request.verifier_id)
+        plan = self._plans.get(request.verifier_id)
         if plan is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no plan yet for this verifier")
         assert plan is not None
@@ -178,12 +178,6 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
             state.observe(step_from_proto(message))
         self._metrics.steps.labels(verifier_id).inc(len(request.steps))
         return len(request.steps)
-
-    def _plan(self, verifier_id: str) -> Plan | None:
-        """The verifier's plan; with an empty id the newest of any."""
-        if verifier_id:
-            return self._plans.get(verifier_id)
-        return max(self._plans.values(), key=lambda plan: plan.version, default=None)
 
     def _forget(self, verifier_id: str) -> None:
         self._states.pop(verifier_id)

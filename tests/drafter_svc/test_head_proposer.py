@@ -27,6 +27,8 @@ MAX_NODES = 24
 TOKENS = [3, 70, 12, 199, 5, 41, 70, 12]
 MORE = [90, 8, 133]
 
+PLAN = plan()
+
 
 @pytest.fixture(scope="module")
 def hf():
@@ -40,9 +42,7 @@ class Bench:
         self.hf = hf
         head = tiny_head(hf)
         self.cache = head.new_cache(cache_tokens, 16)
-        self.drafter = TreeDrafter(
-            DrafterInfo("tiny"), 64, plan, list(lookups), HeadProposer(head, self.cache, MAX_NODES)
-        )
+        self.drafter = TreeDrafter(DrafterInfo("tiny"), 64, list(lookups), HeadProposer(head, self.cache, MAX_NODES))
 
     def step(
         self, tokens: list[int], start=0, rows=None, session_id=1, policy="static:3-2-2", sampling=GREEDY
@@ -51,7 +51,7 @@ class Bench:
         rows = len(tokens) - max(start, 1) if rows is None else rows
         features = bits(self.hf, tokens)[len(tokens) - 1 - rows : -1] if rows else NO_FEATURES
         sequence = DraftSequence(session_id, start, tokens[start:], sampling, policy, MAX_NODES, 8, features=features)
-        return self.drafter.draft(DraftRequest(1, [sequence])).trees[session_id]
+        return self.drafter.draft(DraftRequest(1, PLAN, [sequence])).trees[session_id]
 
 
 def bits(hf, tokens: list[int]) -> np.ndarray:
@@ -148,23 +148,23 @@ def test_a_saved_head_drafts_for_its_target_and_no_other(hf, target_folder, tmp_
     save_head(tmp_path / "head", tiny_head_module(hf), tiny_draft_ids())
     config = DrafterConfig(kind="head+ngram", head=tmp_path / "head", kv_cache_tokens=1024)
     target = ModelConfig(model=str(target_folder), dtype="float32", device="cpu")
-    drafter = build_drafter(config, target, LimitsConfig(), plan, "")
+    drafter = build_drafter(config, target, LimitsConfig(), "")
     assert drafter.info.name == "head+ngram"
     assert drafter.features is not None
     assert drafter.features.width == bits(hf, TOKENS).shape[1]
     sequence = DraftSequence(1, 0, TOKENS, GREEDY, "chain:2", 8, 8, features=bits(hf, TOKENS)[:-1])
-    assert len(drafter.draft(DraftRequest(1, [sequence])).trees[1]) == 2
+    assert len(drafter.draft(DraftRequest(1, PLAN, [sequence])).trees[1]) == 2
     with pytest.raises(ConfigError, match="another vocabulary"):
-        build_drafter(config, target, LimitsConfig(), plan, vocabulary_sha256(tiny_tokenizer()))
+        build_drafter(config, target, LimitsConfig(), vocabulary_sha256(tiny_tokenizer()))
 
 
 def test_a_missing_or_broken_head_is_one_clear_line(target_folder, tmp_path):
     target = ModelConfig(model=str(target_folder), dtype="float32", device="cpu")
     with pytest.raises(ConfigError, match="no draft head in"):
-        build_drafter(DrafterConfig(kind="head", head=tmp_path / "none"), target, LimitsConfig(), plan, None)
+        build_drafter(DrafterConfig(kind="head", head=tmp_path / "none"), target, LimitsConfig(), None)
     (tmp_path / "head.json").write_text('{"target": 1}')
     with pytest.raises(ConfigError, match="cannot load the draft head"):
-        build_drafter(DrafterConfig(kind="head", head=tmp_path), target, LimitsConfig(), plan, None)
+        build_drafter(DrafterConfig(kind="head", head=tmp_path), target, LimitsConfig(), None)
     with pytest.raises(ConfigError, match="no draft head comes with"):
         find_head(DrafterConfig(kind="head"), target)
     assert find_head(DrafterConfig(), target) is None

@@ -18,6 +18,8 @@ from treeline.tree import DraftTree
 
 MAX_NODES = 16
 
+PLAN = plan()
+
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
@@ -36,7 +38,7 @@ class Bench:
         self.cache = model.new_cache(cache_tokens, 16)
         self.proposer = ModelProposer(model, self.cache, MAX_NODES)
         info = DrafterInfo("tiny")
-        self.drafter = TreeDrafter(info, max_sessions, plan, list(lookups), self.proposer)
+        self.drafter = TreeDrafter(info, max_sessions, list(lookups), self.proposer)
         self.told: dict[int, int] = {}
 
     def step(self, tokens: dict[int, list[int]], policy="chain:4", sampling=GREEDY, released=(), **more) -> DraftReply:
@@ -46,7 +48,7 @@ class Bench:
             start = min(self.told.get(session_id, 0), len(whole) - 1)
             given = {"max_nodes": MAX_NODES, "max_depth": 8} | more
             sequences.append(DraftSequence(session_id, start, whole[start:], sampling, policy, **given))
-        reply = self.drafter.draft(DraftRequest(1, sequences, list(released)))
+        reply = self.drafter.draft(DraftRequest(1, PLAN, sequences, list(released)))
         for session_id, whole in tokens.items():
             self.told[session_id] = reply.held.get(session_id, len(whole))
         return reply

@@ -1,4 +1,5 @@
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -22,9 +23,7 @@ from treeline.v1.drafting_pb2_grpc import DraftingServiceStub
 REPEATING = [1, 2, 3, 4, 5, 6, 1, 2, 3]
 LIMITS = LimitsConfig(max_context_tokens=256, max_tree_nodes=32)
 
-
-async def no_planner() -> list[str]:
-    return []
+PLAN = plan()
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +52,7 @@ def with_server(config: Config, use):
     """Run `use(server, channel)` against a drafter that really listens."""
 
     async def scenario():
-        server = await DrafterServer.start(config, no_planner)
+        server = await DrafterServer.start(config)
         try:
             async with connect(server.endpoint, config.internal, 4 << 20) as channel:
                 return await use(server, channel)
@@ -68,7 +67,7 @@ def message(tokens: list[int], session_id: int = 1, start: int = 0, policy: str 
 
 
 async def exchange(stream, *sequences: DraftSequence, step_id: int = 1, released=()) -> DraftReply:
-    await stream.write(request_to_proto(DraftRequest(step_id, list(sequences), list(released))))
+    await stream.write(request_to_proto(DraftRequest(step_id, PLAN, list(sequences), list(released))))
     reply = await asyncio.wait_for(stream.read(), 10)
     assert reply is not grpc.aio.EOF, await stream.details()
     return reply_from_proto(reply)
@@ -128,7 +127,7 @@ def test_a_closed_stream_leaves_nothing(model_folder, kind):
         assert cache.used_blocks > 0
         # The third stream's sessions are untouched.
         assert (await exchange(streams[2], message([*REPEATING, 4], 1, start=9))).held == {}
-        await streams[2].write(request_to_proto(DraftRequest(5, [message(REPEATING, 3)])))
+        await streams[2].write(request_to_proto(DraftRequest(5, PLAN, [message(REPEATING, 3)])))
         streams[2].cancel()
         await until(lambda: len(drafter.session_ids) == 0)
         assert cache.used_blocks == 0
@@ -165,7 +164,7 @@ def test_malformed_requests_end_their_stream_only(model_folder, bad, says):
         stub = DraftingServiceStub(channel)
         good, stream = stub.Draft(), stub.Draft()
         await exchange(good, message(REPEATING, 1))
-        await stream.write(request_to_proto(DraftRequest(1, [bad])))
+        await stream.write(request_to_proto(DraftRequest(1, PLAN, [bad])))
         assert await stream.code() == grpc.StatusCode.INVALID_ARGUMENT
         assert says in await stream.details()
         assert len((await exchange(good, message(REPEATING, 1))).trees[1]) == 3
@@ -228,20 +227,34 @@ async def read_metrics(port: int) -> str:
 
 def test_another_vocabulary_is_refused_naming_both(model_folder, tmp_path):
     with pytest.raises(ConfigError, match=r"tiny-draft.*vocabulary.*0123456789ab"):
-        build_drafter(model_config(model_folder), ModelConfig(), LIMITS, plan, "0123456789abcdef")
+        build_drafter(model_config(model_folder), ModelConfig(), LIMITS, "0123456789abcdef")
     other = tiny_tokenizer()
     other.add_tokens(["extra"])
     target = tmp_path / "target"
     tiny_llama().save_pretrained(target)
     other.save_pretrained(target)
     with pytest.raises(ConfigError, match="another vocabulary"):
-        asyncio.run(DrafterServer.start(config_of(model_config(model_folder), str(target)), no_planner))
+        asyncio.run(DrafterServer.start(config_of(model_config(model_folder), str(target))))
 
 
 def test_the_targets_own_vocabulary_is_welcome(model_folder):
-    drafter = build_drafter(
-        model_config(model_folder), ModelConfig(), LIMITS, plan, vocabulary_sha256(tiny_tokenizer())
-    )
-    tree = drafter.draft(DraftRequest(1, [message(REPEATING)])).trees[1]
+    drafter = build_drafter(model_config(model_folder), ModelConfig(), LIMITS, vocabulary_sha256(tiny_tokenizer()))
+    tree = drafter.draft(DraftRequest(1, PLAN, [message(REPEATING)])).trees[1]
     assert len(tree) == 3
     drafter.close()
+
+
+def test_each_verifiers_trees_follow_its_own_prices(model_folder):
+    """One verifier's plan makes every node too dear, whichever of the two was heard of last."""
+
+    async def use(server, channel):
+        dear, cheap = (DraftingServiceStub(channel).Draft() for _ in range(2))
+        priced = replace(PLAN, version=9, price=1e9, cost=replace(PLAN.cost, node_s=1.0))
+        for step_id in range(1, 4):
+            wanted = [message(REPEATING, policy="smart", start=8 * (step_id > 1))]
+            for stream, a_plan, grows in ((dear, priced, False), (cheap, PLAN, True)):
+                await stream.write(request_to_proto(DraftRequest(step_id, a_plan, wanted)))
+                reply = reply_from_proto(await asyncio.wait_for(stream.read(), 10))
+                assert bool(len(reply.trees[1])) == grows
+
+    with_server(config_of(model_config(model_folder)), use)

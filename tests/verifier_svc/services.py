@@ -85,7 +85,7 @@ class Services:
         await self.drafter.stop(0)
 
     async def start_drafter(self) -> None:
-        self.drafters.append(await DrafterServer.start(self.config, discovery(self.found["planner"])))
+        self.drafters.append(await DrafterServer.start(self.config))
         self.found["drafter"].append(self.drafter.endpoint)
 
     async def page(self, port: int) -> str:
@@ -111,7 +111,7 @@ async def running_services(config: Config) -> AsyncIterator[Services]:
         planner = await PlannerServer.start(config)
         stack.push_async_callback(planner.stop, 0)
         found = {"planner": [planner.endpoint], "drafter": [], "verifier": []}
-        drafters = [await DrafterServer.start(config, discovery(found["planner"]))]
+        drafters = [await DrafterServer.start(config)]
         stack.push_async_callback(lambda: drafters[-1].stop(0))
         found["drafter"].append(drafters[-1].endpoint)
         verifier = await VerifierServer.start(config, discovery(found["drafter"]), discovery(found["planner"]))

@@ -1,3 +1,4 @@
+from treeline.v1 import planning_pb2 as _planning_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -47,14 +48,16 @@ class DraftSequence(_message.Message):
     def __init__(self, session_id: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[DraftSampling, _Mapping]] = ..., policy: _Optional[str] = ..., max_nodes: _Optional[int] = ..., max_depth: _Optional[int] = ..., weight: _Optional[float] = ..., feature_rows: _Optional[int] = ..., features: _Optional[bytes] = ..., max_layers: _Optional[int] = ...) -> None: ...
 
 class DraftRequest(_message.Message):
-    __slots__ = ("step_id", "sequences", "released")
+    __slots__ = ("step_id", "sequences", "released", "plan")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     RELEASED_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     sequences: _containers.RepeatedCompositeFieldContainer[DraftSequence]
     released: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, step_id: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[DraftSequence, _Mapping]]] = ..., released: _Optional[_Iterable[int]] = ...) -> None: ...
+    plan: _planning_pb2.Plan
+    def __init__(self, step_id: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[DraftSequence, _Mapping]]] = ..., released: _Optional[_Iterable[int]] = ..., plan: _Optional[_Union[_planning_pb2.Plan, _Mapping]] = ...) -> None: ...
 
 class Tree(_message.Message):
     __slots__ = ("session_id", "token_ids", "parents", "draft_probs", "ranks", "sources")
@@ -81,14 +84,13 @@ class HeldTokens(_message.Message):
     def __init__(self, session_id: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class DraftResponse(_message.Message):
-    __slots__ = ("step_id", "trees", "held", "draft_s", "layer_nodes", "catch_up_tokens", "plan_version", "layer_s")
+    __slots__ = ("step_id", "trees", "held", "draft_s", "layer_nodes", "catch_up_tokens", "layer_s")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     TREES_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     DRAFT_S_FIELD_NUMBER: _ClassVar[int]
     LAYER_NODES_FIELD_NUMBER: _ClassVar[int]
     CATCH_UP_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    PLAN_VERSION_FIELD_NUMBER: _ClassVar[int]
     LAYER_S_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     trees: _containers.RepeatedCompositeFieldContainer[Tree]
@@ -96,16 +98,15 @@ class DraftResponse(_message.Message):
     draft_s: float
     layer_nodes: _containers.RepeatedScalarFieldContainer[int]
     catch_up_tokens: int
-    plan_version: int
     layer_s: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, step_id: _Optional[int] = ..., trees: _Optional[_Iterable[_Union[Tree, _Mapping]]] = ..., held: _Optional[_Iterable[_Union[HeldTokens, _Mapping]]] = ..., draft_s: _Optional[float] = ..., layer_nodes: _Optional[_Iterable[int]] = ..., catch_up_tokens: _Optional[int] = ..., plan_version: _Optional[int] = ..., layer_s: _Optional[_Iterable[float]] = ...) -> None: ...
+    def __init__(self, step_id: _Optional[int] = ..., trees: _Optional[_Iterable[_Union[Tree, _Mapping]]] = ..., held: _Optional[_Iterable[_Union[HeldTokens, _Mapping]]] = ..., draft_s: _Optional[float] = ..., layer_nodes: _Optional[_Iterable[int]] = ..., catch_up_tokens: _Optional[int] = ..., layer_s: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class GetDrafterInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetDrafterInfoResponse(_message.Message):
-    __slots__ = ("drafter", "vocab_size", "vocabulary_sha256", "layer_s", "node_s", "feature_width", "feature_layers")
+    __slots__ = ("drafter", "vocab_size", "vocabulary_sha256", "layer_s", "node_s", "feature_width", "feature_layers", "sessions", "streams")
     DRAFTER_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +114,8 @@ class GetDrafterInfoResponse(_message.Message):
     NODE_S_FIELD_NUMBER: _ClassVar[int]
     FEATURE_WIDTH_FIELD_NUMBER: _ClassVar[int]
     FEATURE_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
     drafter: str
     vocab_size: int
     vocabulary_sha256: str
@@ -120,4 +123,6 @@ class GetDrafterInfoResponse(_message.Message):
     node_s: float
     feature_width: int
     feature_layers: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, drafter: _Optional[str] = ..., vocab_size: _Optional[int] = ..., vocabulary_sha256: _Optional[str] = ..., layer_s: _Optional[float] = ..., node_s: _Optional[float] = ..., feature_width: _Optional[int] = ..., feature_layers: _Optional[_Iterable[int]] = ...) -> None: ...
+    sessions: int
+    streams: int
+    def __init__(self, drafter: _Optional[str] = ..., vocab_size: _Optional[int] = ..., vocabulary_sha256: _Optional[str] = ..., layer_s: _Optional[float] = ..., node_s: _Optional[float] = ..., feature_width: _Optional[int] = ..., feature_layers: _Optional[_Iterable[int]] = ..., sessions: _Optional[int] = ..., streams: _Optional[int] = ...) -> None: ...

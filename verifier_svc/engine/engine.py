@@ -117,7 +117,7 @@ class Engine:
         plan = self.plan()
         batch = self.scheduler.schedule(plan)
         if batch.sequences == 0:
-            self.draft_stage.release()
+            self.draft_stage.release(plan)
             return [], None
         context_tokens = batch.context_tokens
         drafts = self.draft_stage.run(batch, plan)

@@ -85,14 +85,14 @@ class DraftStage:
         )
         asked, decision = self._choose(batch.decoding, state, plan)
         if not asked:
-            self.release()
+            self.release(plan)
             return self._undrafted(batch.decoding, state, plan, decision.reason)
         weights = weights_of(batch.decoding, started_s)
         messages = self._messages(asked, weights, decision, plan)
         # A model that was not asked for long has much to catch up with, at about a node's price a token.
         told = sum([max(len(message.token_ids), len(message.features)) for message in messages])
         expected_s = decision.expected_s + plan.cost.draft_node_s * told
-        reply = self._exchange(messages, self._patience.limit_s(expected_s))
+        reply = self._exchange(plan, messages, self._patience.limit_s(expected_s))
         draft_s = self._clock() - started_s
         if reply is None:
             self._patience.late()
@@ -143,10 +143,10 @@ class DraftStage:
             self._told.remove(sequence.session_id)
             self._unreleased.append(sequence.session_id)
 
-    def release(self) -> None:
+    def release(self, plan: Plan) -> None:
         """Tell the drafter which requests have ended, when nothing else is to be said."""
         if self.owes_release:
-            self._exchange([], self._patience.limit_s(math.inf))
+            self._exchange(plan, [], self._patience.limit_s(math.inf))
 
     def _worked_s(self) -> float:
         """Seconds, those between steps left out: what probes may take is a share of work, not of waiting for it."""
@@ -212,12 +212,12 @@ class DraftStage:
             )
         return messages
 
-    def _exchange(self, sequences: list[DraftSequence], limit_s: float) -> DraftReply | None:
+    def _exchange(self, plan: Plan, sequences: list[DraftSequence], limit_s: float) -> DraftReply | None:
         assert self.link is not None
         self._step_id += 1
         # A late message arrives all the same, and a broken stream takes its sessions with it.
         released, self._unreleased = self._unreleased, []
-        return self.link.draft(DraftRequest(self._step_id, sequences, released), limit_s)
+        return self.link.draft(DraftRequest(self._step_id, plan, sequences, released), limit_s)
 
     def _note_held(self, messages: list[DraftSequence], asked: list[Asked], reply: DraftReply) -> None:
         """What the drafter has of each request it was asked for."""

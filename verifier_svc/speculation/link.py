@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import logging
+import random
 import time
 
 import grpc
@@ -14,6 +14,7 @@ from treeline.config import Config
 from treeline.drafting import Drafter, DraftReply, DraftRequest, FeatureSpec
 from treeline.drafting_wire import reply_from_proto, request_to_proto
 from treeline.errors import ConfigError
+from treeline.plan import Plan
 from treeline.rpc import Discover, connect
 from treeline.v1 import drafting_pb2 as pb
 from treeline.v1.drafting_pb2_grpc import DraftingServiceStub
@@ -22,6 +23,11 @@ logger = logging.getLogger(__name__)
 
 RECONNECT_S = 0.5
 INFO_TIMEOUT_S = 5.0
+LOST_TIMEOUTS = 10
+"""An answer that takes this many times `verifier.draft_timeout_s` is lost: the stream is given up."""
+MAX_LATE = 8
+"""A drafter that answers late this often in a row is given up. Waiting times double with each late answer, so that by
+then it has taken 256 times as long as predicted, or longer than `verifier.draft_timeout_s` each time."""
 
 
 class LocalLink:
@@ -44,9 +50,13 @@ class LocalLink:
 
 
 class GrpcLink:
-    """A drafter elsewhere. A background task keeps a stream to one of the discovered drafters open.
+    """A drafter elsewhere. A background task holds a stream to the least loaded drafter until that breaks.
 
-    At most one request is on its way: while a late reply is awaited, steps go on unspeculated.
+    The event loop owns all state. The engine's thread hands a request to the loop and waits for the answer. At most one
+    request is on its way: until its late answer has come, steps go on unspeculated.
+
+    Attributes:
+        info: what the drafter connected last says of itself.
     """
 
     def __init__(self, discover: Discover, config: Config, vocab_size: int, vocabulary_sha256: str) -> None:
@@ -54,105 +64,171 @@ class GrpcLink:
         self._config = config
         self._vocab_size, self._vocabulary_sha256 = vocab_size, vocabulary_sha256
         self._loop = asyncio.get_running_loop()
-        self._requests: asyncio.Queue[DraftRequest] | None = None  # None while there is no stream
-        self._pending: concurrent.futures.Future[DraftReply] | None = None
-        self._pending_step_id = 0
+        self._connection: _Connection | None = None
+        self._left = ""  # the endpoint of the stream that ended last
         self.info: pb.GetDrafterInfoResponse | None = None
         self._task = asyncio.create_task(self._stay_connected(), name="draft-link")
 
     @property
     def ready(self) -> bool:
-        return self._requests is not None and self._pending is None
+        connection = self._connection
+        return connection is not None and connection.pending is None
 
     @property
     def features(self) -> FeatureSpec | None:
-        info = self.info
-        if self._requests is None or info is None or not info.feature_width:
-            return None
-        return FeatureSpec(tuple(info.feature_layers), info.feature_width)
+        connection = self._connection
+        return connection.features if connection is not None else None
 
     def draft(self, request: DraftRequest, timeout_s: float) -> DraftReply | None:
         """Called from the engine's thread."""
-        requests = self._requests
-        if requests is None or self._pending is not None:
-            return None
-        pending: concurrent.futures.Future[DraftReply] = concurrent.futures.Future()
-        self._pending_step_id, self._pending = request.step_id, pending
-        self._loop.call_soon_threadsafe(requests.put_nowait, request)
+        exchange = asyncio.run_coroutine_threadsafe(self._exchange(request, timeout_s), self._loop)
         try:
-            return pending.result(timeout_s)
+            return exchange.result(timeout_s)
         except concurrent.futures.TimeoutError:
             logger.info("no draft within %.2f s; going on without", timeout_s)
             return None
-        except ConnectionError:
+        except concurrent.futures.CancelledError:  # gRPC's way to say that the stream was cancelled
             return None
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._task.cancel)
 
+    async def _exchange(self, request: DraftRequest, timeout_s: float) -> DraftReply | None:
+        connection = self._connection
+        if connection is None or connection.pending is not None:
+            return None
+        return await connection.ask(request, timeout_s)
+
     async def _stay_connected(self) -> None:
         last_problem = ""
         while True:
             try:
-                for endpoint in await self._discover():
+                endpoint = await self._least_loaded()
+                if endpoint is None:
+                    problem = "no drafter found"
+                else:
+                    self._left = endpoint  # by the time it is read
                     await self._serve_stream(endpoint)
-                problem = "no drafter found"
+                    problem = "the drafter ended the stream"
             except (grpc.aio.AioRpcError, ConfigError, OSError) as error:
                 problem = str(error.details() if isinstance(error, grpc.aio.AioRpcError) else error)
             except Exception as error:  # discovery asks another system, which may fail in its own ways
                 problem = f"{type(error).__name__}: {error}"
-            finally:
-                self._disconnect()
             if problem != last_problem:
                 logger.warning("no drafter, decoding goes on without: %s", problem)
                 last_problem = problem
             await asyncio.sleep(RECONNECT_S)
+
+    async def _least_loaded(self) -> str | None:
+        """The drafter with the fewest open requests, then the fewest verifiers; the one just left comes last."""
+        endpoints = await self._discover()
+        if len(endpoints) < 2:
+            return next(iter(endpoints), None)
+        infos = await asyncio.gather(*map(self._ask_info, endpoints), return_exceptions=True)
+        loads = {
+            endpoint: (endpoint == self._left, info.sessions, info.streams, random.random())
+            for endpoint, info in zip(endpoints, infos, strict=True)
+            if not isinstance(info, BaseException)
+        }
+        return min(loads, key=loads.__getitem__, default=endpoints[0])
+
+    async def _ask_info(self, endpoint: str) -> pb.GetDrafterInfoResponse:
+        async with connect(endpoint, self._config.internal, self._config.limits.max_message_bytes) as channel:
+            return await DraftingServiceStub(channel).GetDrafterInfo(pb.GetDrafterInfoRequest(), timeout=INFO_TIMEOUT_S)
 
     async def _serve_stream(self, endpoint: str) -> None:
         """Hold a stream to `endpoint` until it breaks.
 
         Raises:
             grpc.aio.AioRpcError: it broke.
+            OSError: an answer was lost or wrong, or too many were late.
             ConfigError: the drafter speaks another vocabulary.
         """
         async with connect(endpoint, self._config.internal, self._config.limits.max_message_bytes) as channel:
             stub = DraftingServiceStub(channel)
-            self.info = await stub.GetDrafterInfo(pb.GetDrafterInfoRequest(), timeout=INFO_TIMEOUT_S)
-            self._check_vocabulary(self.info)
-            stream = stub.Draft()
-            requests: asyncio.Queue[DraftRequest] = asyncio.Queue()
-            sender = asyncio.create_task(_send(stream, requests))
-            self._requests = requests
-            logger.info("drafting with %s at %s", self.info.drafter, endpoint)
+            info = await stub.GetDrafterInfo(pb.GetDrafterInfoRequest(), timeout=INFO_TIMEOUT_S)
+            if info.vocabulary_sha256 and info.vocabulary_sha256 != self._vocabulary_sha256:
+                raise ConfigError(f"the drafter '{info.drafter}' has another vocabulary than the target")
+            self.info = info
             try:
-                async for message in stream:
-                    self._receive(reply_from_proto(message))
-            finally:
-                sender.cancel()
-                with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
-                    await sender
+                async with asyncio.timeout(None) as lost:
+                    stream = stub.Draft()
+                    lost_s = LOST_TIMEOUTS * self._config.verifier.draft_timeout_s
+                    connection = self._connection = _Connection(info, stream, self._vocab_size, lost, lost_s)
+                    logger.info("drafting with %s at %s", info.drafter, endpoint)
+                    try:
+                        async for message in stream:
+                            connection.receive(message)
+                    finally:
+                        self._connection = None
+                        connection.end()
+            except TimeoutError:
+                raise ConnectionError(f"the drafter's answer did not come within {lost_s:g} s") from None
 
-    def _check_vocabulary(self, info: pb.GetDrafterInfoResponse) -> None:
-        if info.vocabulary_sha256 and info.vocabulary_sha256 != self._vocabulary_sha256:
-            raise ConfigError(f"the drafter '{info.drafter}' has another vocabulary than the target")
 
-    def _receive(self, reply: DraftReply) -> None:
+class _Pending:
+    """The request on its way, when its answer is late, and the future that takes the answer."""
+
+    def __init__(self, request: DraftRequest, timeout_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        self.request = request
+        self.late_at_s = loop.time() + timeout_s
+        self.reply: asyncio.Future[DraftReply | None] = loop.create_future()
+
+
+class _Connection:
+    """One open stream; used on the event loop alone.
+
+    Attributes:
+        features: what this drafter reads of the target's passes.
+        pending: the request on its way.
+    """
+
+    def __init__(
+        self,
+        info: pb.GetDrafterInfoResponse,
+        stream: grpc.aio.StreamStreamCall,
+        vocab_size: int,
+        lost: asyncio.Timeout,
+        lost_s: float,
+    ) -> None:
+        """`lost`: ends the stream when it expires; it runs for `lost_s` from each request on."""
+        self.features = FeatureSpec(tuple(info.feature_layers), info.feature_width) if info.feature_width else None
+        self.pending: _Pending | None = None
+        self._stream, self._vocab_size = stream, vocab_size
+        self._lost, self._lost_s = lost, lost_s
+        self._plan: Plan | None = None  # as sent last
+        self._late = 0  # answers in a row
+
+    async def ask(self, request: DraftRequest, timeout_s: float) -> DraftReply | None:
+        """The answer to `request`, or None if the stream ends before."""
+        self.pending = pending = _Pending(request, timeout_s)
+        self._lost.reschedule(asyncio.get_running_loop().time() + self._lost_s)
+        message, self._plan = request_to_proto(request, self._plan), request.plan
+        try:
+            await self._stream.write(message)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return None  # whoever reads the stream sees the same and ends it
+        return await pending.reply
+
+    def receive(self, message: pb.DraftResponse) -> None:
+        """Raises ConnectionError if this is not the answer that is due, or too many were late."""
+        pending, self.pending = self.pending, None
+        if pending is None or message.step_id != pending.request.step_id:
+            raise ConnectionError("the drafter answered what it was not asked")
+        self._lost.reschedule(None)
+        reply = reply_from_proto(message)
         for tree in reply.trees.values():
             tree.check(self._vocab_size)
-        if self._pending is not None and reply.step_id == self._pending_step_id:
-            pending, self._pending = self._pending, None
-            pending.set_result(reply)
+        pending.reply.set_result(reply)
+        self._late = self._late + 1 if asyncio.get_running_loop().time() > pending.late_at_s else 0
+        if self._late >= MAX_LATE:
+            raise ConnectionError(f"the drafter's last {MAX_LATE} answers were late")
 
-    def _disconnect(self) -> None:
-        self._requests = None
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.set_exception(ConnectionError("the drafter's stream ended"))
-
-
-async def _send(stream: grpc.aio.StreamStreamCall, requests: asyncio.Queue[DraftRequest]) -> None:
-    while True:
-        await stream.write(request_to_proto(await requests.get()))
+    def end(self) -> None:
+        """Nobody waits for an answer any more."""
+        if self.pending is not None and not self.pending.reply.done():
+            self.pending.reply.set_result(None)
 
 
 async def wait_for_info(link: GrpcLink, timeout_s: float) -> pb.GetDrafterInfoResponse | None:

@@ -132,8 +132,6 @@ def test_a_plan_can_be_asked_for_and_nonsense_is_refused():
             plan = (await stub.GetPlan(pb.GetPlanRequest(verifier_id="v1"))).plan
             assert plan.version > 0
             assert plan.price == pytest.approx(1 / 0.031, rel=0.01)
-            newest = (await stub.GetPlan(pb.GetPlanRequest())).plan
-            assert newest.version >= plan.version
         await planner.stop()
 
     asyncio.run(scenario())

@@ -1,0 +1,203 @@
+"""The way to the drafter: which one is chosen, and that no break, lost or wrong answer ends drafting for good."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+
+from planner.fast.fallback import builtin_plan
+from treeline.config import Config, VerifierConfig
+from treeline.drafting import DraftRequest, DraftSequence
+from treeline.rpc import bind, new_server
+from treeline.sampling import SamplingParams
+from treeline.v1 import drafting_pb2 as pb
+from treeline.v1.drafting_pb2_grpc import DraftingServiceServicer, add_DraftingServiceServicer_to_server
+from verifier_svc.speculation import link as link_module
+from verifier_svc.speculation.link import LOST_TIMEOUTS, MAX_LATE, GrpcLink
+
+CONFIG = Config(verifier=VerifierConfig(draft_timeout_s=0.05))
+PLAN = builtin_plan(CONFIG.limits)
+Behaviour = Callable[[pb.DraftRequest], "pb.DraftResponse | Exception | None"]
+
+
+def good(request: pb.DraftRequest) -> pb.DraftResponse:
+    return pb.DraftResponse(step_id=request.step_id)
+
+
+class ScriptedDrafter(DraftingServiceServicer):
+    """Answers as it is told to: with a message, not at all (None), or by ending the stream (an exception)."""
+
+    def __init__(self, sessions: int = 0) -> None:
+        self.answer: Behaviour = good
+        self.delay_s = 0.0
+        self.sessions, self.streams = sessions, 0
+        self.requests: list[pb.DraftRequest] = []
+
+    async def start(self) -> str:
+        self.server = new_server(CONFIG.internal, 4 << 20)
+        add_DraftingServiceServicer_to_server(self, self.server)
+        endpoint = bind(self.server, CONFIG.internal)
+        await self.server.start()
+        return endpoint
+
+    async def GetDrafterInfo(self, request, context) -> pb.GetDrafterInfoResponse:
+        return pb.GetDrafterInfoResponse(drafter="scripted", sessions=self.sessions, streams=self.streams)
+
+    async def Draft(self, request_iterator, context) -> AsyncIterator[pb.DraftResponse]:
+        self.streams += 1
+        try:
+            async for request in request_iterator:
+                self.requests.append(request)
+                await asyncio.sleep(self.delay_s)
+                answer = self.answer(request)
+                if isinstance(answer, Exception):
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, str(answer))
+                if answer is not None:
+                    yield answer
+        finally:
+            self.streams -= 1
+
+
+class Steps:
+    """A link, used as the engine uses it: from another thread, one request after the other."""
+
+    def __init__(self, endpoints: list[str]) -> None:
+        async def discover() -> list[str]:
+            return endpoints
+
+        self.link = GrpcLink(discover, CONFIG, 100, "")
+        self.step_id = 0
+
+    async def draft(self, timeout_s: float = 1.0):
+        self.step_id += 1
+        request = DraftRequest(self.step_id, PLAN, [DraftSequence(1, 0, [5], SamplingParams(), "smart", 4, 4)])
+        return await asyncio.to_thread(self.link.draft, request, timeout_s)
+
+    async def ready(self, within_s: float = 5.0) -> None:
+        deadline_s = time.monotonic() + within_s
+        while not self.link.ready:
+            assert time.monotonic() < deadline_s, "drafting never came back"
+            await asyncio.sleep(0.005)
+
+
+def with_drafters(count: int, use, monkeypatch) -> None:
+    monkeypatch.setattr(link_module, "RECONNECT_S", 0.02)
+
+    async def scenario() -> None:
+        drafters = [ScriptedDrafter() for _ in range(count)]
+        steps = Steps([await drafter.start() for drafter in drafters])
+        try:
+            await use(steps, *drafters)
+        finally:
+            steps.link.close()
+            for drafter in drafters:
+                await drafter.server.stop(0)
+
+    asyncio.run(scenario())
+
+
+def test_the_plan_travels_when_it_has_changed(monkeypatch):
+    async def use(steps: Steps, drafter: ScriptedDrafter) -> None:
+        await steps.ready()
+        for _ in range(3):
+            assert await steps.draft() is not None
+        assert [request.HasField("plan") for request in drafter.requests] == [True, False, False]
+
+    with_drafters(1, use, monkeypatch)
+
+
+def test_drafting_comes_back_after_any_break(monkeypatch):
+    async def use(steps: Steps, drafter: ScriptedDrafter) -> None:
+        rng = random.Random(3)
+        for _ in range(20):
+            await steps.ready()
+            drafter.answer = lambda request: ConnectionError("broken on purpose")
+            drafter.delay_s = rng.choice([0.0, 0.01])
+            assert await steps.draft(rng.choice([0.0, 0.005, 1.0])) is None
+            drafter.answer, drafter.delay_s = good, 0.0
+        await steps.ready()
+        assert await steps.draft() is not None
+
+    with_drafters(1, use, monkeypatch)
+
+
+def test_a_request_on_a_stream_that_has_just_ended_is_not_waited_for_later(monkeypatch):
+    """The engine's thread has seen an open stream; by the time its request is handed over there is none."""
+
+    async def use(steps: Steps, drafter: ScriptedDrafter) -> None:
+        await steps.ready()
+        waiting = asyncio.create_task(steps.draft(0.5))
+        time.sleep(0.05)  # the loop is busy while the other thread hands its request over
+        connection, steps.link._connection = steps.link._connection, None
+        assert connection is not None
+        assert await waiting is None
+        steps.link._connection = connection
+        assert steps.link.ready
+        assert await steps.draft() is not None
+
+    with_drafters(1, use, monkeypatch)
+
+
+def test_a_lost_answer_times_out(monkeypatch):
+    async def use(steps: Steps, drafter: ScriptedDrafter) -> None:
+        await steps.ready()
+        drafter.answer = lambda request: None
+        assert await steps.draft(0.01) is None
+        assert not steps.link.ready
+        drafter.answer = good
+        await steps.ready(LOST_TIMEOUTS * CONFIG.verifier.draft_timeout_s + 2)
+        assert await steps.draft() is not None
+
+    with_drafters(1, use, monkeypatch)
+
+
+def test_a_wrongly_numbered_answer_costs_one_step(monkeypatch):
+    async def use(steps: Steps, drafter: ScriptedDrafter) -> None:
+        await steps.ready()
+        drafter.answer = lambda request: pb.DraftResponse(step_id=request.step_id + 7)
+        assert await steps.draft() is None
+        drafter.answer = good
+        await steps.ready()
+        assert await steps.draft() is not None
+
+    with_drafters(1, use, monkeypatch)
+
+
+def test_the_least_loaded_drafter_is_taken_and_kept(monkeypatch):
+    async def use(steps: Steps, busy: ScriptedDrafter, idle: ScriptedDrafter) -> None:
+        busy.sessions = 5
+        await steps.ready()
+        idle.sessions, busy.sessions = 50, 0
+        for _ in range(5):
+            assert await steps.draft() is not None
+        assert (len(busy.requests), len(idle.requests)) == (0, 5)
+
+    with_drafters(2, use, monkeypatch)
+
+
+def test_a_verifier_moves_when_its_drafter_breaks(monkeypatch):
+    async def use(steps: Steps, first: ScriptedDrafter, second: ScriptedDrafter) -> None:
+        second.sessions = 5
+        await steps.ready()
+        assert await steps.draft() is not None
+        await first.server.stop(0)
+        while await steps.draft() is None:  # a break may be noticed by the next step only
+            await steps.ready()
+        assert (len(first.requests), len(second.requests)) == (1, 1)
+
+    with_drafters(2, use, monkeypatch)
+
+
+def test_a_verifier_moves_when_its_drafter_is_always_late(monkeypatch):
+    async def use(steps: Steps, late: ScriptedDrafter, other: ScriptedDrafter) -> None:
+        other.sessions, late.delay_s = 5, 0.02
+        while not other.requests:
+            await steps.ready()
+            await steps.draft(0.01)
+        assert len(late.requests) == MAX_LATE
+
+    with_drafters(2, use, monkeypatch)
