@@ -23,6 +23,7 @@ from lm.passes import Passes
 from lm.store import load_tokenizer, model_name, one_line, progress_bars, resolve_model
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
+from treeline.sampling import SamplingParams
 
 
 class LanguageModel:
@@ -34,6 +35,7 @@ class LanguageModel:
         vocab_size: width of the logits; at least the tokenizer's size.
         max_context_tokens: longest sequence it can attend over.
         eos_token_ids: tokens that end a text.
+        sampling: how its generation_config.json samples; greedy if it does not say.
         architecture: its class in transformers.
         passes: how its passes are run.
     """
@@ -48,6 +50,7 @@ class LanguageModel:
         self.layers, self.vocab_size, windows = _probe(hf)
         self.max_context_tokens = _max_context_tokens(hf.config.get_text_config())
         self.eos_token_ids = _eos_token_ids(hf, tokenizer)
+        self.sampling = _sampling(hf)
         self.passes = Passes(windows, self.device)
         self._tap: FeatureTap | None = None
 
@@ -228,6 +231,15 @@ def _max_context_tokens(config: PretrainedConfig) -> int:
         original = rope.get("original_max_position_embeddings")
         return original or getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
     return config.max_position_embeddings
+
+
+def _sampling(hf: PreTrainedModel) -> SamplingParams:
+    config = getattr(hf, "generation_config", None)
+    names = ("temperature", "top_p", "top_k", "repetition_penalty")
+    given = {name: value for name in names if (value := getattr(config, name, None)) is not None}
+    if not getattr(config, "do_sample", False):
+        given["temperature"] = 0.0
+    return SamplingParams(**{"temperature": 1.0, **given})
 
 
 def _eos_token_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:

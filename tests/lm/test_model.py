@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from lm.features import FeatureTap
 from lm.kv_cache import LayerShape
@@ -18,6 +18,7 @@ from tests.lm.helpers import reference_logits
 from tests.lm.tiny import CONFIGS, VOCAB_SIZE, tiny_llama, tiny_model, tiny_tokenizer
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
+from treeline.sampling import SamplingParams
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -81,6 +82,21 @@ def test_facts_about_a_model() -> None:
     hf = tiny_llama()
     hf.generation_config.eos_token_id = [7, 9]
     assert LanguageModel.from_hf(hf, tiny_tokenizer()).eos_token_ids == {7, 9, 256}
+
+
+@pytest.mark.parametrize(
+    ("written", "sampling"),
+    [
+        ({}, SamplingParams()),
+        ({"temperature": 0.6, "top_p": 0.9}, SamplingParams(top_p=0.9)),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 20}, SamplingParams(0.6, top_k=20)),
+        ({"do_sample": True, "repetition_penalty": 1.05}, SamplingParams(1.0, repetition_penalty=1.05)),
+    ],
+)
+def test_sampling_is_what_the_generation_config_asks_for(written: dict[str, Any], sampling: SamplingParams) -> None:
+    hf = tiny_llama()
+    hf.generation_config = GenerationConfig(**written)
+    assert LanguageModel.from_hf(hf, tiny_tokenizer()).sampling == sampling
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])

@@ -275,7 +275,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("model", "architecture", "dtype", "vocab_size", "max_context_tokens", "eos_token_ids", "has_chat_template", "default_policy", "allowed_policies", "version")
+    __slots__ = ("model", "architecture", "dtype", "vocab_size", "max_context_tokens", "eos_token_ids", "has_chat_template", "default_policy", "allowed_policies", "version", "default_sampling")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -286,6 +286,7 @@ class GetModelInfoResponse(_message.Message):
     DEFAULT_POLICY_FIELD_NUMBER: _ClassVar[int]
     ALLOWED_POLICIES_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_SAMPLING_FIELD_NUMBER: _ClassVar[int]
     model: str
     architecture: str
     dtype: str
@@ -296,7 +297,8 @@ class GetModelInfoResponse(_message.Message):
     default_policy: str
     allowed_policies: _containers.RepeatedScalarFieldContainer[str]
     version: str
-    def __init__(self, model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., default_policy: _Optional[str] = ..., allowed_policies: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ...) -> None: ...
+    default_sampling: SamplingParams
+    def __init__(self, model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., default_policy: _Optional[str] = ..., allowed_policies: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., default_sampling: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("prompt", "chat")

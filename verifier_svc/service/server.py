@@ -142,6 +142,7 @@ def _served(model: LanguageModel, config: Config) -> ServedModel:
         max_context_tokens=config.limits.max_context_tokens,
         eos_token_ids=model.eos_token_ids,
         has_chat_template=model.tokenizer.chat_template is not None,
+        sampling=model.sampling,
     )
 
 

@@ -92,6 +92,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             default_policy=self._verifier.default_policy,
             allowed_policies=self._verifier.allowed_policies,
             version=treeline.__version__,
+            default_sampling=pb.SamplingParams(**vars(self._info.sampling) | {"seed": None}),
         )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:

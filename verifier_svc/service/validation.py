@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -29,7 +29,12 @@ N = TypeVar("N", int, float)
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The target as clients see it. `max_context_tokens` is for prompt and output together."""
+    """The target as clients see it.
+
+    Attributes:
+        max_context_tokens: of prompt and output together.
+        sampling: what fields of SamplingParams take that a request leaves unset.
+    """
 
     name: str
     architecture: str
@@ -38,6 +43,7 @@ class ServedModel:
     max_context_tokens: int
     eos_token_ids: frozenset[int]
     has_chat_template: bool
+    sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
 def parse_generate(
@@ -177,17 +183,19 @@ def _token_ids(check: _Checker, field: str, ids: Sequence[int], info: ServedMode
     return list(ids)
 
 
-def _sampling(check: _Checker, sampling: pb.SamplingParams, info: ServedModel) -> SamplingParams:
+def _sampling(check: _Checker, given: pb.SamplingParams, info: ServedModel) -> SamplingParams:
+    sampling = pb.SamplingParams(**vars(info.sampling))
+    sampling.MergeFrom(given)
     temperature = sampling.temperature
     check.that(
         temperature == 0 or MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE,
         "sampling.temperature",
         f"is {temperature:g}, must be 0 (greedy) or lie in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]",
     )
-    top_p = sampling.top_p if sampling.HasField("top_p") else 1.0
+    top_p = sampling.top_p
     check.that(0 < top_p <= 1, "sampling.top_p", f"is {top_p:g}, must lie in (0, 1]")
     check.that(sampling.top_k >= 0, "sampling.top_k", f"is {sampling.top_k}, must be 0 (all tokens) or more")
-    penalty = sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
+    penalty = sampling.repetition_penalty
     check.that(
         MIN_REPETITION_PENALTY <= penalty <= MAX_REPETITION_PENALTY,
         "sampling.repetition_penalty",

@@ -1,9 +1,11 @@
 import math
+from dataclasses import replace
 
 import pytest
 
 from treeline.config import LimitsConfig, VerifierConfig
 from treeline.errors import InvalidRequestError, UnknownModelError
+from treeline.sampling import SamplingParams
 from treeline.v1 import generation_pb2 as pb
 from verifier_svc.service.validation import MAX_VIOLATIONS, ServedModel, parse_generate, parse_tokenize, with_prompt
 
@@ -134,6 +136,12 @@ def test_defaults():
     assert checked.sampling.repetition_penalty == 1.0
     assert checked.sampling.greedy
     assert (checked.policy, checked.max_nodes, checked.logprobs, checked.max_tokens) == ("smart", None, None, 0)
+
+
+def test_unset_fields_take_the_models_own_defaults():
+    info = replace(INFO, sampling=SamplingParams(temperature=0.6, top_p=0.9, top_k=20))
+    assert parse(info, **sampling(seed=3)).sampling == replace(info.sampling, seed=3)
+    assert parse(info, **sampling(temperature=0, top_k=0)).sampling == SamplingParams(top_p=0.9)
 
 
 def test_bounds_themselves_are_allowed():
