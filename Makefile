@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 INSTALLED := $(VENV)/.installed
 
+# What clients speak. The other contracts are between services of one version, and may change freely.
+CLIENT_CONTRACT := proto/treeline/v1/generation.proto
+
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 setup: $(INSTALLED) ## Make .venv with the locked dependencies, and fetch the default model
 	$(BIN)/treeline models pull default
@@ -22,8 +25,8 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $(STAMP)
 
 # Builds the kernels where there is a C compiler.
-$(INSTALLED): $(STAMP) setup.py $(wildcard lm/kernels/*)
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+$(INSTALLED): $(STAMP) setup.py treeline/pyproject.toml $(wildcard lm/kernels/*)
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e treeline -e .
 	touch $(INSTALLED)
 
 demo: setup ## The main job: start everything, stream answers, compare with plain decoding, stop
@@ -44,11 +47,25 @@ lint: $(INSTALLED) ## Style, types, contracts
 	$(BIN)/mypy
 	$(BIN)/buf lint
 	$(BIN)/buf format -d --exit-code
+	$(BIN)/buf breaking --path $(CLIENT_CONTRACT) --against proto/released.binpb
 
-proto: $(INSTALLED) ## Regenerate the code of the contracts
-	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. proto/treeline/v1/*.proto
+# An old generator: what it writes runs with protobuf 4.25 to 7 and grpcio 1.62 and later, so clients need no newer ones.
+proto: ## Regenerate the code of the contracts
+	$(PYTHON) -m venv build/proto
+	build/proto/bin/pip install --quiet "grpcio-tools==1.62.3" "setuptools<81"
+	build/proto/bin/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. proto/treeline/v1/*.proto
+
+release-contract: $(INSTALLED) ## Record the clients' contract, from which `make lint` allows no breaking change
+	$(BIN)/buf build --path $(CLIENT_CONTRACT) --exclude-source-info -o proto/released.binpb
+
+wheels: ## Build both distributions into build/wheels, from a copy without anything untracked
+	rm -rf build/source build/wheels
+	mkdir -p build/source
+	git ls-files -z | xargs -0 cp --parents --target-directory build/source
+	cp LICENSE build/source/treeline
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/wheels build/source/treeline build/source
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info build lm/_kernels*.so
 
-.PHONY: help setup demo serve test test-slow lint proto clean
+.PHONY: help setup demo serve test test-slow lint proto release-contract wheels clean

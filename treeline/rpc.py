@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from treeline.config import InternalConfig, ServerConfig, TlsConfig
 from treeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from grpc_health.v1 import health
+
+    from treeline.config import InternalConfig, ServerConfig, TlsConfig
 
 Discover = Callable[[], Awaitable[list[str]]]
 """Finds the live "host:port" endpoints of a service; called again whenever they may have changed."""

@@ -2,8 +2,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable, Mapping as _Mapping
-from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -62,7 +61,7 @@ class StoppingParams(_message.Message):
     stop: _containers.RepeatedScalarFieldContainer[str]
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     ignore_eos: bool
-    def __init__(self, max_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
+    def __init__(self, max_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ...) -> None: ...
 
 class OutputOptions(_message.Message):
     __slots__ = ("logprobs", "explain")
@@ -70,7 +69,7 @@ class OutputOptions(_message.Message):
     EXPLAIN_FIELD_NUMBER: _ClassVar[int]
     logprobs: int
     explain: bool
-    def __init__(self, logprobs: _Optional[int] = ..., explain: _Optional[bool] = ...) -> None: ...
+    def __init__(self, logprobs: _Optional[int] = ..., explain: bool = ...) -> None: ...
 
 class SpeculationOptions(_message.Message):
     __slots__ = ("policy", "max_nodes", "max_depth")
@@ -268,7 +267,7 @@ class GetLoadResponse(_message.Message):
     plan_version: int
     price: float
     drafter_ready: bool
-    def __init__(self, num_requests_running: _Optional[int] = ..., num_requests_waiting: _Optional[int] = ..., max_requests_running: _Optional[int] = ..., max_requests_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., mean_accepted_length: _Optional[float] = ..., mean_tree_nodes: _Optional[float] = ..., plan_version: _Optional[int] = ..., price: _Optional[float] = ..., drafter_ready: _Optional[bool] = ...) -> None: ...
+    def __init__(self, num_requests_running: _Optional[int] = ..., num_requests_waiting: _Optional[int] = ..., max_requests_running: _Optional[int] = ..., max_requests_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., mean_accepted_length: _Optional[float] = ..., mean_tree_nodes: _Optional[float] = ..., plan_version: _Optional[int] = ..., price: _Optional[float] = ..., drafter_ready: bool = ...) -> None: ...
 
 class GetModelInfoRequest(_message.Message):
     __slots__ = ()
@@ -298,7 +297,7 @@ class GetModelInfoResponse(_message.Message):
     allowed_policies: _containers.RepeatedScalarFieldContainer[str]
     version: str
     default_sampling: SamplingParams
-    def __init__(self, model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., default_policy: _Optional[str] = ..., allowed_policies: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., default_sampling: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: bool = ..., default_policy: _Optional[str] = ..., allowed_policies: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., default_sampling: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("prompt", "chat")
