@@ -5,9 +5,6 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 INSTALLED := $(VENV)/.installed
 
-# What clients speak. The other contracts are between services of one version, and may change freely.
-CLIENT_CONTRACT := proto/treeline/v1/generation.proto
-
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -26,7 +23,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 # Builds the kernels where there is a C compiler.
 $(INSTALLED): $(STAMP) setup.py treeline/pyproject.toml $(wildcard lm/kernels/*)
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e treeline -e .
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e ./treeline -e .
 	touch $(INSTALLED)
 
 demo: setup ## The main job: start everything, stream answers, compare with plain decoding, stop
@@ -47,7 +44,7 @@ lint: $(INSTALLED) ## Style, types, contracts
 	$(BIN)/mypy
 	$(BIN)/buf lint
 	$(BIN)/buf format -d --exit-code
-	$(BIN)/buf breaking --path $(CLIENT_CONTRACT) --against proto/released.binpb
+	$(BIN)/buf breaking --against proto/released.binpb
 
 # An old generator: what it writes runs with protobuf 4.25 to 7 and grpcio 1.62 and later, so clients need no newer ones.
 proto: ## Regenerate the code of the contracts
@@ -55,8 +52,9 @@ proto: ## Regenerate the code of the contracts
 	build/proto/bin/pip install --quiet "grpcio-tools==1.62.3" "setuptools<81"
 	build/proto/bin/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. proto/treeline/v1/*.proto
 
-release-contract: $(INSTALLED) ## Record the clients' contract, from which `make lint` allows no breaking change
-	$(BIN)/buf build --path $(CLIENT_CONTRACT) --exclude-source-info -o proto/released.binpb
+# Only what clients speak: the other contracts are between services of one version, and may change freely.
+release-contract: $(INSTALLED) ## Record the clients' contract, which `make lint` lets nobody break
+	$(BIN)/buf build --path proto/treeline/v1/generation.proto --exclude-source-info -o proto/released.binpb
 
 wheels: ## Build both distributions into build/wheels, from a copy without anything untracked
 	rm -rf build/source build/wheels

@@ -38,7 +38,7 @@ def examine(config: Config) -> Iterator[tuple[bool, str, str]]:
         try:
             yield True, package, version(package)
         except PackageNotFoundError:
-            yield False, package, "not installed: pip install 'treeline[serve]'"
+            yield False, package, "not installed: pip install treeline-serve"
     yield True, "cpu", f"{os.cpu_count()} cores; {', '.join(_cpu_flags()) or 'no vector extensions that matter'}"
     yield _kernels()
     yield _gpus()

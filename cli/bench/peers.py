@@ -32,7 +32,7 @@ def peers(
 ) -> None:
     """Compare greedy decoding end to end with transformers, OpenVINO GenAI and llama.cpp; names whoever is missing.
 
-    OpenVINO GenAI and llama.cpp are optional: pip install "treeline[peers]".
+    OpenVINO GenAI and llama.cpp are optional: pip install openvino-genai llama-cpp-python.
     """
     loaded, concurrencies = load_config(config), sorted(set(concurrency or (1, 8)))
 
