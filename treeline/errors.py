@@ -45,6 +45,10 @@ class DrainingError(UnavailableError):
     """UNAVAILABLE: this replica is shutting down; another one will take the request."""
 
 
+class RequestBrokenError(TreelineError):
+    """INTERNAL: the service failed on this request; the message names the id to look up in its log."""
+
+
 class RequestFailedError(TreelineError):
     """Any other way a call can fail, as a client sees it; `code` is the gRPC status code's name."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import grpc
 from google.protobuf.message import DecodeError
 
-from treeline.errors import FieldViolation, InvalidRequestError, TreelineError
+from treeline.errors import FieldViolation, InvalidRequestError, RequestBrokenError, TreelineError
 from treeline.status import abort_as, abort_with, code_of
 from treeline.v1 import generation_pb2 as pb
 
@@ -35,7 +36,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     - A message that protobuf cannot parse (text that is not UTF-8, say) becomes INVALID_ARGUMENT.
     - A TreelineError becomes its own status with details; a failed upstream call's status goes through unchanged.
-    - Anything else becomes INTERNAL: logged here, with nothing of it shown to the client.
+    - Anything else becomes INTERNAL: logged here, the client sees only the id it is logged under.
 
     Handlers must be unary-unary coroutines or unary-stream async generators, which are closed when the call ends.
     """
@@ -96,9 +97,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             code = error.code()
             await abort_as(context, error)
         except Exception:
-            code = grpc.StatusCode.INTERNAL
-            logger.exception("%s failed", method)
-            await context.abort(code, "internal error")
+            code, error_id = grpc.StatusCode.INTERNAL, uuid.uuid4().hex
+            logger.exception("%s failed: %s", method, error_id)
+            await abort_with(context, RequestBrokenError(f"internal error; the service's log has it as {error_id}"))
         finally:
             if self._observer:
                 self._observer.handled(method, code.name, time.perf_counter() - started_s)

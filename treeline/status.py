@@ -17,6 +17,7 @@ from treeline.errors import (
     FieldViolation,
     InvalidRequestError,
     QueueFullError,
+    RequestBrokenError,
     RequestFailedError,
     TreelineError,
     UnavailableError,
@@ -37,6 +38,7 @@ _ERRORS: list[tuple[type[TreelineError], grpc.StatusCode, str]] = [
     (DuplicateRequestError, _Code.ALREADY_EXISTS, "DUPLICATE_REQUEST"),
     (DrainingError, _Code.UNAVAILABLE, "DRAINING"),
     (UnavailableError, _Code.UNAVAILABLE, "UNAVAILABLE"),
+    (RequestBrokenError, _Code.INTERNAL, "INTERNAL"),
     (TreelineError, _Code.INTERNAL, "INTERNAL"),
 ]
 _BY_REASON = {reason: error for error, _, reason in _ERRORS if error is not TreelineError}

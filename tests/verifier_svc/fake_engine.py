@@ -59,9 +59,14 @@ class FakeEngine:
     """
 
     def __init__(
-        self, name: str = "a", step_s: float = 0.0, capacity: int = 100, fail: Exception | None = None
+        self,
+        name: str = "a",
+        step_s: float = 0.0,
+        capacity: int = 100,
+        fail: Exception | None = None,
+        ends: FinishReason = FinishReason.LENGTH,
     ) -> None:
-        self.name, self.step_s, self.capacity, self.fail = name, step_s, capacity, fail
+        self.name, self.step_s, self.capacity, self.fail, self.ends = name, step_s, capacity, fail, ends
         self.requests: list[GenerationRequest] = []
         self.open: set[str] = set()
         self.elsewhere = 0
@@ -72,7 +77,7 @@ class FakeEngine:
             raise QueueFullError("the queue is full")
         self.requests.append(request)
         self.open.add(request.request_id)
-        reason = FinishReason.LENGTH
+        reason = self.ends
         try:
             for step in range(request.max_tokens // 2):
                 await asyncio.sleep(self.step_s)

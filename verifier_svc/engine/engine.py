@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from typing import Literal, NamedTuple
@@ -29,6 +31,8 @@ from verifier_svc.engine.walk import Walk, target_walk
 from verifier_svc.speculation.draft_stage import DraftStage
 from verifier_svc.speculation.drafts import Drafts
 from verifier_svc.speculation.hidden_states import HiddenStates
+
+logger = logging.getLogger(__name__)
 
 
 class Advance(NamedTuple):
@@ -70,7 +74,6 @@ class Engine:
         )
         self.plan = plan
         self._clock = clock
-        self._sequences: dict[str, Sequence] = {}
         self._session_ids = count(1)
         self._step_ids = count(1)
 
@@ -89,7 +92,6 @@ class Engine:
             list(request.prompt_token_ids),
             arrived_s=self._clock(),
         )
-        self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
 
     def check_fits(self, request: GenerationRequest) -> None:
@@ -101,7 +103,7 @@ class Engine:
 
     def abort(self, request_ids: Iterable[str]) -> list[Output]:
         """End these requests; unknown ids are ignored. Their memory is free when this returns."""
-        sequences = [s for request_id in request_ids if (s := self._sequences.get(request_id)) is not None]
+        sequences = self.scheduler.find(request_ids)
         for sequence in sequences:
             sequence.finish_reason = FinishReason.ABORTED
         return [self._finish(sequence) for sequence in sequences]
@@ -109,7 +111,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True while requests wait or run, or the drafter has still to be told of ended ones."""
-        return bool(self._sequences) or self.draft_stage.owes_release
+        return bool(self.scheduler.running or self.scheduler.waiting) or self.draft_stage.owes_release
 
     def step(self) -> tuple[list[Output], StepRecord | None]:
         """One step of the whole batch. The record is None if there was nothing to run."""
@@ -186,38 +188,49 @@ class Engine:
         now = self._clock()
         advances, first_row = [], 0
         for sequence, walk in zip(batch.decoding + batch.finished_prompts, walks, strict=True):
-            tree = drafts.tree(sequence)
-            first = sequence.first_token_s is None
-            waited_s = now - (sequence.last_token_s or sequence.arrived_s)
-            sequence.last_token_s = now
-            if first:
-                sequence.first_token_s = now
-            else:
-                drafted = drafts.drafted_nodes.get(sequence.session_id, 0)
-                sequence.count_step(drafted, len(tree), len(walk.accepted))
-            text, taken = sequence.accept(walk.tokens, self.model.eos_token_ids)
-            logprobs = token_logprobs(sequence, walk, taken, logits, first_row)
-            chunk = Chunk(text, walk.tokens[:taken], logprobs, waited_s=waited_s, first=first)
-            advances.append(Advance(sequence, len(walk.accepted), chunk))
-            first_row += 1 + len(tree)
+            nodes = len(drafts.tree(sequence))
+            with _confined(sequence):
+                first = sequence.first_token_s is None
+                waited_s = now - (sequence.last_token_s or sequence.arrived_s)
+                sequence.last_token_s = now
+                if first:
+                    sequence.first_token_s = now
+                else:
+                    drafted = drafts.drafted_nodes.get(sequence.session_id, 0)
+                    sequence.count_step(drafted, nodes, len(walk.accepted))
+                text, taken = sequence.accept(walk.tokens, self.model.eos_token_ids)
+                logprobs = token_logprobs(sequence, walk, taken, logits, first_row)
+                chunk = Chunk(text, walk.tokens[:taken], logprobs, waited_s=waited_s, first=first)
+                advances.append(Advance(sequence, len(walk.accepted), chunk))
+            first_row += 1 + nodes
         return advances
 
     def _outputs(self, advances: list[Advance], drafts: Drafts, record: StepRecord) -> list[Output]:
+        """The chunk of each sequence that advanced, then the completions of those that ended or failed."""
         outputs = []
         for sequence, accepted_nodes, chunk in advances:
-            why = explanation(sequence, drafts, accepted_nodes, record)
-            told = chunk if why is None else replace(chunk, explanation=why)
-            outputs.append(Output(sequence.request.request_id, told))
-            if sequence.finish_reason is not None:
-                outputs.append(self._finish(sequence))
-        return outputs
+            with _confined(sequence):
+                why = explanation(sequence, drafts, accepted_nodes, record)
+                whole = chunk if why is None else replace(chunk, explanation=why)
+                outputs.append(Output(sequence.request.request_id, whole))
+        ended = [sequence for sequence in self.scheduler.running if sequence.finish_reason is not None]
+        return outputs + [self._finish(sequence) for sequence in ended]
 
     def _finish(self, sequence: Sequence) -> Output:
         """End a sequence and free all it holds."""
         self.scheduler.remove(sequence)
         self.draft_stage.forget(sequence)
-        del self._sequences[sequence.request.request_id]
         return Output(sequence.request.request_id, sequence.completion(self._clock()))
+
+
+@contextmanager
+def _confined(sequence: Sequence) -> Iterator[None]:
+    """Lets whatever raises inside end `sequence` alone: the rest of the batch goes on."""
+    try:
+        yield
+    except Exception:
+        logger.exception("request %s failed and ends", sequence.request.request_id)
+        sequence.finish_reason = FinishReason.FAILED
 
 
 def _rows(sequence: Sequence, tree: DraftTree) -> list[Row]:

@@ -52,6 +52,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORTED = "aborted"
+    FAILED = "failed"  # processing this sequence raised; the log has the exception under its request id
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from planner.fast.cost import as_decoded, pass_s, verify_seconds
 from planner.policies import parse_policy
 from treeline.config import LimitsConfig
 from treeline.plan import Plan
-from verifier_svc.engine.request import GenerationRequest
+from verifier_svc.engine.request import FinishReason, GenerationRequest
 from verifier_svc.engine.sequence import Sequence
 
 MAX_STRETCH = 2.25
@@ -55,7 +55,7 @@ class Batch:
 
 
 class Scheduler:
-    """Owns the waiting queue, the running set and the KV blocks' reservation.
+    """The one registry of the engine's open sequences, waiting and running; owns the reservation of KV blocks.
 
     A request's blocks are reserved whole when it is admitted, so that a running request never has to be preempted. With
     prefix caching, what an earlier prompt and its answer left in the cache is not computed again.
@@ -83,6 +83,11 @@ class Scheduler:
         while place and self.waiting[place - 1].request.priority < sequence.request.priority:
             place -= 1
         self.waiting.insert(place, sequence)
+
+    def find(self, request_ids: Iterable[str]) -> list[Sequence]:
+        """The open sequences among these ids."""
+        wanted = set(request_ids)
+        return [s for s in (*self.running, *self.waiting) if s.request.request_id in wanted]
 
     def reservation_tokens(self, request: GenerationRequest) -> int:
         """KV entries the request may need at most: all its tokens, and the largest tree behind them."""
@@ -135,7 +140,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
-            if self._prefix_caching:
+            # The tokens of a failed sequence may be fewer than its cache holds.
+            if self._prefix_caching and sequence.finish_reason is not FinishReason.FAILED:
                 self._cache.remember(sequence.cache, sequence.token_ids)
             self._cache.free(sequence.cache)
             sequence.cache = None

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from typing import NamedTuple, TypeVar
 
 from lm.cpu.threads import own_cores
 from treeline.errors import DrainingError, DuplicateRequestError, QueueFullError, TreelineError, UnavailableError
@@ -22,16 +23,29 @@ RATE_WINDOW_S = 5.0
 IDLE_WAIT_S = 0.5
 
 
-class EngineDeadError(TreelineError):
-    """INTERNAL: a step failed; the replica is unhealthy and will be replaced."""
+class EngineDeadError(UnavailableError):
+    """UNAVAILABLE: a step failed, so that this replica will be replaced; another one can take the request."""
+
+    def __init__(self) -> None:
+        super().__init__("the verifier's engine failed and is being replaced; its log has the cause")
+
+
+class Occupancy(NamedTuple):
+    """What the engine's thread publishes after each step, for the event loop to read."""
+
+    running: int
+    kv_blocks_used: int
 
 
 class AsyncEngine:
     """Runs `Engine.step()` in a thread of its own; everything else runs on the event loop that made it.
 
+    The event loop's side knows each open request by its stream. The engine's side knows it by its sequence in the
+    scheduler, which no other thread touches.
+
     Args:
-        on_step: called in the engine's thread after each step.
-        on_output: called in the engine's thread for everything a request is given.
+        on_step: called in the engine's thread after each step; what it raises is logged.
+        on_output: called in the engine's thread for every output of a request; what it raises is logged.
     """
 
     def __init__(
@@ -43,15 +57,17 @@ class AsyncEngine:
         on_output: Callable[[Chunk | Completion], None] = lambda output: None,
     ) -> None:
         self.engine = engine
-        self._max_running, self._max_waiting = max_running, max_waiting
+        self._max_open = max_running + max_waiting
+        self._max_waiting = max_waiting
         self._on_step, self._on_output = on_step, on_output
         self._loop = asyncio.get_running_loop()
         self._streams: dict[str, asyncio.Queue[Chunk | Completion | TreelineError]] = {}
         self._wake = threading.Condition()
         self._inbox: list[GenerationRequest | str] = []  # new requests, and ids to abort, in order
         self._recent: deque[StepRecord] = deque(maxlen=4096)
+        self._occupancy = Occupancy(0, 0)
         self._draining = self._stopping = False
-        self._failure: str | None = None
+        self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -60,7 +76,8 @@ class AsyncEngine:
 
         Raises:
             QueueFullError, UnavailableError, DuplicateRequestError, InvalidRequestError: at once, before it is queued.
-            EngineDeadError: a step failed.
+            EngineDeadError: a step failed. DrainingError: this replica stops before the request has ended. Both mean
+                that the request can be resumed on another replica.
         """
         self._check_admission(request)
         stream: asyncio.Queue[Chunk | Completion | TreelineError] = asyncio.Queue()
@@ -91,11 +108,11 @@ class AsyncEngine:
         recent = [record for record in list(self._recent) if record.unix_s >= cutoff]
         decoded = sum(r.sequences for r in recent)
         last = self._recent[-1] if self._recent else None
-        running = len(self.engine.scheduler.running)
+        running, kv_blocks_used = self._occupancy
         return Load(
             num_requests_running=running,
             num_requests_waiting=max(0, len(self._streams) - running),
-            kv_blocks_used=self.engine.cache.used_blocks,
+            kv_blocks_used=kv_blocks_used,
             kv_blocks_total=self.engine.cache.total_blocks,
             tokens_per_s=sum(r.emitted_tokens for r in recent) / RATE_WINDOW_S,
             mean_accepted_length=1 + sum(r.accepted_nodes for r in recent) / decoded if decoded else 0.0,
@@ -108,17 +125,17 @@ class AsyncEngine:
     def check(self) -> None:
         """Raise RuntimeError if the engine cannot serve any more."""
         if self._failure is not None:
-            raise RuntimeError(self._failure)
+            raise RuntimeError(f"engine step failed: {self._failure!r}")
         if not self._thread.is_alive():
             raise RuntimeError("the engine's thread has ended")
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new requests, let running ones end within `grace_s`, abort the rest, end the thread."""
+        """Refuse new requests, let running ones end within `grace_s`, and end the rest with DrainingError."""
         self._draining = True
         deadline = time.monotonic() + grace_s
         while self._streams and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        self.abort(list(self._streams))
+        self._fail_all(DrainingError("this replica has shut down; resume the request on another one"))
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -126,16 +143,13 @@ class AsyncEngine:
 
     def _check_admission(self, request: GenerationRequest) -> None:
         if self._failure is not None:
-            raise UnavailableError(self._failure)  # another verifier may take it
+            raise EngineDeadError
         if self._draining:
             raise DrainingError("this replica is shutting down")
         if request.request_id in self._streams:
             raise DuplicateRequestError(f"a request with id {request.request_id!r} is open")
         self.engine.check_fits(request)
-        running, waiting = len(self.engine.scheduler.running), len(self.engine.scheduler.waiting)
-        # Requests on their way into the engine find a free slot first; what then waits counts against the queue.
-        free_slots = 0 if waiting else self._max_running - running
-        if len(self._streams) - running >= self._max_waiting + free_slots:
+        if len(self._streams) >= self._max_open:
             raise QueueFullError(f"{self._max_waiting} requests are waiting already")
 
     def _tell(self, *messages: GenerationRequest | str) -> None:
@@ -148,14 +162,15 @@ class AsyncEngine:
             with own_cores(self.engine.model.device):
                 while self._take_in():
                     outputs, record = self.engine.step()
+                    self._occupancy = Occupancy(len(self.engine.scheduler.running), self.engine.cache.used_blocks)
                     self._deliver(outputs)
                     if record is not None:
                         self._recent.append(record)
-                        self._on_step(record)
+                        _observe(self._on_step, record)
         except Exception as error:
             logger.exception("the engine died")
-            self._failure = f"engine step failed: {type(error).__name__}: {error}"
-            self._loop.call_soon_threadsafe(self._fail_all, EngineDeadError(self._failure))
+            self._failure = error
+            self._loop.call_soon_threadsafe(self._fail_all, EngineDeadError())
 
     def _take_in(self) -> bool:
         """Wait for work; hand new and aborted requests to the engine. False once stopped."""
@@ -175,11 +190,14 @@ class AsyncEngine:
         if outputs:
             self._loop.call_soon_threadsafe(self._dispatch, outputs)
             for output in outputs:
-                self._on_output(output.item)
+                _observe(self._on_output, output.item)
 
     def _dispatch(self, outputs: list[Output]) -> None:
         for output in outputs:
-            self._streams[output.request_id].put_nowait(output.item)
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                continue  # ended by `_fail_all`
+            stream.put_nowait(output.item)
             if isinstance(output.item, Completion):
                 del self._streams[output.request_id]  # only now may the id be used again
 
@@ -187,3 +205,14 @@ class AsyncEngine:
         for stream in self._streams.values():
             stream.put_nowait(error)
         self._streams.clear()
+
+
+T = TypeVar("T")
+
+
+def _observe(observer: Callable[[T], None], seen: T) -> None:
+    """Counting must never end what is counted."""
+    try:
+        observer(seen)
+    except Exception:
+        logger.exception("an observer of the engine failed")

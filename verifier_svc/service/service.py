@@ -12,6 +12,7 @@ import grpc
 
 import treeline
 from treeline.config import LimitsConfig, VerifierConfig
+from treeline.errors import RequestBrokenError
 from treeline.request import identify
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
@@ -65,6 +66,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             async for output in outputs:
                 if isinstance(output, Chunk):
                     yield pb.GenerateResponse(chunk=chunk_to_proto(output))
+                elif output.finish_reason is FinishReason.FAILED:
+                    raise RequestBrokenError(f"internal error; the verifier's log has it as {generation.request_id}")
                 else:
                     yield pb.GenerateResponse(complete=completion_to_proto(output, generation))
 

@@ -1,4 +1,5 @@
 import asyncio
+import re
 
 import grpc
 import pytest
@@ -12,6 +13,7 @@ from treeline.config import Config, LimitsConfig
 from treeline.interceptors import SERVICE
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
+from verifier_svc.engine.request import FinishReason
 
 
 def with_verifier(scenario, engine: FakeEngine | None = None, config: Config | None = None):
@@ -173,7 +175,17 @@ def test_unexpected_errors_show_nothing_of_themselves():
         return await failure(pb_grpc.GenerationServiceStub(channel).Generate(request()))
 
     error = with_verifier(scenario, FakeEngine(fail=KeyError("secret")))
-    assert (error.code(), error.details()) == (grpc.StatusCode.INTERNAL, "internal error")
+    assert error.code() == grpc.StatusCode.INTERNAL
+    assert re.fullmatch("internal error; the service's log has it as [0-9a-f]{32}", error.details())
+
+
+def test_a_request_that_breaks_its_engine_names_the_id_to_look_up():
+    async def scenario(channel, engine):
+        return await failure(pb_grpc.GenerationServiceStub(channel).Generate(request(request_id="mine")))
+
+    error = with_verifier(scenario, FakeEngine(ends=FinishReason.FAILED))
+    assert error.code() == grpc.StatusCode.INTERNAL
+    assert "mine" in error.details()
 
 
 def test_cancelling_frees_the_request():

@@ -1,0 +1,90 @@
+"""The engine's thread and its asyncio side, over a tiny real model."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.verifier_svc.engine.test_engine import engine_for
+from tests.verifier_svc.engine.test_engine import model as model  # a fixture
+from treeline.errors import DrainingError, QueueFullError, UnavailableError
+from treeline.sampling import SamplingParams
+from verifier_svc.engine.request import Completion, FinishReason, GenerationRequest
+from verifier_svc.service.async_engine import AsyncEngine
+
+
+def with_engine(model, scenario, max_running: int = 8, max_waiting: int = 8, **observers):
+    async def run():
+        engine = AsyncEngine(engine_for(model, None), max_running, max_waiting, **observers)
+        try:
+            return await asyncio.wait_for(scenario(engine), 30)
+        finally:
+            await engine.stop(0)
+
+    return asyncio.run(run())
+
+
+def ask(name: str, max_tokens: int = 8) -> GenerationRequest:
+    return GenerationRequest(name, [5, 6, 7], SamplingParams(), max_tokens, ignore_eos=True, policy="off")
+
+
+async def answer(engine: AsyncEngine, request: GenerationRequest) -> list:
+    return [item async for item in engine.generate(request)]
+
+
+def test_observers_that_raise_do_not_end_the_engine(model):
+    def broken(_):
+        raise RuntimeError("a metric is broken")
+
+    async def scenario(engine):
+        return await answer(engine, ask("a"))
+
+    assert with_engine(model, scenario, on_step=broken, on_output=broken)[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_a_dead_engine_tells_its_streams_to_go_elsewhere_and_shows_nothing_of_the_cause(model):
+    async def scenario(engine):
+        def broken():
+            raise KeyError("secret")
+
+        engine.engine.step = broken
+        for name in ("a", "b"):
+            with pytest.raises(UnavailableError) as caught:
+                await answer(engine, ask(name))
+            assert "secret" not in str(caught.value)
+            assert "KeyError" not in str(caught.value)
+        with pytest.raises(RuntimeError, match="secret"):
+            engine.check()
+
+    with_engine(model, scenario)
+
+
+def test_slots_and_queue_bound_what_is_open(model):
+    async def scenario(engine):
+        streams = [engine.generate(ask(f"r{i}", 200)) for i in range(5)]
+        await asyncio.gather(*(anext(stream) for stream in streams))
+        load = engine.load()
+        with pytest.raises(QueueFullError):
+            await answer(engine, ask("late"))
+        for stream in streams:
+            await stream.aclose()
+        return load.num_requests_running, load.num_requests_waiting
+
+    assert with_engine(model, scenario, max_running=4, max_waiting=1) == (5, 0)
+
+
+def test_draining_ends_what_is_left_with_an_error_and_never_as_finished(model):
+    async def scenario(engine):
+        stream = engine.generate(ask("a", 200))
+        await anext(stream)
+        stopping = asyncio.ensure_future(engine.stop(0))
+        rest = []
+        with pytest.raises(DrainingError):
+            rest += [item async for item in stream]
+        assert not any(isinstance(item, Completion) for item in rest)
+        await stopping
+        with pytest.raises(DrainingError):
+            await answer(engine, ask("b"))
+
+    with_engine(model, scenario)
