@@ -8,6 +8,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2
 from prometheus_client import CollectorRegistry
 
+from front_door.http import HttpServer
 from front_door.routing import VerifierPool
 from front_door.service import FrontDoor
 from treeline.config import Config
@@ -27,6 +28,7 @@ class FrontDoorServer:
     Attributes:
         endpoint: "host:port" of the clients' port.
         metrics_port: port of /metrics.
+        http: the HTTP port; None if it is not enabled.
     """
 
     def __init__(
@@ -36,8 +38,9 @@ class FrontDoorServer:
         metrics_port: int,
         door: FrontDoor,
         health_servicer: health.aio.HealthServicer,
+        http: HttpServer | None,
     ) -> None:
-        self.endpoint, self.metrics_port = endpoint, metrics_port
+        self.endpoint, self.metrics_port, self.http = endpoint, metrics_port, http
         self._server, self._door, self._health = server, door, health_servicer
 
     @classmethod
@@ -67,8 +70,11 @@ class FrontDoorServer:
         endpoint = bind(server, config.server, config.server.port)
         door = FrontDoor(await VerifierPool.start(config, verifiers, show_health))
         add_GenerationServiceServicer_to_server(door, server)
+        http = None
+        if config.server.http.enabled:
+            http = await HttpServer.start(config.server, config.limits.max_message_bytes, door, registry)
         await server.start()
-        return cls(server, endpoint, serve_metrics(registry, config.metrics), door, health_servicer)
+        return cls(server, endpoint, serve_metrics(registry, config.metrics), door, health_servicer, http)
 
     async def until_serving(self) -> None:
         """Wait until there is a verifier to forward to."""
@@ -83,5 +89,5 @@ class FrontDoorServer:
         """Report NOT_SERVING, refuse new requests, let running ones end within `grace_s`."""
         self._door.draining = True
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_s)
+        await asyncio.gather(self._server.stop(grace_s), *([self.http.stop(grace_s)] if self.http else []))
         await self._door.pool.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import grpc
 
@@ -19,6 +20,12 @@ ATTEMPTS = 2
 """A stream without any output is tried on one other verifier."""
 
 
+class Call(Protocol):
+    """What a call's context is asked: a grpc.aio.ServicerContext knows it, and so does an HTTP call."""
+
+    def time_remaining(self) -> float | None: ...
+
+
 class FrontDoor(pb_grpc.GenerationServiceServicer):
     """Forwards calls to the verifiers of `pool`. Errors are raised, so the server needs a CallInterceptor."""
 
@@ -27,9 +34,7 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
         self.draining = False
         self._open_ids: set[str] = set()
 
-    async def Generate(
-        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    async def Generate(self, request: pb.GenerateRequest, context: Call) -> AsyncIterator[pb.GenerateResponse]:
         if self.draining:
             raise DrainingError("this front door is shutting down")
         identify(request)
@@ -56,22 +61,20 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
                     verifier.in_flight -= 1
                     call.cancel()
 
-    async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
+    async def Abort(self, request: pb.AbortRequest, context: Call) -> pb.AbortResponse:
         """Asks every verifier: the request may have come through another front door."""
         calls = [verifier.stub.Abort(request, timeout=ABORT_TIMEOUT_S) for verifier in self.pool.serving]
         replies = await asyncio.gather(*calls, return_exceptions=True)
         return pb.AbortResponse(aborted=sum(r.aborted for r in replies if isinstance(r, pb.AbortResponse)))
 
-    async def GetLoad(self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadResponse:
+    async def GetLoad(self, request: pb.GetLoadRequest, context: Call) -> pb.GetLoadResponse:
         self._model_info()
         return total_load([verifier.load for verifier in self.pool.serving])
 
-    async def GetModelInfo(
-        self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
-    ) -> pb.GetModelInfoResponse:
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Call) -> pb.GetModelInfoResponse:
         return self._model_info()
 
-    async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Call) -> pb.TokenizeResponse:
         return await self._pick().stub.Tokenize(request, timeout=context.time_remaining())
 
     def _pick(self, failed: Collection[Verifier] = ()) -> Verifier:

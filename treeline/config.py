@@ -133,14 +133,22 @@ class TlsConfig(Section):
     private_key: Path
 
 
+class HttpConfig(Section):
+    """The OpenAI-compatible HTTP port, on the same host as the gRPC port, with the same TLS and tokens."""
+
+    enabled: bool = True
+    port: int = Field(default=8000, ge=0, le=65535, description="0 takes any free port")
+
+
 class ServerConfig(Section):
-    """The clients' port."""
+    """The clients' ports."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65535)
     tls: TlsConfig | None = None
     token_file: Path | None = Field(default=None, description="one accepted bearer token a line")
     allow_insecure: bool = Field(default=False, description="admit a non-loopback host without TLS or tokens")
+    http: HttpConfig = HttpConfig()
     resources: ResourcesConfig = ResourcesConfig(num_cpus=0.1)
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from treeline.v1 import generation_pb2_grpc as pb_grpc
 from verifier_svc.service.service import GenerationServicer
 
 METRICS = MetricsConfig(base_port=0)
-CONFIG = Config(server=ServerConfig(port=0), metrics=METRICS)
+CONFIG = Config(server=ServerConfig(port=0, http={"port": 0}), metrics=METRICS)
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -319,7 +319,9 @@ def test_aborts_go_to_all_and_load_adds_up():
         reasons = [(await task)[1].finish_reason for task in tasks]
         return load, aborted, reasons
 
-    config = Config(server=ServerConfig(port=0), metrics=METRICS, limits=LimitsConfig(max_running_requests=3))
+    config = Config(
+        server=ServerConfig(port=0, http={"port": 0}), metrics=METRICS, limits=LimitsConfig(max_running_requests=3)
+    )
     load, aborted, reasons = with_front_door(scenario, FakeEngine(step_s=0.02), FakeEngine(step_s=0.02), config=config)
     assert (load.num_requests_running, load.max_requests_running, load.kv_blocks_total) == (2, 6, 128)
     assert (load.tokens_per_s, load.mean_accepted_length, load.price) == (20.0, 2.0, 1.5)
@@ -379,7 +381,7 @@ def test_tls_and_tokens_outside_and_inside(tmp_path):
     tls = TlsConfig(certificate=certificate, private_key=key)
     config = Config(
         metrics=METRICS,
-        server=ServerConfig(port=0, tls=tls, token_file=tmp_path / "clients"),
+        server=ServerConfig(port=0, http={"port": 0}, tls=tls, token_file=tmp_path / "clients"),
         internal=InternalConfig(tls=tls, token_file=tmp_path / "services"),
     )
 

@@ -38,6 +38,9 @@ class FakeTokenizer:
     def __init__(self) -> None:
         self.added_tokens_decoder: dict[int, object] = {}
 
+    def decode(self, token_ids: list[int]) -> str:
+        return bytes(token_ids).decode("utf-8", "replace")
+
     def get_chat_template(self) -> str:
         return ""
 

@@ -42,7 +42,7 @@ def save_tiny_model(folder: Path, seed: int = 0) -> Path:
 
 def tiny_config(target: Path, drafter: DrafterConfig | None = None, **limits: int) -> Config:
     return Config(
-        server=ServerConfig(port=0),
+        server=ServerConfig(port=0, http={"port": 0}),
         verifier=VerifierConfig(
             target=ModelConfig(model=str(target), dtype="float32", threads=1),
             kv_cache_tokens=4096,

@@ -14,15 +14,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctreeline/v1/generation.proto\x12\x0btreeline.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.treeline.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xca\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"r\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x42\r\n\x0b_max_tokens\"D\n\rOutputOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x0f\n\x07\x65xplain\x18\x02 \x01(\x08\x42\x0b\n\t_logprobs\"\x80\x01\n\x12SpeculationOptions\x12\x13\n\x06policy\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x16\n\tmax_nodes\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x16\n\tmax_depth\x18\x03 \x01(\x03H\x02\x88\x01\x01\x42\t\n\x07_policyB\x0c\n\n_max_nodesB\x0c\n\n_max_depth\"\xc2\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.treeline.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x11.treeline.v1.ChatH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.treeline.v1.SamplingParams\x12-\n\x08stopping\x18\x07 \x01(\x0b\x32\x1b.treeline.v1.StoppingParams\x12*\n\x06output\x18\x08 \x01(\x0b\x32\x1a.treeline.v1.OutputOptions\x12\x34\n\x0bspeculation\x18\t \x01(\x0b\x32\x1f.treeline.v1.SpeculationOptions\x12\x10\n\x08priority\x18\n \x01(\x05\x12,\n\x1ftarget_time_per_output_token_ms\x18\x0b \x01(\x01H\x01\x88\x01\x01\x42\x07\n\x05inputB\"\n _target_time_per_output_token_ms\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"e\n\x10PositionLogprobs\x12)\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x19.treeline.v1.TokenLogprob\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.treeline.v1.TokenLogprob\"\xef\x01\n\x0fSpeculationStep\x12\x15\n\rdrafted_nodes\x18\x01 \x01(\r\x12\x16\n\x0everified_nodes\x18\x02 \x01(\r\x12\x16\n\x0e\x61\x63\x63\x65pted_nodes\x18\x03 \x01(\r\x12\r\n\x05price\x18\x04 \x01(\x01\x12\x14\n\x0cplan_version\x18\x05 \x01(\x04\x12\x17\n\x0f\x62\x61tch_sequences\x18\x06 \x01(\r\x12\x14\n\x0c\x62\x61tch_tokens\x18\x07 \x01(\r\x12\x0f\n\x07\x64raft_s\x18\x08 \x01(\x01\x12\x10\n\x08verify_s\x18\t \x01(\x01\x12\x0e\n\x06step_s\x18\n \x01(\x01\x12\x0e\n\x06reason\x18\x0b \x01(\t\"\x94\x01\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.treeline.v1.PositionLogprobs\x12\x31\n\x0bspeculation\x18\x04 \x01(\x0b\x32\x1c.treeline.v1.SpeculationStep\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"J\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x1d\n\x15time_to_first_token_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\"\xa1\x01\n\x12SpeculationSummary\x12\r\n\x05steps\x18\x01 \x01(\r\x12\x15\n\rdrafted_nodes\x18\x02 \x01(\r\x12\x16\n\x0everified_nodes\x18\x03 \x01(\r\x12\x16\n\x0e\x61\x63\x63\x65pted_nodes\x18\x04 \x01(\r\x12\x1c\n\x14mean_accepted_length\x18\x05 \x01(\x01\x12\x17\n\x0fmean_tree_nodes\x18\x06 \x01(\x01\"\xb6\x02\n\x10GenerateComplete\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.treeline.v1.FinishReason\x12\x17\n\rstop_token_id\x18\x02 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x03 \x01(\tH\x00\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.treeline.v1.Usage\x12%\n\x07timings\x18\x05 \x01(\x0b\x32\x14.treeline.v1.Timings\x12\x34\n\x0bspeculation\x18\x06 \x01(\x0b\x32\x1f.treeline.v1.SpeculationSummary\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x0e\n\x06policy\x18\t \x01(\tB\x0e\n\x0cmatched_stop\"~\n\x10GenerateResponse\x12+\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x1a.treeline.v1.GenerateChunkH\x00\x12\x31\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x1d.treeline.v1.GenerateCompleteH\x00\x42\n\n\x08response\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\r\"\x10\n\x0eGetLoadRequest\"\xc3\x02\n\x0fGetLoadResponse\x12\x1c\n\x14num_requests_running\x18\x01 \x01(\r\x12\x1c\n\x14num_requests_waiting\x18\x02 \x01(\r\x12\x1c\n\x14max_requests_running\x18\x03 \x01(\r\x12\x1c\n\x14max_requests_waiting\x18\x04 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x05 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x06 \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x07 \x01(\x01\x12\x1c\n\x14mean_accepted_length\x18\x08 \x01(\x01\x12\x17\n\x0fmean_tree_nodes\x18\t \x01(\x01\x12\x14\n\x0cplan_version\x18\n \x01(\x04\x12\r\n\x05price\x18\x0b \x01(\x01\x12\x15\n\rdrafter_ready\x18\x0c \x01(\x08\"\x15\n\x13GetModelInfoRequest\"\xa6\x02\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12\x16\n\x0e\x64\x65\x66\x61ult_policy\x18\x08 \x01(\t\x12\x18\n\x10\x61llowed_policies\x18\t \x03(\t\x12\x0f\n\x07version\x18\n \x01(\t\x12\x35\n\x10\x64\x65\x66\x61ult_sampling\x18\x0b \x01(\x0b\x32\x1b.treeline.v1.SamplingParams\"O\n\x0fTokenizeRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x11.treeline.v1.ChatH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x32\x82\x03\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.treeline.v1.GenerateRequest\x1a\x1d.treeline.v1.GenerateResponse0\x01\x12>\n\x05\x41\x62ort\x12\x19.treeline.v1.AbortRequest\x1a\x1a.treeline.v1.AbortResponse\x12\x44\n\x07GetLoad\x12\x1b.treeline.v1.GetLoadRequest\x1a\x1c.treeline.v1.GetLoadResponse\x12S\n\x0cGetModelInfo\x12 .treeline.v1.GetModelInfoRequest\x1a!.treeline.v1.GetModelInfoResponse\x12G\n\x08Tokenize\x12\x1c.treeline.v1.TokenizeRequest\x1a\x1d.treeline.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctreeline/v1/generation.proto\x12\x0btreeline.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.treeline.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xca\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"r\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x42\r\n\x0b_max_tokens\"D\n\rOutputOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x0f\n\x07\x65xplain\x18\x02 \x01(\x08\x42\x0b\n\t_logprobs\"\x80\x01\n\x12SpeculationOptions\x12\x13\n\x06policy\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x16\n\tmax_nodes\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x16\n\tmax_depth\x18\x03 \x01(\x03H\x02\x88\x01\x01\x42\t\n\x07_policyB\x0c\n\n_max_nodesB\x0c\n\n_max_depth\"\xc2\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.treeline.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x11.treeline.v1.ChatH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.treeline.v1.SamplingParams\x12-\n\x08stopping\x18\x07 \x01(\x0b\x32\x1b.treeline.v1.StoppingParams\x12*\n\x06output\x18\x08 \x01(\x0b\x32\x1a.treeline.v1.OutputOptions\x12\x34\n\x0bspeculation\x18\t \x01(\x0b\x32\x1f.treeline.v1.SpeculationOptions\x12\x10\n\x08priority\x18\n \x01(\x05\x12,\n\x1ftarget_time_per_output_token_ms\x18\x0b \x01(\x01H\x01\x88\x01\x01\x42\x07\n\x05inputB\"\n _target_time_per_output_token_ms\"?\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"e\n\x10PositionLogprobs\x12)\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x19.treeline.v1.TokenLogprob\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.treeline.v1.TokenLogprob\"\xef\x01\n\x0fSpeculationStep\x12\x15\n\rdrafted_nodes\x18\x01 \x01(\r\x12\x16\n\x0everified_nodes\x18\x02 \x01(\r\x12\x16\n\x0e\x61\x63\x63\x65pted_nodes\x18\x03 \x01(\r\x12\r\n\x05price\x18\x04 \x01(\x01\x12\x14\n\x0cplan_version\x18\x05 \x01(\x04\x12\x17\n\x0f\x62\x61tch_sequences\x18\x06 \x01(\r\x12\x14\n\x0c\x62\x61tch_tokens\x18\x07 \x01(\r\x12\x0f\n\x07\x64raft_s\x18\x08 \x01(\x01\x12\x10\n\x08verify_s\x18\t \x01(\x01\x12\x0e\n\x06step_s\x18\n \x01(\x01\x12\x0e\n\x06reason\x18\x0b \x01(\t\"\x94\x01\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.treeline.v1.PositionLogprobs\x12\x31\n\x0bspeculation\x18\x04 \x01(\x0b\x32\x1c.treeline.v1.SpeculationStep\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"J\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x1d\n\x15time_to_first_token_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\"\xa1\x01\n\x12SpeculationSummary\x12\r\n\x05steps\x18\x01 \x01(\r\x12\x15\n\rdrafted_nodes\x18\x02 \x01(\r\x12\x16\n\x0everified_nodes\x18\x03 \x01(\r\x12\x16\n\x0e\x61\x63\x63\x65pted_nodes\x18\x04 \x01(\r\x12\x1c\n\x14mean_accepted_length\x18\x05 \x01(\x01\x12\x17\n\x0fmean_tree_nodes\x18\x06 \x01(\x01\"\xb6\x02\n\x10GenerateComplete\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.treeline.v1.FinishReason\x12\x17\n\rstop_token_id\x18\x02 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x03 \x01(\tH\x00\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.treeline.v1.Usage\x12%\n\x07timings\x18\x05 \x01(\x0b\x32\x14.treeline.v1.Timings\x12\x34\n\x0bspeculation\x18\x06 \x01(\x0b\x32\x1f.treeline.v1.SpeculationSummary\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x0e\n\x06policy\x18\t \x01(\tB\x0e\n\x0cmatched_stop\"~\n\x10GenerateResponse\x12+\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x1a.treeline.v1.GenerateChunkH\x00\x12\x31\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x1d.treeline.v1.GenerateCompleteH\x00\x42\n\n\x08response\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\r\"\x10\n\x0eGetLoadRequest\"\xc3\x02\n\x0fGetLoadResponse\x12\x1c\n\x14num_requests_running\x18\x01 \x01(\r\x12\x1c\n\x14num_requests_waiting\x18\x02 \x01(\r\x12\x1c\n\x14max_requests_running\x18\x03 \x01(\r\x12\x1c\n\x14max_requests_waiting\x18\x04 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x05 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x06 \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x07 \x01(\x01\x12\x1c\n\x14mean_accepted_length\x18\x08 \x01(\x01\x12\x17\n\x0fmean_tree_nodes\x18\t \x01(\x01\x12\x14\n\x0cplan_version\x18\n \x01(\x04\x12\r\n\x05price\x18\x0b \x01(\x01\x12\x15\n\rdrafter_ready\x18\x0c \x01(\x08\"\x15\n\x13GetModelInfoRequest\"\xa6\x02\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12\x16\n\x0e\x64\x65\x66\x61ult_policy\x18\x08 \x01(\t\x12\x18\n\x10\x61llowed_policies\x18\t \x03(\t\x12\x0f\n\x07version\x18\n \x01(\t\x12\x35\n\x10\x64\x65\x66\x61ult_sampling\x18\x0b \x01(\x0b\x32\x1b.treeline.v1.SamplingParams\"O\n\x0fTokenizeRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x11.treeline.v1.ChatH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x32\x82\x03\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.treeline.v1.GenerateRequest\x1a\x1d.treeline.v1.GenerateResponse0\x01\x12>\n\x05\x41\x62ort\x12\x19.treeline.v1.AbortRequest\x1a\x1a.treeline.v1.AbortResponse\x12\x44\n\x07GetLoad\x12\x1b.treeline.v1.GetLoadRequest\x1a\x1c.treeline.v1.GetLoadResponse\x12S\n\x0cGetModelInfo\x12 .treeline.v1.GetModelInfoRequest\x1a!.treeline.v1.GetModelInfoResponse\x12G\n\x08Tokenize\x12\x1c.treeline.v1.TokenizeRequest\x1a\x1d.treeline.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'treeline.v1.generation_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_FINISHREASON']._serialized_start=3285
-  _globals['_FINISHREASON']._serialized_end=3407
+  _globals['_FINISHREASON']._serialized_start=3299
+  _globals['_FINISHREASON']._serialized_end=3421
   _globals['_CHATMESSAGE']._serialized_start=45
   _globals['_CHATMESSAGE']._serialized_end=89
   _globals['_CHAT']._serialized_start=91
@@ -40,39 +40,39 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_GENERATEREQUEST']._serialized_start=691
   _globals['_GENERATEREQUEST']._serialized_end=1141
   _globals['_TOKENLOGPROB']._serialized_start=1143
-  _globals['_TOKENLOGPROB']._serialized_end=1192
-  _globals['_POSITIONLOGPROBS']._serialized_start=1194
-  _globals['_POSITIONLOGPROBS']._serialized_end=1295
-  _globals['_SPECULATIONSTEP']._serialized_start=1298
-  _globals['_SPECULATIONSTEP']._serialized_end=1537
-  _globals['_GENERATECHUNK']._serialized_start=1540
-  _globals['_GENERATECHUNK']._serialized_end=1688
-  _globals['_USAGE']._serialized_start=1690
-  _globals['_USAGE']._serialized_end=1747
-  _globals['_TIMINGS']._serialized_start=1749
-  _globals['_TIMINGS']._serialized_end=1823
-  _globals['_SPECULATIONSUMMARY']._serialized_start=1826
-  _globals['_SPECULATIONSUMMARY']._serialized_end=1987
-  _globals['_GENERATECOMPLETE']._serialized_start=1990
-  _globals['_GENERATECOMPLETE']._serialized_end=2300
-  _globals['_GENERATERESPONSE']._serialized_start=2302
-  _globals['_GENERATERESPONSE']._serialized_end=2428
-  _globals['_ABORTREQUEST']._serialized_start=2430
-  _globals['_ABORTREQUEST']._serialized_end=2465
-  _globals['_ABORTRESPONSE']._serialized_start=2467
-  _globals['_ABORTRESPONSE']._serialized_end=2499
-  _globals['_GETLOADREQUEST']._serialized_start=2501
-  _globals['_GETLOADREQUEST']._serialized_end=2517
-  _globals['_GETLOADRESPONSE']._serialized_start=2520
-  _globals['_GETLOADRESPONSE']._serialized_end=2843
-  _globals['_GETMODELINFOREQUEST']._serialized_start=2845
-  _globals['_GETMODELINFOREQUEST']._serialized_end=2866
-  _globals['_GETMODELINFORESPONSE']._serialized_start=2869
-  _globals['_GETMODELINFORESPONSE']._serialized_end=3163
-  _globals['_TOKENIZEREQUEST']._serialized_start=3165
-  _globals['_TOKENIZEREQUEST']._serialized_end=3244
-  _globals['_TOKENIZERESPONSE']._serialized_start=3246
-  _globals['_TOKENIZERESPONSE']._serialized_end=3283
-  _globals['_GENERATIONSERVICE']._serialized_start=3410
-  _globals['_GENERATIONSERVICE']._serialized_end=3796
+  _globals['_TOKENLOGPROB']._serialized_end=1206
+  _globals['_POSITIONLOGPROBS']._serialized_start=1208
+  _globals['_POSITIONLOGPROBS']._serialized_end=1309
+  _globals['_SPECULATIONSTEP']._serialized_start=1312
+  _globals['_SPECULATIONSTEP']._serialized_end=1551
+  _globals['_GENERATECHUNK']._serialized_start=1554
+  _globals['_GENERATECHUNK']._serialized_end=1702
+  _globals['_USAGE']._serialized_start=1704
+  _globals['_USAGE']._serialized_end=1761
+  _globals['_TIMINGS']._serialized_start=1763
+  _globals['_TIMINGS']._serialized_end=1837
+  _globals['_SPECULATIONSUMMARY']._serialized_start=1840
+  _globals['_SPECULATIONSUMMARY']._serialized_end=2001
+  _globals['_GENERATECOMPLETE']._serialized_start=2004
+  _globals['_GENERATECOMPLETE']._serialized_end=2314
+  _globals['_GENERATERESPONSE']._serialized_start=2316
+  _globals['_GENERATERESPONSE']._serialized_end=2442
+  _globals['_ABORTREQUEST']._serialized_start=2444
+  _globals['_ABORTREQUEST']._serialized_end=2479
+  _globals['_ABORTRESPONSE']._serialized_start=2481
+  _globals['_ABORTRESPONSE']._serialized_end=2513
+  _globals['_GETLOADREQUEST']._serialized_start=2515
+  _globals['_GETLOADREQUEST']._serialized_end=2531
+  _globals['_GETLOADRESPONSE']._serialized_start=2534
+  _globals['_GETLOADRESPONSE']._serialized_end=2857
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2859
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2880
+  _globals['_GETMODELINFORESPONSE']._serialized_start=2883
+  _globals['_GETMODELINFORESPONSE']._serialized_end=3177
+  _globals['_TOKENIZEREQUEST']._serialized_start=3179
+  _globals['_TOKENIZEREQUEST']._serialized_end=3258
+  _globals['_TOKENIZERESPONSE']._serialized_start=3260
+  _globals['_TOKENIZERESPONSE']._serialized_end=3297
+  _globals['_GENERATIONSERVICE']._serialized_start=3424
+  _globals['_GENERATIONSERVICE']._serialized_end=3810
 # @@protoc_insertion_point(module_scope)

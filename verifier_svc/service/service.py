@@ -65,7 +65,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         async with aclosing(self._engine.generate(generation)) as outputs:  # type: ignore[type-var]
             async for output in outputs:
                 if isinstance(output, Chunk):
-                    yield pb.GenerateResponse(chunk=chunk_to_proto(output))
+                    yield pb.GenerateResponse(chunk=chunk_to_proto(output, self._tokenizer))
                 elif output.finish_reason is FinishReason.FAILED:
                     raise RequestBrokenError(f"internal error; the verifier's log has it as {generation.request_id}")
                 else:
@@ -105,14 +105,18 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         return await asyncio.get_running_loop().run_in_executor(self._tokenising, token_ids_of, prompt, self._tokenizer)
 
 
-def chunk_to_proto(chunk: Chunk) -> pb.GenerateChunk:
+def chunk_to_proto(chunk: Chunk, tokenizer: PreTrainedTokenizerFast) -> pb.GenerateChunk:
     """The message of one engine step."""
     message = pb.GenerateChunk(text=chunk.text, token_ids=chunk.token_ids)
     for position in chunk.logprobs:
         entry = message.logprobs.add()
-        entry.chosen.token_id, entry.chosen.logprob = position.token_id, position.logprob
-        for token_id, logprob in position.top:
-            entry.top.add(token_id=token_id, logprob=logprob)
+        tokens = [(position.token_id, position.logprob), *position.top]
+        spelled = [
+            pb.TokenLogprob(token_id=token_id, logprob=logprob, text=str(tokenizer.decode([token_id])))
+            for token_id, logprob in tokens
+        ]
+        entry.chosen.CopyFrom(spelled[0])
+        entry.top.extend(spelled[1:])
     if chunk.explanation is not None:
         message.speculation.CopyFrom(pb.SpeculationStep(**vars(chunk.explanation)))
     return message

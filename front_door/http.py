@@ -1,0 +1,319 @@
+"""The clients' HTTP port: OpenAI's API over the same `FrontDoor` as gRPC. What is asked is checked by the verifier."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from http import HTTPStatus
+from typing import Any
+
+import grpc
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CollectorRegistry, generate_latest
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from front_door.openai_requests import ChatBody, CompletionBody, TokenizeBody
+from front_door.openai_responses import ChatDialect, CompletionDialect, Dialect, Reply
+from front_door.service import FrontDoor
+from treeline.config import ServerConfig
+from treeline.errors import ConfigError, InvalidRequestError, TreelineError
+from treeline.rpc import read_tokens
+from treeline.status import RETRY_DELAY_S, code_of, from_rpc_error
+from treeline.v1 import generation_pb2 as pb
+
+OPEN_PATHS = ("/health",)
+"""Orchestrators ask here without a token."""
+START_TIMEOUT_S = 10.0
+DISCONNECT_POLL_S = 0.1
+"""How often a client that waits for a whole answer is looked for: a dropped connection ends its request this soon."""
+_Code = grpc.StatusCode
+HTTP_STATUS = {
+    _Code.INVALID_ARGUMENT: HTTPStatus.BAD_REQUEST,
+    _Code.UNAUTHENTICATED: HTTPStatus.UNAUTHORIZED,
+    _Code.PERMISSION_DENIED: HTTPStatus.FORBIDDEN,
+    _Code.NOT_FOUND: HTTPStatus.NOT_FOUND,
+    _Code.ALREADY_EXISTS: HTTPStatus.CONFLICT,
+    _Code.RESOURCE_EXHAUSTED: HTTPStatus.TOO_MANY_REQUESTS,
+    _Code.UNAVAILABLE: HTTPStatus.SERVICE_UNAVAILABLE,
+    _Code.DEADLINE_EXCEEDED: HTTPStatus.GATEWAY_TIMEOUT,
+}
+"""Every other code is an INTERNAL_SERVER_ERROR."""
+RETRYABLE = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+class HttpCall:
+    """An HTTP call as `FrontDoor` sees it: without a deadline, since its client hangs up instead."""
+
+    def time_remaining(self) -> float | None:
+        return None
+
+
+class HttpServer:
+    """The HTTP port, listening. `port`: where."""
+
+    def __init__(self, server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+        self._server, self._serving = server, serving
+        self.port: int = server.servers[0].sockets[0].getsockname()[1]
+
+    @classmethod
+    async def start(
+        cls, config: ServerConfig, max_body_bytes: int, door: FrontDoor, registry: CollectorRegistry
+    ) -> HttpServer:
+        """Raises ConfigError if the port is taken, or a certificate or token file cannot be read."""
+        tokens = read_tokens(config.token_file) if config.token_file else []
+        app = create_app(door, registry, tokens, max_body_bytes)
+        settings = uvicorn.Config(
+            app,
+            config.host,
+            config.http.port,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ssl_certfile=config.tls.certificate if config.tls else None,
+            ssl_keyfile=config.tls.private_key if config.tls else None,
+        )
+        server = _Server(settings)
+        problem = f"cannot listen on {config.host}:{config.http.port} (server.http.port): is the port taken?"
+        try:
+            serving = asyncio.create_task(server.serve(), name="http")
+            async with asyncio.timeout(START_TIMEOUT_S):
+                while not server.started:
+                    if serving.done():
+                        serving.result()
+                        raise ConfigError(problem)
+                    await asyncio.sleep(0.01)
+        except (SystemExit, OSError):  # uvicorn exits where it cannot listen
+            raise ConfigError(problem) from None
+        return cls(server, serving)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new connections, let open answers end within `grace_s`."""
+        self._server.should_exit = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self._serving), grace_s)
+        self._server.force_exit = True
+        await asyncio.gather(self._serving, return_exceptions=True)
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        """Signals belong to the process, not to this port."""
+        yield
+
+
+class Guard:
+    """Asks for a bearer token and bounds the body, before anything is parsed."""
+
+    def __init__(self, app: ASGIApp, tokens: list[str], max_body_bytes: int) -> None:
+        self._app, self._max_body_bytes = app, max_body_bytes
+        self._tokens = [token.encode() for token in tokens]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        headers = Headers(scope=scope)
+        if not (scope["path"] in OPEN_PATHS or self._knows(headers.get("authorization", ""))):
+            return await error_response(HTTPStatus.UNAUTHORIZED, "a valid bearer token is needed")(scope, receive, send)
+        size = 0
+
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._max_body_bytes:
+                problem = f"a body may have {self._max_body_bytes} bytes (limits.max_message_bytes)"
+                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, problem)
+            return message
+
+        await self._app(scope, bounded, send)
+
+    def _knows(self, authorization: str) -> bool:
+        scheme, _, token = authorization.partition(" ")
+        shown = token.strip().encode() if scheme.lower() == "bearer" else b""
+        return not self._tokens or any(hmac.compare_digest(shown, known) for known in self._tokens)
+
+
+def create_app(door: FrontDoor, registry: CollectorRegistry, tokens: list[str], max_body_bytes: int) -> FastAPI:
+    """The HTTP application. With `tokens`, all but `OPEN_PATHS` ask for one of them as a bearer token."""
+    app = FastAPI(title="Treeline", docs_url=None, redoc_url=None)
+    app.add_middleware(Guard, tokens=tokens, max_body_bytes=max_body_bytes)
+
+    @app.exception_handler(TreelineError)
+    async def treeline_error(request: Request, error: TreelineError) -> Response:
+        return _failed(error)
+
+    @app.exception_handler(grpc.aio.AioRpcError)
+    async def upstream_error(request: Request, error: grpc.aio.AioRpcError) -> Response:
+        return _failed(from_rpc_error(error))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        return error_response(HTTPStatus(error.status_code), str(error.detail))
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:])
+        return error_response(HTTPStatus.BAD_REQUEST, f"{field or 'body'}: {first['msg']}", field or None)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        return await _answer(door, ChatDialect(), body, request)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        return await _answer(door, CompletionDialect(), body, request)
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        ids = (await door.Tokenize(body.request(), HttpCall())).token_ids
+        return {"tokens": list(ids), "count": len(ids)}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        info = await door.GetModelInfo(pb.GetModelInfoRequest(), HttpCall())
+        model = {"id": info.model, "object": "model", "created": 0, "owned_by": "treeline"}
+        return {"object": "list", "data": [model | {"max_model_len": info.max_context_tokens}]}
+
+    @app.get("/health")
+    async def health() -> Response:
+        serving = bool(door.pool.serving) and not door.draining
+        return PlainTextResponse("SERVING\n" if serving else "NOT_SERVING\n", 200 if serving else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return PlainTextResponse(generate_latest(registry), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+def error_response(status: HTTPStatus, message: str, param: str | None = None, code: str | None = None) -> Response:
+    """An error in OpenAI's form."""
+    kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+    headers = {"Retry-After": str(RETRY_DELAY_S)} if status in RETRYABLE else {}
+    return JSONResponse({"error": _error(message, kind, param, code)}, status, headers)
+
+
+def _error(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    return {"message": message, "type": kind, "param": param, "code": code}
+
+
+def _failed(error: TreelineError) -> Response:
+    code = code_of(error)
+    param = error.violations[0].field if isinstance(error, InvalidRequestError) and error.violations else None
+    status = HTTP_STATUS.get(code, HTTPStatus.INTERNAL_SERVER_ERROR)
+    return error_response(status, str(error), param, code.name.lower())
+
+
+async def _answer(door: FrontDoor, dialect: Dialect, body: ChatBody | CompletionBody, call: Request) -> Response:
+    request_id = call.headers.get("x-request-id") or uuid.uuid4().hex
+    requests = body.requests(request_id)
+    headers = {"x-request-id": request_id}
+    if body.ignored:
+        headers["x-treeline-ignored"] = ", ".join(body.ignored)
+    info = await door.GetModelInfo(pb.GetModelInfoRequest(), HttpCall())
+    reply = Reply(dialect, request_id, info.model)
+    if not body.stream:
+        answers = await _unless_gone(call, asyncio.gather(*(_collected(door, request) for request in requests)))
+        return JSONResponse(reply.whole(answers), headers=headers)
+    merged = _merged(door, requests)
+    first = await anext(merged)  # what is refused at once is refused with its own status
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    events = _events(reply, first, merged, include_usage)
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers | {"Cache-Control": "no-cache"})
+
+
+async def _unless_gone(call: Request, work: asyncio.Future[Any]) -> Any:
+    """The result of `work`, which is cancelled when the client hangs up."""
+    try:
+        while not (await asyncio.wait((work,), timeout=DISCONNECT_POLL_S))[0]:
+            if await call.is_disconnected():
+                raise asyncio.CancelledError
+        return work.result()
+    finally:
+        work.cancel()
+
+
+async def _collected(door: FrontDoor, request: pb.GenerateRequest) -> list[pb.GenerateResponse]:
+    async with aclosing(door.Generate(request, HttpCall())) as responses:  # type: ignore[type-var]
+        return [response async for response in responses]
+
+
+Indexed = tuple[int, pb.GenerateResponse]
+
+
+async def _merged(door: FrontDoor, requests: list[pb.GenerateRequest]) -> AsyncIterator[Indexed]:
+    """The responses of all requests as they come, each with its request's index. Closing it aborts them all."""
+    if len(requests) == 1:
+        async with aclosing(door.Generate(requests[0], HttpCall())) as responses:  # type: ignore[type-var]
+            async for response in responses:
+                yield 0, response
+        return
+    queue: asyncio.Queue[Indexed | BaseException | None] = asyncio.Queue(maxsize=len(requests))
+
+    async def read(index: int, request: pb.GenerateRequest) -> None:
+        try:
+            async with aclosing(door.Generate(request, HttpCall())) as responses:  # type: ignore[type-var]
+                async for response in responses:
+                    await queue.put((index, response))
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    tasks = [asyncio.create_task(read(index, request)) for index, request in enumerate(requests)]
+    try:
+        open_requests = len(tasks)
+        while open_requests:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                open_requests -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _events(
+    reply: Reply, first: Indexed, rest: AsyncIterator[Indexed], include_usage: bool
+) -> AsyncIterator[bytes]:
+    """Server-sent events. An error after the first one is an event of its own, since the status is already sent."""
+    begun: set[int] = set()
+    completes: list[pb.GenerateComplete] = []
+
+    def event(index: int, response: pb.GenerateResponse) -> bytes:
+        if response.HasField("complete"):
+            completes.append(response.complete)
+        chunk = reply.chunk(index, response, index not in begun)
+        begun.add(index)
+        return _event(chunk)
+
+    async with aclosing(rest):  # type: ignore[type-var]
+        try:
+            yield event(*first)
+            async for index, response in rest:
+                yield event(index, response)
+            if include_usage:
+                yield _event(reply.usage_chunk(completes))
+        except (TreelineError, grpc.aio.AioRpcError) as error:
+            said = error if isinstance(error, TreelineError) else from_rpc_error(error)
+            yield _event({"error": _error(str(said), "server_error", code=code_of(said).name.lower())})
+    yield b"data: [DONE]\n\n"
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"

@@ -1,0 +1,165 @@
+"""OpenAI's request bodies, and the generation requests that they mean. The verifier checks the values."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from treeline.errors import FieldViolation, InvalidRequestError
+from treeline.v1 import generation_pb2 as pb
+
+MAX_CHOICES = 16
+"""Most answers (`n`, times prompts) of one HTTP request: each one is a request of its own behind the front door."""
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class Body(BaseModel):
+    """What chat and text completions have in common. Fields that Treeline does not know are ignored, and named in the
+    response header `x-treeline-ignored`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str = ""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
+    max_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    priority: int = 0
+    policy: str | None = None
+    max_draft_nodes: int | None = None
+    max_draft_depth: int | None = None
+    explain: bool = False
+    target_time_per_output_token_ms: float | None = None
+
+    @property
+    def ignored(self) -> list[str]:
+        """Names of given fields that have no effect."""
+        return sorted(self.model_extra or ())
+
+    def common(self, request_id: str, index: int) -> pb.GenerateRequest:
+        """Everything but the input, for the answer number `index`."""
+        request = pb.GenerateRequest(
+            request_id=f"{request_id}-{index}" if index else request_id,
+            model=self.model,
+            priority=self.priority,
+            target_time_per_output_token_ms=self.target_time_per_output_token_ms,
+            sampling=pb.SamplingParams(
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                repetition_penalty=self.repetition_penalty,
+            ),
+            stopping=pb.StoppingParams(
+                max_tokens=self.max_tokens,
+                stop=[self.stop] if isinstance(self.stop, str) else self.stop or [],
+                stop_token_ids=self.stop_token_ids,
+                ignore_eos=self.ignore_eos,
+            ),
+            output=pb.OutputOptions(explain=self.explain),
+            speculation=pb.SpeculationOptions(
+                policy=self.policy, max_nodes=self.max_draft_nodes, max_depth=self.max_draft_depth
+            ),
+        )
+        if self.seed is not None:
+            request.sampling.seed = (self.seed + index) % 2**64  # each of n answers draws its own noise
+        return request
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[TextPart] | None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
+
+
+class ChatBody(Body):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+
+    def requests(self, request_id: str) -> list[pb.GenerateRequest]:
+        """One generation request for each of the n answers."""
+        chat = pb.Chat(messages=[pb.ChatMessage(role=m.role, content=m.text) for m in self.messages])
+        requests = [self.common(request_id, index) for index in range(self.n)]
+        for request in requests:
+            request.chat.CopyFrom(chat)
+            if self.max_completion_tokens is not None:
+                request.stopping.max_tokens = self.max_completion_tokens
+            if self.logprobs:
+                request.output.logprobs = self.top_logprobs or 0
+        return requests
+
+
+class CompletionBody(Body):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return self.prompt  # type: ignore[return-value]
+
+    def requests(self, request_id: str) -> list[pb.GenerateRequest]:
+        """n generation requests for each prompt, in the prompts' order.
+
+        Raises:
+            InvalidRequestError: there are too many of them, or none.
+        """
+        prompts: list[Any] = list(self.prompts)
+        if not 1 <= len(prompts) * self.n <= MAX_CHOICES:
+            problem = f"{len(prompts)} prompts times n = {self.n}: 1 to {MAX_CHOICES} answers are possible"
+            raise InvalidRequestError(FieldViolation("prompt", problem))
+        requests: list[pb.GenerateRequest] = []
+        for prompt in prompts:
+            for _ in range(self.n):
+                request = self.common(request_id, len(requests))
+                if isinstance(prompt, str):
+                    request.prompt = prompt
+                else:
+                    request.token_ids.ids.extend(prompt)
+                if self.logprobs is not None:
+                    request.output.logprobs = self.logprobs
+                requests.append(request)
+        return requests
+
+
+class TokenizeBody(BaseModel):
+    """POST /tokenize: a prompt, or a chat's messages."""
+
+    prompt: str | None = None
+    messages: list[Message] = []
+
+    def request(self) -> pb.TokenizeRequest:
+        if self.messages:
+            messages = [pb.ChatMessage(role=m.role, content=m.text) for m in self.messages]
+            return pb.TokenizeRequest(chat=pb.Chat(messages=messages))
+        return pb.TokenizeRequest(prompt=self.prompt or "")

@@ -1,0 +1,215 @@
+"""The HTTP port, called by the clients that people have."""
+
+import asyncio
+import json
+import urllib.error
+import urllib.request
+
+import openai
+import pytest
+
+from tests.front_door.test_server import METRICS, with_front_door
+from tests.verifier_svc.fake_engine import FakeEngine, until
+from treeline.config import Config, LimitsConfig, ServerConfig
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def with_client(scenario, *engines, config=None, api_key="none", **options):
+    async def run(s):
+        url = f"http://127.0.0.1:{s.door.http.port}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key=api_key, max_retries=0, **options) as client:
+            return await scenario(client, s)
+
+    return with_front_door(run, *(engines or [FakeEngine()]), **({"config": config} if config else {}))
+
+
+def post(port, path, body, headers=None):
+    """(status, headers, JSON) of a plain POST."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    call = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json", **(headers or {})}
+    )
+    try:
+        with urllib.request.urlopen(call, timeout=10) as answer:
+            return answer.status, answer.headers, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, json.load(error)
+
+
+def test_a_chat_is_answered_as_over_grpc():
+    async def scenario(client, s):
+        answer = await client.chat.completions.create(
+            model="fake",
+            messages=HELLO,
+            max_tokens=6,
+            seed=3,
+            logprobs=True,
+            top_logprobs=2,
+            extra_body={"policy": "off"},
+        )
+        return answer, s.engines[0].requests[0]
+
+    answer, request = with_client(scenario)
+    choice = answer.choices[0]
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", "a0 a1 a2 ", "length")
+    assert (answer.object, answer.usage.completion_tokens) == ("chat.completion", 6)
+    assert [len(token.top_logprobs) for token in choice.logprobs.content] == [2] * 6
+    assert choice.logprobs.content[0].token == "A"
+    assert bytes(request.prompt_token_ids) == b"<user>hello<assistant>"
+    assert (request.policy, request.sampling.seed, request.max_tokens) == ("off", 3, 6)
+
+
+def test_a_stream_brings_role_text_reason_and_usage():
+    async def scenario(client, s):
+        stream = await client.chat.completions.create(
+            model="fake", messages=HELLO, max_tokens=4, stream=True, stream_options={"include_usage": True}
+        )
+        return [chunk async for chunk in stream]
+
+    chunks = with_client(scenario)
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    assert [delta.role for delta in deltas] == ["assistant", None, None]
+    assert "".join(delta.content or "" for delta in deltas) == "a0 a1 "
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert (chunks[-1].choices, chunks[-1].usage.completion_tokens) == ([], 4)
+
+
+def test_n_answers_each_have_their_own_noise():
+    async def scenario(client, s):
+        whole = await client.chat.completions.create(model="fake", messages=HELLO, max_tokens=2, n=3, seed=5)
+        stream = await client.chat.completions.create(model="fake", messages=HELLO, max_tokens=2, n=2, stream=True)
+        streamed = {chunk.choices[0].index async for chunk in stream}
+        return whole, streamed, [request.sampling.seed for request in s.engines[0].requests[:3]]
+
+    whole, streamed, seeds = with_client(scenario)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    assert (sorted(seeds), streamed) == ([5, 6, 7], {0, 1})
+    assert whole.usage.completion_tokens == 6
+
+
+@pytest.mark.parametrize("prompt", ["hi", [104, 105], ["hi", "ho"], [[104, 105], [104, 111]]])
+def test_completions_take_texts_and_token_ids(prompt):
+    async def scenario(client, s):
+        answer = await client.completions.create(model="fake", prompt=prompt, max_tokens=2, logprobs=1)
+        return answer, [bytes(request.prompt_token_ids) for request in s.engines[0].requests]
+
+    answer, prompts = with_client(scenario)
+    assert sorted(prompts) == ([b"hi", b"ho"] if len(answer.choices) == 2 else [b"hi"])
+    assert answer.choices[0].text == "a0 "
+    assert answer.choices[0].logprobs.tokens == ["A", "B"]
+
+
+def test_models_health_metrics_and_tokenize():
+    async def scenario(client, s):
+        models = [model.id async for model in client.models.list()]
+        port = s.door.http.port
+
+        def read(path):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+                return answer.read().decode()
+
+        health, metrics = await asyncio.to_thread(read, "/health"), await asyncio.to_thread(read, "/metrics")
+        tokens = await asyncio.to_thread(post, port, "/tokenize", {"messages": HELLO})
+        return models, health, metrics, tokens[2]
+
+    models, health, metrics, tokens = with_client(scenario)
+    assert (models, health, tokens["count"]) == (["fake"], "SERVING\n", len("<user>hello<assistant>"))
+    assert "treeline_front_door_verifiers 1.0" in metrics
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "param"),
+    [
+        ({"temperature": -1}, openai.BadRequestError, "sampling.temperature"),
+        ({"n": 99}, openai.BadRequestError, "n"),
+        ({"model": "other"}, openai.NotFoundError, None),
+        ({"messages": []}, openai.BadRequestError, "messages"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_errors_have_openais_form_and_name_the_field(fields, kind, param, stream):
+    async def scenario(client, s):
+        with pytest.raises(kind) as caught:
+            await client.chat.completions.create(**({"model": "fake", "messages": HELLO, "stream": stream} | fields))
+        return caught.value
+
+    error = with_client(scenario)
+    assert (error.param, error.type) == (param, "invalid_request_error")
+
+
+def test_a_full_queue_says_when_to_come_back():
+    async def scenario(client, s):
+        with pytest.raises(openai.RateLimitError) as caught:
+            await client.chat.completions.create(model="fake", messages=HELLO)
+        return caught.value.response.headers["retry-after"]
+
+    assert with_client(scenario, FakeEngine(capacity=0)) == "1"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_ends_its_requests(stream):
+    async def scenario(client, s):
+        call = client.chat.completions.create(model="fake", messages=HELLO, max_tokens=1000, n=2, stream=stream)
+        if stream:
+            answer = await call
+            await anext(aiter(answer))
+            await answer.close()
+        else:
+            task = asyncio.create_task(call)
+            await until(lambda: len(s.engines[0].open) == 2)
+            task.cancel()
+        await until(lambda: not s.engines[0].open)
+        return len(s.engines[0].requests)
+
+    assert with_client(scenario, FakeEngine(step_s=0.02)) == 2
+
+
+def test_an_error_in_mid_stream_is_an_event():
+    async def scenario(client, s):
+        stream = await client.chat.completions.create(model="fake", messages=HELLO, max_tokens=8, stream=True)
+        with pytest.raises(openai.APIError) as caught:
+            [chunk async for chunk in stream]
+        return caught.value
+
+    assert "secret" not in str(with_client(scenario, FakeEngine(fail=ValueError("secret"))))
+
+
+def test_ids_go_in_and_out_and_ignored_fields_are_named():
+    async def scenario(client, s):
+        port, body = s.door.http.port, {"model": "fake", "messages": HELLO, "user": "me", "frobnicate": 1}
+        return await asyncio.to_thread(post, port, "/v1/chat/completions", body, {"x-request-id": "mine"})
+
+    status, headers, body = with_client(scenario)
+    assert (status, headers["x-request-id"], body["id"]) == (200, "mine", "chatcmpl-mine")
+    assert headers["x-treeline-ignored"] == "frobnicate, user"
+
+
+def test_a_token_is_needed_where_one_is_configured(tmp_path):
+    (tmp_path / "tokens").write_text("letmein\n")
+    server = ServerConfig(port=0, http={"port": 0}, token_file=tmp_path / "tokens")
+    config = Config(server=server, metrics=METRICS)
+
+    async def ask(client, s):
+        answer = await client.chat.completions.create(model="fake", messages=HELLO, max_tokens=2)
+        status, _, _ = await asyncio.to_thread(
+            post, s.door.http.port, "/tokenize", {"prompt": "x"}, {"authorization": "bearer letmein"}
+        )
+        return answer.choices[0].message.content, status
+
+    with pytest.raises(openai.AuthenticationError):
+        with_client(ask, config=config, api_key="wrong")
+    assert with_client(ask, config=config, api_key="letmein") == ("a0 ", 200)
+
+
+def test_bodies_are_bounded_and_must_be_json():
+    limits = LimitsConfig(max_message_bytes=1 << 16)
+    config = Config(server=ServerConfig(port=0, http={"port": 0}), metrics=METRICS, limits=limits)
+
+    async def scenario(client, s):
+        port, path = s.door.http.port, "/v1/chat/completions"
+        large = await asyncio.to_thread(post, port, path, b"x" * (1 << 17))
+        broken = await asyncio.to_thread(post, port, path, b"{")
+        return large[0], broken[0], broken[2]["error"]["type"]
+
+    assert with_client(scenario, config=config) == (413, 400, "invalid_request_error")
