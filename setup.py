@@ -13,6 +13,7 @@ setup(
     install_requires=[
         f"treeline-client=={VERSION}",
         "accelerate>=1.10",
+        "fastapi>=0.115",
         "gguf>=0.19",
         "grpcio-health-checking>=1.85.1",
         "grpcio-reflection>=1.85.1",
@@ -30,6 +31,7 @@ setup(
         "torch==2.13.0",
         "transformers>=5.23,<6",
         "typer>=0.29",
+        "uvicorn>=0.34",
     ],
     ext_modules=[
         Extension(
