@@ -74,6 +74,13 @@ def upload(array: NDArray[np.generic], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def upload_into(array: NDArray[np.generic], target: Tensor) -> None:
+    """Copy `array` to the beginning of `target`, as `upload`."""
+    tensor = torch.from_numpy(array)
+    staged = tensor.pin_memory() if target.device.type == "cuda" else tensor
+    target[: len(array)].copy_(staged, non_blocking=True)
+
+
 def download(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
     """`tensor` on the host, and what waits until it is there: on CUDA it comes through pinned memory meanwhile."""
     if tensor.device.type != "cuda":

@@ -23,7 +23,7 @@ from lm.attention import CONTEXT, IMPLEMENTATION, AttentionContext
 from lm.cpu.elementwise import TORCH, elementwise_for
 from lm.cpu.packed_linear import pack_linear_layers
 from lm.cuda.graphs import Outputs
-from lm.cuda.static_pass import BUCKETS
+from lm.cuda.layout import BUCKETS
 from lm.device import torch_dtype
 from lm.kv_cache import KVCache, LayerShape
 from lm.layers.fuse import fuse_layers

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lm.blocks.free_runs import FreeRuns
+from lm.blocks.prefix_index import PrefixIndex
 from lm.device import upload
-from lm.prefix_index import PrefixIndex
-
-TILE_SLOTS = 128
-"""The storage is whole tiles of so many slots, as blocked kernels like to read it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class SequenceCache:
         length: committed tokens.
         scratch: entries behind them, from forward passes since the last commit.
         shared_tokens: of the first blocks, which other sequences may read as well; never written.
+        table: int32, the same as `blocks`.
     """
 
     blocks: list[int]
@@ -47,10 +46,12 @@ class SequenceCache:
     length: int = 0
     scratch: int = 0
     shared_tokens: int = 0
+    table: NDArray[np.int32] = field(init=False, repr=False)
     _slots: NDArray[np.int64] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        first_slots = np.asarray(self.blocks, np.int64) * self.block_tokens
+        self.table = np.asarray(self.blocks, np.int32)
+        first_slots = self.table.astype(np.int64) * self.block_tokens
         self._slots = (first_slots[:, None] + np.arange(self.block_tokens)).ravel()
 
     @property
@@ -104,13 +105,14 @@ class KVCache:
         self.block_tokens = block_tokens
         self.total_blocks = max(1, num_tokens // block_tokens)
         self._users = np.zeros(self.total_blocks, np.int64)
+        self._blank = FreeRuns(self.total_blocks)
+        """Blocks that nobody uses and that hold no known prefix."""
         self._index = PrefixIndex(block_tokens)
         # One storage [tensors, slots, kv_heads, head_dim] per distinct shape: a plain model has one for all its layers.
         shapes = [(s.kv_heads, dim) for s in layers for dim in (s.key_dim, s.value_dim)]
         self.trash_slot = self.total_blocks * block_tokens
-        slots = (self.trash_slot // TILE_SLOTS + 1) * TILE_SLOTS
         storages = {
-            shape: torch.zeros(count, slots, *shape, dtype=dtype, device=device)
+            shape: torch.zeros(count, self.trash_slot + 1, *shape, dtype=dtype, device=device)
             for shape, count in Counter(shapes).items()
         }
         tensors = {shape: iter(storage.unbind(0)) for shape, storage in storages.items()}
@@ -151,28 +153,20 @@ class KVCache:
     def free(self, sequence: SequenceCache) -> None:
         """Give all blocks of `sequence` back; it can hold nothing afterwards. Freeing twice is harmless."""
         self._users[sequence.blocks] -= 1
+        self._blank.add([block for block in sequence.blocks if not self._users[block] and block not in self._index])
         for block in reversed(sequence.blocks):  # The end of a text is forgotten before its beginning.
             self._index.touch(block)
         sequence.__init__([], self.block_tokens)  # type: ignore[misc]
 
     def _take(self, needed: int) -> list[int]:
         """So many free blocks, the longest unused ones of what is remembered only if there are no others."""
-        blank = self._users == 0
-        blank[list(self._index.oldest_first())] = False
-        for block in [b for b in self._index.oldest_first() if self._users[b] == 0][: max(0, needed - blank.sum())]:
+        unused = (block for block in self._index.oldest_first() if not self._users[block])
+        forgotten = list(islice(unused, max(0, needed - len(self._blank))))
+        for block in forgotten:
             self._index.forget(block)
-            blank[block] = True
-        blocks: list[int] = []
-        while len(blocks) < needed:
-            missing = needed - len(blocks)
-            free = np.flatnonzero(blank)
-            runs = np.split(free, np.flatnonzero(np.diff(free) != 1) + 1)
-            fitting = [run for run in runs if len(run) >= missing]
-            run = min(fitting, key=len) if fitting else max(runs, key=len)
-            taken = run[:missing]
-            blank[taken] = False
-            self._users[taken] = 1
-            blocks += taken.tolist()
+        self._blank.add(forgotten)
+        blocks = self._blank.take(needed)
+        self._users[blocks] = 1
         return blocks
 
     @torch.inference_mode()

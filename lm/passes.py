@@ -1,9 +1,10 @@
-"""How a model's passes are run: padded and captured where that pays, else packed without padding."""
+"""How a model's passes are run: padded and captured on CUDA, else packed without padding."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor
 
 from lm.cpu.native_attention import attention_for
-from lm.cuda.graphs import Outputs
-from lm.cuda.static_pass import BUCKETS, Body, StaticPasses
+from lm.cuda.graphs import How, Outputs
+from lm.cuda.layout import BUCKETS, row_counts
+from lm.cuda.static_pass import Body, StaticPasses
 from lm.device import upload
 from lm.kv_cache import KVCache
 from lm.packed import PackedBatch, PackedSequence, pack
+from lm.store import one_line
+from treeline.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +31,27 @@ class Passes:
     """Runs one model's passes over any cache.
 
     Attributes:
-        padded: passes are padded to buckets of tokens, and captured on CUDA; the default there. A pass that cannot be
-            (too large, odd blocks) is packed, and so are all once one has failed.
+        padded: passes are padded to buckets of tokens, and captured on CUDA; the default there. A pass that is too
+            large is packed, and so are all once the padded one could not be compiled.
+        required: a pass that can't be captured at the start is an error.
+        how: how the last pass ran.
+        counts: of all passes so far, by how they ran.
     """
 
-    def __init__(self, windows: set[int | None], device: torch.device, states: Tensor | None = None) -> None:
+    def __init__(
+        self, windows: set[int | None], device: torch.device, states: Tensor | None = None, required: bool = False
+    ) -> None:
         """As `StaticPasses`."""
-        self.padded = device.type == "cuda"
+        self.padded, self.required = device.type == "cuda", required
+        self.how: How = "packed"
+        self.counts: Counter[How] = Counter()
         self._windows, self._device, self._states = windows, device, states
         self._static: WeakKeyDictionary[KVCache, StaticPasses] = WeakKeyDictionary()
+
+    @property
+    def degraded(self) -> bool:
+        """Whether passes run in a slower way than this device allows."""
+        return self._device.type == "cuda" and not self.padded
 
     def run(self, body: Body, sequences: list[PackedSequence], cache: KVCache, states: Tensor | None = None) -> Outputs:
         """One pass over all sequences' new tokens: the logits of the wanted ones, then what the body gives by token.
@@ -48,7 +64,8 @@ class Passes:
         if outputs is None:
             columns = (upload(column, self._device) for column in (batch.token_ids, batch.positions, batch.rows))
             token_ids, positions, rows = columns
-            outputs = body(token_ids, positions, states, rows, attention_for(batch, cache))
+            outputs, self.how = body(token_ids, positions, states, rows, attention_for(batch, cache)), "packed"
+        self.counts[self.how] += 1
         for sequence in sequences:
             sequence.cache.scratch += len(sequence.token_ids)
         return outputs
@@ -59,34 +76,50 @@ class Passes:
 
     @torch.inference_mode()
     def capture(self, body: Body, cache: KVCache) -> None:
-        """Capture the passes of every size over an idle cache, small ones first, so that none waits for it later."""
+        """Capture the passes of every size over an idle cache, so that none waits for it later.
+
+        Large ones come first: small ones then fit the memory that those took.
+
+        Raises:
+            ConfigError: captured passes are required, and one could not be captured.
+        """
         started_s = time.perf_counter()
-        for size in BUCKETS:
-            if not self.padded or time.perf_counter() - started_s > CAPTURE_S:
-                break
-            room = cache.allocate(size)
+        sizes = [(size, rows) for size in reversed(BUCKETS) for rows in row_counts(size)]
+        for size, rows in sizes if self.padded else ():
+            late = time.perf_counter() - started_s > CAPTURE_S
+            room = None if late else cache.allocate(size)
             if room is None:
-                break
+                continue
             states = None if self._states is None else self._states[:size]
             at_once = np.full(size, -1, np.int32)  # All at position 0, which every model has.
-            self.run(body, [PackedSequence(room, [0] * size, at_once)], cache, states)
+            self.run(
+                body, [PackedSequence(room, [0] * size, at_once, "all" if rows == size else "last")], cache, states
+            )
             cache.free(room)
-        if (static := self._static.get(cache)) is not None:
-            graphs = static.graphs
-            logger.info("captured %d passes, %.0f s, %d MiB", len(graphs), graphs.seconds, graphs.bytes >> 20)
+        static = self._static.get(cache)
+        captured = 0 if static is None else len(static.graphs)
+        if static is not None:
+            spent = f"{static.graphs.seconds:.0f} s, {static.graphs.bytes >> 20} MiB"
+            logger.info("captured %d of %d passes, %s", captured, len(sizes), spent)
+        if self.required and captured < len(sizes):
+            raise ConfigError(f"cuda_graphs: require, but only {captured} of {len(sizes)} passes were captured")
 
     def _run_padded(self, body: Body, batch: PackedBatch, cache: KVCache, states: Tensor | None) -> Outputs | None:
-        if not StaticPasses.serve(cache) or not StaticPasses.fit(batch):
+        if not StaticPasses.fit(batch):
             return None
         try:
             if cache not in self._static:
                 self._static[cache] = StaticPasses(cache, self._windows, self._states)
-            return self._static[cache].run(body, batch, states)
+            outputs, self.how = self._static[cache].run(body, batch, states)
+            return outputs
+        except torch.OutOfMemoryError as error:
+            logger.warning("a pass of %d tokens is packed: %s", len(batch.token_ids), one_line(error))
+            torch.cuda.empty_cache()
         except Exception as error:
-            if self._device.type != "cuda":
+            if self._device.type != "cuda" or self.required:
                 raise
-            # Compiler, driver and memory all fail in their own ways; the packed pass needs none of what failed.
-            logger.warning("CUDA graphs are off, passes are packed: %s", " ".join(str(error).split())[:300])
+            # It failed uncaptured: kernels cannot be compiled, or they are wrong. The packed pass needs none of them.
+            logger.warning("CUDA graphs are off, all passes are packed: %s", one_line(error))
             self.padded = False
             self._static.clear()
-            return None
+        return None

@@ -6,17 +6,27 @@ memory, so whatever one of them gives is to be copied before another one is repl
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Hashable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lm.store import one_line
+
+logger = logging.getLogger(__name__)
+
 WARM_UP_RUNS = 2
 SPARE_BYTES = 1 << 30
-"""With less free memory on the device nothing more is captured."""
+"""Nothing is captured while less memory of the device is free: prompts and sampling need it."""
+RETRY_S = 60.0
+"""A size whose capture failed is captured at its first use after so many seconds."""
 
 Outputs = tuple[Tensor, ...]
+How = Literal["replayed", "eager", "packed"]
+"""How a pass ran: as a captured graph, by the same operations launched one by one, or packed without padding."""
 
 
 class Graphs:
@@ -30,6 +40,8 @@ class Graphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
+        self._not_before_s: dict[Hashable, float] = {}
+        self._shared: dict[tuple[int, ...], Tensor] = {}
         if device.type == "cuda":
             # One stream, since graphs share memory only if they were captured on the same one.
             self._pool, self._aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
@@ -39,20 +51,31 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._captured)
 
-    def run(self, key: Hashable, body: Callable[[], Outputs]) -> Outputs:
-        """What `body` gives: run as it is on the CPU and where memory is short, else captured at the key's first use.
+    def run(self, key: Hashable, body: Callable[[], Outputs]) -> tuple[Outputs, How]:
+        """What `body` gives: replayed if it could be captured, now or earlier, else run as it is.
 
         `body` works on tensors that stay where they are, gives the same when it is run again, and never waits.
         """
-        if self._device.type != "cuda":
-            return body()
+        if key not in self._captured and self._device.type == "cuda":
+            self._try_capture(key, body)
         if key not in self._captured:
-            if torch.cuda.mem_get_info(self._device)[0] < SPARE_BYTES:
-                return body()
-            self._captured[key] = self._capture(body)
+            return body(), "eager"
         graph, outputs = self._captured[key]
         graph.replay()
-        return outputs
+        return outputs, "replayed"
+
+    def _try_capture(self, key: Hashable, body: Callable[[], Outputs]) -> None:
+        if time.monotonic() < self._not_before_s.get(key, 0.0):
+            return
+        try:
+            free_bytes = torch.cuda.mem_get_info(self._device)[0]
+            if free_bytes < SPARE_BYTES:
+                raise torch.OutOfMemoryError(f"{free_bytes >> 20} MiB of the device are free")
+            self._captured[key] = self._capture(body)
+        except RuntimeError as error:  # OutOfMemoryError is one.
+            self._not_before_s[key] = time.monotonic() + RETRY_S
+            logger.warning("a pass of size %s is not captured, next try in %.0f s: %s", key, RETRY_S, one_line(error))
+            torch.cuda.empty_cache()
 
     def _capture(self, body: Callable[[], Outputs]) -> tuple[torch.cuda.CUDAGraph, Outputs]:
         started_s, free_bytes = time.perf_counter(), torch.cuda.mem_get_info(self._device)[0]
@@ -60,12 +83,25 @@ class Graphs:
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP_RUNS):
-                body()
+                outputs = body()
+            shared = self._shared_for(outputs)
+            del outputs
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         # Other threads of the process may use the device meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
-            outputs = body()
+            for place, output in zip(shared, body(), strict=True):
+                place.copy_(output)
         self.seconds += time.perf_counter() - started_s
         self.bytes += max(0, free_bytes - torch.cuda.mem_get_info(self._device)[0])
-        return graph, outputs
+        return graph, shared
+
+    def _shared_for(self, outputs: Outputs) -> Outputs:
+        """Where all graphs put such outputs, so that those of small sizes take no memory beside those of large ones."""
+        places = []
+        for index, output in enumerate(outputs):
+            key = (index, *output.shape[1:])
+            if key not in self._shared or len(self._shared[key]) < len(output):
+                self._shared[key] = torch.empty_like(output)
+            places.append(self._shared[key][: len(output)])
+        return tuple(places)

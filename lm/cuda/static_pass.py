@@ -1,7 +1,7 @@
 """Passes on tensors that stay where they are, padded to a few numbers of tokens, so that they can be captured.
 
-A padding token writes its key and value into the store's trash slot and sees that alone: what it computes is finite
-and nobody reads it. All indices of a pass go to the device in one copy.
+All indices of a pass lie in one array of int32, which goes to the device in one copy. A padding token writes its key
+and value into the store's trash slot and sees nothing: what it computes is finite and nobody reads it.
 """
 
 from __future__ import annotations
@@ -14,23 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm.attention import AttentionContext
-from lm.cuda.flex_attention import FAR, WORD_BITS, FlexTreeAttention, TreeMask, flex_for
-from lm.cuda.graphs import Graphs, Outputs
-from lm.device import upload
-from lm.kv_cache import TILE_SLOTS, KVCache
+from lm.cuda.graphs import Graphs, How, Outputs
+from lm.cuda.layout import BUCKETS, MOST_SEQUENCES, QUERY_TOKENS, WORD_BITS, WORDS, Layout, bucket, row_counts
+from lm.device import upload_into
+from lm.kv_cache import KVCache
 from lm.packed import PackedBatch
-
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Numbers of tokens to which passes are padded."""
-MOST_SEQUENCES = 256
-WORDS = BUCKETS[-1] // WORD_BITS
-"""Enough for a token to see a whole pass of its own sequence."""
-LOGITS_OF_ALL = 64
-"""Up to so many tokens the logits of all are computed where few are wanted: weights are read once either way."""
-
-_COLUMNS = 6
-"""Of each token: id, position, slot, sequence, committed length, entries in all."""
-
 
 Body = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, AttentionContext], Outputs]
 """A model's pass over tokens on the device: (token_ids [tokens], positions [tokens], states [tokens, width] if the
@@ -49,21 +37,12 @@ class StaticPasses:
         """`windows`: of the model's layers; `states` [BUCKETS[-1], width]: buffer of the extra input, if it has one."""
         device = cache.keys[0].device
         self.graphs = Graphs(device)
-        self._device, self._states = device, states
+        self._states = states
         self._windows = sorted(windows, key=lambda window: window or 0)
         self._keys, self._values = cache.keys, cache.values
         self._trash_slot, self._block_tokens = cache.trash_slot, cache.block_tokens
-        width = _COLUMNS + WORDS * len(windows)
-        self._rows = torch.zeros(BUCKETS[-1], width, dtype=torch.int32, device=device)
-        blocks = len(cache.keys[0]) // cache.block_tokens
-        self._entries = torch.full((MOST_SEQUENCES + 1, blocks), FAR, dtype=torch.int32, device=device)
-        self._entries[MOST_SEQUENCES, cache.trash_slot // cache.block_tokens] = 0
-        self._flex = flex_for(device)
-
-    @staticmethod
-    def serve(cache: KVCache) -> bool:
-        """Whether such passes can run over `cache`: its blocks have to fill tiles."""
-        return TILE_SLOTS % cache.block_tokens == 0
+        most = self._layout(BUCKETS[-1]).ends[-1] + MOST_SEQUENCES * cache.total_blocks
+        self._indices = torch.zeros(most, dtype=torch.int32, device=device)
 
     @staticmethod
     def fit(batch: PackedBatch) -> bool:
@@ -74,75 +53,83 @@ class StaticPasses:
             and all(len(span.depths) <= WORDS * WORD_BITS for span in batch.spans)
         )
 
-    def run(self, body: Body, batch: PackedBatch, states: Tensor | None = None) -> Outputs:
+    def run(self, body: Body, batch: PackedBatch, states: Tensor | None = None) -> tuple[Outputs, How]:
         """What the body gives for `batch`, as tensors of their own: logits of its rows, the rest by token."""
-        tokens = len(batch.token_ids)
+        tokens, wanted = len(batch.token_ids), len(batch.rows)
         size = bucket(tokens)
-        self._fill(batch, size)
+        rows = next(rows for rows in row_counts(size) if rows >= wanted)
+        upload_into(self._fill(batch, size), self._indices)
         if states is not None and self._states is not None:
             self._states[:tokens] = states
-        all_wanted = len(batch.rows) == tokens
-        rows = None if all_wanted else upload(batch.rows, self._device)
-        if all_wanted or size <= LOGITS_OF_ALL:
-            logits, *others = self.graphs.run(size, lambda: self._pass(body, size, None))
-            logits = logits[:tokens].clone() if rows is None else logits[rows]
-        else:
-            logits, *others = self._pass(body, size, rows)
-        return logits, *(other[:tokens].clone() for other in others)
+        (logits, *others), how = self.graphs.run((size, rows), lambda: self._pass(body, size, rows))
+        return (logits[:wanted].clone(), *(other[:tokens].clone() for other in others)), how
 
-    def _pass(self, body: Body, size: int, rows: Tensor | None) -> Outputs:
-        columns = self._rows[:size, :_COLUMNS].T.contiguous()
-        token_ids, positions, slots, sequences, lengths, ends = columns
-        words = self._rows[:size, _COLUMNS:].unflatten(1, (-1, WORDS)).transpose(0, 1).contiguous()
+    def _layout(self, size: int) -> Layout:
+        return Layout.of(size, len(self._windows))
+
+    def _pass(self, body: Body, size: int, rows: int) -> Outputs:
+        from lm.cuda.attention import PaddedAttention, PaddedBatch  # Triton is not installed everywhere.
+
+        layout = self._layout(size)
+        sections = self._indices.tensor_split(layout.ends)
+        columns, words, sequences, queries = (
+            section.view(shape)
+            for section, shape in zip(
+                sections, (layout.columns, layout.words, layout.sequences, layout.queries), strict=False
+            )
+        )
+        token_ids, positions, slots, wanted = columns.long()
         by_window = dict(zip(self._windows, words, strict=True))
-        mask = TreeMask(sequences, positions, lengths, ends, by_window, self._entries, self._block_tokens)
-        context = FlexTreeAttention(mask, slots.long(), self._keys, self._values, self._flex)
+        batch = PaddedBatch(columns[1], slots, by_window, sequences, sections[4], queries)
+        context = PaddedAttention(batch, self._keys, self._values, self._block_tokens)
         states = None if self._states is None else self._states[:size]
-        return body(token_ids.long(), positions.long(), states, rows, context)
+        return body(token_ids, positions, states, wanted[:rows], context)
 
-    def _fill(self, batch: PackedBatch, size: int) -> None:
-        """Put a batch's indices in place, the rest being padding: one copy to the device, small ones on it."""
-        rows = self._token_rows(batch, size)
-        blocks, firsts = [], []
-        for index, span in enumerate(batch.spans):
-            used = -(-(span.cache.length + len(span.depths)) // self._block_tokens)
-            blocks.append(index * self._entries.shape[1] + np.asarray(span.cache.blocks[:used]))
-            firsts.append(np.arange(used) * self._block_tokens)
-        sent = upload(
-            np.concatenate([rows.ravel(), *blocks, *firsts], dtype=np.int32, casting="same_kind"), self._device
+    def _fill(self, batch: PackedBatch, size: int) -> NDArray[np.int32]:
+        """A batch's indices, padded: the sections of its `Layout`, then the table of blocks."""
+        layout, spans, tokens = self._layout(size), batch.spans, len(batch.token_ids)
+        starts, stops, lengths, entries = np.array([(s.start, s.stop, s.cache.length, len(s.depths)) for s in spans]).T
+        used = -(-(lengths + entries) // self._block_tokens)
+        tables = [span.cache.table[:count] for span, count in zip(spans, used.tolist(), strict=True)]
+        filled = np.zeros(layout.ends[-1] + int(used.sum()), np.int32)
+        parts = np.split(filled, layout.ends)
+        columns, words, sequences, queries = (
+            part.reshape(shape)
+            for part, shape in zip(
+                parts, (layout.columns, layout.words, layout.sequences, layout.queries), strict=False
+            )
         )
-        count = (len(sent) - rows.size) // 2
-        own, places, entries = sent.split((rows.size, count, count))
-        self._rows[:size] = own.view(size, -1)
-        self._entries[: len(batch.spans)] = FAR
-        self._entries.view(-1).index_copy_(0, places.long(), entries)
-
-    def _token_rows(self, batch: PackedBatch, size: int) -> NDArray[np.int32]:
-        """int32 [size, columns and words]."""
-        tokens, counts = len(batch.token_ids), [span.stop - span.start for span in batch.spans]
-        lengths = np.asarray([span.cache.length for span in batch.spans])
-        ends = lengths + [len(span.depths) for span in batch.spans]
-        rows = np.zeros((size, self._rows.shape[1]), np.int32)
-        rows[:, :_COLUMNS] = (0, 0, self._trash_slot, MOST_SEQUENCES, 0, 1)
-        owners = np.repeat(np.arange(len(batch.spans)), counts)
-        rows[:tokens, :_COLUMNS] = np.stack(
-            (batch.token_ids, batch.positions, batch.slots, owners, lengths[owners], ends[owners]), axis=1
-        )
-        for place, window in enumerate(self._windows):
-            first = _COLUMNS + place * WORDS
-            rows[:, first : first + WORDS] = _words(batch, size, window)
-        return rows
+        columns[:3, :tokens] = batch.token_ids, batch.positions, batch.slots
+        columns[2, tokens:] = self._trash_slot
+        columns[3, : len(batch.rows)] = batch.rows
+        for section, window in zip(words, self._windows, strict=True):
+            section[:tokens] = _words(batch, window)
+        sequences[: len(spans), 0], sequences[1 : len(spans), 1] = lengths, np.cumsum(used[:-1])
+        own = _query_blocks(starts, stops, lengths + entries)
+        queries[: len(own)] = own
+        padding = np.arange(tokens, size, QUERY_TOKENS)
+        queries[len(own) : len(own) + len(padding), 0] = padding
+        queries[len(own) : len(own) + len(padding), 1] = np.minimum(size - padding, QUERY_TOKENS)
+        np.concatenate(tables, out=parts[4])
+        return filled
 
 
-def bucket(tokens: int) -> int:
-    """The number of tokens to which a pass is padded."""
-    return next(size for size in BUCKETS if size >= tokens)
+def _query_blocks(starts: NDArray[np.int64], stops: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [query blocks, 4] of sequences with these tokens and entries in all, as `Layout.queries`.
+
+    Tokens 0 to 5 of a sequence with 100 committed ones: (0, 4, 0, 104) and (4, 2, 0, 106).
+    """
+    blocks = -(-(stops - starts) // QUERY_TOKENS)
+    owners = np.repeat(np.arange(len(blocks)), blocks)
+    place = np.arange(len(owners)) - np.repeat(np.cumsum(blocks) - blocks, blocks)
+    first = starts[owners] + QUERY_TOKENS * place
+    count = np.minimum(stops[owners] - first, QUERY_TOKENS)
+    return np.stack((first, count, owners, ends[owners] - stops[owners] + first + count), axis=1)
 
 
-def _words(batch: PackedBatch, size: int, window: int | None) -> NDArray[np.int32]:
-    """int32 [size, WORDS]: bit i is set if the token sees its sequence's i-th entry behind the committed ones."""
-    seen = np.zeros((size, WORDS * WORD_BITS), np.bool_)
-    seen[len(batch.token_ids) :, 0] = True
+def _words(batch: PackedBatch, window: int | None) -> NDArray[np.int32]:
+    """int32 [tokens, WORDS]: the tree as bits."""
+    seen = np.zeros((len(batch.token_ids), WORDS * WORD_BITS), np.bool_)
     for span in batch.spans:
         new, entries = span.visible.shape
         near = span.visible

@@ -5,23 +5,57 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.nn.attention.flex_attention
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+import tests.lm.interpreter  # noqa: F401  # Before the kernels.
+from lm.attention import AttentionOptions
 from lm.cpu import elementwise, native_attention
 from lm.cpu.native import library
+from lm.cuda import attention
 from lm.kv_cache import KVCache, SequenceCache
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from lm.passes import Passes
 
+KERNELS = attention.attend
 
-def pad_passes(passes: Passes) -> None:
-    """Run them padded on the CPU as well, uncompiled and uncaptured."""
+
+def pad_passes(passes: Passes, interpreted: bool = False) -> None:
+    """Run them padded on the CPU as well, uncaptured.
+
+    Attention is then by a plain twin of the kernels, or by their own source in Triton's interpreter, which is slow.
+    """
     passes.padded = True
-    # torch would compile the uncompiled kernel's steps one by one.
-    torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
+    attention.attend = KERNELS if interpreted else dense_attention
+
+
+def dense_attention(
+    batch: attention.PaddedBatch,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    block_tokens: int,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """What `lm.cuda.attention.attend` computes, from the same tensors, in float64."""
+    out = query.new_zeros(*query.shape[:2], values.shape[2])
+    group, words = query.shape[1] // keys.shape[1], batch.words[options.window]
+    for first, count, sequence, end in batch.queries.tolist():
+        length, place = batch.sequences[sequence].tolist()
+        entries, tokens = torch.arange(end), torch.arange(first, first + count if end else first)
+        slots = batch.table[place + entries // block_tokens] * block_tokens + entries % block_tokens
+        seen_keys, seen_values = (kept[slots].double().repeat_interleave(group, dim=1) for kept in (keys, values))
+        behind = (entries - length).clamp(0)
+        visible = words[tokens[:, None], behind // 32] >> behind % 32 & 1 == 1
+        horizon = batch.positions[tokens, None] - (options.window or attention.NO_WINDOW)
+        visible = torch.where(entries < length, entries > horizon, visible)
+        scores = torch.einsum("thd,shd->hts", query[tokens].double(), seen_keys) * options.scale
+        if options.softcap is not None:
+            scores = options.softcap * torch.tanh(scores / options.softcap)
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=2)
+        out[tokens] = torch.einsum("hts,shd->thd", weights, seen_values).to(out.dtype)
+    return out
 
 
 WAYS = [

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy.optimize import isotonic_regression
 
-from lm.cuda.static_pass import BUCKETS
+from lm.cuda.layout import BUCKETS
 from lm.kv_cache import KVCache
 from lm.model import LanguageModel
 from lm.packed import PackedSequence

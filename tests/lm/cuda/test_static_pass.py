@@ -1,4 +1,4 @@
-"""Padded passes: the same answers as packed ones, whatever the padding, and masks that list just what is seen."""
+"""Padded passes: the same answers as packed ones, whatever the padding."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from lm.cuda.flex_attention import FlexTreeAttention, TreeMask, tiles, visible
 from lm.cuda.graphs import Graphs
-from lm.cuda.static_pass import BUCKETS, LOGITS_OF_ALL, MOST_SEQUENCES, StaticPasses, bucket
-from lm.kv_cache import TILE_SLOTS, KVCache
+from lm.cuda.layout import BUCKETS, FEW_ROWS, MOST_SEQUENCES, Layout, bucket
+from lm.cuda.static_pass import StaticPasses, _query_blocks
+from lm.kv_cache import KVCache
 from lm.model import LanguageModel
 from lm.packed import PackedSequence, pack
 from tests.lm.helpers import fragmented, pad_passes, prefill, random_parents, random_tokens, reference_logits
@@ -46,18 +46,6 @@ def forget(packed: list[PackedSequence]) -> None:
         sequence.cache.scratch = 0
 
 
-def captured_mask(model: LanguageModel, cache: KVCache, packed: list[PackedSequence]) -> TreeMask:
-    """The mask of one padded pass over a batch."""
-    seen: list[FlexTreeAttention] = []
-
-    def body(token_ids, positions, states, rows, context):
-        seen.append(context)
-        return (torch.zeros(len(token_ids), 1),)
-
-    StaticPasses(cache, {None, 7}).run(body, pack(packed))
-    return seen[0]._mask
-
-
 def test_every_number_of_tokens_has_the_next_bucket() -> None:
     assert [bucket(n) for n in (1, 2, 3, 5, 17, 33, 500, 512)] == [1, 2, 4, 8, 24, 48, 512, 512]
 
@@ -80,6 +68,22 @@ def test_padded_equals_packed_and_no_padding_is_seen(padded: LanguageModel, size
     assert all(tensor.isfinite().all() for tensor in (*cache.keys, *cache.values))
 
 
+def test_query_blocks_hold_the_tokens_of_one_sequence_each() -> None:
+    starts, stops, ends = np.array([0, 6, 7]), np.array([6, 7, 15]), np.array([106, 31, 8])
+    expected = [(0, 4, 0, 104), (4, 2, 0, 106), (6, 1, 1, 31), (7, 4, 2, 4), (11, 4, 2, 8)]
+    assert _query_blocks(starts, stops, ends).tolist() == [list(each) for each in expected]
+
+
+@pytest.mark.parametrize("size", BUCKETS)
+def test_the_worst_batch_of_each_size_fits_its_query_blocks(size: int) -> None:
+    for sequences in {1, size // 5, size // 2, size - 1, size} - {0}:
+        counts = np.full(min(sequences, MOST_SEQUENCES), 1)
+        counts[0] += (size - counts.sum()) // 2
+        stops = np.cumsum(counts)
+        padding = -(-(size - stops[-1]) // 4)
+        assert len(_query_blocks(stops - counts, stops, stops)) + padding <= Layout.of(size, 1).queries[0]
+
+
 def test_buffers_are_refilled_for_every_pass(padded: LanguageModel) -> None:
     """Passes of many shapes in turn, whose sequences come and go, over the same tensors."""
     plain = LanguageModel.from_hf(tiny_llama(), tiny_tokenizer())
@@ -94,7 +98,7 @@ def test_buffers_are_refilled_for_every_pass(padded: LanguageModel) -> None:
         torch.testing.assert_close(results[0], results[1], **CLOSE)
 
 
-@pytest.mark.parametrize("prompt", [20, LOGITS_OF_ALL + 30])
+@pytest.mark.parametrize("prompt", [20, FEW_ROWS + 30])
 def test_only_wanted_rows_come_back(padded: LanguageModel, prompt: int) -> None:
     rng = np.random.default_rng(2)
     texts = [random_tokens(rng, prompt), random_tokens(rng, 9)]
@@ -112,10 +116,7 @@ def test_what_does_not_fit_is_packed(padded: LanguageModel) -> None:
     sequences = [cache.allocate(len(tokens)) for _ in range(2)]
     logits = padded.forward([PackedSequence(s, tokens, None, "last") for s in sequences], cache)
     torch.testing.assert_close(logits, reference_logits(padded.hf, tokens)[-1:].expand(2, -1), **CLOSE)
-    odd = padded.new_cache(96, 12)
-    assert not StaticPasses.serve(odd)
-    logits = padded.forward([PackedSequence(odd.allocate(20), tokens[:20], None, "last")], odd)
-    torch.testing.assert_close(logits, reference_logits(padded.hf, tokens[:20])[-1:], **CLOSE)
+    assert padded.passes.how == "packed"
 
 
 def test_outputs_are_not_overwritten_by_the_next_pass(padded: LanguageModel) -> None:
@@ -146,15 +147,15 @@ def test_features_are_those_of_a_packed_pass(padded: LanguageModel) -> None:
 def test_capturing_takes_every_size_that_fits_and_leaves_the_cache_idle(
     padded: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes: list[int] = []
-    monkeypatch.setattr(Graphs, "run", lambda self, size, body: (sizes.append(size), body())[1])
-    cache = padded.new_cache(64, 16)
+    sizes: list[object] = []
+    monkeypatch.setattr(Graphs, "run", lambda self, size, body: (sizes.append(size), (body(), "eager"))[1])
+    cache = padded.new_cache(96, 16)
     padded.capture(cache)
-    assert sizes == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    assert sizes == [(96, 64), (96, 96), *((size, size) for size in (64, 48, 32, 24, 16, 8, 4, 2, 1))]
     assert cache.used_blocks == 0
     plain = LanguageModel.from_hf(tiny_llama(), tiny_tokenizer())
     plain.capture(plain.new_cache(64, 16))
-    assert len(sizes) == 9, "packed passes are not captured"
+    assert len(sizes) == 11, "packed passes are not captured"
 
 
 def test_passes_end_with_their_cache(padded: LanguageModel) -> None:
@@ -164,53 +165,6 @@ def test_passes_end_with_their_cache(padded: LanguageModel) -> None:
     del cache
     gc.collect()
     assert len(padded.passes._static) == 0
-
-
-@pytest.mark.parametrize("window", [None, 7])
-def test_the_mask_is_what_packing_says(padded: LanguageModel, window: int | None) -> None:
-    cache = fragmented(padded, 1024)
-    packed = random_batch(padded, cache, 5, [5, 1, 20])
-    batch, group = pack(packed), 3
-    mask = captured_mask(padded, cache, packed)
-    size, slots = len(mask.sequences), len(cache.keys[0])
-    sees = visible(mask, window, group)
-    rows, columns = torch.arange(size * group)[:, None], torch.arange(slots)[None]
-    found = sees(torch.tensor(0), torch.tensor(0), rows, columns).view(size, group, slots)
-    assert (found == found[:, :1]).all()
-    expected = torch.zeros(size, slots, dtype=torch.bool)
-    expected[len(batch.token_ids) :, cache.trash_slot] = True
-    for span in batch.spans:
-        cached, new = span.cache, span.stop - span.start
-        positions = np.concatenate([np.arange(cached.length), cached.length + span.depths])
-        seen = np.concatenate([np.ones((new, cached.length), np.bool_), span.visible], axis=1)
-        if window is not None:
-            seen &= positions > positions[-new:, None] - window
-        for token in range(new):
-            expected[span.start + token, cached.slots(0, len(positions))[seen[token]]] = True
-    assert torch.equal(found[:, 0], expected)
-
-
-@pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("queries", [1, 4, 16])
-def test_tiles_cover_what_is_seen_once_and_little_else(padded: LanguageModel, window: int | None, queries: int) -> None:
-    cache = padded.new_cache(4096, 16)
-    packed = random_batch(padded, cache, 6, [5, 1, 20, 90])
-    mask = captured_mask(padded, cache, packed)
-    size, slots = len(mask.sequences), len(cache.keys[0])
-    found = visible(mask, window, 1)(
-        torch.tensor(0), torch.tensor(0), torch.arange(size)[:, None], torch.arange(slots)[None]
-    )
-    counts, indices = tiles(mask, window, queries)
-    assert len(counts) == -(-size // queries)
-    assert indices.shape[1] == slots // TILE_SLOTS
-    needed = found.unflatten(1, (-1, TILE_SLOTS)).any(-1)
-    for block, (count, listed) in enumerate(zip(counts.tolist(), indices.tolist(), strict=True)):
-        held = listed[:count]
-        assert held == sorted(set(held))
-        seen = needed[block * queries : (block + 1) * queries].any(0).nonzero()[:, 0].tolist()
-        assert set(seen) <= set(held)
-        assert len(held) <= len(seen) + 2 * (block + 1)
-    assert counts.max() < slots // TILE_SLOTS, "a sequence's tokens do not read the whole store"
 
 
 @pytest.mark.parametrize("wanted", ["all", "last"])

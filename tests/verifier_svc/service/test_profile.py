@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lm.cuda.static_pass import BUCKETS, bucket
+from lm.cuda.layout import BUCKETS, bucket
 from lm.model import LanguageModel
 from tests.lm.helpers import pad_passes
 from tests.lm.tiny import tiny_llama, tiny_tokenizer

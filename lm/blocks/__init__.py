@@ -1,0 +1,1 @@
+"""Which blocks of the KV cache are free, and which hold known tokens."""

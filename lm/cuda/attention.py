@@ -1,0 +1,124 @@
+"""Tree attention of one padded pass: two launches a layer, whose grids only the padded number of tokens decides."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from lm.attention import AttentionOptions
+from lm.cuda.attention_kernels import attend_split, combine_splits
+from lm.cuda.layout import QUERY_TOKENS, WORDS
+
+LEAST_ROWS = 16
+SPLITS = 16
+"""Most splits of a context: with 8 key/value heads they occupy the 132 multiprocessors of an H100 at one sequence."""
+LEAST_TILES = 4
+"""Tiles of a split, at least: the second stage reads a result per split, which is to be little beside them."""
+TILE_BYTES = 16 << 10
+"""Of the keys of a tile."""
+MANY_BYTES = 16 << 10
+"""Of a query block: with more, twice as many warps keep its sums in registers."""
+NO_WINDOW = 1 << 30
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """What attention has to know of a padded pass: int32 tensors on the device.
+
+    Attributes:
+        positions: [tokens].
+        slots: int64 [tokens], where the new keys and values go.
+        words: by window, [tokens, words]: bit i is set if the token sees entry `length + i` of its sequence.
+        sequences: [sequences, 2]: committed tokens, and the place of its first block in `table`.
+        table: the sequences' blocks, one sequence behind the other.
+        queries: [query blocks, 4]: first token, number of tokens, sequence, and entries that its last token may see (0
+            for padding).
+    """
+
+    positions: Tensor
+    slots: Tensor
+    words: dict[int | None, Tensor]
+    sequences: Tensor
+    table: Tensor
+    queries: Tensor
+
+
+class PaddedAttention:
+    """The `AttentionContext` of one padded pass."""
+
+    def __init__(self, batch: PaddedBatch, keys: list[Tensor], values: list[Tensor], block_tokens: int) -> None:
+        """`keys` and `values`: the store, by layer, each [slots, kv_heads, dim]."""
+        self._batch, self._keys, self._values, self._block_tokens = batch, keys, values, block_tokens
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        keys, values = self._keys[layer], self._values[layer]
+        keys.index_copy_(0, self._batch.slots, key)
+        values.index_copy_(0, self._batch.slots, value)
+        return attend(self._batch, query, keys, values, self._block_tokens, options)
+
+
+def attend(
+    batch: PaddedBatch, query: Tensor, keys: Tensor, values: Tensor, block_tokens: int, options: AttentionOptions
+) -> Tensor:
+    """query [tokens, heads, key_dim], keys and values [slots, kv_heads, dim] -> [tokens, heads, value_dim]."""
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    tokens, heads, key_dim = query.shape
+    kv_heads, value_dim = values.shape[1:]
+    words, window = batch.words[options.window], options.window or NO_WINDOW
+    constants = kernel_constants(
+        heads // kv_heads, key_dim, value_dim, query.element_size(), block_tokens, options.softcap is not None
+    )
+    mixed = torch.empty(tokens, heads, SPLITS, value_dim, dtype=torch.float32, device=query.device)
+    sums = torch.empty(tokens, heads, SPLITS, 2, dtype=torch.float32, device=query.device)
+    out = query.new_empty(tokens, heads, value_dim)
+    blocks = len(batch.queries)
+    attend_split[(blocks, kv_heads, SPLITS)](
+        query, keys, values, words, batch.positions, batch.table, batch.sequences, batch.queries, mixed, sums,
+        query.stride(0), query.stride(1), keys.stride(0), values.stride(0), heads, window, options.scale,
+        options.softcap or 0.0, **_taken(attend_split, constants),
+    )  # fmt: skip
+    combine_splits[(blocks * QUERY_TOKENS, heads)](
+        mixed, sums, out, batch.positions, batch.sequences, batch.queries, heads, window,
+        **_taken(combine_splits, constants),
+    )  # fmt: skip
+    return out
+
+
+@functools.cache
+def kernel_constants(
+    group: int, key_dim: int, value_dim: int, element_bytes: int, block_tokens: int, capped: bool
+) -> dict[str, int]:
+    """What the kernels are compiled for, and how they are run."""
+    rows, key_pad, value_pad = (
+        max(LEAST_ROWS, triton.next_power_of_2(size)) for size in (QUERY_TOKENS * group, key_dim, value_dim)
+    )
+    row_bytes = max(key_pad, value_pad) * element_bytes
+    return {
+        "GROUP": group,
+        "ROWS": rows,
+        "KEY_DIM": key_dim,
+        "VALUE_DIM": value_dim,
+        "KEY_PAD": key_pad,
+        "VALUE_PAD": value_pad,
+        "BLOCK_TOKENS": block_tokens,
+        # Two stages of keys and values then fit the 99 KiB of shared memory that every GPU since sm_80 has.
+        "TILE": max(16, min(64, TILE_BYTES // row_bytes)),
+        "SPLITS": SPLITS,
+        "LEAST_TILES": LEAST_TILES,
+        "QUERY_TOKENS": QUERY_TOKENS,
+        "WORDS": WORDS,
+        "CAPPED": capped,
+        "num_warps": 8 if rows * row_bytes > MANY_BYTES else 4,
+        "num_stages": 2,
+    }
+
+
+def _taken(kernel: Any, constants: dict[str, int]) -> dict[str, int]:
+    """What one of the kernels takes of them."""
+    return {name: value for name, value in constants.items() if name in kernel.arg_names or name.startswith("num_")}

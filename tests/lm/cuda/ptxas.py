@@ -1,0 +1,75 @@
+"""What ptxas makes of our kernels, without a GPU: `python -m tests.lm.cuda.ptxas` prints a line of JSON a kernel.
+
+Runs in a process of its own, since Triton either compiles or interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from lm.cuda.attention import kernel_constants
+from lm.cuda.attention_kernels import attend_split, combine_splits
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+POINTERS = {"mixed": "fp32", "sums": "fp32", "words": "i32", "positions": "i32", "table": "i32", "sequences": "i32"}
+POINTERS |= {"queries": "i32"}
+"""Element types of pointers; others point to numbers of the model's type."""
+ALIGNED = ("_ptr", "_stride")
+
+ATTENTION = {  # (group, head dimension, type, tokens of a block, architectures)
+    "llama-3, qwen3": (4, 128, "bf16", 128, (80, 89, 90)),
+    "head 256": (8, 256, "bf16", 128, (80, 89, 90)),
+    "head 256, float32": (8, 256, "fp32", 128, (89,)),
+    "small blocks": (3, 80, "bf16", 16, (90,)),
+    "group 4, head 256, float32": (4, 256, "fp32", 128, (89,)),
+    "head 64": (1, 64, "bf16", 128, (89,)),
+}
+
+
+def main() -> None:
+    for name, (group, dim, dtype, block_tokens, architectures) in ATTENTION.items():
+        constants = kernel_constants(group, dim, dim, {"bf16": 2, "fp32": 4}[dtype], block_tokens, capped=False)
+        for architecture in architectures:
+            for kernel in (attend_split, combine_splits):
+                compiled = _compiled(kernel, dtype, constants, architecture)
+                print(json.dumps({"name": name, "architecture": architecture, **_use(compiled)}), flush=True)
+
+
+def _compiled(kernel: Any, dtype: str, constants: dict[str, Any], architecture: int) -> CompiledKernel:
+    names = kernel.arg_names
+    own = {name: value for name, value in constants.items() if name in names}
+    types = {name: "constexpr" if name in own else _type(name, dtype) for name in names}
+    aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name.endswith(ALIGNED)}
+    source = ASTSource(kernel, types, own, aligned)
+    options = {name: constants[name] for name in ("num_warps", "num_stages")}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def _type(name: str, dtype: str) -> str:
+    stem, pointer, _ = name.partition("_ptr")
+    if pointer:
+        return "*" + POINTERS.get(stem, dtype)
+    return "fp32" if name in ("scale", "softcap") else "i32"
+
+
+def _use(compiled: CompiledKernel) -> dict[str, Any]:
+    """Registers and bytes; what does not fit into registers is spilled to the stack or to local memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        shown = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    found = {part: int(number) for part, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown)}
+    return {"kernel": compiled.metadata.name, "shared_bytes": compiled.metadata.shared, **found}
+
+
+if __name__ == "__main__":
+    main()
