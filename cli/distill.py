@@ -28,7 +28,6 @@ def distill(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the texts.")] = 8,
     batch_tokens: Annotated[int, typer.Option(min=64, help="Tokens of a training step; a GPU likes more.")] = 2048,
     draft_vocab: Annotated[int, typer.Option(min=16, help="Tokens that the head can propose.")] = 8192,
-    layers: Annotated[int, typer.Option(min=1, max=8, help="Decoder layers of the head.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="One seed, one result.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")] = 0,
@@ -50,7 +49,7 @@ def distill(
     config = ModelConfig.model_validate({"model": target, "device": device, "threads": threads or os.cpu_count()})
     model = LanguageModel.load(config)
     training = TrainingPlan(epochs=epochs, batch_tokens=batch_tokens, seed=seed)
-    recipe = Recipe(default_feature_layers(model), texts, max_tokens, slots, draft_vocab, layers, training)
+    recipe = Recipe(default_feature_layers(model), texts, max_tokens, slots, draft_vocab, training)
     with Bar("texts", texts) as bar:
         write_texts(model, recipe, turns, out, lambda count, tokens: bar.show(count, tokens))
     del model  # its place is needed for the training

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.batches import Corpus
 from distill.corpus import CorpusMeta, CorpusWriter
 from distill.trainer import HeldOut, Progress, Trainer, TrainingPlan
 from distill.writer import Writer
+from lm.checkpoints.eagle3 import EAGLE_ROPE_THETA, HeadConfig
 from lm.device import torch_device
-from lm.draft_head import HeadConfig, HeadModule, load_plain, save_head, shared_layers
+from lm.draft_head import HeadModule, load_plain, save_head, shared_layers
 from lm.features import FeatureTap
 from lm.model import LanguageModel
-from lm.store import load_tokenizer, model_name, resolve_model, vocabulary_sha256
+from lm.store import load_tokenizer, resolve_model, vocabulary_sha256
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
 
@@ -33,7 +35,7 @@ class Recipe:
     """All that decides what comes out.
 
     Attributes:
-        feature_layers: target layers that the head reads besides the final states.
+        feature_layers: 0-based target layers whose output the head reads, besides that of the last one.
         texts: how many the target writes.
         max_tokens: longest text, template included.
         slots: texts written at a time.
@@ -45,7 +47,6 @@ class Recipe:
     max_tokens: int = 320
     slots: int = 96
     draft_vocab_size: int = 8192
-    layers: int = 1
     training: TrainingPlan = field(default_factory=TrainingPlan)
 
 
@@ -83,7 +84,8 @@ def write_texts(
     missing = [index for index in range(recipe.texts) if index not in corpus.done]
     if not missing:
         return
-    tap = FeatureTap(model.hf, recipe.feature_layers)
+    boundaries = [layer + 1 for layer in recipe.feature_layers]
+    tap = FeatureTap(model.hf, (*boundaries, len(model.layers) + 1))
     writer = Writer(model, tap, recipe.slots, recipe.max_tokens, recipe.training.seed)
     turns = [model.tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     texts, tokens = len(corpus.done), corpus.tokens
@@ -114,47 +116,59 @@ def train_head(
     draft_ids = corpus.frequent_tokens(recipe.draft_vocab_size, embedding.num_embeddings)
     _, output = shared_layers(hf, draft_ids)
     vocabulary = vocabulary_sha256(load_tokenizer(resolve_model(target.model)))
-    module = initial_module(hf, head_config(hf, model_name(target.model), vocabulary, recipe))
-    trainer = Trainer(
-        module, embedding.weight.detach(), output.weight.detach(), corpus, recipe.training, folder / CHECKPOINT
-    )
+    final_norm = final_norm_of(hf)
+    module = initial_module(head_config(hf, vocabulary, recipe), final_norm)
+    weights = (embedding.weight.detach(), output.weight.detach(), final_norm)
+    trainer = Trainer(module, *weights, corpus, recipe.training, folder / CHECKPOINT)
     held_out = trainer.run(on_progress)
-    save_head(folder, module, draft_ids)
+    save_head(folder, module, output.weight, draft_ids)
     return held_out
 
 
-def head_config(hf: PreTrainedModel, name: str, vocabulary: str, recipe: Recipe) -> HeadConfig:
+def head_config(hf: PreTrainedModel, vocabulary: str, recipe: Recipe) -> HeadConfig:
     """A head of the target's own proportions."""
     config = hf.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     return HeadConfig(
-        target=name,
-        vocabulary_sha256=vocabulary,
-        feature_layers=recipe.feature_layers,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
-        layers=recipe.layers,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        rope_theta=rope.get("rope_theta", 10_000.0),
+        head_dim=config.hidden_size // config.num_attention_heads,
         norm_eps=getattr(config, "rms_norm_eps", 1e-6),
+        rope={"rope_type": "default", "rope_theta": rope.get("rope_theta", EAGLE_ROPE_THETA)},
+        feature_layers=(*(layer + 1 for layer in recipe.feature_layers), config.num_hidden_layers),
+        target_hidden_size=config.hidden_size,
+        target_vocab_size=config.vocab_size,
         draft_vocab_size=recipe.draft_vocab_size,
+        norm_before_residual=True,
+        fc_norm=True,
+        vocabulary_sha256=vocabulary,
     )
 
 
 @torch.no_grad()
-def initial_module(hf: PreTrainedModel, config: HeadConfig) -> HeadModule:
-    """A head that at first hands the final states through: its layers add nothing yet, and its output norm is the
-    target's own."""
-    module = HeadModule(config).to(hf.device)
-    layers: Any = module.body.layers
-    for layer in layers:
-        layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.down_proj.weight.zero_()
+def final_norm_of(hf: PreTrainedModel) -> Tensor:
+    """What the target's final norm multiplies by [hidden].
+
+    Raises:
+        ConfigError: it has no such norm, or it does more than multiply.
+    """
     norm: Any = getattr(hf.base_model, "norm", None)
-    if norm is not None and norm.weight.shape == module.body.norm.weight.shape:
-        module.body.norm.weight.copy_(norm.weight)
-    for linear in (module.project, module.join):
-        linear.weight.mul_(INITIAL_SCALE)
-        linear.weight[:, -config.hidden_size :] += torch.eye(config.hidden_size, device=hf.device)
+    if norm is None or getattr(norm, "bias", None) is not None:
+        raise ConfigError(f"no head can be made for {type(hf).__name__}: its final norm is no RMSNorm")
+    ones = torch.ones(hf.config.get_text_config().hidden_size, device=hf.device, dtype=norm.weight.dtype)
+    return norm(ones)
+
+
+@torch.no_grad()
+def initial_module(config: HeadConfig, final_norm: Tensor) -> HeadModule:
+    """A head that at first hands the final states through: its layer adds nothing yet, its norm is the target's own."""
+    module = HeadModule(config).to(final_norm.device)
+    layer: Any = module.layers[0]
+    layer.self_attn.o_proj.weight.zero_()
+    layer.mlp.down_proj.weight.zero_()
+    module.norm.weight.copy_(final_norm)
+    module.fc.weight.mul_(INITIAL_SCALE)
+    module.fc.weight[:, -config.hidden_size :] += torch.eye(config.hidden_size, device=final_norm.device)
     return module

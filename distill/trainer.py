@@ -80,6 +80,7 @@ class Trainer:
         module: initialised; trained in place.
         embedding: the target's [vocab, hidden].
         output: the target's output rows of the draft vocabulary.
+        final_norm: what the target's final norm multiplies by [hidden].
         checkpoint: where the state is kept; an existing one is gone on from.
     """
 
@@ -88,12 +89,13 @@ class Trainer:
         module: HeadModule,
         embedding: Tensor,
         output: Tensor,
+        final_norm: Tensor,
         corpus: Corpus,
         plan: TrainingPlan,
         checkpoint: Path,
     ) -> None:
         self.module, self.plan, self.corpus = module, plan, corpus
-        self._embedding, self._output = embedding, output
+        self._target = (embedding, output, final_norm)
         self._device = embedding.device
         self._checkpoint = checkpoint
         matrices = [weight for weight in module.parameters() if weight.ndim >= 2]
@@ -157,7 +159,7 @@ class Trainer:
 
     def _unroll(self, batch: TrainingBatch, depth: int, *, measure: bool) -> list[Round]:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=multiplies_bfloat16(self._device)):
-            return unroll(self.module, self._embedding, self._output, batch.to(self._device), depth, measure=measure)
+            return unroll(self.module, *self._target, batch.to(self._device), depth, measure=measure)
 
     def _save(self) -> None:
         part = self._checkpoint.with_suffix(".tmp")

@@ -70,13 +70,21 @@ class Round:
 
 
 def unroll(
-    module: HeadModule, embedding: Tensor, output: Tensor, batch: TrainingBatch, depth: int, *, measure: bool
+    module: HeadModule,
+    embedding: Tensor,
+    output: Tensor,
+    final_norm: Tensor,
+    batch: TrainingBatch,
+    depth: int,
+    *,
+    measure: bool,
 ) -> list[Round]:
     """Run `depth` rounds over a batch.
 
     Args:
         embedding: the target's [vocab, hidden].
         output: the target's output rows of the draft vocabulary [draft_vocab, hidden].
+        final_norm: what the target's final norm multiplies by [hidden].
         measure: compute top1 and top4 (they are NaN otherwise).
     """
     size = module.config.hidden_size
@@ -85,14 +93,16 @@ def unroll(
     positions = torch.arange(tokens, device=inputs.device).repeat(texts)[None]
     features = batch.features.to(output.dtype)
     teacher = F.linear(features[:, 1:, -size:].reshape(-1, size), output)
-    states = module.states(features[:, :-1]).reshape(1, texts * tokens, size)
+    # The head reads the last layer's states before the final norm, up to a factor that its own norm takes away.
+    read = torch.cat((features[..., :-size], features[..., -size:] / final_norm), dim=-1)
+    states = module.states(read[:, :-1]).reshape(1, texts * tokens, size)
     attention = UnrolledAttention(texts, tokens)
     rounds = []
     for number in range(depth):
-        out = module(inputs, states, positions, attention)
+        out, final = module(inputs, states, positions, attention)
         counts = batch.counts[:, 1:].clone()
         counts[:, :number] = False
-        rounds.append(_score(out[0], output, teacher, counts.reshape(-1), measure))
+        rounds.append(_score(final[0], output, teacher, counts.reshape(-1), measure))
         states = F.pad(out.view(texts, tokens, size)[:, :-1], (0, 0, 1, 0)).reshape(1, -1, size)
     return rounds
 

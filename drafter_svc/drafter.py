@@ -17,7 +17,7 @@ from drafter_svc.proposer import GrowingTree, Proposer
 from drafter_svc.sessions import SessionStore
 from lm.draft_head import DraftHead
 from lm.model import LanguageModel
-from lm.store import DEFAULT_NAME
+from lm.store import DEFAULT_NAME, resolve_head
 from lm.store import vocabulary_sha256 as sha256_of
 from planner.policies import parse_policy
 from treeline.config import DEFAULT_MODEL, DrafterConfig, LimitsConfig, ModelConfig
@@ -196,7 +196,7 @@ def find_head(config: DrafterConfig, target: ModelConfig) -> Path | None:
     if config.kind != "auto" and "head" not in config.kind:
         return None
     if config.head is not None:
-        return config.head
+        return resolve_head(str(config.head))
     if target.model == DEFAULT_MODEL and DEFAULT_HEAD.is_dir():
         return DEFAULT_HEAD
     if config.kind == "auto":
@@ -216,7 +216,7 @@ def _build_model(config: DrafterConfig, limits: LimitsConfig) -> tuple[DrafterIn
 def _build_head(
     folder: Path, config: DrafterConfig, target: ModelConfig, limits: LimitsConfig
 ) -> tuple[DrafterInfo, LayeredProposer]:
-    head = DraftHead.load(folder, target)
+    head = DraftHead.load(folder, target, tuple(config.head_layers or ()))
     cache = head.new_cache(config.kv_cache_tokens, KV_BLOCK_TOKENS)
     head.capture(cache)
     features = FeatureSpec(head.config.feature_layers, head.config.feature_width)

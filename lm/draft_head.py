@@ -1,111 +1,126 @@
-"""A draft head: one or few decoder layers that read a target's hidden states and guess the token after the next.
+"""A draft head (EAGLE-3): a decoder layer that reads a target's hidden states and guesses the token after the next.
 
 At every token it sees the token's embedding and the target's features of the token *before* (EAGLE, arXiv 2401.15077;
 features of several layers: EAGLE-3, arXiv 2503.01840). Below the root there are no such features yet: a draft token
-takes the head's own output at its parent in their place. Embedding and output rows are the target's own; the output
-covers only the tokens that the target writes most.
+takes the head's own state at its parent in their place.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from lm.attention import CONTEXT, IMPLEMENTATION, AttentionContext
+from lm.checkpoints.eagle3 import HeadConfig, check_tensors, pop_draft_ids, read_config, read_tensors, write_head
 from lm.cpu.elementwise import TORCH, elementwise_for
 from lm.cpu.packed_linear import pack_linear_layers
 from lm.cuda.graphs import Outputs
 from lm.cuda.layout import BUCKETS
-from lm.device import torch_dtype
+from lm.device import torch_device, torch_dtype
 from lm.kv_cache import KVCache, LayerShape
-from lm.layers.fuse import fuse_layers
-from lm.model import torch_device
+from lm.layers.fused import ComplexRotary, FusedLayer
 from lm.packed import PackedSequence
 from lm.passes import Passes
 from lm.sampling import Row, top_drafts
-from lm.store import one_line, progress_bars, resolve_model
+from lm.store import load_tokenizer, one_line, progress_bars, resolve_model, vocabulary_sha256
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
 
-CONFIG_FILE, WEIGHTS_FILE = "head.json", "head.safetensors"
-
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """What a head is made for, and its shape.
-
-    Attributes:
-        target: name of the target, for people.
-        vocabulary_sha256: of the target's tokenizer.
-        feature_layers: 0-based target layers whose output it reads, besides the final normed states.
-    """
-
-    target: str
-    vocabulary_sha256: str
-    feature_layers: tuple[int, ...]
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    rope_theta: float
-    norm_eps: float
-    draft_vocab_size: int
-
-    @property
-    def feature_width(self) -> int:
-        return self.hidden_size * (len(self.feature_layers) + 1)
+EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
 
 
 class HeadModule(nn.Module):
-    """The trained part. Embedding and output rows come from outside."""
+    """The trained part, its tensors named as in the speculators packaging. Embedding and output rows are apart."""
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
-        size = config.hidden_size
-        parts = config.feature_width // size
-        self.feature_norms = nn.ModuleList(LlamaRMSNorm(size, config.norm_eps) for _ in range(parts))
-        self.project = nn.Linear(config.feature_width, size, bias=False)
-        self.token_norm = LlamaRMSNorm(size, config.norm_eps)
-        self.state_norm = LlamaRMSNorm(size, config.norm_eps)
-        self.join = nn.Linear(2 * size, size, bias=False)
-        llama = LlamaConfig(
+        size, width, count = config.hidden_size, config.target_hidden_size, len(config.feature_layers)
+        eps = config.norm_eps
+        self.input_norm = LlamaRMSNorm(count * width, eps) if config.norm_before_fc else None
+        self.fc_norm = nn.ModuleList(LlamaRMSNorm(width, eps) for _ in range(count)) if config.fc_norm else None
+        self.fc = nn.Linear(count * width, size, bias=False)
+        shape = (Qwen3Config if config.qk_norm else LlamaConfig)(
             vocab_size=1,
             bos_token_id=None,
             eos_token_id=None,
             hidden_size=size,
             intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.layers,
+            num_hidden_layers=1,
             num_attention_heads=config.heads,
             num_key_value_heads=config.kv_heads,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            head_dim=config.head_dim,
+            rms_norm_eps=eps,
+            rope_parameters=config.rope,
         )
-        llama._attn_implementation = IMPLEMENTATION
-        self.body = LlamaModel(llama)
-        self.body.embed_tokens = None  # type: ignore[assignment]
+        shape._attn_implementation = IMPLEMENTATION
+        layer: Any = (Qwen3DecoderLayer if config.qk_norm else LlamaDecoderLayer)(shape, 0)  # type: ignore[arg-type]
+        layer.hidden_norm = LlamaRMSNorm(size, eps)
+        if config.joined:
+            self.join_norm, self.join = LlamaRMSNorm(size, eps), nn.Linear(2 * size, size, bias=False)
+        else:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                wide = nn.Linear(2 * size, getattr(layer.self_attn, name).out_features, bias=False)
+                setattr(layer.self_attn, name, wide)
+        self.layers = nn.ModuleList([layer])
+        self.norm = LlamaRMSNorm(size, eps)
+        self.rotary_emb: nn.Module = LlamaRotaryEmbedding(shape)  # type: ignore[arg-type]
 
     def states(self, features: Tensor) -> Tensor:
-        """What stands for the head's own output where the target's features [n, width] are known: [n, hidden]."""
-        parts = features.split(self.config.hidden_size, dim=-1)
-        normed = [_norm(part, norm) for norm, part in zip(self.feature_norms, parts, strict=True)]
-        return self.project(torch.cat(normed, dim=-1))
+        """What stands for the head's own state where the target's features [n, width] are known: [n, hidden]."""
+        if self.input_norm is not None:
+            features = _norm(features, self.input_norm)
+        if self.fc_norm is not None:
+            parts = features.split(self.config.target_hidden_size, dim=-1)
+            features = torch.cat([_norm(part, norm) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return self.fc(features)
 
-    def forward(self, embedded: Tensor, states: Tensor, positions: Tensor, context: Any) -> Tensor:
-        """Output states [1, n, hidden], normed, of tokens with these embeddings and states [1, n, hidden]."""
-        joined = self.join(torch.cat((_norm(embedded, self.token_norm), _norm(states, self.state_norm)), dim=-1))
-        return self.body(
-            inputs_embeds=joined, position_ids=positions, use_cache=False, **{CONTEXT: context}
-        ).last_hidden_state
+    def forward(self, embedded: Tensor, states: Tensor, positions: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        """One draft step of tokens with these embeddings and states [1, n, hidden].
+
+        Returns:
+            The states for their children, and what the output rows are multiplied by; both [1, n, hidden].
+        """
+        config = self.config
+        layer: Any = self.layers[0]
+        input_norm = layer.input_norm if isinstance(layer, FusedLayer) else layer.input_layernorm
+        turns = self.rotary_emb(states, positions)
+        normed = _norm(states, layer.hidden_norm)
+        if config.joined:
+            residual = self.join(torch.cat((_norm(embedded, self.join_norm), normed), dim=-1))
+            inputs = _norm(residual, input_norm)
+        else:
+            residual = normed if config.norm_before_residual else states
+            inputs = torch.cat((_norm(embedded, input_norm), normed), dim=-1)
+        out = _mixed(layer, inputs, residual, turns, context)
+        final = _norm(out, self.norm)
+        return final if config.norm_output else out, final
+
+    def fuse(self) -> None:
+        """Take the leaner layer, for inference."""
+        layer: Any = self.layers[0]
+        if not self.config.qk_norm:
+            self.layers[0] = FusedLayer(layer, None)
+            self.layers[0].hidden_norm = layer.hidden_norm
+            self.rotary_emb = ComplexRotary(self.rotary_emb)
+
+
+def _mixed(layer: Any, inputs: Tensor, residual: Tensor, turns: Any, context: Any) -> Tensor:
+    """Attention over `inputs` and the feed-forward part of a layer, each added to what comes in."""
+    if isinstance(layer, FusedLayer):
+        return layer.mix(inputs, residual, turns, context)
+    attended, _ = layer.self_attn(inputs, position_embeddings=turns, attention_mask=None, **{CONTEXT: context})
+    hidden = residual + attended
+    return hidden + layer.mlp(_norm(hidden, layer.post_attention_layernorm))
 
 
 def _norm(hidden: Tensor, norm: nn.Module) -> Tensor:
@@ -125,41 +140,34 @@ class DraftHead:
     def __init__(
         self, name: str, module: HeadModule, embedding: nn.Embedding, output: nn.Module, draft_ids: Tensor
     ) -> None:
-        """`output`: the target's output rows of `draft_ids`."""
+        """`output`: the output rows of `draft_ids`."""
         self.name, self.config = name, module.config
         self.device, self.dtype = embedding.weight.device, embedding.weight.dtype
         self.draft_ids = draft_ids.to(self.device)
         self._module, self._embedding, self._output = module.eval(), embedding, output
         config = module.config
-        head_dim = config.hidden_size // config.heads
-        self.layers = [LayerShape(config.kv_heads, head_dim, head_dim)] * config.layers
+        self.layers = [LayerShape(config.kv_heads, config.head_dim, config.head_dim)]
         states = torch.zeros(BUCKETS[-1], config.hidden_size, dtype=self.dtype, device=self.device)
         self.passes = Passes({None}, self.device, states)
 
     @classmethod
-    def load(cls, folder: Path, target: ModelConfig) -> DraftHead:
-        """Read a head, and the embedding and output rows of its target.
+    def load(cls, folder: Path, target: ModelConfig, feature_layers: tuple[int, ...] = ()) -> DraftHead:
+        """Read a head, and from its target the rows it lacks.
+
+        Args:
+            feature_layers: take the place of those that the head's config.json names, if there are any.
 
         Raises:
             ConfigError: one of them cannot be read, or they do not belong together.
         """
-        if not (folder / CONFIG_FILE).is_file():
-            raise ConfigError(f"no draft head in {folder}: {CONFIG_FILE} is missing")
+        model = resolve_model(target.model)
         try:
-            described = json.loads((folder / CONFIG_FILE).read_text())
-            config = HeadConfig(**described | {"feature_layers": tuple(described["feature_layers"])})
-            weights = load_file(folder / WEIGHTS_FILE)
-            draft_ids = weights.pop("draft_ids")
-            module = HeadModule(config)
-            module.load_state_dict(weights)
-            embedding, output = shared_layers(load_plain(target), draft_ids)
+            module, embedding, output, draft_ids = _read(folder, model, feature_layers)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
             raise ConfigError(f"cannot load the draft head {folder}: {one_line(error)}") from error
-        if embedding.embedding_dim != config.hidden_size or embedding.num_embeddings <= int(draft_ids.max()):
-            raise ConfigError(f"the draft head {folder} was made for {config.target}, not for {target.model}")
-        fuse_layers(module.body)
-        parts = nn.ModuleDict({"module": module, "output": output, "embedding": embedding})
-        parts.to(torch_device(target.device), embedding.weight.dtype)
+        module.fuse()
+        parts = nn.ModuleDict({"module": module, "output": _linear(output), "embedding": embedding})
+        parts.to(torch_device(target.device), torch_dtype(target, model))
         pack_linear_layers(parts, "int8")  # A guess needs no exact weights.
         return cls(folder.name, module, embedding, parts["output"], draft_ids)
 
@@ -217,8 +225,8 @@ class DraftHead:
     ) -> Outputs:
         """The `Body` of its passes: logits and output states."""
         assert states is not None
-        out = self._module(self._embedding(token_ids)[None], states[None], positions[None], context)[0]
-        return self._output(out if rows is None else out[rows]), out
+        out, final = self._module(self._embedding(token_ids)[None], states[None], positions[None], context)
+        return self._output(final[0] if rows is None else final[0][rows]), out[0]
 
 
 def load_plain(target: ModelConfig) -> PreTrainedModel:
@@ -242,16 +250,60 @@ def shared_layers(hf: PreTrainedModel, draft_ids: Tensor) -> tuple[nn.Embedding,
     """The target's embedding, and the rows of its output head for `draft_ids`, frozen."""
     embedding: Any = hf.get_input_embeddings()
     full: Any = hf.get_output_embeddings()
-    output = nn.Linear(full.in_features, len(draft_ids), bias=False, device=full.weight.device, dtype=full.weight.dtype)
-    output.weight = nn.Parameter(full.weight.detach()[draft_ids], requires_grad=False)
-    return embedding.requires_grad_(False), output
+    return embedding.requires_grad_(False), _linear(full.weight.detach()[draft_ids])
 
 
-def save_head(folder: Path, module: HeadModule, draft_ids: Tensor) -> None:
-    """Write a head in bfloat16."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: weight.detach().to(torch.bfloat16).contiguous().cpu() for name, weight in module.state_dict().items()
-    }
-    save_file(weights | {"draft_ids": draft_ids.cpu()}, folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(json.dumps(asdict(module.config), indent=2) + "\n")
+def _read(
+    folder: Path, model: Path, feature_layers: tuple[int, ...]
+) -> tuple[HeadModule, nn.Embedding, Tensor, Tensor]:
+    """A head's trained part, embedding, output rows, and the target's token of each of these."""
+    target = AutoConfig.from_pretrained(model, local_files_only=True).get_text_config()
+    config, tensors = read_config(folder, target.num_hidden_layers, feature_layers), read_tensors(folder)
+    if (config.target_hidden_size, config.target_vocab_size) != (target.hidden_size, target.vocab_size):
+        raise ConfigError(
+            f"the draft head {folder} is for a target of hidden size {config.target_hidden_size} and "
+            f"{config.target_vocab_size} tokens, not for {model.name} ({target.hidden_size}, {target.vocab_size})"
+        )
+    draft_ids = pop_draft_ids(folder, tensors, config)
+    with torch.device("meta"):
+        wanted = HeadModule(config).state_dict()
+        wanted |= {OUTPUT: torch.empty(config.draft_vocab_size, config.hidden_size)}
+        wanted |= {EMBEDDING: torch.empty(config.target_vocab_size, config.hidden_size)}
+    if EMBEDDING not in tensors:
+        tensors[EMBEDDING] = _target_weight(model, PreTrainedModel.get_input_embeddings)
+    if OUTPUT not in tensors and (config.joined or config.draft_vocab_size == config.target_vocab_size):
+        tensors[OUTPUT] = _target_weight(model, PreTrainedModel.get_output_embeddings)[draft_ids]
+    check_tensors(folder, tensors, wanted)
+    embedding = nn.Embedding.from_pretrained(tensors.pop(EMBEDDING))
+    output = tensors.pop(OUTPUT)
+    module = HeadModule(config)
+    module.load_state_dict(tensors)
+    sha256 = config.vocabulary_sha256 or vocabulary_sha256(load_tokenizer(model))
+    module.config = replace(config, vocabulary_sha256=sha256)
+    return module, embedding, output, draft_ids
+
+
+def _target_weight(model: Path, layer_of: Callable[[PreTrainedModel], Any]) -> Tensor:
+    """One weight of the target's files; the rest of them is not even read."""
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, local_files_only=True))
+    wanted = layer_of(hf).weight
+    names = {name for name, weight in hf.named_parameters(remove_duplicate=False) if weight is wanted}
+    for path in model.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for key in file.offset_keys():
+                if any(name == key or name.endswith(f".{key}") for name in names):
+                    return file.get_tensor(key)
+    raise ConfigError(f"the weights of {model} have no tensor {min(names)}")
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def save_head(folder: Path, module: HeadModule, output: Tensor, draft_ids: Tensor) -> None:
+    """Write a head; `output` [draft_vocab_size, hidden_size] are its output rows."""
+    rows = {} if module.config.joined else {OUTPUT: output}
+    write_head(folder, module.config, module.state_dict() | rows, draft_ids)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -10,41 +12,43 @@ from treeline.errors import ConfigError
 
 
 class FeatureTap:
-    """Keeps, of every pass, the hidden states behind some layers and the normed ones that the output head reads.
+    """Keeps the hidden states of every pass at some boundaries between the target's layers.
+
+    Boundary k is behind the first k layers, k >= 1; one beyond the last of them is behind the final norm as well: what
+    the output head reads. Example: a target of 30 layers has boundaries 1 to 30, and 31 for the normed states.
 
     Attributes:
-        layers: as asked for.
-        width: features of one token: hidden size times (chosen layers + 1).
+        layers: the boundaries, in the order asked for.
+        width: features of one token: hidden size times boundaries.
     """
 
     def __init__(self, hf: PreTrainedModel, layers: tuple[int, ...]) -> None:
-        """`layers`: 0-based indices of the decoder layers whose output is wanted, in order.
-
-        Raises:
-            ConfigError: this architecture does not name its decoder layers as others do.
-        """
+        """Raises ConfigError if this architecture does not name its layers as others do, or has no such boundary."""
         body = hf.base_model
         blocks = getattr(body, "layers", None)
-        if not isinstance(blocks, nn.ModuleList) or any(layer >= len(blocks) for layer in layers):
+        if not isinstance(blocks, nn.ModuleList):
             raise ConfigError(f"{type(hf).__name__} does not show its decoder layers; no head can read their features")
+        if not all(1 <= layer <= len(blocks) + 1 for layer in layers):
+            raise ConfigError(f"a head wants features behind layers {[*layers]}; the target has {len(blocks)}")
         self.layers = layers
-        self.width = hf.config.get_text_config().hidden_size * (len(layers) + 1)
-        self._parts: list[Tensor] = []
-        self._hooks = [module.register_forward_hook(self._keep) for module in (*(blocks[i] for i in layers), body)]
+        self.width = hf.config.get_text_config().hidden_size * len(layers)
+        self._parts: dict[int, Tensor] = {}
+        outputs = [*blocks, body]
+        self._hooks = [outputs[k - 1].register_forward_hook(functools.partial(self._keep, k)) for k in layers]
         self._readers = 1
 
     def take(self) -> Tensor:
-        """The last pass' features [tokens, width] in the model's dtype, layers in order, the normed output last."""
+        """The last pass' features [tokens, width] in the model's dtype, boundaries in order."""
         return torch.cat(self.parts(), dim=-1)
 
     def parts(self) -> list[Tensor]:
-        """The same by layer, each [tokens, hidden], which are then the caller's; empty once taken."""
-        parts, self._parts = self._parts, []
-        return parts
+        """The same by boundary, each [tokens, hidden], which are then the caller's; empty once taken."""
+        parts, self._parts = self._parts, {}
+        return [parts[layer] for layer in self.layers] if parts else []
 
     def put(self, parts: list[Tensor]) -> None:
         """These are the last pass' parts: a captured pass runs without the modules that they are read off."""
-        self._parts = parts
+        self._parts = dict(zip(self.layers, parts, strict=False))
 
     @property
     def is_open(self) -> bool:
@@ -67,6 +71,6 @@ class FeatureTap:
         for hook in self._hooks:
             hook.remove()
 
-    def _keep(self, module: nn.Module, args: object, output: object) -> None:
+    def _keep(self, layer: int, module: nn.Module, args: object, output: object) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]  # type: ignore[index]
-        self._parts.append(hidden[0])
+        self._parts[layer] = hidden[0]

@@ -63,10 +63,21 @@ def resolve_model(spec: str, *, progress: bool = True) -> Path:
         return _checked(path, spec)
     if path.exists() or spec.startswith(("/", ".", "~")):
         raise ConfigError(f"model '{spec}' is neither a folder nor a .gguf file")
-    try:
-        return _checked(Path(snapshot_download(spec, allow_patterns=HUB_FILES)), spec)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"cannot fetch model '{spec}' from the Hugging Face hub: {one_line(error)}") from error
+    return _checked(_fetched(spec, "model"), spec)
+
+
+def resolve_head(spec: str) -> Path:
+    """The folder of a draft head: one of this machine, or that of a Hugging Face id, which is fetched once.
+
+    Raises:
+        ConfigError: there is no such head, or it cannot be fetched; one line.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return path
+    if spec.startswith(("/", ".", "~")) or path.exists():
+        raise ConfigError(f"no draft head in {path}: it is no folder")
+    return _fetched(spec, "draft head")
 
 
 def resolve_gguf(spec: str, *, progress: bool = True) -> Path:
@@ -133,6 +144,13 @@ def progress_bars(shown: bool) -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """An error's message without line breaks and not too long, or its type if it has none."""
     return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+
+
+def _fetched(spec: str, what: str) -> Path:
+    try:
+        return Path(snapshot_download(spec, allow_patterns=HUB_FILES))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"cannot fetch {what} '{spec}' from the Hugging Face hub: {one_line(error)}") from error
 
 
 def _checked(folder: Path, spec: str) -> Path:

@@ -99,8 +99,12 @@ class DrafterConfig(Section):
         default="auto", description="auto: head+ngram if there is a head for the target, else ngram"
     )
     model: ModelConfig | None = Field(default=None, description="the draft model; needs the target's vocabulary")
-    head: Path | None = Field(
-        default=None, description="folder of a draft head made by treeline distill for the target"
+    head: Path | str | None = Field(
+        default=None, description="an EAGLE-3 draft head for the target: a folder or a Hugging Face id"
+    )
+    head_layers: list[int] | None = Field(
+        default=None,
+        description="behind how many of the target's layers the head reads, where its config.json is wrong about it",
     )
     resources: ResourcesConfig = ResourcesConfig(num_cpus=0.5)
     max_sessions: int = Field(default=256, ge=1)

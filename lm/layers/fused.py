@@ -51,11 +51,15 @@ class FusedLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, position_embeddings: Tensor, **kwargs: Any) -> Tensor:
         """hidden_states [1, tokens, hidden] -> the same; position_embeddings as `ComplexRotary` gives them."""
-        context: AttentionContext = kwargs[CONTEXT]
+        work = elementwise_for(hidden_states) if self.whole_lanes else TORCH
+        normed = work.norm(hidden_states, self.input_norm)
+        return self.mix(normed, hidden_states, position_embeddings, kwargs[CONTEXT])
+
+    def mix(self, inputs: Tensor, hidden_states: Tensor, turns: Tensor, context: AttentionContext) -> Tensor:
+        """Attention over normed `inputs` and the feed-forward part, both added to `hidden_states`."""
         work = elementwise_for(hidden_states) if self.whole_lanes else TORCH
         queries, keys, _ = self.heads
-        qkv = self.qkv_proj(work.norm(hidden_states, self.input_norm))
-        heads = work.rotate(qkv.view(-1, sum(self.heads), self.head_dim), queries + keys, position_embeddings)
+        heads = work.rotate(self.qkv_proj(inputs).view(-1, sum(self.heads), self.head_dim), queries + keys, turns)
         query, key, value = heads.split_with_sizes(self.heads, 1)
         mixed = context.attend(self.index, query, key, value, self.options)
         attended = self.o_proj(mixed.reshape(1, mixed.shape[0], -1))

@@ -14,7 +14,8 @@ from distill.corpus import read_shard
 from distill.pipeline import CHECKPOINT, TEXT_FOLDER, Recipe, default_feature_layers, train_head, write_texts
 from distill.trainer import TrainingPlan
 from distill.writer import Template
-from lm.draft_head import WEIGHTS_FILE, DraftHead
+from lm.checkpoints.eagle3 import WEIGHTS_FILE
+from lm.draft_head import DraftHead
 from lm.model import LanguageModel
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from tests.lm.tiny_head import target_features

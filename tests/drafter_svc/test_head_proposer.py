@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -145,10 +147,12 @@ def target_folder(hf, tmp_path):
 
 
 def test_a_saved_head_drafts_for_its_target_and_no_other(hf, target_folder, tmp_path):
-    save_head(tmp_path / "head", tiny_head_module(hf), tiny_draft_ids())
+    module = tiny_head_module(hf)
+    module.config = replace(module.config, vocabulary_sha256="other")
+    save_head(tmp_path / "head", module, hf.get_output_embeddings().weight[tiny_draft_ids()], tiny_draft_ids())
     config = DrafterConfig(kind="head+ngram", head=tmp_path / "head", kv_cache_tokens=1024)
     target = ModelConfig(model=str(target_folder), dtype="float32", device="cpu")
-    drafter = build_drafter(config, target, LimitsConfig(), "")
+    drafter = build_drafter(config, target, LimitsConfig(), "other")
     assert drafter.info.name == "head+ngram"
     assert drafter.features is not None
     assert drafter.features.width == bits(hf, TOKENS).shape[1]
@@ -162,7 +166,7 @@ def test_a_missing_or_broken_head_is_one_clear_line(target_folder, tmp_path):
     target = ModelConfig(model=str(target_folder), dtype="float32", device="cpu")
     with pytest.raises(ConfigError, match="no draft head in"):
         build_drafter(DrafterConfig(kind="head", head=tmp_path / "none"), target, LimitsConfig(), None)
-    (tmp_path / "head.json").write_text('{"target": 1}')
+    (tmp_path / "config.json").write_text('{"target": 1}')
     with pytest.raises(ConfigError, match="cannot load the draft head"):
         build_drafter(DrafterConfig(kind="head", head=tmp_path), target, LimitsConfig(), None)
     with pytest.raises(ConfigError, match="no draft head comes with"):

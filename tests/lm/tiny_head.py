@@ -9,25 +9,28 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lm.attention import AttentionOptions
-from lm.draft_head import DraftHead, HeadConfig, HeadModule, shared_layers
+from lm.checkpoints.eagle3 import HeadConfig
+from lm.draft_head import DraftHead, HeadModule, shared_layers
 
-FEATURE_LAYERS = (0,)
+FEATURE_LAYERS = (1, 3)
+"""Behind the first layer of two, and behind the final norm."""
 DRAFT_VOCAB_SIZE = 100
 
 
 def tiny_head_module(hf: PreTrainedModel, seed: int = 0) -> HeadModule:
     config = HeadConfig(
-        target="tiny",
-        vocabulary_sha256="",
-        feature_layers=FEATURE_LAYERS,
         hidden_size=hf.config.hidden_size,
         intermediate_size=64,
-        layers=1,
         heads=6,
         kv_heads=2,
-        rope_theta=10_000.0,
+        head_dim=8,
         norm_eps=1e-5,
+        rope={"rope_type": "default", "rope_theta": 10_000.0},
+        feature_layers=FEATURE_LAYERS,
+        target_hidden_size=hf.config.hidden_size,
+        target_vocab_size=hf.config.vocab_size,
         draft_vocab_size=DRAFT_VOCAB_SIZE,
+        fc_norm=True,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -71,9 +74,9 @@ def reference_logits(hf: PreTrainedModel, tokens: list[int], path: list[int], fi
     run = [*tokens[first:], *path]
     for known in range(len(tokens) - first, len(run) + 1):
         inputs = embedding(torch.tensor(run[:known]))[None]
-        out = module(inputs, states[None, :known], torch.arange(known)[None], _Dense())[0]
-        states = torch.cat((states[:known], out[-1:]))
-    return output(out[-1])
+        out, final = module(inputs, states[None, :known], torch.arange(known)[None], _Dense())
+        states = torch.cat((states[:known], out[0, -1:]))
+    return output(final[0, -1])
 
 
 @torch.inference_mode()
@@ -85,5 +88,4 @@ def target_features(hf: PreTrainedModel, tokens: list[int]) -> Tensor:
         hidden = hf(torch.tensor([tokens]), output_hidden_states=True).hidden_states
     finally:
         hf.set_attn_implementation(implementation)
-    parts = [hidden[layer + 1][0] for layer in FEATURE_LAYERS] + [hidden[-1][0]]
-    return torch.cat(parts, dim=-1).bfloat16().float()
+    return torch.cat([hidden[1][0], hidden[-1][0]], dim=-1).bfloat16().float()

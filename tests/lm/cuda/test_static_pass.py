@@ -133,7 +133,7 @@ def test_features_are_those_of_a_packed_pass(padded: LanguageModel) -> None:
     tokens, features = random_tokens(np.random.default_rng(4), 13), []
     for pads in (False, True):
         padded.passes.padded = pads
-        tap = padded.tap((0, 1))
+        tap = padded.tap((1, 2, 3))
         cache = padded.new_cache(64, 16)
         for _ in range(2):  # the second pass would be a replay
             sequence = cache.allocate(13)

@@ -57,7 +57,7 @@ def test_their_hidden_states_can_be_read_off() -> None:
     states = []
     for each in (hf, fused):
         model = LanguageModel.from_hf(each, tiny_tokenizer())
-        tap = FeatureTap(each, (0, 1))
+        tap = FeatureTap(each, (1, 2, 3))
         cache = model.new_cache(16, 4)
         model.forward([PackedSequence(cache.allocate(9), tokens)], cache)
         states.append(tap.take())
