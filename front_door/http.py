@@ -57,6 +57,9 @@ class HttpCall:
     def time_remaining(self) -> float | None:
         return None
 
+    async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
+        """OpenAI's API has no resuming by the client."""
+
 
 class HttpServer:
     """The HTTP port, listening. `port`: where."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -86,6 +86,7 @@ class VerifierPool:
     def __init__(self, config: Config, discover: Discover, on_poll: OnPoll) -> None:
         self._config, self._discover, self._on_poll = config, discover, on_poll
         self._verifiers: dict[str, Verifier] = {}
+        self._discovery_fails = False
         self._task: asyncio.Task[None] | None = None
 
     @classmethod
@@ -105,10 +106,9 @@ class VerifierPool:
         """What is served: all verifiers serve the same model. None until one was reached."""
         return next((verifier.info for verifier in self._verifiers.values() if verifier.info), None)
 
-    def least_loaded(self, excluded: Collection[Verifier] = ()) -> Verifier | None:
+    def least_loaded(self) -> Verifier | None:
         """The serving verifier with the fewest requests, then with the most free KV blocks."""
-        candidates = [verifier for verifier in self.serving if verifier not in excluded]
-        return min(candidates, key=lambda v: (v.requests, v.load.kv_blocks_used), default=None)
+        return min(self.serving, key=lambda v: (v.requests, v.load.kv_blocks_used), default=None)
 
     def check(self) -> None:
         """Raise RuntimeError if the background task has ended."""
@@ -129,8 +129,11 @@ class VerifierPool:
     async def _refresh(self) -> None:
         try:
             found = set(await self._discover())
-        except Exception:  # discovery asks another system, which may fail in its own ways
-            logger.exception("could not look for verifiers; the known ones stay")
+            self._discovery_fails = False
+        except Exception as error:  # discovery asks another system, which may fail in its own ways
+            if not self._discovery_fails:
+                logger.warning("could not look for verifiers, the known ones stay: %r", error)
+            self._discovery_fails = True
             found = set(self._verifiers)
         for endpoint in found - self._verifiers.keys():
             channel = connect(endpoint, self._config.internal, self._config.limits.max_message_bytes)

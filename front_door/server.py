@@ -68,7 +68,7 @@ class FrontDoorServer:
                 await health_servicer.set(service, status.SERVING if serving else status.NOT_SERVING)
 
         endpoint = bind(server, config.server, config.server.port)
-        door = FrontDoor(await VerifierPool.start(config, verifiers, show_health))
+        door = FrontDoor(await VerifierPool.start(config, verifiers, show_health), config.server.resume_wait_s)
         add_GenerationServiceServicer_to_server(door, server)
         http = None
         if config.server.http.enabled:

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol
-
-import grpc
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 
 from front_door.routing import Verifier, VerifierPool
+from front_door.stream import Call, ResumableStream
 from treeline.errors import DrainingError, DuplicateRequestError, UnavailableError
-from treeline.request import identify
+from treeline.request import identify, identity
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
 
 ABORT_TIMEOUT_S = 5.0
-ATTEMPTS = 2
-"""A stream without any output is tried on one other verifier."""
-
-
-class Call(Protocol):
-    """What a call's context is asked: a grpc.aio.ServicerContext knows it, and so does an HTTP call."""
-
-    def time_remaining(self) -> float | None: ...
 
 
 class FrontDoor(pb_grpc.GenerationServiceServicer):
     """Forwards calls to the verifiers of `pool`. Errors are raised, so the server needs a CallInterceptor."""
 
-    def __init__(self, pool: VerifierPool) -> None:
+    def __init__(self, pool: VerifierPool, resume_wait_s: float) -> None:
         self.pool = pool
+        self._resume_wait_s = resume_wait_s
         self.draining = False
         self._open_ids: set[str] = set()
 
@@ -39,27 +30,11 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
             raise DrainingError("this front door is shutting down")
         identify(request)
         with self._opened(request.request_id):
-            failed: list[Verifier] = []
-            emitted = False
-            while True:
-                verifier = self._pick(failed)
-                call = verifier.stub.Generate(request, timeout=context.time_remaining())
-                verifier.in_flight += 1
-                try:
-                    async for message in call:
-                        emitted = True
-                        yield message
-                    return
-                except grpc.aio.AioRpcError as error:
-                    if error.code() is not grpc.StatusCode.UNAVAILABLE:
-                        raise
-                    verifier.serving = False  # until a poll says otherwise
-                    failed.append(verifier)
-                    if emitted or len(failed) == ATTEMPTS or self.pool.least_loaded(failed) is None:
-                        raise
-                finally:
-                    verifier.in_flight -= 1
-                    call.cancel()
+            await context.send_initial_metadata(identity(request))
+            stream = ResumableStream(request, self.pool, self._resume_wait_s)
+            async with aclosing(stream.responses(context)) as responses:
+                async for response in responses:
+                    yield response
 
     async def Abort(self, request: pb.AbortRequest, context: Call) -> pb.AbortResponse:
         """Asks every verifier: the request may have come through another front door."""
@@ -77,8 +52,8 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Call) -> pb.TokenizeResponse:
         return await self._pick().stub.Tokenize(request, timeout=context.time_remaining())
 
-    def _pick(self, failed: Collection[Verifier] = ()) -> Verifier:
-        verifier = self.pool.least_loaded(failed)
+    def _pick(self) -> Verifier:
+        verifier = self.pool.least_loaded()
         if verifier is None:
             raise UnavailableError("no verifier can be reached")
         return verifier

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -153,6 +153,9 @@ class ServerConfig(Section):
     token_file: Path | None = Field(default=None, description="one accepted bearer token a line")
     allow_insecure: bool = Field(default=False, description="admit a non-loopback host without TLS or tokens")
     http: HttpConfig = HttpConfig()
+    resume_wait_s: float = Field(
+        default=60.0, ge=0, description="how long a stream that lost its verifier waits for another one"
+    )
     resources: ResourcesConfig = ResourcesConfig(num_cpus=0.1)
 
     @model_validator(mode="after")
@@ -197,6 +200,18 @@ class Config(Section):
     limits: LimitsConfig = LimitsConfig()
     metrics: MetricsConfig = MetricsConfig()
     internal: InternalConfig = InternalConfig()
+
+    def with_absolute_paths(self) -> Config:
+        """The same configuration for a process in another folder: files and models that exist here named in full."""
+        return Config.model_validate(_absolute(self.model_dump()))
+
+
+def _absolute(value: Any, name: str = "") -> Any:
+    if isinstance(value, dict):
+        return {key: _absolute(item, key) for key, item in value.items()}
+    if isinstance(value, Path) or (name == "model" and isinstance(value, str) and Path(value).exists()):
+        return Path(value).absolute() if isinstance(value, Path) else str(Path(value).absolute())
+    return value
 
 
 def load_config(path: Path | None) -> Config:

@@ -45,6 +45,18 @@ class DrainingError(UnavailableError):
     """UNAVAILABLE: this replica is shutting down; another one will take the request."""
 
 
+class EngineFailedError(UnavailableError):
+    """UNAVAILABLE: the verifier's engine failed while it had the request; another replica can take it over."""
+
+
+class StreamLostError(UnavailableError):
+    """UNAVAILABLE: a stream lost its verifier and could not be resumed in time."""
+
+    def __init__(self, message: str, delivered_tokens: int) -> None:
+        self.delivered_tokens = delivered_tokens
+        super().__init__(message)
+
+
 class RequestBrokenError(TreelineError):
     """INTERNAL: the service failed on this request; the message names the id to look up in its log."""
 

@@ -9,6 +9,8 @@ from treeline.v1 import generation_pb2 as pb
 
 SEED_BITS = 63
 """Seeds are uint64 on the wire; 63 bits also fit the signed integers of other languages."""
+REQUEST_ID, SEED = "treeline-request-id", "treeline-seed"
+"""Initial metadata of a stream: what a client needs, in addition to the token ids it received, to resume it."""
 
 
 def identify(request: pb.GenerateRequest) -> None:
@@ -17,3 +19,8 @@ def identify(request: pb.GenerateRequest) -> None:
         request.request_id = uuid.uuid4().hex
     if not request.sampling.HasField("seed"):
         request.sampling.seed = secrets.randbits(SEED_BITS)
+
+
+def identity(request: pb.GenerateRequest) -> tuple[tuple[str, str], ...]:
+    """The initial metadata that names the id and the seed of `request`."""
+    return (REQUEST_ID, request.request_id), (SEED, str(request.sampling.seed))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
@@ -14,11 +14,13 @@ from grpc_status import rpc_status
 from treeline.errors import (
     DrainingError,
     DuplicateRequestError,
+    EngineFailedError,
     FieldViolation,
     InvalidRequestError,
     QueueFullError,
     RequestBrokenError,
     RequestFailedError,
+    StreamLostError,
     TreelineError,
     UnavailableError,
     UnknownModelError,
@@ -26,9 +28,12 @@ from treeline.errors import (
 
 DOMAIN = "treeline"
 RETRY_DELAY_S = 1
+DELIVERED = "delivered_tokens"
+"""Metadata of STREAM_LOST's ErrorInfo: how many tokens the client had received."""
 MAX_MESSAGE_CHARS = 1_000
 """A status travels in HTTP/2 trailers, which peers bound to a few kilobytes."""
 
+D = TypeVar("D", bound=Message)
 _Code = grpc.StatusCode
 # The first class that fits an error gives its code and reason, so subclasses come first.
 _ERRORS: list[tuple[type[TreelineError], grpc.StatusCode, str]] = [
@@ -37,6 +42,8 @@ _ERRORS: list[tuple[type[TreelineError], grpc.StatusCode, str]] = [
     (UnknownModelError, _Code.NOT_FOUND, "UNKNOWN_MODEL"),
     (DuplicateRequestError, _Code.ALREADY_EXISTS, "DUPLICATE_REQUEST"),
     (DrainingError, _Code.UNAVAILABLE, "DRAINING"),
+    (EngineFailedError, _Code.UNAVAILABLE, "ENGINE_FAILED"),
+    (StreamLostError, _Code.UNAVAILABLE, "STREAM_LOST"),
     (UnavailableError, _Code.UNAVAILABLE, "UNAVAILABLE"),
     (RequestBrokenError, _Code.INTERNAL, "INTERNAL"),
     (TreelineError, _Code.INTERNAL, "INTERNAL"),
@@ -54,7 +61,8 @@ def to_status(error: TreelineError) -> Status:
     """google.rpc.Status of an error: ErrorInfo always, field violations and a retry delay where they apply."""
     code, reason = next((code, reason) for kind, code, reason in _ERRORS if isinstance(error, kind))
     status = Status(code=code.value[0], message=_shortened(str(error)))
-    status.details.add().Pack(ErrorInfo(reason=reason, domain=DOMAIN))
+    facts = {DELIVERED: str(error.delivered_tokens)} if isinstance(error, StreamLostError) else {}
+    status.details.add().Pack(ErrorInfo(reason=reason, domain=DOMAIN, metadata=facts))
     if isinstance(error, InvalidRequestError):
         violations = [
             BadRequest.FieldViolation(field=v.field, description=_shortened(v.description)) for v in error.violations
@@ -81,17 +89,34 @@ async def abort_as(context: grpc.aio.ServicerContext, error: grpc.aio.AioRpcErro
 def from_rpc_error(error: Any) -> TreelineError:
     """The TreelineError behind a failed call (a grpc.RpcError); RequestFailedError if it is not one of ours."""
     code, message = error.code(), error.details() or ""
-    info, bad_request = ErrorInfo(), BadRequest()
-    for detail in (_status_of(error) or Status()).details:
-        # Unpack is a no-op for details of another type.
-        detail.Unpack(info)
-        detail.Unpack(bad_request)
+    info, bad_request = _detail(error, ErrorInfo()), _detail(error, BadRequest())
     kind = _BY_REASON.get(info.reason) if info.domain == DOMAIN else None
     if kind is InvalidRequestError:
         return InvalidRequestError(*(FieldViolation(v.field, v.description) for v in bad_request.field_violations))
+    if kind is StreamLostError:
+        return StreamLostError(message, int(info.metadata[DELIVERED]))
     if kind is None and code is _Code.UNAVAILABLE:
         return UnavailableError(message)
     return kind(message) if kind else RequestFailedError(code.name, message)
+
+
+def reason_of(error: Any) -> str:
+    """The reason in a failed call's details ("DRAINING", "QUEUE_FULL", ...); empty if it has none."""
+    return _detail(error, ErrorInfo()).reason
+
+
+def is_lost(error: Any) -> bool:
+    """Whether a call failed because its server or the way there went away, so that another server may take it over."""
+    code = error.code()
+    # A server that is killed resets its streams, which is INTERNAL; our own INTERNAL errors carry details.
+    return code is _Code.UNAVAILABLE or (code is _Code.INTERNAL and _status_of(error) is None)
+
+
+def _detail(error: Any, detail: D) -> D:
+    """`detail` filled from the details of a failed call, or left empty."""
+    for packed in (_status_of(error) or Status()).details:
+        packed.Unpack(detail)  # does nothing for another type
+    return detail
 
 
 def _status_of(error: Any) -> Status | None:

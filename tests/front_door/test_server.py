@@ -199,19 +199,6 @@ def test_a_stream_that_has_not_begun_moves_to_another_verifier():
     assert with_front_door(scenario, FakeEngine("a"), FakeEngine("b")) == ["b0 "] * 3
 
 
-def test_a_stream_that_has_begun_is_not_started_again():
-    async def scenario(s):
-        call = s.stub.Generate(request(max_tokens=100))
-        await call.read()
-        (running,) = [verifier for verifier in s.verifiers if verifier.engine.open]
-        await running.kill()
-        code = await call.code()
-        return code, sum(len(engine.requests) for engine in s.engines)
-
-    got = with_front_door(scenario, FakeEngine("a", step_s=0.05), FakeEngine("b", step_s=0.05))
-    assert got == (grpc.StatusCode.UNAVAILABLE, 1)
-
-
 def test_without_verifiers_calls_are_unavailable_until_one_appears():
     async def scenario(s):
         assert await s.health() == NOT_SERVING

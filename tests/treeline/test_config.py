@@ -47,3 +47,19 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path, text, problem):
 def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match="cannot read"):
         load_config(tmp_path / "nowhere.yaml")
+
+
+def test_paths_are_made_absolute_and_model_names_stay(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = Config.model_validate(
+        {
+            "verifier": {"target": {"model": "model"}},
+            "drafter": {"head": "head"},
+            "server": {"token_file": "tokens"},
+        }
+    ).with_absolute_paths()
+    assert config.verifier.target.model == str(tmp_path / "model")
+    assert config.drafter.head == tmp_path / "head"
+    assert config.server.token_file == tmp_path / "tokens"
+    assert Config().with_absolute_paths().verifier.target.model == "default"

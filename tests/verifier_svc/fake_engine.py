@@ -54,7 +54,7 @@ class FakeTokenizer:
 
 
 class FakeEngine:
-    """Answers each request with `name` and a count, one word a step, two tokens a word.
+    """Answers each request with `name` and a count, one word a step, two tokens a word. Resumes at any word.
 
     Attributes:
         requests: all that were accepted, in order.
@@ -70,6 +70,7 @@ class FakeEngine:
         ends: FinishReason = FinishReason.LENGTH,
     ) -> None:
         self.name, self.step_s, self.capacity, self.fail, self.ends = name, step_s, capacity, fail, ends
+        self.fail_at = 1
         self.requests: list[GenerationRequest] = []
         self.open: set[str] = set()
         self.elsewhere = 0
@@ -82,9 +83,9 @@ class FakeEngine:
         self.open.add(request.request_id)
         reason = self.ends
         try:
-            for step in range(request.max_tokens // 2):
+            for step in range(len(request.delivered_token_ids) // 2, request.max_tokens // 2):
                 await asyncio.sleep(self.step_s)
-                if self.fail and step == 1:
+                if self.fail and step == self.fail_at:
                     raise self.fail
                 if request.request_id in self._aborted:
                     reason = FinishReason.ABORTED

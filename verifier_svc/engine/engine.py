@@ -77,22 +77,30 @@ class Engine:
         self._session_ids = count(1)
         self._step_ids = count(1)
 
-    def add(self, request: GenerationRequest) -> None:
+    def add(self, request: GenerationRequest) -> list[Output]:
         """Queue a request whose id is not in use.
+
+        Returns its completion if it is resumed behind its last token, of which only the completion was still to come.
 
         Raises:
             InvalidRequestError: it could never fit the KV cache.
         """
         self.check_fits(request)
+        now = self._clock()
         sequence = Sequence(
             request,
             next(self._session_ids),
             parse_policy(request.policy),
             Detokenizer(self.model.tokenizer.backend_tokenizer, request.stop, request.prompt_token_ids),
             list(request.prompt_token_ids),
-            arrived_s=self._clock(),
+            arrived_s=now - request.elapsed_s,
         )
+        with _confined(sequence):
+            sequence.resume(now, self.model.eos_token_ids)
+        if sequence.finish_reason is not None:
+            return [Output(request.request_id, sequence.completion(now))]
         self.scheduler.add(sequence)
+        return []
 
     def check_fits(self, request: GenerationRequest) -> None:
         """Raise InvalidRequestError if the KV cache could never hold this request."""
@@ -187,7 +195,7 @@ class Engine:
         """Give every walked sequence its tokens."""
         now = self._clock()
         advances, first_row = [], 0
-        for sequence, walk in zip(batch.decoding + batch.finished_prompts, walks, strict=True):
+        for place, (sequence, walk) in enumerate(zip(batch.decoding + batch.finished_prompts, walks, strict=True)):
             nodes = len(drafts.tree(sequence))
             with _confined(sequence):
                 first = sequence.first_token_s is None
@@ -195,7 +203,7 @@ class Engine:
                 sequence.last_token_s = now
                 if first:
                     sequence.first_token_s = now
-                else:
+                if place < len(batch.decoding):
                     drafted = drafts.drafted_nodes.get(sequence.session_id, 0)
                     sequence.count_step(drafted, nodes, len(walk.accepted))
                 text, taken = sequence.accept(walk.tokens, self.model.eos_token_ids)

@@ -20,6 +20,9 @@ class GenerationRequest:
         max_nodes, max_depth: the request's own tree limits; None leaves the deployment's.
         priority: -4 to 4; higher is admitted first and its tokens weigh more.
         target_ms: time per output token that was asked for; None for as fast as it goes.
+        delivered_token_ids: the answer's tokens that another verifier has delivered already.
+        elapsed_s: since the first arrival of a resumed request.
+        time_to_first_token_s: from that arrival to its first token.
     """
 
     request_id: str
@@ -36,6 +39,9 @@ class GenerationRequest:
     max_depth: int | None = None
     priority: int = 0
     target_ms: float | None = None
+    delivered_token_ids: tuple[int, ...] = ()
+    elapsed_s: float = 0.0
+    time_to_first_token_s: float = 0.0
 
     @property
     def target_s(self) -> float | None:

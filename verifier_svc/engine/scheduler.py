@@ -78,9 +78,13 @@ class Scheduler:
         self._clock = clock
 
     def add(self, sequence: Sequence) -> None:
-        """Queue behind all of the same or higher priority."""
+        """Queue behind all of the same or higher priority; a resumed request, which has waited before, goes first."""
+
+        def rank(one: Sequence) -> tuple[int, bool]:
+            return one.request.priority, bool(one.request.delivered_token_ids)
+
         place = len(self.waiting)
-        while place and self.waiting[place - 1].request.priority < sequence.request.priority:
+        while place and rank(self.waiting[place - 1]) < rank(sequence):
             place -= 1
         self.waiting.insert(place, sequence)
 
@@ -104,8 +108,8 @@ class Scheduler:
         """Admit what fits, then take every decoding sequence and prompt chunks up to the chunk budget."""
         self._remember_prompts()
         self._admit()
-        decoding = [s for s in self.running if s.output_tokens]
-        prompts = [s for s in self.running if not s.output_tokens]
+        decoding = [s for s in self.running if s.is_prefilled]
+        prompts = [s for s in self.running if not s.is_prefilled]
         budget = self._prompt_budget(decoding, prompts, plan) if prompts else 0
         prefilling, finished_prompts = [], []
         for sequence in prompts:
@@ -165,7 +169,7 @@ class Scheduler:
         """Prompts that the last step finished can be shared while their requests still run."""
         if self._prefix_caching:
             for sequence in self.running:
-                if sequence.output_tokens and not sequence.is_remembered:
+                if sequence.is_prefilled and not sequence.is_remembered:
                     self._cache.remember(sequence.kv, sequence.request.prompt_token_ids)
                     sequence.is_remembered = True
 
@@ -173,8 +177,8 @@ class Scheduler:
         # In order: a large request at the head is not starved by small ones behind it.
         while self.waiting and len(self.running) < self._limits.max_running_requests:
             sequence = self.waiting[0]
-            # The last token of a prompt is always run: its logits give the first token of the answer.
-            prefix = sequence.request.prompt_token_ids[:-1] if self._prefix_caching else []
+            # The last token is always run: its logits give the next one.
+            prefix = sequence.token_ids[:-1] if self._prefix_caching else []
             cache = self._cache.allocate(self.reservation_tokens(sequence.request), prefix)
             if cache is None:
                 return

@@ -57,6 +57,11 @@ class Sequence:
         return len(self.token_ids) - self.prompt_tokens
 
     @property
+    def is_prefilled(self) -> bool:
+        """Whether everything the request came with (its prompt, and what was delivered before) has run."""
+        return self.output_tokens > len(self.request.delivered_token_ids)
+
+    @property
     def remaining_tokens(self) -> int:
         return self.request.max_tokens - self.output_tokens
 
@@ -87,6 +92,14 @@ class Sequence:
     def weight(self, now_s: float) -> float:
         """What one of its tokens is worth now, among those of other requests."""
         return self.request.weight * self.urgency(now_s)
+
+    def resume(self, now_s: float, eos_token_ids: frozenset[int]) -> None:
+        """Take the tokens that were delivered before, whose text the client has; a no-op for a new request."""
+        delivered = self.request.delivered_token_ids
+        if delivered:
+            self.first_token_s = self.arrived_s + self.request.time_to_first_token_s
+            self.last_token_s = now_s
+            self.accept(list(delivered), eos_token_ids)
 
     def accept(self, token_ids: list[int], eos_token_ids: frozenset[int]) -> tuple[str, int]:
         """Append tokens until one of them ends the request.
@@ -135,7 +148,7 @@ class Sequence:
             finish_reason=self.finish_reason,
             matched_stop=self.matched_stop,
             prompt_tokens=self.prompt_tokens,
-            cached_tokens=self.cached_tokens,
+            cached_tokens=min(self.cached_tokens, self.prompt_tokens),
             completion_tokens=self.output_tokens,
             queue_s=admitted_s - self.arrived_s,
             time_to_first_token_s=first_token_s - self.arrived_s,

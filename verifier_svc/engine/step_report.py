@@ -83,7 +83,7 @@ def explanation(sequence: Sequence, drafts: Drafts, accepted_nodes: int, record:
 
 
 def _reason(sequence: Sequence, drafts: Drafts) -> str:
-    if sequence.output_tokens <= 1:
+    if sequence.output_tokens <= 1 + len(sequence.request.delivered_token_ids):
         return "first token, from the prompt's own pass"
     if sequence.policy.max_depth == 0:
         return "policy off"

@@ -11,7 +11,14 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import NamedTuple, TypeVar
 
 from lm.cpu.threads import own_cores
-from treeline.errors import DrainingError, DuplicateRequestError, QueueFullError, TreelineError, UnavailableError
+from treeline.errors import (
+    DrainingError,
+    DuplicateRequestError,
+    EngineFailedError,
+    QueueFullError,
+    TreelineError,
+    UnavailableError,
+)
 from treeline.plan import StepRecord
 from verifier_svc.engine.engine import Engine
 from verifier_svc.engine.request import Chunk, Completion, GenerationRequest, Load
@@ -21,13 +28,6 @@ logger = logging.getLogger(__name__)
 
 RATE_WINDOW_S = 5.0
 IDLE_WAIT_S = 0.5
-
-
-class EngineDeadError(UnavailableError):
-    """UNAVAILABLE: a step failed, so that this replica will be replaced; another one can take the request."""
-
-    def __init__(self) -> None:
-        super().__init__("the verifier's engine failed and is being replaced; its log has the cause")
 
 
 class Occupancy(NamedTuple):
@@ -76,7 +76,7 @@ class AsyncEngine:
 
         Raises:
             QueueFullError, UnavailableError, DuplicateRequestError, InvalidRequestError: at once, before it is queued.
-            EngineDeadError: a step failed. DrainingError: this replica stops before the request has ended. Both mean
+            EngineFailedError: a step failed. DrainingError: this replica stops before the request has ended. Both mean
                 that the request can be resumed on another replica.
         """
         self._check_admission(request)
@@ -143,13 +143,14 @@ class AsyncEngine:
 
     def _check_admission(self, request: GenerationRequest) -> None:
         if self._failure is not None:
-            raise EngineDeadError
+            raise UnavailableError("the verifier's engine has failed and is being replaced")
         if self._draining:
             raise DrainingError("this replica is shutting down")
         if request.request_id in self._streams:
             raise DuplicateRequestError(f"a request with id {request.request_id!r} is open")
         self.engine.check_fits(request)
-        if len(self._streams) >= self._max_open:
+        # A resumed stream was admitted before: refusing it would break it. All front doors together bound their number.
+        if len(self._streams) >= self._max_open and not request.delivered_token_ids:
             raise QueueFullError(f"{self._max_waiting} requests are waiting already")
 
     def _tell(self, *messages: GenerationRequest | str) -> None:
@@ -170,7 +171,7 @@ class AsyncEngine:
         except Exception as error:
             logger.exception("the engine died")
             self._failure = error
-            self._loop.call_soon_threadsafe(self._fail_all, EngineDeadError())
+            self._loop.call_soon_threadsafe(self._fail_all, EngineFailedError("the verifier's engine failed"))
 
     def _take_in(self) -> bool:
         """Wait for work; hand new and aborted requests to the engine. False once stopped."""
@@ -181,7 +182,7 @@ class AsyncEngine:
             stopping = self._stopping
         for message in inbox:
             if isinstance(message, GenerationRequest):
-                self.engine.add(message)
+                self._deliver(self.engine.add(message))
             else:
                 self._deliver(self.engine.abort([message]))
         return not stopping

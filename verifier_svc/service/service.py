@@ -13,7 +13,7 @@ import grpc
 import treeline
 from treeline.config import LimitsConfig, VerifierConfig
 from treeline.errors import RequestBrokenError
-from treeline.request import identify
+from treeline.request import identify, identity
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
 from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, Load
@@ -62,6 +62,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         identify(request)
         checked, prompt = parse_generate(request, self._info, self._limits, self._verifier)
         generation = with_prompt(checked, prompt, await self._token_ids(prompt), self._info, self._limits)
+        await context.send_initial_metadata(identity(request))
         async with aclosing(self._engine.generate(generation)) as outputs:  # type: ignore[type-var]
             async for output in outputs:
                 if isinstance(output, Chunk):

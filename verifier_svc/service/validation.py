@@ -20,6 +20,7 @@ from verifier_svc.service.chat import ROLES, ChatMessages, Prompt
 DEFAULT_MAX_TOKENS = 256
 MAX_REQUEST_ID_CHARS, MAX_POLICY_CHARS = 128, 64
 MAX_STOP_TOKEN_IDS, MAX_PRIORITY = 256, 4
+MAX_ELAPSED_S = 7 * 86400
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 MAX_VIOLATIONS = 16
@@ -74,6 +75,19 @@ def parse_generate(
         max_depth=_optional(check, request.speculation, "speculation.max_depth", 0, limits.max_tree_depth),
         priority=request.priority,
         target_ms=_optional(check, request, "target_time_per_output_token_ms", 0.1, 60000.0),
+        delivered_token_ids=tuple(_token_ids(check, "resume.token_ids", request.resume.token_ids, info)),
+        elapsed_s=request.resume.elapsed_s,
+        time_to_first_token_s=request.resume.time_to_first_token_s,
+    )
+    check.that(
+        0 <= checked.time_to_first_token_s <= checked.elapsed_s <= MAX_ELAPSED_S,
+        "resume.elapsed_s",
+        f"and time_to_first_token_s must be 0 <= time_to_first_token_s <= elapsed_s <= {MAX_ELAPSED_S}",
+    )
+    check.that(
+        not checked.delivered_token_ids or request.sampling.HasField("seed"),
+        "sampling.seed",
+        "is needed to resume: the one that the broken stream named",
     )
     check.that(
         len(request.stopping.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
@@ -107,6 +121,10 @@ def with_prompt(
         problem = f"{length} prompt tokens leave room for {room} of {info.max_context_tokens}, not {request.max_tokens}"
         raise InvalidRequestError(FieldViolation("stopping.max_tokens", problem))
     max_tokens = request.max_tokens or min(DEFAULT_MAX_TOKENS, limits.max_output_tokens, room)
+    delivered = len(request.delivered_token_ids)
+    if delivered > max_tokens:
+        problem = f"has {delivered} tokens, more than the {max_tokens} of the whole answer"
+        raise InvalidRequestError(FieldViolation("resume.token_ids", problem))
     return replace(request, prompt_token_ids=prompt_token_ids, max_tokens=max_tokens)
 
 

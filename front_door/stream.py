@@ -1,0 +1,116 @@
+"""One client's answer, whichever verifiers it comes from: a stream outlives the verifier that serves it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+import grpc
+
+from front_door.routing import Verifier, VerifierPool
+from treeline.errors import StreamLostError, UnavailableError
+from treeline.request import REQUEST_ID
+from treeline.status import is_lost, reason_of
+from treeline.v1 import generation_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+MAX_FUTILE_RUNS = 3
+"""Verifiers that may be lost in a row after they took a stream and before they gave it a token. A request that kills
+whoever runs it must not take all of them down."""
+RETRY_S = 0.05
+"""Between looks for a verifier: small beside the restart of a replica (seconds), and nearly free."""
+FUTILE = ("", "ENGINE_FAILED")
+"""Reasons of a lost call that the request itself may have caused: a process that died without a word, or its engine."""
+
+
+class Call(Protocol):
+    """What a call's context is asked: a grpc.aio.ServicerContext knows it, and so does an HTTP call."""
+
+    def time_remaining(self) -> float | None: ...
+
+    async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...], /) -> None: ...
+
+
+class ResumableStream:
+    """Runs `request`, whose id and seed are set, on one verifier after the other until it is complete.
+
+    A stream that loses its verifier, or whose verifier drains, is sent again with the tokens delivered so far.
+    Sampling is keyed by seed and position, so the text is the same as without the interruption.
+
+    Args:
+        wait_s: how long the stream may be without a verifier before it ends with UNAVAILABLE.
+    """
+
+    def __init__(self, request: pb.GenerateRequest, pool: VerifierPool, wait_s: float) -> None:
+        self._request, self._pool, self._wait_s = request, pool, wait_s
+        self._arrived_s = time.monotonic() - request.resume.elapsed_s
+        self._is_resumed = request.HasField("resume")
+        self._lost_s: float | None = None  # since when no verifier has had the stream
+        self._futile_runs = 0
+
+    @property
+    def delivered_tokens(self) -> int:
+        return len(self._request.resume.token_ids)
+
+    async def responses(self, context: Call) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """The answer's messages, each token once.
+
+        Raises:
+            StreamLostError: no verifier has taken it over in time.
+            grpc.aio.AioRpcError: a verifier's own refusal or failure.
+        """
+        verifier = self._pool.least_loaded()
+        if verifier is None:
+            raise UnavailableError("no verifier can be reached")
+        while True:
+            call = verifier.stub.Generate(self._request, timeout=context.time_remaining())
+            verifier.in_flight += 1
+            try:
+                async for response in call:
+                    self._note(response)
+                    yield response
+                    if response.HasField("complete"):
+                        return
+                problem, reason = "ended without a completion", ""
+            except grpc.aio.AioRpcError as error:
+                if not self._is_passing(error):
+                    raise
+                problem, reason = f"{error.code().name}: {error.details()}", reason_of(error)
+            finally:
+                verifier.in_flight -= 1
+                call.cancel()
+            if REQUEST_ID in await call.initial_metadata():
+                self._lost_s = None
+                self._futile_runs += reason in FUTILE
+            verifier = await self._next(verifier, problem)
+
+    def _note(self, response: pb.GenerateResponse) -> None:
+        """Remember what the client has by now."""
+        self._futile_runs, self._lost_s = 0, None
+        resume = self._request.resume
+        if not resume.token_ids:
+            resume.time_to_first_token_s = time.monotonic() - self._arrived_s
+        resume.token_ids.extend(response.chunk.token_ids)
+
+    def _is_passing(self, error: grpc.aio.AioRpcError) -> bool:
+        """Whether another verifier, or the same one a little later, may do better."""
+        # The verifier that was lost to us may not have noticed yet, and still have the request open.
+        return is_lost(error) or (self._is_resumed and error.code() is grpc.StatusCode.ALREADY_EXISTS)
+
+    async def _next(self, lost: Verifier, problem: str) -> Verifier:
+        """The verifier that takes over from `lost`."""
+        lost.serving = False  # until a poll says otherwise
+        self._is_resumed = True
+        logger.info("request %s: verifier %s: %s", self._request.request_id, lost.endpoint, problem)
+        self._lost_s = self._lost_s or time.monotonic()
+        while self._futile_runs < MAX_FUTILE_RUNS and time.monotonic() < self._lost_s + self._wait_s:
+            await asyncio.sleep(RETRY_S)
+            verifier = self._pool.least_loaded()
+            if verifier is not None:
+                self._request.resume.elapsed_s = time.monotonic() - self._arrived_s
+                return verifier
+        raise StreamLostError(f"the stream lost its verifier: {problem}", self.delivered_tokens)
