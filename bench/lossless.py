@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.common import Prompt
-from bench.local_engine import PlannedEngine, encode, greedy_answers
+from bench.local_engine import encode, greedy_answers, planned_engine
 from lm.device import torch_dtype
 from lm.model import LanguageModel
 from lm.store import load_tokenizer, resolve_model
@@ -126,7 +126,7 @@ def run_lossless(
             on_progress(f"{name}, {policy}, batch {batch}")
             config = Config(verifier=VerifierConfig(target=target), drafter=drafter)
             chosen = [policies[i % len(policies)] if policy == "mixed" else policy for i in range(len(prompts))]
-            ours, accepted = greedy_answers(PlannedEngine(model, config, curves), encoded, chosen, max_tokens, batch)
+            ours, accepted = greedy_answers(planned_engine(model, config, curves), encoded, chosen, max_tokens, batch)
             found = [
                 reference.difference(prompt, token_ids, answer, mine)
                 for prompt, token_ids, answer, mine in zip(prompts, encoded, answers, ours, strict=True)

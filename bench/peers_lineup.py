@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bench.local_engine import PlannedEngine, greedy_answers
+from bench.local_engine import PlannedEngine, greedy_answers, planned_engine
 from bench.passes import load_transformers
 from bench.peers import Answerer, Lineup, MissingPeerError
 from bench.peers_llama_cpp import llama_cpp
@@ -61,7 +61,7 @@ def build_lineup(
     )
     batching = load_transformers(spec, model)  # it changes its model's attention
     lineup.add("transformers", "continuous_batching", lambda: continuous_batching(batching, max_tokens))
-    planned = PlannedEngine(model, config, curves)
+    planned = planned_engine(model, config, curves)
     for policy in ("off", "smart"):
         lineup.add("treeline", policy, partial(_treeline, planned, policy, max_tokens))
     lineup.add("openvino-genai", "plain", lambda: openvino(False), note=EXACT)

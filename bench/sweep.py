@@ -28,7 +28,6 @@ from bench.load import (
     open_loop,
     poisson_arrivals,
 )
-from bench.local_engine import PlannedStep
 from bench.turns import in_turns
 from lm.cpu.threads import own_cores
 from planner.policies import canonical_spellings
@@ -86,14 +85,12 @@ class Result:
 
     Attributes:
         requests_per_s: at which requests arrived; 0 for a closed loop.
-        steps: the engine's own account; empty for a service.
     """
 
     block: Block
     measured: Measured
     answers: list[Answer] = field(repr=False)
     requests_per_s: float = 0.0
-    steps: list[PlannedStep] = field(default_factory=list, repr=False)
 
 
 @dataclass(frozen=True)
@@ -122,10 +119,6 @@ class Swept(Protocol):
 
     def system(self, policy: str) -> System:
         """What requests of this policy are sent to."""
-        ...
-
-    def take_steps(self, policy: str) -> list[PlannedStep]:
-        """The engine's steps under this policy since the last call, where they are known."""
         ...
 
 
@@ -224,8 +217,8 @@ def _run(
 ) -> Iterator[BlockRun]:
     """Run the loops of these blocks, one each."""
     for index, window, seconds in in_turns(loops, math.inf if swept.device is None else TURN_S):
-        block, steps = blocks[index], swept.take_steps(blocks[index].policy)
-        result = Result(block, measure(window), window.answers, requests_per_s, steps) if block.round else None
+        block = blocks[index]
+        result = Result(block, measure(window), window.answers, requests_per_s) if block.round else None
         yield BlockRun(block, seconds, window.opened_s if block.loop == "closed" else 0.0, result)
 
 

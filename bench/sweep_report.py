@@ -32,7 +32,6 @@ def report(results: Sequence[Result]) -> dict[str, Any]:
         "rows": [*policy_rows(closed, "concurrency"), *oracle_rows(closed)],
         "open_loop": policy_rows(arrived, "rate"),
         "summary": summary(closed),
-        "predictions": prediction_errors(results),
         "identical_outputs": not differences,
         "compared_outputs": compared,
         "different_outputs": differences,
@@ -119,41 +118,6 @@ def first_difference(reference: Answer, answer: Answer) -> int | None:
         return position
     shorter = reference if len(theirs) < len(ours) else answer
     return common if shorter.finished else None
-
-
-def predictions(results: Sequence[Result], policy: str) -> np.ndarray:
-    """float64 [n, 2]: predicted and measured seconds of all steps of a policy that only decoded."""
-    steps = [step for result in results if result.block.policy == policy for step in result.steps]
-    pairs = [(s.predicted_s, s.record.step_s) for s in steps if s.record.sequences and not s.record.prefill_tokens]
-    return np.asarray(pairs, np.float64).reshape(-1, 2)
-
-
-def prediction_errors(results: Sequence[Result]) -> list[Row]:
-    """Per policy, |predicted - measured| / measured step seconds; nothing for a service, which does not tell them."""
-    rows = []
-    for policy in dict.fromkeys(result.block.policy for result in results):
-        pairs = predictions(results, policy)
-        if len(pairs):
-            errors = np.abs(pairs[:, 0] - pairs[:, 1]) / pairs[:, 1]
-            row: Row = {"policy": policy, "steps": len(pairs)}
-            for name, column in (("predicted_ms", pairs[:, 0]), ("measured_ms", pairs[:, 1])):
-                row |= {f"{name}_p50": 1000 * float(np.median(column))}
-            row |= {f"error_p{q}": float(np.quantile(errors, q / 100)) for q in (50, 95)}
-            rows.append(row)
-    return rows
-
-
-def speedups(closed: Sequence[Result], policy: str) -> dict[float, list[float]]:
-    """By concurrency, the rounds' ratios of a policy's tokens per second to those of `off`."""
-    rates = _rates(closed)
-    loads = sorted(load for load, name in rates if name == policy)
-    return {load: _ratios(rates[load, policy], rates.get((load, OFF), {})) for load in loads}
-
-
-def tree_sizes(closed: Sequence[Result], policy: str) -> dict[float, list[float]]:
-    """By concurrency, the rounds' draft nodes verified per step and request."""
-    cells = _cells(closed)
-    return {load: [r.measured.tree_nodes for r in cell] for (load, name), cell in cells.items() if name == policy}
 
 
 def _against_best_eagle(rates: dict[tuple[float, str], Rounds], loads: Sequence[float]) -> Row | None:

@@ -23,7 +23,6 @@ def markdown(report: dict[str, Any]) -> str:
         "## Closed loop\n\n" + _rows(report["rows"], "concurrency"),
         "## Open loop\n\nRate is relative to the capacity of plain decoding.\n\n" + _rows(report["open_loop"], "rate"),
         "## Ratios of tokens per second\n\n" + _ratios(report["summary"]),
-        "## Predicted against measured step time\n\n" + _predictions(report["predictions"]),
         "## Outputs\n\n" + _outputs(report),
     ]
     return "\n\n".join(parts) + "\n"
@@ -61,23 +60,6 @@ def _ratios(summary: Row) -> str:
         f"{table}\n\nGeometric mean over concurrency {loads}: smart is {mean['geometric_mean']:.3f} x "
         f"{mean['setting']}, the best single EAGLE-2 setting."
     )
-
-
-def _predictions(rows: Sequence[Row]) -> str:
-    if not rows:
-        return "Not known of a running service."
-    lines = [
-        [
-            row["policy"],
-            str(row["steps"]),
-            f"{row['predicted_ms_p50']:.1f}",
-            f"{row['measured_ms_p50']:.1f}",
-            f"{100 * row['error_p50']:.1f} %",
-            f"{100 * row['error_p95']:.1f} %",
-        ]
-        for row in rows
-    ]
-    return _table(["policy", "steps", "predicted p50, ms", "measured p50, ms", "error p50", "error p95"], lines)
 
 
 def _outputs(report: Row) -> str:

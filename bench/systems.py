@@ -12,7 +12,7 @@ import torch
 
 from bench.common import Prompt
 from bench.load import End, Request, Tokens
-from bench.local_engine import PlannedEngine, PlannedStep, encode, greedy_answers
+from bench.local_engine import PlannedEngine, encode, greedy_answers, planned_engine
 from bench.synthetic import Acceptance, SyntheticProposer
 from lm.model import LanguageModel
 from treeline.client import TreelineClient
@@ -33,34 +33,35 @@ class LocalSystem:
 
     Args:
         token_ids: of each prompt that may be asked.
+        sleep: waits some seconds while there is nothing to do.
     """
 
-    def __init__(self, planned: PlannedEngine, token_ids: dict[Prompt, list[int]]) -> None:
-        self._planned, self._token_ids = planned, token_ids
+    def __init__(
+        self,
+        planned: PlannedEngine,
+        token_ids: dict[Prompt, list[int]],
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.planned, self._token_ids, self._sleep = planned, token_ids, sleep
         self._aborted: list[Tokens | End] = []
 
     def submit(self, request: Request) -> None:
         token_ids = self._token_ids[request.prompt]
-        self._planned.engine.add(
+        self.planned.engine.add(
             GenerationRequest(request.id, token_ids, SamplingParams(), request.max_tokens, policy=request.policy)
         )
 
     def poll(self, timeout_s: float) -> list[Tokens | End]:
         events, self._aborted = self._aborted, []
-        if self._planned.engine.has_work:
-            events += [_from_engine(output.request_id, output.item) for output in self._planned.step()]
+        if self.planned.engine.has_work:
+            events += [_from_engine(output.request_id, output.item) for output in self.planned.step()]
         elif not events:
-            time.sleep(timeout_s)
+            self._sleep(timeout_s)
         return events
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        ended = self._planned.engine.abort(request_ids)
+        ended = self.planned.engine.abort(request_ids)
         self._aborted += [_from_engine(output.request_id, output.item) for output in ended]
-
-    def take_steps(self) -> list[PlannedStep]:
-        """All steps since the last call."""
-        steps, self._planned.steps = self._planned.steps, []
-        return steps
 
 
 class LocalSystems:
@@ -81,22 +82,11 @@ class LocalSystems:
             self._systems[policy] = LocalSystem(self._start(), self._token_ids)
         return self._systems[policy]
 
-    def take_steps(self, policy: str) -> list[PlannedStep]:
-        return self.system(policy).take_steps()
-
 
 def start_local(
     config: Config, prompts: Sequence[Prompt], streams: int, max_tokens: int, acceptance: Acceptance | None = None
 ) -> LocalSystems:
-    """The systems that `config` describes; arguments and errors as for `start_planned`."""
-    return LocalSystems(*_prepared(config, prompts, streams, max_tokens, acceptance))
-
-
-def start_planned(
-    config: Config, prompts: Sequence[Prompt], streams: int, max_tokens: int, acceptance: Acceptance | None = None
-) -> tuple[PlannedEngine, dict[Prompt, list[int]]]:
-    """The engine that `config` describes, its models loaded and measured, with room for so many streams at once, and
-    the token ids of the prompts.
+    """Engines that `config` describes, over one target that is loaded and measured now, with room for these streams.
 
     Args:
         acceptance: draft so well, whatever drafter is configured.
@@ -104,14 +94,6 @@ def start_planned(
     Raises:
         ConfigError: a model cannot be loaded, or a prompt and its answer exceed the context.
     """
-    start, token_ids, _ = _prepared(config, prompts, streams, max_tokens, acceptance)
-    return start(), token_ids
-
-
-def _prepared(
-    config: Config, prompts: Sequence[Prompt], streams: int, max_tokens: int, acceptance: Acceptance | None
-) -> tuple[Callable[[], PlannedEngine], dict[Prompt, list[int]], torch.device]:
-    """What makes such engines over one target, which is loaded and measured now; and where that is."""
     model = LanguageModel.load(config.verifier.target)
     token_ids = {prompt: encode(model.tokenizer, prompt) for prompt in prompts}
     config = with_room(config, {prompt.id: len(ids) for prompt, ids in token_ids.items()}, streams, max_tokens)
@@ -120,9 +102,9 @@ def _prepared(
 
     def start() -> PlannedEngine:
         proposer = SyntheticProposer(acceptance, known, model.vocab_size) if acceptance else None
-        return PlannedEngine(model, config, curves, proposer)
+        return planned_engine(model, config, curves, proposer)
 
-    return start, token_ids, model.device
+    return LocalSystems(start, token_ids, model.device)
 
 
 def _answers(
@@ -135,7 +117,7 @@ def _answers(
 ) -> dict[tuple[int, ...], list[int]]:
     """What the target answers each of these prompts."""
     plain = config.model_copy(update={"drafter": DrafterConfig(kind="ngram")})
-    planned = PlannedEngine(model, plain, curves)
+    planned = planned_engine(model, plain, curves)
     answers, _ = greedy_answers(planned, prompts, ["off"] * len(prompts), max_tokens, streams)
     return {tuple(prompt): answer for prompt, answer in zip(prompts, answers, strict=True)}
 
@@ -212,10 +194,6 @@ class RemoteSystem:
 
     def abort(self, request_ids: Sequence[str]) -> None:
         self._client.abort(*request_ids)
-
-    def take_steps(self, policy: str) -> list[PlannedStep]:
-        """A service does not tell its steps."""
-        return []
 
     def _follow(self, request: Request) -> None:
         """One stream, in a thread of its own."""

@@ -8,13 +8,13 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from cli.bench.eval_drafter import eval_drafter
 from cli.bench.main import bench
 from cli.bench.simulate import simulate
 from cli.config import config
 from cli.demo import demo
 from cli.distill import distill
 from cli.doctor import doctor
-from cli.eval_drafter import eval_drafter
 from cli.generate import generate
 from cli.models import models
 from cli.profile import profile

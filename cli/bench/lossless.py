@@ -52,7 +52,7 @@ def lossless(
 def _compare(target: ModelConfig, draft_layers: int, prompts: list[Prompt], max_tokens: int) -> list[Result]:
     """With every kind of drafter that there is for this target, and a draft model cut from it."""
     from bench.lossless import run_lossless, truncated_drafter
-    from cli.shown import Counted
+    from cli.terminal import Counted
     from drafter_svc.drafter import find_head
 
     with tempfile.TemporaryDirectory() as folder, Counted("starting") as bar:
@@ -71,7 +71,7 @@ def _compare(target: ModelConfig, draft_layers: int, prompts: list[Prompt], max_
 def _show(title: str, rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
 
-    from cli.shown import table
+    from cli.terminal import table
 
     headings = ("drafter", "policy", "batch", "identical", "tokens", "accepted nodes", "largest logit gap")
     lines = [

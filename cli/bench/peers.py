@@ -69,7 +69,7 @@ def _measure(
     from bench.local_engine import encode
     from bench.peers import run_peers
     from bench.peers_lineup import build_lineup
-    from cli.shown import Counted
+    from cli.terminal import Counted
     from lm.model import LanguageModel
     from verifier_svc.service.profile_cache import verification_profile
 
@@ -92,7 +92,7 @@ def _measure(
 def _show(rows: list[PeerRow], missing: list[Missing]) -> None:
     from rich.console import Console
 
-    from cli.shown import table
+    from cli.terminal import table
 
     console = Console()
     ours = {row.concurrency: row.tokens_per_s for row in rows if (row.system, row.mode) == ("treeline", "smart")}

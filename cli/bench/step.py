@@ -43,7 +43,7 @@ def step(
 
     from bench.common import write_report
     from bench.step import QUICK, grid, run_step
-    from cli.shown import Counted
+    from cli.terminal import Counted
 
     points = list(QUICK) if quick else grid()
     with Counted("loading") as bar:
@@ -91,7 +91,7 @@ def _shaped(config: Config, shape: str, curves: Path | None) -> Subject:
 def _show(result: StepResult) -> None:
     from rich.console import Console
 
-    from cli.shown import number, table
+    from cli.terminal import number, table
 
     console, limit = Console(), result.limit
     console.print(f"this machine reads {limit.read_gb_s:.1f} GB/s and multiplies {limit.gemm_gflop_s:.0f} GFLOP/s")

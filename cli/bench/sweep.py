@@ -31,7 +31,6 @@ class Files:
 
     json: Path | None
     markdown: Path | None
-    plots: Path | None
 
 
 def sweep(
@@ -62,14 +61,12 @@ def sweep(
     tls_ca: TlsCa = None,
     json_file: JsonFile = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="Write plots into this folder.")] = None,
 ) -> None:
     """Measure policies over load, closed loop and open loop, in blocks that take turns, and compare their texts.
 
     Ctrl-C stops and writes what has been measured so far.
     """
     from bench.common import OWN_PROMPTS, load_prompts
-    from bench.plots import require_matplotlib
     from bench.sweep import Settings, checked_policies
     from bench.synthetic import parse_acceptance
 
@@ -87,10 +84,8 @@ def sweep(
     drafts = parse_acceptance(acceptance) if acceptance else None
     if target and (config or drafts):
         raise ConfigError("--config and --acceptance are for an engine in this process: leave out --target")
-    if plots is not None:
-        require_matplotlib()
     loaded = load_prompts(prompts or OWN_PROMPTS, limit)
-    files = Files(json_file, markdown_file, plots)
+    files = Files(json_file, markdown_file)
 
     def start() -> Swept:
         if target is not None:
@@ -173,7 +168,6 @@ def _described(block: Block) -> str:
 
 def _write(files: Files, described: dict[str, Any], results: list[Result]) -> None:
     from bench.common import write_report
-    from bench.plots import plot_sweep
     from bench.sweep_report import report
     from bench.sweep_tables import markdown
 
@@ -185,5 +179,3 @@ def _write(files: Files, described: dict[str, Any], results: list[Result]) -> No
     if files.json is not None:
         rows = found.pop("rows")
         write_report(files.json, described, rows, **found)
-    if files.plots is not None:
-        plot_sweep(files.plots, results)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from bench.local_engine import PlannedEngine, greedy_answers
+from bench.local_engine import greedy_answers, planned_engine
 from bench.synthetic import SyntheticProposer, parse_acceptance
 from lm.model import LanguageModel
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from treeline.config import Config, LimitsConfig, ModelConfig, VerifierConfig
 from treeline.errors import ConfigError
-from treeline.plan import CostCurve
+from treeline.plan import CostCurve, StepRecord
 
 PROMPTS = [[1, 2, 3], [10, 20, 30, 40], [7], [90, 80]]
 TOKENS = 120
@@ -37,23 +37,30 @@ def model() -> LanguageModel:
 @pytest.fixture(scope="module")
 def answers(model) -> list[list[int]]:
     config = CONFIG.model_copy(update={"drafter": CONFIG.drafter.model_copy(update={"kind": "ngram"})})
-    found, _ = greedy_answers(PlannedEngine(model, config, CURVES), PROMPTS, ["off"] * 4, TOKENS, 4)
+    found, _ = greedy_answers(planned_engine(model, config, CURVES), PROMPTS, ["off"] * 4, TOKENS, 4)
     assert [len(answer) for answer in found] == [TOKENS] * 4
     return found
 
 
-def run(model, answers, acceptance: str, policy: str) -> PlannedEngine:
-    """An engine that has answered all prompts with these drafts, its answers checked."""
+def run(model, answers, acceptance: str, policy: str) -> list[StepRecord]:
+    """The steps in which an engine answers all prompts with these drafts, its answers checked."""
     known = {tuple(prompt): answer for prompt, answer in zip(PROMPTS, answers, strict=True)}
     proposer = SyntheticProposer(parse_acceptance(acceptance), known, model.vocab_size)
-    planned = PlannedEngine(model, CONFIG, CURVES, proposer)
+    planned, records = planned_engine(model, CONFIG, CURVES, proposer), list[StepRecord]()
+    observe = planned.planner.observe
+
+    def recorded(record: StepRecord) -> None:
+        records.append(record)
+        observe(record)
+
+    planned.planner.observe = recorded
     torch.manual_seed(0)
     assert greedy_answers(planned, PROMPTS, [policy] * 4, TOKENS, 4)[0] == answers
-    return planned
+    return records
 
 
-def accepted_per_step(planned: PlannedEngine) -> float:
-    records = [step.record for step in planned.steps if step.record.verified_nodes]
+def accepted_per_step(steps: list[StepRecord]) -> float:
+    records = [record for record in steps if record.verified_nodes]
     return sum(record.accepted_nodes for record in records) / sum(record.sequences for record in records)
 
 
@@ -63,10 +70,10 @@ def test_perfect_drafts_are_accepted_whole_and_bad_ones_never(model, answers):
 
 
 def test_acceptance_is_what_was_asked_for_by_depth_and_rank(model, answers):
-    planned = run(model, answers, "0.6,0.2/0.3,0.4", "static:2-2")
+    records = run(model, answers, "0.6,0.2/0.3,0.4", "static:2-2")
     reached, accepted = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
-    for step in planned.steps:
-        outcomes = step.record.outcomes
+    for record in records:
+        outcomes = record.outcomes
         places = list(zip(outcomes.depths.tolist(), outcomes.ranks.tolist(), strict=True))
         reached.update(places)
         accepted.update(place for place, hit in zip(places, outcomes.accepted, strict=True) if hit)
@@ -77,8 +84,7 @@ def test_acceptance_is_what_was_asked_for_by_depth_and_rank(model, answers):
 
 def test_every_policy_grows_these_trees(model, answers):
     for policy in ("eagle2:3,3,8", "smart-paper", "smart"):
-        planned = run(model, answers, "0.7,0.2", policy)
-        assert accepted_per_step(planned) > 0.5, policy
+        assert accepted_per_step(run(model, answers, "0.7,0.2", policy)) > 0.5, policy
 
 
 @pytest.mark.parametrize("text", ["", "a", "0.7,0.5", "-0.1", "0.5/", "0.5//0.1"])

@@ -42,9 +42,10 @@ def test_each_policy_keeps_its_own_planner(config):
     def steps(policy: str) -> list[int]:
         system = systems.system(policy)
         system.submit(Request("r", PROMPT, 8, policy))
+        versions = []
         while not any(isinstance(event, End) for event in system.poll(0.0)):
-            pass
-        return [step.record.plan_version for step in systems.take_steps(policy)]
+            versions.append(system.planned.last.plan_version)
+        return versions
 
     first = steps("smart")
     assert steps("off")[0] == 1  # a new planner's first plan, whatever the other one has come to
@@ -92,7 +93,6 @@ def test_a_running_service_is_swept_through_its_port(endpoint, tmp_path):
     assert report["config"]["target"] == endpoint
     assert report["identical_outputs"] is True
     assert report["compared_outputs"] > 10
-    assert report["predictions"] == []
     assert {(row["policy"], row["concurrency"]) for row in report["rows"]} == {
         (policy, load) for policy in ("off", "chain:3", "smart", "oracle-fixed") for load in (1, 3)
     }

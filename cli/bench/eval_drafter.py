@@ -66,7 +66,7 @@ def _drafter(config: Config, head: Path | None) -> DrafterConfig:
 def _evaluate(config: Config, prompts: list[Prompt], max_tokens: int) -> Evaluation:
     from bench.drafter_report import evaluation
     from bench.eval_drafter import AnswerWriter, DrafterTrial
-    from cli.shown import Counted
+    from cli.terminal import Counted
     from drafter_svc.drafter import build_drafter
     from lm.model import LanguageModel
     from lm.store import vocabulary_sha256
@@ -97,7 +97,7 @@ def _evaluate(config: Config, prompts: list[Prompt], max_tokens: int) -> Evaluat
 def _show(found: Evaluation, prompts: int) -> None:
     from rich.console import Console
 
-    from cli.shown import table
+    from cli.terminal import table
 
     console = Console()
     headings = ("drafter", "top-1", "top-4", "chain:5", "tree:16", "speed-up", "ECE")
