@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -9,38 +10,58 @@ from typing import Any
 
 import grpc
 
-from treeline.errors import ConfigError, UnavailableError
+from treeline.errors import ConfigError, StreamLostError, UnavailableError
+from treeline.request import identify
 from treeline.rpc import client_options
-from treeline.status import from_rpc_error
+from treeline.status import from_rpc_error, is_lost
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1.generation_pb2_grpc import GenerationServiceStub
 
 MAX_MESSAGE_BYTES = 4 << 20
 CALL_TIMEOUT_S = 10.0
+RETRY_S = 0.2
+"""Between rounds of all servers while a broken stream looks for one."""
 
 
 class TreelineClient:
-    """Talks to a front door, or to a verifier directly. Failed calls raise TreelineErrors.
+    """Talks to front doors, or to a verifier directly. Failed calls raise TreelineErrors.
+
+    A stream whose front door goes away is resumed by itself through the same or another one; each token comes once.
 
     Args:
-        target: "host:port".
+        targets: "host:port", or several of them, of which one at a time is used.
         token: bearer token, if the server asks for one.
         tls_ca: certificate file to trust; without it the connection is not encrypted.
+        resume_wait_s: how long a broken stream looks for a server that goes on with it.
     """
 
-    def __init__(self, target: str, token: str | None = None, tls_ca: Path | None = None) -> None:
-        self.target = target
-        options = client_options(MAX_MESSAGE_BYTES)
-        if tls_ca is None:
-            self._channel = grpc.insecure_channel(target, options)
-        else:
+    def __init__(
+        self,
+        targets: str | Sequence[str],
+        token: str | None = None,
+        tls_ca: Path | None = None,
+        resume_wait_s: float = 60.0,
+    ) -> None:
+        credentials = None
+        if tls_ca is not None:
             try:
                 credentials = grpc.ssl_channel_credentials(tls_ca.read_bytes())
             except OSError as error:
                 raise ConfigError(f"cannot read {tls_ca}: {error.strerror}") from None
-            self._channel = grpc.secure_channel(target, credentials, options)
+        self._targets = [targets] if isinstance(targets, str) else list(targets)
+        options = client_options(MAX_MESSAGE_BYTES)
+        self._channels = [
+            grpc.secure_channel(target, credentials, options) if credentials else grpc.insecure_channel(target, options)
+            for target in self._targets
+        ]
+        self._current = 0
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        self._stub = GenerationServiceStub(self._channel)
+        self._resume_wait_s = resume_wait_s
+
+    @property
+    def target(self) -> str:
+        """The "host:port" in use."""
+        return self._targets[self._current]
 
     def generate(
         self,
@@ -102,24 +123,25 @@ class TreelineClient:
 
     def abort(self, *request_ids: str) -> int:
         """End requests by id; returns how many of them were open."""
-        return self._call(self._stub.Abort, pb.AbortRequest(request_ids=request_ids)).aborted
+        return self._call("Abort", pb.AbortRequest(request_ids=request_ids)).aborted
 
     def load(self) -> pb.GetLoadResponse:
         """How busy the service is."""
-        return self._call(self._stub.GetLoad, pb.GetLoadRequest())
+        return self._call("GetLoad", pb.GetLoadRequest())
 
     def model_info(self) -> pb.GetModelInfoResponse:
         """What is served."""
-        return self._call(self._stub.GetModelInfo, pb.GetModelInfoRequest())
+        return self._call("GetModelInfo", pb.GetModelInfoRequest())
 
     def tokenize(self, prompt: str | None = None, *, messages: Sequence[Mapping[str, str]] | None = None) -> list[int]:
         """The token ids of a text or a chat, as `generate` would see them."""
         chat = None if messages is None else _chat(messages)
-        return list(self._call(self._stub.Tokenize, pb.TokenizeRequest(prompt=prompt, chat=chat)).token_ids)
+        return list(self._call("Tokenize", pb.TokenizeRequest(prompt=prompt, chat=chat)).token_ids)
 
     def close(self) -> None:
         """Ends open streams too."""
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> TreelineClient:
         return self
@@ -132,20 +154,53 @@ class TreelineClient:
     def _stream(
         self, request: pb.GenerateRequest, timeout_s: float | None
     ) -> Iterator[pb.GenerateChunk | pb.GenerateComplete]:
-        call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
-        try:
-            for response in call:
-                yield response.chunk if response.WhichOneof("response") == "chunk" else response.complete
-        except grpc.RpcError as error:
-            raise self._error(error) from None
-        finally:
-            call.cancel()
+        identify(request)
+        started_s = time.monotonic()
+        lost_s, failures = None, 0  # since the last message: when the stream broke, and calls that failed
+        while True:
+            left_s = None if timeout_s is None else max(0.0, started_s + timeout_s - time.monotonic())
+            call = self._stub.Generate(request, timeout=left_s, metadata=self._metadata)
+            try:
+                for response in call:
+                    lost_s, failures = None, 0
+                    if not request.resume.token_ids:
+                        request.resume.time_to_first_token_s = time.monotonic() - started_s
+                    request.resume.token_ids.extend(response.chunk.token_ids)
+                    yield response.chunk if response.HasField("chunk") else response.complete
+                return
+            except grpc.RpcError as error:
+                problem, is_open = self._error(error), error.code() is grpc.StatusCode.ALREADY_EXISTS
+                # A server that has not noticed yet that it lost us still has the request open.
+                if not (is_lost(error) or (is_open and failures)) or isinstance(problem, StreamLostError):
+                    raise problem from None
+            finally:
+                call.cancel()
+            lost_s, failures = lost_s or time.monotonic(), failures + 1
+            waited_s = time.monotonic() - lost_s
+            # Without any token there is nothing to save: every server is asked once.
+            if waited_s > self._resume_wait_s or (not request.resume.token_ids and failures >= len(self._targets)):
+                raise problem
+            self._use_next()
+            request.resume.elapsed_s = time.monotonic() - started_s
+            time.sleep(RETRY_S if failures >= len(self._targets) else 0)
 
-    def _call(self, method: Any, request: Any) -> Any:
-        try:
-            return method(request, timeout=CALL_TIMEOUT_S, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise self._error(error) from None
+    @property
+    def _stub(self) -> GenerationServiceStub:
+        return GenerationServiceStub(self._channels[self._current])
+
+    def _use_next(self) -> None:
+        self._current = (self._current + 1) % len(self._targets)
+
+    def _call(self, method: str, request: Any) -> Any:
+        """The answer of the first server that can be reached."""
+        for tries_left in reversed(range(len(self._targets))):
+            try:
+                return getattr(self._stub, method)(request, timeout=CALL_TIMEOUT_S, metadata=self._metadata)
+            except grpc.RpcError as error:
+                if not (tries_left and is_lost(error)):
+                    raise self._error(error) from None
+                self._use_next()
+        raise AssertionError("unreachable: the last try returns or raises")
 
     def _error(self, error: Any) -> Exception:
         if error.code() is grpc.StatusCode.UNAVAILABLE and not error.trailing_metadata():

@@ -16,7 +16,7 @@ from treeline.config import Config, ServerConfig
 from treeline.errors import DrainingError, EngineFailedError
 from treeline.v1 import generation_pb2 as pb
 
-IMPATIENT = Config(server=ServerConfig(port=0, resume_wait_s=1.0), metrics=METRICS)
+IMPATIENT = Config(server=ServerConfig(port=0, http={"port": 0}, resume_wait_s=1.0), metrics=METRICS)
 
 
 def steps_of(chunks: list[pb.GenerateChunk]) -> list[int]:

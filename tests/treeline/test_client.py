@@ -1,12 +1,21 @@
 import asyncio
 import time
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
+from front_door.server import FrontDoorServer
 from tests.verifier_svc.fake_engine import FakeEngine, fake_verifier
 from treeline.client import TreelineClient
-from treeline.config import Config, InternalConfig
-from treeline.errors import InvalidRequestError, QueueFullError, RequestFailedError, UnavailableError, UnknownModelError
+from treeline.config import Config, InternalConfig, MetricsConfig, ServerConfig
+from treeline.errors import (
+    DrainingError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestFailedError,
+    UnavailableError,
+    UnknownModelError,
+)
 from treeline.v1 import generation_pb2 as pb
 
 
@@ -114,3 +123,54 @@ def test_deadlines_tokens_and_lost_servers(tmp_path):
     assert with_client(refused, config=config, token="wrong") == "UNAUTHENTICATED"
     with TreelineClient("127.0.0.1:1") as client, pytest.raises(UnavailableError, match=r"cannot reach 127\.0\.0\.1:1"):
         client.load()
+
+
+@asynccontextmanager
+async def two_doors(engines: list[FakeEngine]):
+    """Two front doors over the same verifiers."""
+    async with AsyncExitStack() as stack:
+        verifiers = [await stack.enter_async_context(fake_verifier(engine)) for engine in engines]
+
+        async def discover():
+            return [verifier.endpoint for verifier in verifiers]
+
+        config = Config(server=ServerConfig(port=0, http={"port": 0}), metrics=MetricsConfig(base_port=0))
+        doors = [await FrontDoorServer.start(config, discover) for _ in range(2)]
+        for door in doors:
+            stack.push_async_callback(door.stop, 0)
+        yield doors
+
+
+def test_a_stream_outlives_its_front_door():
+    async def run():
+        async with two_doors([FakeEngine(step_s=0.02)]) as doors:
+            loop = asyncio.get_running_loop()
+
+            def read():
+                with TreelineClient([door.endpoint for door in doors]) as client:
+                    answer = client.generate("hello", max_tokens=60)
+                    chunks = [next(answer) for _ in range(3)]
+                    asyncio.run_coroutine_threadsafe(doors[0].stop(0), loop).result(10)
+                    *rest, complete = answer
+                    return client.load().kv_blocks_total, chunks + rest, complete
+
+            return await asyncio.to_thread(read)
+
+    blocks, chunks, complete = asyncio.run(run())
+    assert [chunk.text for chunk in chunks] == [f"a{step} " for step in range(30)]
+    assert complete.usage.completion_tokens == 60
+    assert blocks == 64
+
+
+def test_a_stream_whose_servers_stay_away_says_so():
+    def use(client, engine):
+        answer = client.generate("hello", max_tokens=60)
+        next(answer)
+        engine.fail = DrainingError("this replica has shut down")
+        engine.fail_at = 5
+        with pytest.raises(UnavailableError):
+            list(answer)
+
+    engine = FakeEngine(step_s=0.02)
+    with_client(use, engine, resume_wait_s=0.5)
+    assert len(engine.requests) > 1, "it was not resumed"
