@@ -40,7 +40,7 @@ INLINE v8f exp8(v8f x)
     y = y * rest + splat8(1.6666665459e-1f);
     y = y * rest + splat8(5.0000001201e-1f);
     y = y * (rest * rest) + rest + splat8(1.0f);
-    return (v8f)(~vanishes & ((v8i)y + ((v8i)shifted << 23)));
+    return (v8f)(~(v8u)vanishes & ((v8u)y + ((v8u)shifted << 23))); /* unsigned: what vanishes may wrap */
 }
 
 INLINE v8f tanh8(v8f x)
