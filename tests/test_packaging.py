@@ -12,7 +12,7 @@ import pytest
 import treeline
 
 ROOT = Path(__file__).parent.parent
-OTHERS_PACKAGE = re.compile(r"pip install[^\n]*[\s'\"]treeline(?!-(client|serve)|/|\w)")
+OTHERS_PACKAGE = re.compile(r"pip install[^\n&]*[\s'\"]treeline(?!-(client|serve)|/|\w)")
 """PyPI's `treeline` belongs to another project."""
 
 
