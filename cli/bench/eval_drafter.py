@@ -12,7 +12,7 @@ from treeline.config import Config, DrafterConfig, load_config
 
 if TYPE_CHECKING:
     from bench.common import Prompt
-    from bench.drafter_report import Evaluation
+    from bench.drafter.report import Evaluation
 
 
 def eval_drafter(
@@ -32,7 +32,7 @@ def eval_drafter(
     nodes, the cost of its passes, and the speed-up that follows. A merged drafter is tried in its parts as well.
     """
     from bench.common import OWN_PROMPTS, load_prompts, write_report
-    from bench.drafter_report import plot_acceptance
+    from bench.drafter.report import plot_acceptance
 
     config = load_config(config_file)
     config = config.model_copy(update={"drafter": _drafter(config, head)})
@@ -64,8 +64,8 @@ def _drafter(config: Config, head: Path | None) -> DrafterConfig:
 
 
 def _evaluate(config: Config, prompts: list[Prompt], max_tokens: int) -> Evaluation:
-    from bench.drafter_report import evaluation
-    from bench.eval_drafter import AnswerWriter, DrafterTrial
+    from bench.drafter.report import evaluation
+    from bench.drafter.trial import AnswerWriter, DrafterTrial
     from cli.terminal import Counted
     from drafter_svc.drafter import build_drafter
     from lm.model import LanguageModel

@@ -14,7 +14,7 @@ from treeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from bench.common import Prompt
-    from bench.peers import Missing, PeerRow
+    from bench.peers.compare import Missing, PeerRow
 
 OPTIONAL = ("openvino-genai", "llama-cpp-python")
 
@@ -67,8 +67,8 @@ def _measure(
     config: Config, texts: list[Prompt], max_tokens: int, rounds: int, concurrencies: list[int]
 ) -> tuple[list[PeerRow], list[Missing]]:
     from bench.local_engine import encode
-    from bench.peers import run_peers
-    from bench.peers_lineup import build_lineup
+    from bench.peers.compare import run_peers
+    from bench.peers.lineup import build_lineup
     from cli.terminal import Counted
     from lm.model import LanguageModel
     from verifier_svc.service.profile_cache import verification_profile

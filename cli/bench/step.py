@@ -14,7 +14,7 @@ from treeline.config import Config, load_config
 from treeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from bench.step import StepResult, Subject
+    from bench.step.measure import StepResult, Subject
 
 
 def step(
@@ -42,7 +42,7 @@ def step(
         raise ConfigError("--curves goes with --shape; `treeline profile --json` prints those of a configured target")
 
     from bench.common import write_report
-    from bench.step import QUICK, grid, run_step
+    from bench.step.measure import QUICK, grid, run_step
     from cli.terminal import Counted
 
     points = list(QUICK) if quick else grid()
@@ -58,7 +58,7 @@ def step(
 
 def _subjects(config: Config, drafter: str | None) -> list[Subject]:
     """The target, and the drafter of the configuration or this draft model."""
-    from bench.step import head_subject, model_subject
+    from bench.step.measure import head_subject, model_subject
     from drafter_svc.drafter import find_head
     from lm.draft_head import DraftHead
 
@@ -75,7 +75,7 @@ def _subjects(config: Config, drafter: str | None) -> list[Subject]:
 
 def _shaped(config: Config, shape: str, curves: Path | None) -> Subject:
     """A model of random weights; its profile is written first, if asked for."""
-    from bench.shapes import random_model, shape_subject
+    from bench.step.shapes import random_model, shape_subject
 
     model = random_model(shape, config.verifier.target)
     if curves is not None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bench.common import Prompt
-from bench.drafter_report import pass_costs, plot_acceptance, predicted_speedup
-from bench.eval_drafter import Answer, AnswerWriter, DrafterTrial, reliability
+from bench.drafter.report import pass_costs, plot_acceptance, predicted_speedup
+from bench.drafter.trial import Answer, AnswerWriter, DrafterTrial, reliability
 from drafter_svc.drafter import DrafterInfo, TreeDrafter
 from drafter_svc.head_proposer import HeadProposer
 from drafter_svc.ngram import NgramProposer

@@ -10,10 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench.peers import Lineup, MissingPeerError, run_peers
-from bench.peers_llama_cpp import llama_cpp
-from bench.peers_openvino import openvino_genai
-from bench.peers_transformers import continuous_batching, generate_one_by_one
+from bench.peers.compare import Lineup, MissingPeerError, run_peers
+from bench.peers.llama_cpp import llama_cpp
+from bench.peers.openvino import openvino_genai
+from bench.peers.transformers import continuous_batching, generate_one_by_one
 from cli.main import app
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
 
-from bench.peers_openvino import put_zeros_right, row_zeros
+from bench.peers.openvino import put_zeros_right, row_zeros
 
 ROWS, GROUPS = 6, 3
 

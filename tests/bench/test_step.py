@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from bench.limits import MachineLimit, ModelSize, Point, measure_limit
-from bench.passes import transformers_passes, treeline_passes
-from bench.shapes import SHAPES, random_model
 from bench.simulator.devices import measured
-from bench.step import Subject, grid, head_subject, model_subject, run_step
+from bench.step.limits import MachineLimit, ModelSize, Point, measure_limit
+from bench.step.measure import Subject, grid, head_subject, model_subject, run_step
+from bench.step.passes import transformers_passes, treeline_passes
+from bench.step.shapes import SHAPES, random_model
 from cli.main import app
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
@@ -122,7 +122,7 @@ def test_a_model_is_read_once_without_the_rows_it_only_looks_up(model):
 
 
 def test_the_command_writes_its_report(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.step.QUICK", tuple(POINTS))
+    monkeypatch.setattr("bench.step.measure.QUICK", tuple(POINTS))
     config, report = tmp_path / "c.yaml", tmp_path / "r.json"
     config.write_text(f"verifier: {{target: {{model: {folder}, dtype: float32}}}}\n")
     arguments = ["--config", str(config), "--quick", "--repeats", "1", "--json", str(report)]
@@ -136,7 +136,7 @@ def test_the_command_writes_its_report(folder, tmp_path, monkeypatch):
 
 
 def test_a_shape_of_random_weights_is_measured_and_its_curves_can_be_simulated(tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.step.QUICK", tuple(POINTS))
+    monkeypatch.setattr("bench.step.measure.QUICK", tuple(POINTS))
     monkeypatch.setattr("verifier_svc.service.profile.BUDGET_S", 0.5)
     config, report, curves = tmp_path / "c.yaml", tmp_path / "r.json", tmp_path / "curves.json"
     config.write_text("verifier: {target: {dtype: float32, device: cpu}, kv_cache_tokens: 512}\n")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bench.peers import Answerer, Answers, MissingPeerError
+from bench.peers.compare import Answerer, Answers, MissingPeerError
 
 
 def llama_cpp(gguf: Path, max_tokens: int, context_tokens: int, eos_token_ids: frozenset[int]) -> Answerer:

@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from bench.local_engine import PlannedEngine, greedy_answers, planned_engine
-from bench.passes import load_transformers
-from bench.peers import Answerer, Lineup, MissingPeerError
-from bench.peers_llama_cpp import llama_cpp
-from bench.peers_openvino import openvino_genai
-from bench.peers_transformers import PROMPT_LOOKUP_TOKENS, continuous_batching, generate_one_by_one
+from bench.peers.compare import Answerer, Lineup, MissingPeerError
+from bench.peers.llama_cpp import llama_cpp
+from bench.peers.openvino import openvino_genai
+from bench.peers.transformers import PROMPT_LOOKUP_TOKENS, continuous_batching, generate_one_by_one
+from bench.step.passes import load_transformers
 from lm.model import LanguageModel
 from lm.store import resolve_gguf
 from treeline.config import Config

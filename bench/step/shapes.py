@@ -7,9 +7,9 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from bench.limits import ModelSize
-from bench.passes import treeline_passes
-from bench.step import Subject
+from bench.step.limits import ModelSize
+from bench.step.measure import Subject
+from bench.step.passes import treeline_passes
 from lm.attention import IMPLEMENTATION
 from lm.device import torch_device, torch_dtype
 from lm.layers.fuse import fuse_layers

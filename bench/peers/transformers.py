@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig
 
-from bench.peers import Answerer, Answers, MissingPeerError
+from bench.peers.compare import Answerer, Answers, MissingPeerError
 
 PROMPT_LOOKUP_TOKENS = 10
 """The number that transformers' own documentation uses."""

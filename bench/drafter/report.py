@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.eval_drafter import BLOCK_TOKENS, DrafterTrial, Tally
+from bench.drafter.trial import BLOCK_TOKENS, DrafterTrial, Tally
 from drafter_svc.drafter import TreeDrafter
 from lm.model import LanguageModel
 from lm.packed import PackedSequence

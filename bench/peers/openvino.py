@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.peers import Answerer, Answers, MissingPeerError
+from bench.peers.compare import Answerer, Answers, MissingPeerError
 
 LOOKUP_TOKENS, LOOKUP_NGRAM = 5, 3
 CACHE_GB = 1

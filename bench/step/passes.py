@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from bench.limits import Point
+from bench.step.limits import Point
 from lm.draft_head import DraftHead
 from lm.kv_cache import KVCache, LayerShape, SequenceCache
 from lm.model import LanguageModel

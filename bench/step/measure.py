@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from bench.limits import MachineLimit, ModelSize, Point, measure_limit, timed_s
-from bench.passes import PassMaker, head_passes, load_transformers, transformers_passes, treeline_passes
+from bench.step.limits import MachineLimit, ModelSize, Point, measure_limit, timed_s
+from bench.step.passes import PassMaker, head_passes, load_transformers, transformers_passes, treeline_passes
 from lm.draft_head import DraftHead
 from lm.model import LanguageModel
 from treeline.config import ModelConfig
