@@ -31,7 +31,7 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
         identify(request)
         with self._opened(request.request_id):
             await context.send_initial_metadata(identity(request))
-            stream = ResumableStream(request, self.pool, self._resume_wait_s)
+            stream = ResumableStream(request, self.pool, self._resume_wait_s, lambda: self.draining)
             async with aclosing(stream.responses(context)) as responses:
                 async for response in responses:
                     yield response

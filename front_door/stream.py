@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 import grpc
 
 from front_door.routing import Verifier, VerifierPool
-from treeline.errors import StreamLostError, UnavailableError
+from treeline.errors import DrainingError, StreamLostError, UnavailableError
 from treeline.request import REQUEST_ID
 from treeline.status import is_lost, reason_of
 from treeline.v1 import generation_pb2 as pb
@@ -43,10 +43,13 @@ class ResumableStream:
 
     Args:
         wait_s: how long the stream may be without a verifier before it ends with UNAVAILABLE.
+        draining: whether this front door shuts down, so that a client had better resume through another one.
     """
 
-    def __init__(self, request: pb.GenerateRequest, pool: VerifierPool, wait_s: float) -> None:
-        self._request, self._pool, self._wait_s = request, pool, wait_s
+    def __init__(
+        self, request: pb.GenerateRequest, pool: VerifierPool, wait_s: float, draining: Callable[[], bool]
+    ) -> None:
+        self._request, self._pool, self._wait_s, self._draining = request, pool, wait_s, draining
         self._arrived_s = time.monotonic() - request.resume.elapsed_s
         self._is_resumed = request.HasField("resume")
         self._lost_s: float | None = None  # since when no verifier has had the stream
@@ -60,7 +63,7 @@ class ResumableStream:
         """The answer's messages, each token once.
 
         Raises:
-            StreamLostError: no verifier has taken it over in time.
+            StreamLostError, DrainingError: no verifier has taken it over in time; this front door shuts down.
             grpc.aio.AioRpcError: a verifier's own refusal or failure.
         """
         verifier = self._pool.least_loaded()
@@ -108,6 +111,8 @@ class ResumableStream:
         logger.info("request %s: verifier %s: %s", self._request.request_id, lost.endpoint, problem)
         self._lost_s = self._lost_s or time.monotonic()
         while self._futile_runs < MAX_FUTILE_RUNS and time.monotonic() < self._lost_s + self._wait_s:
+            if self._draining():
+                raise DrainingError("this front door is shutting down; resume through another one")
             await asyncio.sleep(RETRY_S)
             verifier = self._pool.least_loaded()
             if verifier is not None:
