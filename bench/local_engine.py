@@ -14,7 +14,6 @@ from drafter_svc.proposer import Proposer
 from lm.model import LanguageModel
 from lm.store import vocabulary_sha256
 from planner.service.loop import PlanMaker, VerifierState
-from planner.service.signals import Signals
 from treeline.config import Config
 from treeline.drafting import DraftLink
 from treeline.plan import CostCurve, StepRecord, VerifierProfile
@@ -42,7 +41,6 @@ class LocalPlanner:
     def __init__(self, profile: VerifierProfile, config: Config, clock: Clock = time.perf_counter) -> None:
         self._state = VerifierState(profile, "")
         self._maker = PlanMaker(config.limits, config.planner)
-        self._signals = Signals(config.planner.signal_max_age_s)
         self._interval_s, self._clock = config.planner.interval_s, clock
         self._renew()
 
@@ -54,7 +52,7 @@ class LocalPlanner:
 
     def _renew(self) -> None:
         self._made_s = self._clock()
-        self.plan = self._maker.make(self._state, self._signals)
+        self.plan = self._maker.make(self._state)
 
 
 class PlannedEngine:

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from drafter_svc.drafter import DrafterInfo, TreeDrafter, build_drafter, find_head
 from lm.store import load_tokenizer, resolve_model, vocabulary_sha256
-from planner.fast.fallback import builtin_plan
+from planner.fast.builtin_plan import builtin_plan
 from planner.policies import parse_policy
 from treeline.config import DEFAULT_MODEL, Config, LimitsConfig
 from treeline.drafting import DraftReply, DraftRequest

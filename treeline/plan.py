@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 SOURCES = 3
 DEPTHS = 8
 PROB_BINS = 16
-RANKS = 8
 
 
 @dataclass(frozen=True)
@@ -99,13 +98,10 @@ class Calibration:
             greedy (0 greedy), depth - 1 (the last one holds all deeper) and draft-probability bin.
         kappa: float32 [2, DEPTHS]: total acceptance of the children that one would keep under an accepted node, by
             sampled and the node's depth (0 is the root).
-        by_rank: float32 [2, RANKS]: P(a node's i-th choice is accepted | it was reached), by sampled; of any source and
-            depth, the last one holding all further choices.
     """
 
     acceptance: NDArray[np.float32]
     kappa: NDArray[np.float32]
-    by_rank: NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import numpy as np
 from treeline.plan import (
     DEPTHS,
     PROB_BINS,
-    RANKS,
     SOURCES,
     Calibration,
     CostCurve,
@@ -73,7 +72,6 @@ def plan_to_proto(plan: Plan) -> pb.Plan:
         calibration=pb.Calibration(
             acceptance=plan.calibration.acceptance.ravel().tolist(),
             kappa=plan.calibration.kappa.ravel().tolist(),
-            by_rank=plan.calibration.by_rank.ravel().tolist(),
         ),
         price=plan.price,
         max_nodes=plan.max_nodes,
@@ -107,7 +105,6 @@ def plan_from_proto(message: pb.Plan) -> Plan:
         calibration=Calibration(
             np.asarray(calibration.acceptance, np.float32).reshape(SOURCES, 2, DEPTHS, PROB_BINS),
             np.asarray(calibration.kappa, np.float32).reshape(2, DEPTHS),
-            np.asarray(calibration.by_rank, np.float32).reshape(2, RANKS),
         ),
         price=message.price,
         max_nodes=message.max_nodes,

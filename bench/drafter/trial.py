@@ -19,7 +19,7 @@ from drafter_svc.drafter import TreeDrafter
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from planner.fast.acceptance import Calibrator
-from planner.fast.fallback import builtin_plan
+from planner.fast.builtin_plan import builtin_plan
 from treeline.config import LimitsConfig
 from treeline.drafting import NO_FEATURES, DraftRequest, DraftSequence
 from treeline.plan import NodeOutcomes

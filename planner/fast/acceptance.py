@@ -1,27 +1,20 @@
-"""From what a drafter believes to what the target accepts, learnt online."""
+"""From the drafter's probability to the probability that the target accepts, learnt online."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeline.plan import DEPTHS, PROB_BINS, RANKS, SOURCES, Calibration, NodeOutcomes
-from treeline.tree import Source
+from treeline.plan import DEPTHS, PROB_BINS, SOURCES, Calibration, NodeOutcomes
 
 DECAY = 0.99
-"""Per update: evidence of 70 steps ago counts half."""
-POOLED_WEIGHT = 4.0
-PRIOR_WEIGHT = 4.0
-NGRAM_PRIOR = 0.8
+"""Share of the evidence kept per update: half of it is 70 steps old, 2 to 4 s of decoding on a CPU."""
+PRIOR_NODES = 4.0
+"""Nodes that a cell must have seen to count as much as what is known without it: all depths together, and the prior. A
+cell of the table sees a few nodes per step in use, so it speaks for itself within seconds."""
 KAPPA_PRIOR = 0.6
-KAPPA_WEIGHT = 8.0
-RANK_WEIGHT = 8.0
-REQUEST_DECAY = 0.95
-REQUEST_WEIGHT = 4.0
-"""A request is believed to be like the others as firmly as this many accepted nodes would show it."""
-REQUEST_RATIOS = (0.25, 1.5)
+"""P(a reached node goes on to an accepted child) before any was seen: a guess that PRIOR_NODES outweigh."""
+# Strides of the flattened acceptance table [source, sampled, depth, bin].
 _PER_DEPTH, _PER_SAMPLED, _PER_SOURCE = (np.intp(size * PROB_BINS) for size in (1, DEPTHS, 2 * DEPTHS))
 _BINS, _LAST_BIN = np.float32(PROB_BINS), np.float32(PROB_BINS - 1)
 
@@ -39,7 +32,8 @@ def accepts(
         depths: [n], or [] if all are equally deep.
         sampled: bool [n], or one for all.
     """
-    # One flat index, of typed constants (bytes would overflow), is several times faster than an index of four columns.
+    # One flat index is several times faster than an index of four columns. Its constants are typed: bytes overflow.
+    # Example: source 1, greedy, depth 2, bin 3 -> 1 * 256 + 0 * 128 + 2 * 16 + 3, less 16 as depths count from 1.
     cells = sources * _PER_SOURCE
     cells += sampled * _PER_SAMPLED
     cells += np.minimum(depths, DEPTHS) * _PER_DEPTH
@@ -48,39 +42,15 @@ def accepts(
 
 
 def prob_bins(draft_probs: NDArray[np.float32]) -> NDArray[np.intp]:
-    """Bin of each probability. Bins are even in its square root, so that small ones are told apart."""
+    """intp [n]: the bin of each probability. Bins are even in its square root, so that small ones are resolved."""
     return np.minimum(np.sqrt(draft_probs) * _BINS, _LAST_BIN).astype(np.intp)
 
 
 def prior() -> Calibration:
-    """Before anything was seen: the drafter is believed, a lookup a little less."""
+    """The calibration before anything was seen: proposers are believed."""
     middles = ((np.arange(PROB_BINS, dtype=np.float32) + 0.5) / PROB_BINS) ** 2
     acceptance = np.broadcast_to(middles, (SOURCES, 2, DEPTHS, PROB_BINS)).astype(np.float32)
-    acceptance[Source.NGRAM] *= NGRAM_PRIOR
-    by_rank = KAPPA_PRIOR / np.arange(1, RANKS + 1, dtype=np.float32) ** 2
-    return Calibration(acceptance, np.full((2, DEPTHS), KAPPA_PRIOR, np.float32), np.stack([by_rank, by_rank]))
-
-
-@dataclass(frozen=True)
-class RequestAcceptance:
-    """How one request's drafts fare beside the deployment's calibration; forgetful, and shrunk to it.
-
-    Attributes:
-        expected, accepted: nodes, by the calibration and in fact, over about the last 20 steps.
-    """
-
-    expected: float = 0.0
-    accepted: float = 0.0
-
-    @property
-    def ratio(self) -> float:
-        """By how much to multiply the path acceptance of this request's nodes."""
-        low, high = REQUEST_RATIOS
-        return min(high, max(low, (self.accepted + REQUEST_WEIGHT) / (self.expected + REQUEST_WEIGHT)))
-
-    def after(self, expected: float, accepted: int) -> RequestAcceptance:
-        """After one step more."""
-        return RequestAcceptance(REQUEST_DECAY * self.expected + expected, REQUEST_DECAY * self.accepted + accepted)
+    return Calibration(acceptance, np.full((2, DEPTHS), KAPPA_PRIOR, np.float32))
 
 
 class Calibrator:
@@ -90,7 +60,6 @@ class Calibrator:
         shape = (SOURCES, 2, DEPTHS, PROB_BINS)
         self._seen, self._accepted = np.zeros(shape), np.zeros(shape)
         self._parents, self._continued = np.zeros((2, DEPTHS)), np.zeros((2, DEPTHS))
-        self._rank_seen, self._rank_accepted = np.zeros((2, RANKS)), np.zeros((2, RANKS))
         self._prior = prior()
         self._calibration, self._learnt = self._prior, False
         # Reliability of the predictions in force when each outcome came: predicted, accepted and seen by predicted bin.
@@ -108,17 +77,11 @@ class Calibrator:
         cells = (outcomes.sources.astype(np.intp) * (2 * DEPTHS) + depths) * PROB_BINS + prob_bins(outcomes.draft_probs)
         for counts in (self._seen, self._accepted, self._parents, self._continued, self._reliability):
             counts *= DECAY
-        for counts in (self._rank_seen, self._rank_accepted):
-            counts *= DECAY
-        # Of one flat index each, which is several times faster than of one for every axis.
         np.add.at(self._seen.ravel(), cells, 1.0)
         np.add.at(self._accepted.ravel(), cells, accepted)
         # Siblings share one reached parent: the one of rank 0 stands for it.
         np.add.at(self._parents.ravel(), depths, (outcomes.ranks == 0).astype(np.float64))
         np.add.at(self._continued.ravel(), depths, accepted)
-        ranks = sampled * RANKS + np.minimum(outcomes.ranks, RANKS - 1)
-        np.add.at(self._rank_seen.ravel(), ranks, 1.0)
-        np.add.at(self._rank_accepted.ravel(), ranks, accepted)
         bins = prob_bins(predicted)
         np.add.at(self._reliability[0], bins, predicted.astype(np.float64))
         np.add.at(self._reliability[1], bins, accepted)
@@ -138,10 +101,7 @@ class Calibrator:
 
     def _estimate(self) -> Calibration:
         pooled_seen, pooled_accepted = self._seen.sum(2, keepdims=True), self._accepted.sum(2, keepdims=True)
-        pooled = (pooled_accepted + PRIOR_WEIGHT * self._prior.acceptance) / (pooled_seen + PRIOR_WEIGHT)
-        acceptance = (self._accepted + POOLED_WEIGHT * pooled) / (self._seen + POOLED_WEIGHT)
-        kappa = (self._continued + KAPPA_WEIGHT * self._prior.kappa) / (self._parents + KAPPA_WEIGHT)
-        by_rank = (self._rank_accepted + RANK_WEIGHT * self._prior.by_rank) / (self._rank_seen + RANK_WEIGHT)
-        return Calibration(
-            acceptance.astype(np.float32), np.minimum(kappa, 1).astype(np.float32), by_rank.astype(np.float32)
-        )
+        pooled = (pooled_accepted + PRIOR_NODES * self._prior.acceptance) / (pooled_seen + PRIOR_NODES)
+        acceptance = (self._accepted + PRIOR_NODES * pooled) / (self._seen + PRIOR_NODES)
+        kappa = (self._continued + PRIOR_NODES * self._prior.kappa) / (self._parents + PRIOR_NODES)
+        return Calibration(acceptance.astype(np.float32), np.minimum(kappa, 1).astype(np.float32))

@@ -8,8 +8,12 @@ from numpy.typing import NDArray
 from treeline.plan import CostCurve, CostModel, PaperFit, Reading
 
 MAX_PAPER_EXPONENT = 50.0
+"""exp() stays finite; a tree that costs e^50 times its first node is refused anyway."""
 NODES_AHEAD = 64
+"""Tokens that `cheapest_slopes_s` looks ahead: a power of two, as the tiles of matrix products are."""
 STEPS_AHEAD = np.arange(1, NODES_AHEAD + 1)
+CATCH_UP_TOKENS = 4
+"""Committed tokens per request that a drafter runs in ordinary steps: the accepted path's end and looked-up tokens."""
 
 
 def verify_seconds(cost: CostModel, sequences: int, context_tokens: int, max_tokens: int) -> NDArray[np.float64]:
@@ -30,8 +34,13 @@ def pass_s(cost: CostModel, sequences: int, context_tokens: int, tokens: int) ->
     return float(seconds[tokens]) + max(0, context_tokens - short) * float(per_context_token[tokens])
 
 
+def catches_up(catch_up_tokens: int, requests: int) -> bool:
+    """Whether a draft for these requests had much to catch up: its seconds say little of the next one's."""
+    return catch_up_tokens > CATCH_UP_TOKENS * requests
+
+
 def as_decoded(cost: CostModel, prompt_tokens: int) -> int:
-    """As many decoded tokens as so many of a prompt cost."""
+    """Decoded tokens that cost as much as these prompt tokens."""
     return round(cost.prompt_ratio * prompt_tokens)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from planner.fast.fallback import builtin_plan
+from planner.fast.builtin_plan import builtin_plan
 from treeline.config import InternalConfig, LimitsConfig
 from treeline.plan import Plan, StepRecord, VerifierProfile
 from treeline.plan_wire import plan_from_proto, profile_to_proto, step_to_proto

@@ -1,4 +1,4 @@
-"""The slow loop: from one verifier's records and signals to its plan, a few times a second."""
+"""The slow loop: from one verifier's step records and latency to its plan, a few times a second."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from planner.fast.acceptance import Calibrator
 from planner.fast.cost import cheapest_slopes_s, verify_seconds
-from planner.service.signals import Signals
+from planner.service.latency import Latency
 from planner.service.tracker import CostTracker
 from treeline.config import LimitsConfig, PlannerConfig
 from treeline.plan import CostModel, Plan, StepRecord, VerifierProfile
@@ -32,10 +32,12 @@ QUIET_S = 2.0
 class VerifierState:
     """All that the planner knows of one verifier."""
 
-    def __init__(self, profile: VerifierProfile, metrics_url: str) -> None:
+    def __init__(self, profile: VerifierProfile, metrics_url: str, latency: Latency | None = None) -> None:
+        """`latency`: what Prometheus measures, if it does."""
         self.tracker = CostTracker(profile)
         self.calibrator = Calibrator()
         self.metrics_url = metrics_url
+        self.latency = latency or Latency(0.0)
         self.last_heard_s = time.monotonic()
         self.price = 0.0
         self.last: StepRecord | None = None
@@ -99,9 +101,9 @@ class PlanMaker:
         self._limits, self._config = limits, config
         self._versions = count(1)
 
-    def make(self, state: VerifierState, signals: Signals) -> Plan:
+    def make(self, state: VerifierState) -> Plan:
         """The plan for one verifier, as of now."""
-        self._use_latency(state, signals)
+        _use_latency(state)
         cost, last = state.tracker.model(), state.last
         sequences = last.sequences if last else 1
         context_tokens = last.context_tokens // sequences if last else 0
@@ -122,26 +124,26 @@ class PlanMaker:
             price=price,
             max_nodes=self._limits.max_tree_nodes,
             max_depth=min(MAX_DEPTH, self._limits.max_tree_depth),
-            reason=_reason(price, goodput, sequences, last, signals),
+            reason=_reason(price, goodput, sequences, last, state.latency),
         )
 
-    def _use_latency(self, state: VerifierState, signals: Signals) -> None:
-        """Requests run, but no records come: let the measured verification latency correct the cost model."""
-        measured_s = signals.get("verify_p50_s")
-        last = state.last
-        if measured_s is None or last is None or time.time() - last.unix_s < QUIET_S:
-            return
-        if signals.get("running") and last.predicted_verify_s:
-            state.tracker.rescale(max(0.5, min(2.0, measured_s / last.predicted_verify_s)) ** 0.1)
+
+def _use_latency(state: VerifierState) -> None:
+    """Requests run, but no records come: let the measured verification latency correct the cost model."""
+    measured_s, last = state.latency.get("verify_p50_s"), state.last
+    if measured_s is None or last is None or time.time() - last.unix_s < QUIET_S:
+        return
+    if state.latency.get("running") and last.predicted_verify_s:
+        state.tracker.rescale(max(0.5, min(2.0, measured_s / last.predicted_verify_s)) ** 0.1)
 
 
-def _reason(price: float, goodput: float, sequences: int, last: StepRecord | None, signals: Signals) -> str:
+def _reason(price: float, goodput: float, sequences: int, last: StepRecord | None, measured: Latency) -> str:
     if last is None:
         return f"from the device profile alone: {goodput:.0f} tok/s plain"
     parts = [f"{goodput:.0f} tok/s lately at batch {sequences}"]
     if price > goodput:
         parts.append(f"{last.waiting} waiting raise the price to {price:.0f}")
-    latency = signals.get("itl_p95_s")
+    latency = measured.get("itl_p95_s")
     if latency is not None:
         parts.append(f"inter-token p95 {1000 * latency:.0f} ms")
     return ", ".join(parts)

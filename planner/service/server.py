@@ -14,8 +14,8 @@ from grpc_health.v1 import health
 from prometheus_client import CollectorRegistry
 
 from planner.service.client import MAX_MESSAGE_BYTES
+from planner.service.latency import Latency, read_prometheus
 from planner.service.loop import PlanMaker, VerifierState
-from planner.service.signals import Signals
 from treeline.config import Config, PlannerConfig
 from treeline.metrics import PlannerMetrics, serve_metrics
 from treeline.plan import Plan
@@ -27,10 +27,10 @@ from treeline.v1 import planning_pb2_grpc as pb_grpc
 logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["PlanningService"].full_name
-SIGNAL_INTERVAL_S = 1.0
-PAGE_INTERVAL_S = 4.0
-"""A verifier's own page takes it and the planner some ten milliseconds each, and only matters when records stop."""
+LATENCY_INTERVAL_S = 1.0
+"""Between queries of Prometheus; it scrapes every few seconds itself."""
 FORGET_S = 30.0
+"""A verifier that has sent nothing for this long, not even the empty message of an idle one, is gone."""
 
 
 class PlannerServer:
@@ -69,7 +69,7 @@ class PlannerServer:
         await server.start()
         tasks = [
             asyncio.create_task(servicer.make_plans(), name="plans"),
-            asyncio.create_task(servicer.read_signals(), name="signals"),
+            asyncio.create_task(servicer.read_latency(), name="latency"),
         ]
         return cls(endpoint, metrics_port, server, health_servicer, tasks)
 
@@ -90,14 +90,13 @@ class PlannerServer:
 
 
 class PlanningServicer(pb_grpc.PlanningServiceServicer):
-    """Owns the state of every verifier and their plans; all of it on one event loop."""
+    """Owns the state and the plan of every verifier; only its event loop reads or writes them."""
 
     def __init__(self, config: Config, metrics: PlannerMetrics) -> None:
         self._config: PlannerConfig = config.planner
         self._maker = PlanMaker(config.limits, config.planner)
         self._metrics = metrics
         self._states: dict[str, VerifierState] = {}
-        self._signals: dict[str, Signals] = {}
         self._plans: dict[str, Plan] = {}
         self._changed = asyncio.Condition()
 
@@ -112,13 +111,6 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
             sent = plan
             if plan is not None:
                 yield pb.WatchPlanResponse(plan=plan_to_proto(plan))
-
-    async def GetPlan(self, request: pb.GetPlanRequest, context: grpc.aio.ServicerContext) -> pb.GetPlanResponse:
-        plan = self._plans.get(request.verifier_id)
-        if plan is None:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "no plan yet for this verifier")
-        assert plan is not None
-        return pb.GetPlanResponse(plan=plan_to_proto(plan))
 
     async def ReportSteps(
         self, request_iterator: AsyncIterator[pb.ReportStepsRequest], context: grpc.aio.ServicerContext
@@ -138,29 +130,26 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
             for verifier_id in [v for v, state in self._states.items() if now - state.last_heard_s > FORGET_S]:
                 self._forget(verifier_id)
             for verifier_id, state in self._states.items():
-                self._plans[verifier_id] = plan = self._maker.make(state, self._signals[verifier_id])
+                self._plans[verifier_id] = plan = self._maker.make(state)
                 self._show(verifier_id, state, plan)
             async with self._changed:
                 self._changed.notify_all()
             await asyncio.sleep(self._config.interval_s)
 
-    async def read_signals(self) -> None:
-        """Read every verifier's latency, from Prometheus or from its own page; none waits for another's."""
-        while True:
-            await asyncio.gather(*(asyncio.to_thread(self._read, verifier_id) for verifier_id in self._states))
-            await asyncio.sleep(SIGNAL_INTERVAL_S if self._config.prometheus_url else PAGE_INTERVAL_S)
+    async def read_latency(self) -> None:
+        """Ask Prometheus for every verifier's latency; no verifier waits for another's answer."""
+        while url := self._config.prometheus_url:
+            await asyncio.gather(*(self._read_latency(url, state) for state in self._states.values()))
+            await asyncio.sleep(LATENCY_INTERVAL_S)
+        await asyncio.Event().wait()  # nothing to read, and a task that ends is a failure
 
-    def _read(self, verifier_id: str) -> None:
-        state, signals = self._states.get(verifier_id), self._signals.get(verifier_id)
-        if state is None or signals is None:
-            return  # forgotten meanwhile
+    async def _read_latency(self, url: str, state: VerifierState) -> None:
+        instance = urllib.parse.urlsplit(state.metrics_url).netloc
         try:
-            if self._config.prometheus_url:
-                signals.read_prometheus(self._config.prometheus_url, urllib.parse.urlsplit(state.metrics_url).netloc)
-            else:
-                signals.read_page(state.metrics_url)
+            # A thread asks; what it finds is taken in here, on the event loop.
+            state.latency.update(await asyncio.to_thread(read_prometheus, url, instance))
         except (OSError, ValueError) as error:
-            logger.debug("no live signals of %s: %s", verifier_id, error)
+            logger.debug("no latency of %s: %s", instance, error)
 
     def _take(self, request: pb.ReportStepsRequest) -> int:
         """Take in one message of a verifier; raises ValueError for one that makes no sense."""
@@ -168,8 +157,8 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
         if request.HasField("profile"):
             profile = profile_from_proto(request.profile)
             if verifier_id not in self._states:
-                self._states[verifier_id] = VerifierState(profile, request.metrics_url)
-                self._signals[verifier_id] = Signals(self._config.signal_max_age_s)
+                latency = Latency(self._config.signal_max_age_s)
+                self._states[verifier_id] = VerifierState(profile, request.metrics_url, latency)
         state = self._states.get(verifier_id)
         if state is None:
             raise ValueError("steps before the profile")
@@ -181,7 +170,6 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
 
     def _forget(self, verifier_id: str) -> None:
         self._states.pop(verifier_id)
-        self._signals.pop(verifier_id)
         self._plans.pop(verifier_id, None)
         self._metrics.forget(verifier_id)
 
@@ -196,4 +184,4 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
             metrics.cost_error.labels(verifier_id, quantile).set(error)
         metrics.calibration_error.labels(verifier_id).set(state.calibrator.ece())
         for signal in ("itl_p95_s", "verify_p50_s"):
-            metrics.signal_age_seconds.labels(verifier_id, signal).set(self._signals[verifier_id].age_s(signal))
+            metrics.signal_age_seconds.labels(verifier_id, signal).set(state.latency.age_s(signal))

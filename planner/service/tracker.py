@@ -13,31 +13,39 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression, least_squares
 
-from planner.fast.cost import context_token_s, curve_seconds, curve_weights
-from planner.fast.draft_costs import DraftCosts
-from planner.fast.rls import RecursiveLeastSquares
+from planner.fast.cost import catches_up, context_token_s, curve_seconds, curve_weights
+from planner.service.rls import RecursiveLeastSquares
 from treeline.plan import CostCurve, CostModel, PaperFit, StepRecord, VerifierProfile
 
-WINDOW_STEPS = 15
+OVERHEAD_STEPS = 15
+"""Steps whose median is the step's overhead: seven pauses among them move nothing."""
 ERROR_STEPS = 200
-NOISE = 0.05
-"""Verification times scatter about this much, as a ratio."""
+"""Steps whose prediction errors are reported: their 95th percentile rests on ten."""
+NOISE, MEMORY = 0.05, 0.9995
+"""Of verification: scatter between equal steps, as a ratio, and the share of what was learnt that is kept per step.
+With them a drift of the whole device is learnt in 12 to 18 steps beside two busy processes (docs/benchmarks.md)."""
 SCALE_DEVIATION, POINT_DEVIATION, CONTEXT_DEVIATION, PROMPT_DEVIATION = 0.5, 0.15, 0.5, 0.25
-"""How far, as logarithms of ratios, the whole device, one point of the profile, the context's part and that of prompts
-may drift."""
-VERIFY_MEMORY = 0.9995
+"""How far the device, one point of the profile, the context's part and a prompt token's cost may drift, as logarithms
+of ratios. A busy neighbour halves a device's speed (0.7); the shape of its curve hardly changes; a prompt token costs
+0.6 to 1.0 of a decoded one (docs/planner.md)."""
 MAX_LOG_SCALE = 3.0
+"""A correction beyond e^3 = 20 times is a broken clock or profile."""
 SCALE, CONTEXT, PROMPTS, POINTS = range(4)
-"""Places of what is tracked; the points come last."""
+"""Places of the tracked parameters; the points come last."""
+DRAFT_COSTS_S = (1e-3, 3e-4, 3e-3, 2e-4)
+"""Believed at first of r, s, d0 and d1: guesses for a local drafter; the last two only if it has not measured them."""
+DRAFT_COMMON_DEVIATION, DRAFT_OWN_DEVIATIONS = 0.5, (1.0, 0.7, 0.3, 0.5)
+"""How far the four may drift together, as the device does, and each on its own: least where the drafter measured."""
+DRAFT_NOISE, DRAFT_MEMORY = 0.15, 0.999
+"""The same of drafting, where a second process has to wake up: three times the scatter of passes."""
 
 
 class CostTracker:
     """Learns one verifier's costs, starting from its profile.
 
-    The logarithm of every measured point of the profile's short curves is corrected, and with them one scale of the
-    whole device, one of what context adds and one of what a prompt's token costs. A step teaches the points it lies
-    between, and the device: where a batch has run, its own points are right; elsewhere the device's drift is known at
-    least.
+    Tracked are logarithms of corrections: one for every point of the profile's short-context curves, one for the whole
+    device, one for what context adds and one for what a prompt token costs. A step teaches the points it lies between
+    and the device's scale, so that batches which have not run yet at least follow the device's drift.
     """
 
     def __init__(self, profile: VerifierProfile) -> None:
@@ -47,10 +55,10 @@ class CostTracker:
         self._offsets = _offsets(profile.verify, self._short)
         self._far = _far(profile.verify, self._offsets)
         drift = _drift([profile.verify[index] for index in self._offsets])
-        self._verify = RecursiveLeastSquares(np.zeros(len(drift)), drift, NOISE, VERIFY_MEMORY)
+        self._verify = RecursiveLeastSquares(np.zeros(len(drift)), drift, NOISE, MEMORY)
         self._draft = DraftCosts(profile.draft_layer_s, profile.draft_node_s)
         self._paper = fit_paper(profile.verify[0], profile.draft_node_s)
-        self._overheads: deque[float] = deque(maxlen=WINDOW_STEPS)
+        self._overheads: deque[float] = deque(maxlen=OVERHEAD_STEPS)
         self._errors: deque[float] = deque(maxlen=ERROR_STEPS)
         self._model: CostModel | None = None
 
@@ -157,6 +165,34 @@ class CostTracker:
         now = np.interp(far.points[0], *short[base].points)
         seconds = np.maximum.accumulate(now + scale * context_s)
         return CostCurve(far.sequences, far.context_tokens, far.tokens, tuple(seconds.tolist()))
+
+
+class DraftCosts:
+    """Tracks r, s, d0 and d1 in draft seconds = r + s * requests + d0 * layers + d1 * nodes.
+
+    Tracked are their logarithms, by relative errors: a draft that took ten times as long moves nothing far, a device
+    that slows down makes all four dearer at once, and none can become negative.
+    """
+
+    def __init__(self, layer_s: float, node_s: float) -> None:
+        """`layer_s`, `node_s`: as the drafter measured them, 0 if it did not."""
+        costs_s = (*DRAFT_COSTS_S[:2], layer_s or DRAFT_COSTS_S[2], node_s or DRAFT_COSTS_S[3])
+        spread = DRAFT_COMMON_DEVIATION**2 + np.diag(np.square(DRAFT_OWN_DEVIATIONS))
+        self._logs = RecursiveLeastSquares(np.log(costs_s), spread, DRAFT_NOISE, DRAFT_MEMORY)
+
+    @property
+    def seconds(self) -> NDArray[np.float64]:
+        """float64 [4]: r, s, d0 and d1 as they are now."""
+        return np.exp(self._logs.theta)
+
+    def observe(self, record: StepRecord) -> None:
+        """Learn from a step in which the drafter worked, unless it had much to catch up."""
+        if not record.drafter_s or catches_up(record.catch_up_tokens, record.drafted_requests):
+            return
+        layers = record.draft_layer_nodes
+        parts_s = self.seconds * [1.0, record.drafted_requests, len(layers), sum(layers)]
+        predicted_s = float(parts_s.sum())
+        self._logs.update(parts_s / predicted_s, float(np.log(record.draft_s / predicted_s)))
 
 
 def _place(measured: tuple[int, ...], tokens: float) -> float:

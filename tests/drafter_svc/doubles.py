@@ -25,13 +25,12 @@ def plan(price: float = 0.0, layer_s: float = 0.0, acceptance: np.ndarray | None
     """A plan under which nothing costs anything unless said otherwise; acceptance grows with the probability."""
     if acceptance is None:
         acceptance = np.broadcast_to(np.linspace(0.03, 0.97, PROB_BINS), (SOURCES, 2, DEPTHS, PROB_BINS))
-    by_rank = np.tile(np.asarray([0.6, 0.2, 0.1, 0.05, 0.02, 0.01, 0.01, 0.01], np.float32), (2, 1))
     return Plan(
         version=7,
         created_unix_s=0.0,
         lifetime_s=1e9,
         cost=CostModel((CostCurve(1, 64, (1, 256), (1e-3, 1e-3)),), draft_layer_s=layer_s, paper=PAPER),
-        calibration=Calibration(np.asarray(acceptance, np.float32), np.ones((2, DEPTHS), np.float32), by_rank),
+        calibration=Calibration(np.asarray(acceptance, np.float32), np.ones((2, DEPTHS), np.float32)),
         price=price,
         max_nodes=64,
         max_depth=8,

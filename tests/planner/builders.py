@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from planner.fast.acceptance import prior
-from planner.fast.rule import BatchState, Candidate, Pruning, prune_batch
+from planner.fast.rule import Pruning, Requests, prune_batch
+from planner.fast.step_prices import StepPrices
 from planner.policies import Policy
 from treeline.forest import Forest
 from treeline.plan import CostCurve, CostModel, NodeOutcomes, Plan, StepRecord
@@ -39,7 +40,6 @@ class Drafted(NamedTuple):
     policy: Policy
     weight: float
     sampled: bool
-    ratio: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,19 @@ class Pruned(Pruning):
     keep: list[np.ndarray]
 
 
-def prune(drafted: list[Drafted], state: BatchState, plan: Plan) -> Pruned:
+def prices_of(plan: Plan, sequences: int, prompt_tokens: int = 0, waiting: int = 0) -> StepPrices:
+    return StepPrices.of(plan, sequences, 64, waiting, 32 * sequences, prompt_tokens)
+
+
+def prune(drafted: list[Drafted], plan: Plan, draft_s: float = 0.0, prompt_tokens: int = 0, waiting: int = 0) -> Pruned:
     forest = Forest.of([one.tree for one in drafted])
-    pruning = prune_batch(forest, [Candidate(*one[1:]) for one in drafted], state, plan)
+    requests = Requests(
+        np.asarray([one.weight for one in drafted], np.float32),
+        np.asarray([one.sampled for one in drafted]),
+        np.asarray([one.policy.priced for one in drafted]),
+    )
+    prices = prices_of(plan, len(drafted), prompt_tokens, waiting)
+    pruning = prune_batch(forest, requests, plan.calibration, prices, draft_s)
     ends = np.cumsum(forest.sizes)[:-1]
     return Pruned(**vars(pruning), keep=np.split(pruning.chosen, ends))
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from planner.fast.fallback import builtin_plan
+from planner.fast.builtin_plan import builtin_plan
 from treeline.config import LimitsConfig
 from treeline.drafting import DraftReply, DraftRequest, DraftSequence, DraftStats
 from treeline.drafting_wire import (

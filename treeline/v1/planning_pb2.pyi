@@ -54,14 +54,12 @@ class CostModel(_message.Message):
     def __init__(self, verify: _Optional[_Iterable[_Union[CostCurve, _Mapping]]] = ..., verify_scale: _Optional[float] = ..., draft_round_trip_s: _Optional[float] = ..., draft_layer_s: _Optional[float] = ..., draft_node_s: _Optional[float] = ..., step_overhead_s: _Optional[float] = ..., paper: _Optional[_Union[PaperFit, _Mapping]] = ..., draft_sequence_s: _Optional[float] = ..., node_s: _Optional[float] = ..., prompt_ratio: _Optional[float] = ...) -> None: ...
 
 class Calibration(_message.Message):
-    __slots__ = ("acceptance", "kappa", "by_rank")
+    __slots__ = ("acceptance", "kappa")
     ACCEPTANCE_FIELD_NUMBER: _ClassVar[int]
     KAPPA_FIELD_NUMBER: _ClassVar[int]
-    BY_RANK_FIELD_NUMBER: _ClassVar[int]
     acceptance: _containers.RepeatedScalarFieldContainer[float]
     kappa: _containers.RepeatedScalarFieldContainer[float]
-    by_rank: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, acceptance: _Optional[_Iterable[float]] = ..., kappa: _Optional[_Iterable[float]] = ..., by_rank: _Optional[_Iterable[float]] = ...) -> None: ...
+    def __init__(self, acceptance: _Optional[_Iterable[float]] = ..., kappa: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("version", "created_unix_s", "lifetime_s", "cost", "calibration", "price", "max_nodes", "max_depth", "reason")
@@ -194,15 +192,3 @@ class ReportStepsResponse(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     steps: int
     def __init__(self, steps: _Optional[int] = ...) -> None: ...
-
-class GetPlanRequest(_message.Message):
-    __slots__ = ("verifier_id",)
-    VERIFIER_ID_FIELD_NUMBER: _ClassVar[int]
-    verifier_id: str
-    def __init__(self, verifier_id: _Optional[str] = ...) -> None: ...
-
-class GetPlanResponse(_message.Message):
-    __slots__ = ("plan",)
-    PLAN_FIELD_NUMBER: _ClassVar[int]
-    plan: Plan
-    def __init__(self, plan: _Optional[_Union[Plan, _Mapping]] = ...) -> None: ...

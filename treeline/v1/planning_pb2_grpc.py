@@ -25,11 +25,6 @@ class PlanningServiceStub(object):
                 request_serializer=treeline_dot_v1_dot_planning__pb2.ReportStepsRequest.SerializeToString,
                 response_deserializer=treeline_dot_v1_dot_planning__pb2.ReportStepsResponse.FromString,
                 )
-        self.GetPlan = channel.unary_unary(
-                '/treeline.v1.PlanningService/GetPlan',
-                request_serializer=treeline_dot_v1_dot_planning__pb2.GetPlanRequest.SerializeToString,
-                response_deserializer=treeline_dot_v1_dot_planning__pb2.GetPlanResponse.FromString,
-                )
 
 
 class PlanningServiceServicer(object):
@@ -50,12 +45,6 @@ class PlanningServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def GetPlan(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_PlanningServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -68,11 +57,6 @@ def add_PlanningServiceServicer_to_server(servicer, server):
                     servicer.ReportSteps,
                     request_deserializer=treeline_dot_v1_dot_planning__pb2.ReportStepsRequest.FromString,
                     response_serializer=treeline_dot_v1_dot_planning__pb2.ReportStepsResponse.SerializeToString,
-            ),
-            'GetPlan': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetPlan,
-                    request_deserializer=treeline_dot_v1_dot_planning__pb2.GetPlanRequest.FromString,
-                    response_serializer=treeline_dot_v1_dot_planning__pb2.GetPlanResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -116,22 +100,5 @@ class PlanningService(object):
         return grpc.experimental.stream_unary(request_iterator, target, '/treeline.v1.PlanningService/ReportSteps',
             treeline_dot_v1_dot_planning__pb2.ReportStepsRequest.SerializeToString,
             treeline_dot_v1_dot_planning__pb2.ReportStepsResponse.FromString,
-            options, channel_credentials,
-            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
-
-    @staticmethod
-    def GetPlan(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(request, target, '/treeline.v1.PlanningService/GetPlan',
-            treeline_dot_v1_dot_planning__pb2.GetPlanRequest.SerializeToString,
-            treeline_dot_v1_dot_planning__pb2.GetPlanResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

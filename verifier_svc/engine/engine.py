@@ -28,9 +28,8 @@ from verifier_svc.engine.scheduler import Batch, Scheduler
 from verifier_svc.engine.sequence import Output, Sequence
 from verifier_svc.engine.step_report import explanation, step_record, token_logprobs
 from verifier_svc.engine.walk import Walk, target_walk
-from verifier_svc.speculation.draft_stage import DraftStage
-from verifier_svc.speculation.drafts import Drafts
 from verifier_svc.speculation.hidden_states import HiddenStates
+from verifier_svc.speculation.speculator import Drafts, Speculator
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +67,9 @@ class Engine:
             self.cache, config.limits, verifier.prefill_chunk_tokens, verifier.prefix_caching, clock
         )
         hidden_states = HiddenStates(model, config.limits.max_message_bytes)
-        copies = link is not None and config.drafter.looks_up
-        self.draft_stage = DraftStage(
-            link, hidden_states, self.scheduler, config.limits, verifier.draft_timeout_s, copies, clock
+        looks_up = link is not None and config.drafter.looks_up
+        self.speculator = Speculator(
+            link, hidden_states, self.scheduler, config.limits, verifier.draft_timeout_s, looks_up, clock
         )
         self.plan = plan
         self._clock = clock
@@ -119,7 +118,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True while requests wait or run, or the drafter has still to be told of ended ones."""
-        return bool(self.scheduler.running or self.scheduler.waiting) or self.draft_stage.owes_release
+        return bool(self.scheduler.running or self.scheduler.waiting) or self.speculator.owes_release
 
     def step(self) -> tuple[list[Output], StepRecord | None]:
         """One step of the whole batch. The record is None if there was nothing to run."""
@@ -127,19 +126,19 @@ class Engine:
         plan = self.plan()
         batch = self.scheduler.schedule(plan)
         if batch.sequences == 0:
-            self.draft_stage.release(plan)
+            self.speculator.release(plan)
             return [], None
         context_tokens = batch.context_tokens
-        drafts = self.draft_stage.run(batch, plan)
+        drafts = self.speculator.run(batch, plan)
         drafted_s = self._clock()
         logits = self._forward(batch, drafts)
         walks = self._walk(batch, drafts, logits)
         verified_s = self._clock()
         self._commit(batch, walks)
-        self.draft_stage.hidden_states.keep(batch, walks, [len(drafts.tree(s)) for s in batch.decoding])
-        self.draft_stage.learn(batch.decoding, drafts, walks[: len(batch.decoding)])
+        self.speculator.hidden_states.keep(batch, walks, [len(drafts.tree(s)) for s in batch.decoding])
         advances = self._accept(batch, drafts, walks, logits)
         finished_s = self._clock()
+        self.speculator.gate.worked(finished_s - started_s)
         record = step_record(
             step_id=next(self._step_ids),
             batch=batch,
@@ -227,7 +226,7 @@ class Engine:
     def _finish(self, sequence: Sequence) -> Output:
         """End a sequence and free all it holds."""
         self.scheduler.remove(sequence)
-        self.draft_stage.forget(sequence)
+        self.speculator.forget(sequence)
         return Output(sequence.request.request_id, sequence.completion(self._clock()))
 
 

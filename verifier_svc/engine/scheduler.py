@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lm.kv_cache import KVCache
-from planner.fast.cost import as_decoded, pass_s, verify_seconds
+from planner.fast.step_prices import StepPrices
 from planner.policies import parse_policy
 from treeline.config import LimitsConfig
 from treeline.plan import Plan
@@ -17,11 +17,12 @@ from verifier_svc.engine.request import FinishReason, GenerationRequest
 from verifier_svc.engine.sequence import Sequence
 
 MAX_STRETCH = 2.25
-"""A pass with prompts in it takes at most so many times as long as without them: those who decode wait for it. Below 3,
-since single passes take longer than the curve says. Where more prompts wait than streams decode, it may take as many
-times longer: fewer wait for more."""
+"""A pass with prompt chunks may take this many times as long as one without: the decoding requests wait for it. Their
+gaps are to stay below three usual ones, and single passes take up to a third longer than the curve says. Where
+more prompts wait than requests decode, the pass may be longer in proportion."""
 LEAST_CHUNK_TOKENS = 8
-"""A prompt gets on by so many tokens a step however dear they are."""
+"""A prompt advances by at least this many tokens a step, however much they cost: on a CPU a pass over 8 tokens takes
+little longer than over 1 (bench step)."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,13 @@ class Batch:
         decoding: sequences whose root is to be verified, with a tree or without.
         prefilling: (sequence, tokens) chunks of prompts.
         finished_prompts: those of `prefilling` whose prompt ends with this chunk; they get their first token.
-        prompts_go_on: more of prompts is left for the next step.
+        prices: what this step costs.
     """
 
     decoding: list[Sequence]
     prefilling: list[tuple[Sequence, int]]
     finished_prompts: list[Sequence]
-    prompts_go_on: bool
+    prices: StepPrices
 
     @property
     def sequences(self) -> int:
@@ -119,23 +120,31 @@ class Scheduler:
                 budget -= tokens
                 if tokens == sequence.uncomputed_tokens:
                     finished_prompts.append(sequence)
-        return Batch(decoding, prefilling, finished_prompts, len(finished_prompts) < len(prompts))
+        sequences = [*decoding, *(sequence for sequence, _ in prefilling)]
+        prices = StepPrices.of(
+            plan,
+            len(decoding),
+            context_tokens=sum([s.kv.length for s in sequences]) // max(1, len(sequences)),
+            waiting=self.free_slots,
+            max_nodes=len(decoding) * self._limits.max_tree_nodes,
+            prompt_tokens=sum([tokens for _, tokens in prefilling]),
+        )
+        return Batch(decoding, prefilling, finished_prompts, prices)
 
     def _prompt_budget(self, decoding: list[Sequence], prompts: list[Sequence], plan: Plan) -> int:
-        """Most prompt tokens of this step: what MAX_STRETCH allows by the plan's costs, but LEAST_CHUNK_TOKENS.
+        """Most prompt tokens of this step: what MAX_STRETCH allows by the plan's costs.
 
-        Most tokens of such a pass are the first prompt's, and see as much context as it has by now. Nobody waits where
-        nobody decodes, and the built-in plan's costs are only a guess.
+        The whole chunk where nothing decodes, and under the built-in plan, whose costs are a guess.
         """
         most = self._prefill_chunk_tokens
         if not decoding or plan.version == 0:
             return most
-        roots, context_tokens = len(decoding), sum(s.kv.length for s in decoding) // len(decoding)
-        plain_s = pass_s(plan.cost, roots, context_tokens, roots)
-        context_tokens = max(context_tokens, prompts[0].kv.length)
-        seconds = verify_seconds(plan.cost, roots, context_tokens, roots + as_decoded(plan.cost, most))[roots:]
-        stretch = MAX_STRETCH * max(1.0, len(prompts) / roots)
-        fitting = int(np.searchsorted(seconds, stretch * plain_s, side="right")) - 1
+        roots, context_tokens = len(decoding), sum([s.kv.length for s in decoding]) // len(decoding)
+        plain = StepPrices.of(plan, roots, context_tokens, waiting=0, max_nodes=0)
+        # Most tokens of the pass are the first prompt's, and see as much context as it has by now.
+        beside_prompt = StepPrices.of(plan, roots, max(context_tokens, prompts[0].kv.length), 0, 0, most)
+        longest_s = MAX_STRETCH * max(1.0, len(prompts) / roots) * plain.undrafted_s
+        fitting = int(np.searchsorted(beside_prompt.seconds[roots:], longest_s, side="right")) - 1
         return min(most, max(int(fitting / plan.cost.prompt_ratio), LEAST_CHUNK_TOKENS))
 
     def remove(self, sequence: Sequence) -> None:

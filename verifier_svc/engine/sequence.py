@@ -8,11 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm.kv_cache import SequenceCache
-from planner.fast.acceptance import RequestAcceptance
-from planner.fast.weights import urgency
 from planner.policies import Policy
 from verifier_svc.engine.detokenizer import Detokenizer
 from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, SpeculationTotals
+
+TOKENS_PER_DOUBLING = 4.0
+"""Tokens behind the target for which a request counts double: about what one drafted step can make up for."""
+MAX_URGENCY = 8.0
+"""Most that a token may count: beyond 12 tokens behind, more nodes hardly help, and the others must go on."""
 
 
 @dataclass
@@ -27,7 +30,6 @@ class Sequence:
             their hidden states.
         is_remembered: its prompt is in the prefix cache.
         drafter_tokens: how many of `token_ids` the drafter is believed to hold.
-        acceptance: how its drafts fare beside those of other requests.
     """
 
     request: GenerationRequest
@@ -40,7 +42,6 @@ class Sequence:
     cached_tokens: int = 0
     is_remembered: bool = False
     drafter_tokens: int = 0
-    acceptance: RequestAcceptance = field(default_factory=RequestAcceptance)
     admitted_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
@@ -82,12 +83,12 @@ class Sequence:
         return len(self.token_ids) - self.drafter_tokens
 
     def urgency(self, now_s: float) -> float:
-        """How much more this request's tokens count because it is behind its target."""
+        """1 to MAX_URGENCY: how much more its tokens count because k tokens that are due have not come: 2^(k / 4)."""
         target_s = self.request.target_s
         if target_s is None or self.first_token_s is None:
             return 1.0
         behind_tokens = (now_s - self.first_token_s) / target_s - (self.output_tokens - 1)
-        return urgency(behind_tokens)
+        return min(MAX_URGENCY, 2.0 ** max(0.0, min(behind_tokens, 1e3) / TOKENS_PER_DOUBLING))
 
     def weight(self, now_s: float) -> float:
         """What one of its tokens is worth now, among those of other requests."""

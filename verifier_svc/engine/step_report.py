@@ -12,7 +12,7 @@ from verifier_svc.engine.request import StepExplanation, TokenLogprobs
 from verifier_svc.engine.scheduler import Batch, Scheduler
 from verifier_svc.engine.sequence import Sequence
 from verifier_svc.engine.walk import Walk, all_observed
-from verifier_svc.speculation.drafts import Drafts
+from verifier_svc.speculation.speculator import Drafts
 
 
 def step_record(
@@ -47,7 +47,7 @@ def step_record(
         emitted_tokens=sum([len(walk.tokens) for walk in walks]),
         running=len(scheduler.running),
         waiting=len(scheduler.waiting),
-        free_slots=scheduler.free_slots,
+        free_slots=batch.prices.waiting,
         draft_s=drafts.draft_s,
         drafter_s=drafts.stats.draft_s,
         draft_layer_nodes=drafts.stats.layer_nodes,

@@ -3,18 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from planner.fast.acceptance import Calibrator, RequestAcceptance, accepts, prior, prob_bins
+from planner.fast.acceptance import Calibrator, accepts, prior, prob_bins
 from tests.planner.builders import outcomes
 from treeline.plan import NodeOutcomes
-from treeline.tree import Source
 
 
 def test_before_anything_was_seen_the_drafter_is_believed():
     probs = np.asarray([0.1, 0.5, 0.9], np.float32)
     believed = accepts(prior(), np.zeros(3, np.uint8), np.ones(3, np.int32), probs, False)
     np.testing.assert_allclose(believed, probs, atol=0.06)
-    looked_up = accepts(prior(), np.full(3, Source.NGRAM, np.uint8), np.ones(3, np.int32), probs, False)
-    assert (looked_up < believed).all()
 
 
 def test_bins_cover_all_probabilities():
@@ -76,44 +73,8 @@ def test_kappa_is_how_often_a_reached_node_goes_on():
     assert calibrator.calibration().kappa[0, 0] == pytest.approx(0.5, abs=0.05)
 
 
-def test_acceptance_by_rank_is_counted_over_sources_and_depths():
-    calibrator = Calibrator()
-    for step in range(300):
-        columns = np.asarray([1, 1, 3], np.uint8), np.asarray([0, 1, 12], np.uint8)
-        accepted = np.asarray([step % 4 != 0, step % 4 == 0, False])
-        probs = np.asarray([0.5, 0.3, 0.1], np.float32)
-        calibrator.update(NodeOutcomes(np.arange(3, dtype=np.uint8), *columns, np.zeros(3, np.bool_), probs, accepted))
-    by_rank = calibrator.calibration().by_rank
-    np.testing.assert_allclose(by_rank[0, [0, 1, 7]], [0.75, 0.25, 0.0], atol=0.05)
-    np.testing.assert_array_equal(by_rank[1], prior().by_rank[1])
-
-
 def test_nothing_observed_changes_nothing():
     calibrator = Calibrator()
     calibrator.update(NodeOutcomes.empty())
     np.testing.assert_array_equal(calibrator.calibration().acceptance, prior().acceptance)
     assert calibrator.ece() == 0.0
-
-
-def test_a_request_is_like_the_others_until_it_shows_otherwise_and_again_when_that_is_long_ago():
-    random, request = np.random.default_rng(0), RequestAcceptance()
-    assert request.ratio == 1.0
-    assert request.after(2.0, 0).ratio > 0.6, "one step says little"
-    ratios = []
-    for _ in range(200):  # accepted half as often as calibrated
-        request = request.after(2.0, int(random.binomial(4, 0.25)))
-        ratios.append(request.ratio)
-    assert np.mean(ratios[50:]) == pytest.approx(0.55, abs=0.1)
-    for _ in range(100):
-        request = request.after(0.0, 0)
-    assert request.ratio == pytest.approx(1.0, abs=0.05)
-
-
-def test_a_requests_ratio_is_bounded():
-    request = RequestAcceptance()
-    for _ in range(100):
-        request = request.after(0.1, 8)
-    assert request.ratio <= 1.5
-    for _ in range(200):
-        request = request.after(8.0, 0)
-    assert request.ratio >= 0.25

@@ -8,9 +8,9 @@ import pytest
 
 from planner.fast.acceptance import accepts
 from planner.fast.cost import verify_seconds
-from planner.fast.rule import MAX_ACCEPTANCE, BatchState, Frontier, another_layer, least_gain
+from planner.fast.rule import MAX_ACCEPTANCE, Frontier, another_layer
 from planner.policies import parse_policy
-from tests.planner.builders import Drafted, linear_cost, plan_with, prune, random_tree
+from tests.planner.builders import Drafted, linear_cost, plan_with, prices_of, prune, random_tree
 from treeline.plan import CostCurve, CostModel
 from treeline.tree import ROOT, DraftTree
 
@@ -59,66 +59,55 @@ def test_the_rule_equals_brute_force_over_all_closed_forests(shape, instances):
                 SMART if random.random() < 0.8 else CHAIN,
                 float(random.choice([0.5, 1.0, 2.0])),
                 bool(random.integers(2)),
-                float(random.choice([0.5, 1.0, 1.25])),
             )
             for count in [int(random.integers(1, 4))]
             for _ in range(count)
         ]
         plan = plan_with(CostModel((curve(random, shape),), step_overhead_s=0.001))
         prompt_tokens, waiting = int(random.integers(0, 5)), int(random.integers(0, 3))
-        go_on = bool(prompt_tokens and random.integers(2))
-        state = BatchState(len(candidates) + prompt_tokens, 64, 0.002, waiting, go_on)
-        check_against_brute_force(candidates, state, plan)
+        check_against_brute_force(candidates, plan, 0.002, prompt_tokens, waiting)
 
 
-def check_against_brute_force(candidates: list[Drafted], state: BatchState, plan) -> None:
+def check_against_brute_force(
+    candidates: list[Drafted], plan, draft_s: float, prompt_tokens: int, waiting: int
+) -> None:
     scores = [path_scores(c, plan) for c in candidates]
     base = sum(c.weight for c in candidates)
     choices = [closed_subsets(c.tree) if c.policy.priced else [tuple(range(len(c.tree)))] for c in candidates]
-    seconds = verify_seconds(plan.cost, len(candidates), state.context_tokens, 64) + state.draft_s + 0.001
+    seconds = verify_seconds(plan.cost, len(candidates), 64, 64) + draft_s + 0.001
+    base_tokens = len(candidates) + prompt_tokens
     forests = []
     for forest in product(*choices):
         gain = sum(
-            c.weight * np.minimum(c.ratio * s[list(kept)], MAX_ACCEPTANCE).sum()
+            c.weight * np.minimum(s[list(kept)], MAX_ACCEPTANCE).sum()
             for c, s, kept in zip(candidates, scores, forest, strict=True)
         )
-        forests.append((base + gain, state.base_tokens + sum(map(len, forest))))
-    # Prompts are run whatever is decoded: a second is worth what it is worth without them. If the next step has some as
-    # well, decoding less saves no step, but only what it adds to theirs.
-    prompts = state.base_tokens - len(candidates)
-    passes_s = verify_seconds(plan.cost, len(candidates), state.context_tokens, 64)
-
-    def own_s(tokens: int) -> float:
-        if state.prompts_go_on:
-            return max(1e-9, passes_s[tokens] - passes_s[prompts])
-        return passes_s[tokens - prompts] + 0.001
-
-    drafted = max(gain / (own_s(tokens) + state.draft_s) for gain, tokens in forests)
-    best_goodput = max(drafted, len(candidates) / own_s(state.base_tokens))
-    price = best_goodput * (1 + state.waiting_startable / len(candidates))
+        forests.append((base + gain, base_tokens + sum(map(len, forest))))
+    # Prompts are run whatever is decoded: a second is worth what it is worth without them.
+    plain_s = float(verify_seconds(plan.cost, len(candidates), 64, 64)[len(candidates)]) + 0.001
+    drafted = max(gain / seconds[tokens - prompt_tokens] for gain, tokens in forests)
+    price = max(drafted, len(candidates) / plain_s) * (1 + waiting / len(candidates))
     best_value = max(gain - price * seconds[tokens] for gain, tokens in forests)
 
-    pruning = prune(candidates, state, plan)
+    pruning = prune(candidates, plan, draft_s, prompt_tokens, waiting)
     assert pruning.price == pytest.approx(price, rel=1e-5)
     kept_gain, kept_nodes = base, 0
     for candidate, keep, score in zip(candidates, pruning.keep, scores, strict=True):
         candidate.tree.select(keep)  # raises unless closed under parents
-        kept_gain += candidate.weight * np.minimum(candidate.ratio * score[keep], MAX_ACCEPTANCE).sum()
+        kept_gain += candidate.weight * np.minimum(score[keep], MAX_ACCEPTANCE).sum()
         kept_nodes += int(keep.sum())
         if not candidate.policy.priced:
             assert keep.all()
-    value = kept_gain - price * seconds[state.base_tokens + kept_nodes]
+    value = kept_gain - price * seconds[base_tokens + kept_nodes]
     assert value == pytest.approx(best_value, rel=1e-5, abs=1e-5)
     assert pruning.expected_tokens == pytest.approx(kept_gain, rel=1e-5)
-    expected_nodes = [score[keep].sum() for keep, score in zip(pruning.keep, scores, strict=True)]
-    assert pruning.expected_nodes == pytest.approx(expected_nodes, rel=1e-5)
 
 
 def test_of_equal_nodes_the_earlier_are_kept():
     tokens = tuple(range(1, 17))
     cost = CostModel((CostCurve(1, 64, tokens, tuple(0.03 if n <= 4 else 0.06 for n in tokens)),))
     tree = DraftTree.build(list(range(6)), [-1, -1, -1, -1, 0, 1], [0.05] * 4 + [0.9] * 2)
-    pruning = prune([Drafted(tree, SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan_with(cost))
+    pruning = prune([Drafted(tree, SMART, 1.0, False)], plan_with(cost))
     assert pruning.keep[0].tolist() == [True, True, True, False, False, False]
 
 
@@ -127,7 +116,7 @@ def test_a_staircase_is_climbed_past_a_node_that_does_not_pay_by_itself():
     tokens = tuple(range(1, 17))
     cost = CostModel((CostCurve(1, 64, tokens, tuple(0.03 if n <= 8 else 0.06 for n in tokens)),))
     tree = DraftTree.build(list(range(12)), [-1] * 12, [0.05] * 12)
-    pruning = prune([Drafted(tree, SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan_with(cost))
+    pruning = prune([Drafted(tree, SMART, 1.0, False)], plan_with(cost))
     assert int(pruning.keep[0].sum()) == 7
 
 
@@ -135,8 +124,8 @@ def test_waiting_requests_raise_the_price_and_shrink_the_tree():
     plan = plan_with(linear_cost())
     tree = DraftTree.build(list(range(8)), [-1, 0, 1, 2, 3, 4, 5, 6], [0.8] * 8)
     candidates = [Drafted(tree, SMART, 1.0, False)]
-    alone = prune(candidates, BatchState(1, 64, 0.0, 0), plan)
-    queued = prune(candidates, BatchState(1, 64, 0.0, 8), plan)
+    alone = prune(candidates, plan)
+    queued = prune(candidates, plan, waiting=8)
     assert queued.price > alone.price
     assert queued.keep[0].sum() < alone.keep[0].sum()
 
@@ -144,7 +133,7 @@ def test_waiting_requests_raise_the_price_and_shrink_the_tree():
 def test_a_step_that_is_dear_enough_verifies_nothing():
     tree = DraftTree.build([1, 2], [-1, 0], [0.3, 0.3])
     plan = plan_with(linear_cost(fixed_s=0.001, token_s=0.05))
-    pruning = prune([Drafted(tree, SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan)
+    pruning = prune([Drafted(tree, SMART, 1.0, False)], plan)
     assert not pruning.keep[0].any()
     assert "kept 0 of 2" in pruning.reason
 
@@ -152,9 +141,7 @@ def test_a_step_that_is_dear_enough_verifies_nothing():
 def test_higher_weight_takes_nodes_from_lower():
     tree = DraftTree.build(list(range(6)), [-1, 0, 1, 2, 3, 4], [0.7] * 6)
     plan = plan_with(linear_cost(token_s=0.004))
-    heavy, light = prune(
-        [Drafted(tree, SMART, 4.0, False), Drafted(tree, SMART, 0.25, False)], BatchState(2, 64, 0.0, 0), plan
-    ).keep
+    heavy, light = prune([Drafted(tree, SMART, 4.0, False), Drafted(tree, SMART, 0.25, False)], plan).keep
     assert heavy.sum() > light.sum()
 
 
@@ -164,8 +151,8 @@ def test_a_prompt_in_the_step_makes_nodes_no_cheaper():
     plan = plan_with(CostModel((CostCurve(1, 64, tokens, (0.02, 0.02, 0.244)),)))
     tree = DraftTree.build(list(range(4)), [-1, 0, 1, 2], [0.45] * 4)
     candidates = [Drafted(tree, SMART, 1.0, False)] * 4
-    alone = prune(candidates, BatchState(4, 64, 0.0, 0), plan)
-    beside = prune(candidates, BatchState(4 + 400, 64, 0.0, 0), plan)
+    alone = prune(candidates, plan)
+    beside = prune(candidates, plan, prompt_tokens=400)
     assert beside.price == pytest.approx(alone.price)
     assert all(keep.all() for keep in alone.keep)
     worthy = path_scores(candidates[0], plan) > alone.price * 0.0005
@@ -174,31 +161,18 @@ def test_a_prompt_in_the_step_makes_nodes_no_cheaper():
         np.testing.assert_array_equal(keep, worthy)
 
 
-def test_while_prompts_go_on_a_node_that_costs_like_a_token_must_be_as_good_as_one():
-    candidates = [Drafted(DraftTree.build([1, 2], [-1, 0], [0.9, 0.9]), SMART, 1.0, False)] * 4
-    last, more = BatchState(4 + 20, 64, 0.0, 0), BatchState(4 + 20, 64, 0.0, 0, prompts_go_on=True)
-    linear, flat = plan_with(linear_cost()), plan_with(CostModel((CostCurve(1, 64, (1, 64), (0.02, 0.02)),)))
-    assert prune(candidates, last, linear).kept == 8
-    assert prune(candidates, more, linear).kept == 0
-    assert prune(candidates, more, flat).kept == 8, "what costs nothing always pays"
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_nodes_that_pay_are_never_refused_before_they_are_looked_at(shape):
     random, refused, instances = np.random.default_rng(crc32(shape.encode())), 0, 300
     for _ in range(instances):
-        candidates = [
-            Drafted(random_tree(random, 5), SMART, 1.0, False, float(random.choice([0.5, 1.0, 1.5]))) for _ in range(3)
-        ]
+        candidates = [Drafted(random_tree(random, 5), SMART, 1.0, False) for _ in range(3)]
         plan = plan_with(CostModel((curve(random, shape),), step_overhead_s=0.001))
-        state = BatchState(
-            3 + int(random.integers(0, 5)), 64, 0.0, int(random.integers(0, 3)), bool(random.integers(2))
-        )
-        pruning, margin = prune(candidates, state, plan), float(random.uniform(0, 0.2))
-        seconds = verify_seconds(plan.cost, 3, 64, state.base_tokens)
-        brings = pruning.expected_tokens - 3 - pruning.price * (pruning.predicted_verify_s - seconds[-1])
-        greatest = max((one.ratio * path_scores(one, plan).max() for one in candidates if len(one.tree)), default=0.0)
-        refuses = greatest < least_gain(15, margin, 3, state, plan)
+        prompt_tokens, waiting = int(random.integers(0, 5)), int(random.integers(0, 3))
+        pruning = prune(candidates, plan, prompt_tokens=prompt_tokens, waiting=waiting)
+        prices, margin = prices_of(plan, 3, prompt_tokens, waiting), float(random.uniform(0, 0.2))
+        brings = pruning.expected_tokens - 3 - pruning.price * (pruning.predicted_verify_s - prices.undrafted_s)
+        greatest = max((path_scores(one, plan).max() for one in candidates if len(one.tree)), default=0.0)
+        refuses = greatest < prices.least_gain(margin)
         assert not refuses or brings <= margin + 1e-6
         refused += refuses
     assert 0 < refused < instances
@@ -206,25 +180,25 @@ def test_nodes_that_pay_are_never_refused_before_they_are_looked_at(shape):
 
 def test_drafts_that_do_not_pay_make_time_no_cheaper():
     tree = DraftTree.build([1], [-1], [0.3])
-    pruning = prune([Drafted(tree, SMART, 1.0, False)], BatchState(1, 64, 1.0, 0), plan_with(linear_cost()))
+    pruning = prune([Drafted(tree, SMART, 1.0, False)], plan_with(linear_cost()), draft_s=1.0)
     assert pruning.price == pytest.approx(1 / 0.031)
 
 
 def test_the_best_node_left_out_says_what_a_node_has_to_be_worth():
     tree = DraftTree.build(list(range(6)), [-1, 0, 1, 2, 3, 4], [0.7] * 6)
     plan = plan_with(linear_cost(token_s=0.01))
-    pruning = prune([Drafted(tree, SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan)
+    pruning = prune([Drafted(tree, SMART, 1.0, False)], plan)
     kept = int(pruning.keep[0].sum())
     worth = path_scores(Drafted(tree, SMART, 1.0, False), plan)[kept]
     assert 0 < kept < 6
     assert pruning.node_s * pruning.price == pytest.approx(worth, rel=1e-5)
-    everything = prune([Drafted(tree, SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan_with(linear_cost()))
+    everything = prune([Drafted(tree, SMART, 1.0, False)], plan_with(linear_cost()))
     assert everything.node_s == 0.0
 
 
 def test_nothing_drafted_is_plain_decoding():
     plan = plan_with(linear_cost())
-    pruning = prune([Drafted(DraftTree.empty(), SMART, 1.0, False)], BatchState(1, 64, 0.0, 0), plan)
+    pruning = prune([Drafted(DraftTree.empty(), SMART, 1.0, False)], plan)
     assert pruning.expected_tokens == 1.0
     assert pruning.predicted_verify_s == pytest.approx(0.031)
 

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 
 from planner.fast.cost import verify_seconds
-from planner.fast.rule import BatchState
 from planner.policies import parse_policy
 from planner.policies.smart import SPARE
 from planner.service.loop import DEAD_BAND, PlanMaker, VerifierState
-from planner.service.signals import Signals
 from tests.planner.builders import Drafted, prune, record
 from treeline.config import LimitsConfig, PlannerConfig
 from treeline.plan import CostCurve, CostModel, Plan, VerifierProfile
@@ -47,7 +45,7 @@ class World:
         self._random = np.random.default_rng(seed)
         self._state = VerifierState(VerifierProfile(CURVES), "")
         self._maker = PlanMaker(LimitsConfig(), PlannerConfig())
-        self.plan: Plan = self._maker.make(self._state, Signals(10))
+        self.plan: Plan = self._maker.make(self._state)
         self.sizes: list[tuple[float, float]] = []
         """(when, nodes per request) of each step."""
 
@@ -57,7 +55,7 @@ class World:
             self._step(sequences)
             if self.now_s - self._planned_s >= INTERVAL_S:
                 self._planned_s = self.now_s
-                self.plan = self._maker.make(self._state, Signals(10))
+                self.plan = self._maker.make(self._state)
 
     def sizes_since(self, since_s: float) -> np.ndarray:
         return np.asarray([size for when, size in self.sizes if when >= since_s])
@@ -66,7 +64,7 @@ class World:
         tree = bushy_tree()
         worth = tree.path_products(tree.draft_probs) > SPARE * self.plan.price * self.plan.cost.node_s
         candidates = [Drafted(tree.select(worth), SMART, 1.0, False)] * sequences
-        pruning = prune(candidates, BatchState(sequences, 64, DRAFT_S, 0), self.plan)
+        pruning = prune(candidates, self.plan, DRAFT_S)
         nodes = sum(int(keep.sum()) for keep in pruning.keep)
         tokens = sequences + nodes
         noise = self._random.lognormal(0, 0.05)
@@ -115,14 +113,14 @@ def test_the_price_is_never_below_what_plain_decoding_reaches():
     state, maker = VerifierState(VerifierProfile(CURVES), ""), PlanMaker(LimitsConfig(), PlannerConfig())
     for step in range(20):  # drafting went badly: long steps for a token each
         state.observe(record(unix_s=1000.0 + step, sequences=8, tokens=8, verify_s=0.021, draft_s=0.5, step_s=0.53))
-    plan = maker.make(state, Signals(10))
+    plan = maker.make(state)
     assert plan.price == pytest.approx(8 / (0.021 + 0.009), rel=0.1)
 
 
 def test_waiting_requests_that_could_start_raise_the_price():
     state, maker = VerifierState(VerifierProfile(CURVES), ""), PlanMaker(LimitsConfig(), PlannerConfig())
     state.observe(record(sequences=2, tokens=2, waiting=4, free_slots=2, verify_s=0.0202, step_s=0.0202))
-    plan = maker.make(state, Signals(10))
+    plan = maker.make(state)
     assert plan.price == pytest.approx(2 * 2 / 0.0202, rel=0.1)
     assert "4 waiting" in plan.reason
 
@@ -138,8 +136,8 @@ def test_nodes_are_dearer_where_the_batch_fills_the_hardware():
 
 def test_a_verifier_that_left_nothing_out_would_have_had_more_at_what_the_pass_costs_there():
     state, maker = VerifierState(VerifierProfile(CURVES), ""), PlanMaker(LimitsConfig(), PlannerConfig())
-    assert maker.make(state, Signals(10)).cost.node_s == pytest.approx(0.0, abs=1e-9)
+    assert maker.make(state).cost.node_s == pytest.approx(0.0, abs=1e-9)
     state.observe(record(sequences=8, tokens=32, verify_s=0.0496, step_s=0.0496, emitted_tokens=20))
-    assert maker.make(state, Signals(10)).cost.node_s == pytest.approx(0.0012, rel=0.1)
+    assert maker.make(state).cost.node_s == pytest.approx(0.0012, rel=0.1)
     state.observe(record(unix_s=1010.0, sequences=8, tokens=32, verify_s=0.0496, step_s=0.0496, node_s=0.003))
-    assert maker.make(state, Signals(10)).cost.node_s == pytest.approx(0.003, rel=0.01)
+    assert maker.make(state).cost.node_s == pytest.approx(0.003, rel=0.01)

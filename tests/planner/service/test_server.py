@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 
-from planner.fast.fallback import builtin_plan
+from planner.fast.builtin_plan import builtin_plan
 from planner.service.client import PlanWatcher, StepReporter
 from planner.service.server import PlannerServer
 from tests.planner.builders import linear_cost, outcomes, plan_with, record
@@ -115,21 +115,17 @@ def test_reporting_never_blocks_and_nothing_grows_without_a_planner():
     asyncio.run(scenario())
 
 
-def test_a_plan_can_be_asked_for_and_nonsense_is_refused():
+def test_a_plan_follows_a_profile_and_nonsense_is_refused():
     async def scenario() -> None:
         planner = await PlannerServer.start(CONFIG)
         async with grpc.aio.insecure_channel(planner.endpoint) as channel:
             stub = PlanningServiceStub(channel)
-            with pytest.raises(grpc.aio.AioRpcError) as none_yet:
-                await stub.GetPlan(pb.GetPlanRequest(verifier_id="v1"))
-            assert none_yet.value.code() is grpc.StatusCode.NOT_FOUND
             with pytest.raises(grpc.aio.AioRpcError) as no_profile:
                 await stub.ReportSteps(iter([pb.ReportStepsRequest(verifier_id="v1", steps=[pb.StepRecord()])]))
             assert no_profile.value.code() is grpc.StatusCode.INVALID_ARGUMENT
             hello = pb.ReportStepsRequest(verifier_id="v1", metrics_url=NOWHERE, profile=profile_to_proto(PROFILE))
             assert (await stub.ReportSteps(iter([hello]))).steps == 0
-            await asyncio.sleep(0.2)
-            plan = (await stub.GetPlan(pb.GetPlanRequest(verifier_id="v1"))).plan
+            plan = (await stub.WatchPlan(pb.WatchPlanRequest(verifier_id="v1")).read()).plan
             assert plan.version > 0
             assert plan.price == pytest.approx(1 / 0.031, rel=0.01)
         await planner.stop()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lm.model import LanguageModel
-from planner.fast.fallback import builtin_plan
+from planner.fast.builtin_plan import builtin_plan
 from tests.lm.helpers import pad_passes
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from tests.verifier_svc.doubles import OracleDrafter, SilentLink

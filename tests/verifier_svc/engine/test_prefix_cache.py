@@ -6,7 +6,7 @@ import pytest
 
 from lm.kv_cache import KVCache
 from lm.model import LanguageModel
-from planner.fast.fallback import builtin_plan
+from planner.fast.builtin_plan import builtin_plan
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from tests.verifier_svc.engine.test_engine import plain_greedy
 from treeline.config import Config, LimitsConfig, ModelConfig, VerifierConfig

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chisquare
 
 from lm.model import LanguageModel
-from planner.fast.fallback import builtin_plan
+from planner.fast.builtin_plan import builtin_plan
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from treeline.config import Config, LimitsConfig, ModelConfig, VerifierConfig
 from treeline.drafting import DraftReply, DraftRequest

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lm.model import LanguageModel
-from planner.fast.fallback import builtin_plan
+from planner.fast.builtin_plan import builtin_plan
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from treeline.config import Config, LimitsConfig, ModelConfig, VerifierConfig
 from treeline.plan import CostCurve, CostModel, Plan

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lm.model import LanguageModel
-from planner.fast.fallback import builtin_plan
+from planner.fast.builtin_plan import builtin_plan
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from tests.lm.tiny_head import FEATURE_LAYERS, target_features
 from tests.verifier_svc.doubles import OracleDrafter
@@ -76,7 +76,7 @@ def test_every_token_before_the_root_is_sent_once_with_the_targets_own_features(
         assert max(rows) > len(prompt)
         check_rows(model, rows, prompt + answer)
     assert drafter.rows == sum(map(len, drafter.read.values())), "features were sent twice"
-    assert not engine.draft_stage.hidden_states._rows
+    assert not engine.speculator.hidden_states._rows
 
 
 @pytest.mark.parametrize("unread_tokens", [1, 7, 1000])
@@ -88,7 +88,7 @@ def test_features_of_steps_without_drafts_come_when_the_drafter_is_asked_again(m
     link = LocalLink(drafter)
     link.ready = False
     engine = Engine(model, link, lambda: builtin_plan(LIMITS), CONFIG)
-    kept = engine.draft_stage.hidden_states
+    kept = engine.speculator.hidden_states
 
     def come_late(step: int) -> None:
         assert kept._unread.tokens < unread_tokens, "unread passes pile up"
@@ -165,7 +165,7 @@ def test_a_message_stays_within_its_limit_and_the_rest_comes_later(model):
     engine = Engine(
         model, LocalLink(drafter), lambda: builtin_plan(LIMITS), CONFIG.model_copy(update={"limits": small})
     )
-    engine.draft_stage.hidden_states._budget_bytes = 8 * 2 * WIDTH
+    engine.speculator.hidden_states._budget_bytes = 8 * 2 * WIDTH
     for request in requests:
         engine.add(request)
     while engine.has_work:

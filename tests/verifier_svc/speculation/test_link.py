@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 
 import grpc
 
-from planner.fast.fallback import builtin_plan
+from planner.fast.builtin_plan import builtin_plan
 from treeline.config import Config, VerifierConfig
 from treeline.drafting import DraftRequest, DraftSequence
 from treeline.rpc import bind, new_server

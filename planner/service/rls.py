@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 SPREAD_STEPS = 15
-"""Innovations are judged against the median of this many: when most of them are large, the world has changed."""
+"""Innovations (observed minus predicted) are judged against the median of this many: when most are large, the world has
+changed, and it takes eight steps to see that."""
 MAX_SPREADS = 3.0
+"""An innovation beyond this many medians is an outlier: of normal noise 4 % are, and they lose little."""
 
 
 class RecursiveLeastSquares:

@@ -10,8 +10,11 @@ from treeline.plan import CostCurve, CostModel, Plan
 
 MAX_NODES = 8
 MAX_DEPTH = 4
+"""Nodes and layers of a request's tree: with its root it fits the tokens that are nearly free."""
 FLAT_UP_TO_TOKENS = 8
+"""Tokens that a memory-bound pass takes at little more than the cost of one: 8 on a CPU (bench step), more on GPUs."""
 PASS_S = 0.03
+"""Seconds of the guessed pass. Only ratios matter to the rule, except to drafting costs, which the plan says are 0."""
 
 
 def builtin_plan(limits: LimitsConfig) -> Plan:

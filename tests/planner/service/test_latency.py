@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import socketserver
@@ -10,16 +11,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
-from planner.service import signals as signals_module
+from planner.service import latency as latency_module
+from planner.service import server as server_module
+from planner.service.latency import Latency, read_prometheus
 from planner.service.loop import PlanMaker, VerifierState
-from planner.service.signals import Signals, quantile
+from planner.service.server import PlannerServer
 from tests.planner.builders import linear_cost, record
-from treeline.config import LimitsConfig, MetricsConfig, PlannerConfig
-from treeline.metrics import VerifierMetrics, serve_metrics
+from treeline.config import Config, LimitsConfig, MetricsConfig, PlannerConfig
+from treeline.metrics import serve_metrics
 from treeline.plan import VerifierProfile
+from treeline.plan_wire import profile_to_proto
+from treeline.v1 import planning_pb2 as pb
+from treeline.v1.planning_pb2_grpc import PlanningServiceStub
 
 
 class PrometheusApi(BaseHTTPRequestHandler):
@@ -56,49 +63,52 @@ def prometheus() -> Iterator[ThreadingHTTPServer]:
 
 
 def test_latency_comes_from_the_query_api_for_this_verifier_alone(prometheus):
-    signals = Signals(max_age_s=10)
-    signals.read_prometheus(f"http://127.0.0.1:{prometheus.server_port}", "host:9400")
-    assert signals.get("itl_p95_s") == 0.12
-    assert signals.get("running") == 3
-    assert signals.get("verify_p50_s") is None, "NaN means that nothing was measured"
-    assert signals.get("itl_p50_s") is None
+    found = read_prometheus(f"http://127.0.0.1:{prometheus.server_port}", "host:9400")
+    assert found == {"itl_p95_s": 0.12, "running": 3}, "NaN means that nothing was measured"
     assert all('instance="host:9400"' in query for query in prometheus.queries)
 
 
-def test_a_page_of_our_own_gives_what_came_since_the_last_reading():
-    registry = CollectorRegistry()
-    metrics = VerifierMetrics(registry)
-    url = f"http://127.0.0.1:{serve_metrics(registry, MetricsConfig(base_port=0))}/metrics"
-    signals = Signals(max_age_s=10)
-    metrics.observe_tokens(100, 100 * 1.5)  # long ago, and slow
-    signals.read_page(url)
-    assert signals.get("itl_p95_s") is None
-    metrics.observe_tokens(100, 100 * 0.035)
-    metrics.set_load(2, 1, 5, 10, True)
-    signals.read_page(url)
-    assert 0.03 <= signals.get("itl_p50_s") <= 0.04
-    assert signals.get("running") == 2
-
-
-def test_stale_signals_are_dropped():
-    signals = Signals(max_age_s=0.05)
-    signals.set("itl_p95_s", 0.1)
-    assert signals.get("itl_p95_s") == 0.1
+def test_stale_values_are_dropped():
+    latency = Latency(max_age_s=0.05)
+    latency.update({"itl_p95_s": 0.1})
+    assert latency.get("itl_p95_s") == 0.1
     time.sleep(0.1)
-    assert signals.get("itl_p95_s") is None
-    assert signals.age_s("itl_p95_s") > 0.05
+    assert latency.get("itl_p95_s") is None
+    assert latency.age_s("itl_p95_s") > 0.05
+
+
+def test_the_planner_takes_measurements_in_on_its_event_loop_alone(prometheus, monkeypatch):
+    """A thread waits for Prometheus; another one must not write what plans are made from."""
+    taken: list[int] = []
+    monkeypatch.setattr(Latency, "update", lambda self, values: taken.append(threading.get_ident()))
+    monkeypatch.setattr(server_module, "LATENCY_INTERVAL_S", 0.02)
+
+    async def scenario() -> None:
+        planner = PlannerConfig(prometheus_url=f"http://127.0.0.1:{prometheus.server_port}")
+        running = await PlannerServer.start(Config(planner=planner, metrics=MetricsConfig(base_port=0)))
+        profile = profile_to_proto(VerifierProfile(linear_cost().verify))
+        hello = pb.ReportStepsRequest(verifier_id="v1", metrics_url="http://host:9400/metrics", profile=profile)
+        async with grpc.aio.insecure_channel(running.endpoint) as channel:
+            await PlanningServiceStub(channel).ReportSteps(iter([hello]))
+        deadline_s = time.monotonic() + 5
+        while not taken and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.01)
+        await running.stop()
+
+    asyncio.run(scenario())
+    assert {*taken} == {threading.get_ident()}
 
 
 def test_a_server_that_is_not_there_is_an_error_at_once():
     with pytest.raises(OSError, match="refused"):
-        Signals(10).read_prometheus("http://127.0.0.1:9", "x")
+        read_prometheus("http://127.0.0.1:9", "x")
 
 
 def test_a_server_that_is_no_prometheus_is_an_error():
     registry = CollectorRegistry()
     port = serve_metrics(registry, MetricsConfig(base_port=0))
     with pytest.raises(ValueError):  # noqa: PT011 - from the JSON parser, or from us
-        Signals(10).read_prometheus(f"http://127.0.0.1:{port}", "x")
+        read_prometheus(f"http://127.0.0.1:{port}", "x")
 
 
 @contextmanager
@@ -131,13 +141,10 @@ def dripping(connection: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("answer", [silent, dripping])
-@pytest.mark.parametrize("read", [lambda s, url: s.read_prometheus(url, "x"), lambda s, url: s.read_page(url)])
-def test_a_slow_server_is_given_up(monkeypatch, answer, read):
-    monkeypatch.setattr(signals_module, "TIMEOUT_S", 0.2)
-    signals = Signals(10)
+def test_a_slow_server_is_given_up(monkeypatch, answer):
+    monkeypatch.setattr(latency_module, "TIMEOUT_S", 0.2)
     with answering(answer) as url, pytest.raises(OSError, match=r"timed out|did not answer"):
-        read(signals, url)
-    assert signals.get("itl_p95_s") is None
+        read_prometheus(url, "x")
 
 
 NONSENSE = [
@@ -155,41 +162,30 @@ NONSENSE = [
 
 
 @pytest.mark.parametrize("sent", NONSENSE)
-@pytest.mark.parametrize("read", [lambda s, url: s.read_prometheus(url, "x"), lambda s, url: s.read_page(url)])
-def test_nonsense_is_one_of_two_errors_and_sets_nothing(sent, read):
-    signals = Signals(10)
-    with answering(lambda connection: connection.sendall(sent)) as url, suppress(OSError, ValueError):
-        read(signals, url)
-    assert all(signals.get(name) is None for name in ("itl_p50_s", "itl_p95_s", "verify_p50_s", "running"))
+def test_nonsense_is_one_of_two_errors(sent):
+    with (
+        answering(lambda connection: connection.sendall(sent)) as url,
+        pytest.raises((OSError, ValueError)),
+    ):
+        read_prometheus(url, "x")
 
 
 @pytest.mark.parametrize("value", ["Infinity", "-Infinity", "NaN"])
-def test_what_is_no_number_is_no_signal(value):
+def test_what_is_no_number_is_no_measurement(value):
     sent = b'HTTP/1.0 200 OK\r\n\r\n{"data": {"result": [{"value": [1, "%s"]}]}}' % value.encode()
-    signals = Signals(10)
     with answering(lambda connection: connection.sendall(sent)) as url:
-        signals.read_prometheus(url, "x")
-    assert signals.get("itl_p95_s") is None
+        assert read_prometheus(url, "x") == {}
 
 
 def test_measured_latency_stands_in_for_missing_records_within_bounds():
     """Records have stopped, requests still run, and verification is said to take a thousand times as long."""
-    state, maker = VerifierState(VerifierProfile(linear_cost().verify), ""), PlanMaker(LimitsConfig(), PlannerConfig())
+    maker = PlanMaker(LimitsConfig(), PlannerConfig())
+    state = VerifierState(VerifierProfile(linear_cost().verify), "", Latency(10))
     state.observe(record(unix_s=time.time() - 60, predicted_verify_s=0.031))
-    signals = Signals(10)
-    before = maker.make(state, signals).cost.verify_scale
-    signals.set("verify_p50_s", 31.0)
-    signals.set("running", 1.0)
-    after = maker.make(state, signals).cost.verify_scale
+    before = maker.make(state).cost.verify_scale
+    state.latency.update({"verify_p50_s": 31.0, "running": 1.0})
+    after = maker.make(state).cost.verify_scale
     assert before < after < 1.1 * before
-    stale = Signals(0.0)
-    stale.set("verify_p50_s", 31.0)
-    stale.set("running", 1.0)
-    assert maker.make(state, stale).cost.verify_scale == after
-
-
-def test_quantiles_are_linear_within_a_bucket():
-    assert quantile({1.0: 0.0, 2.0: 10.0, float("inf"): 10.0}, 0.5) == pytest.approx(1.5)
-    assert quantile({1.0: 0.0, float("inf"): 4.0}, 0.5) == 1.0
-    assert quantile({1.0: 0.0, float("inf"): 0.0}, 0.5) is None
-    assert quantile({}, 0.5) is None
+    state.latency = Latency(0.0)
+    state.latency.update({"verify_p50_s": 31.0, "running": 1.0})
+    assert maker.make(state).cost.verify_scale == after
