@@ -36,8 +36,8 @@ setup(
     ext_modules=[
         Extension(
             "lm._kernels",
-            sorted(glob("lm/kernels/*.c")),
-            depends=glob("lm/kernels/*.h"),
+            sorted(glob("lm/kernels/**/*.c", recursive=True)),
+            depends=glob("lm/kernels/**/*.h", recursive=True),
             extra_compile_args=["-O3", "-fno-math-errno", "-fopenmp"],
             # Without a C compiler they are left out, and torch's own are used.
             optional=True,

@@ -60,10 +60,13 @@ def _cpu_flags() -> list[str]:
 
 def _kernels() -> tuple[bool, str, str]:
     try:
-        from lm.cpu.native import library
+        from lm.cpu.grouped_linear import kernel_for
     except ImportError:
         return True, "kernels", "unknown without torch"
-    return True, "kernels", "compiled" if library() else "torch's own: ours need a C compiler at installation, and AVX2"
+    kernel = kernel_for("auto")
+    if kernel is None:
+        return True, "kernels", "torch's own: ours need a C compiler at installation, and AVX2"
+    return True, "kernels", f"compiled; weights in groups: {kernel.arithmetic} by {kernel.instructions}"
 
 
 def _gpus() -> tuple[bool, str, str]:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lm.cpu.grouped_linear import kernel_for
 from lm.cpu.native import library
 from lm.cpu.quantized import holds_groups
 from treeline.config import ModelConfig
@@ -35,8 +36,10 @@ def torch_dtype(config: ModelConfig, folder: Path | None = None) -> torch.dtype:
     Raises:
         ConfigError: as `torch_device`, or the weights cannot be quantised here.
     """
+    if config.arithmetic == "int8":
+        _check_grouped(config, "arithmetic 'int8'", kernel_for("int8") is not None)
     if config.quantization in ("int8", "int4"):
-        _check_quantization(config)
+        _check_grouped(config, f"quantization '{config.quantization}'", library() is not None)
         return torch.float32
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
@@ -47,13 +50,12 @@ def torch_dtype(config: ModelConfig, folder: Path | None = None) -> torch.dtype:
     return torch.float32 if ours and folder is not None and holds_groups(folder) else torch.bfloat16
 
 
-def _check_quantization(config: ModelConfig) -> None:
-    asked = f"quantization '{config.quantization}'"
+def _check_grouped(config: ModelConfig, asked: str, has_kernel: bool) -> None:
     if torch_device(config.device).type != "cpu":
         raise ConfigError(f"{asked} is for the CPU; set device: cpu")
     if config.dtype == "bfloat16":
-        raise ConfigError(f"{asked} computes in float32, not in bfloat16")
-    if library() is None:
+        raise ConfigError(f"{asked} takes float32 inputs, not bfloat16")
+    if not has_kernel:
         raise ConfigError(f"{asked} needs this package's kernels, which were not built or do not fit this processor")
 
 

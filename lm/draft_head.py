@@ -168,7 +168,7 @@ class DraftHead:
         module.fuse()
         parts = nn.ModuleDict({"module": module, "output": _linear(output), "embedding": embedding})
         parts.to(torch_device(target.device), torch_dtype(target, model))
-        pack_linear_layers(parts, "int8")  # A guess needs no exact weights.
+        pack_linear_layers(parts, "int8", target.arithmetic)  # A guess needs no exact weights.
         return cls(folder.name, module, embedding, parts["output"], draft_ids)
 
     def new_cache(self, num_tokens: int, block_tokens: int) -> KVCache:

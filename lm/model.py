@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lm.attention import CONTEXT, IMPLEMENTATION, AttentionContext, Probe, UnsupportedAttentionError
-from lm.cpu.packed_linear import pack_linear_layers, read_bytes
+from lm.cpu.packed_linear import arithmetic_of, pack_linear_layers, read_bytes
 from lm.cuda.graphs import Outputs
 from lm.device import torch_device, torch_dtype
 from lm.features import FeatureTap
@@ -24,6 +25,8 @@ from lm.store import load_tokenizer, model_name, one_line, progress_bars, resolv
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
 from treeline.sampling import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 class LanguageModel:
@@ -38,6 +41,7 @@ class LanguageModel:
         sampling: how its generation_config.json samples; greedy if it does not say.
         architecture: its class in transformers.
         passes: how its passes are run.
+        arithmetic: how weights in groups are multiplied, for people; empty if there are none.
     """
 
     def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
@@ -52,6 +56,7 @@ class LanguageModel:
         self.eos_token_ids = _eos_token_ids(hf, tokenizer)
         self.sampling = _sampling(hf)
         self.passes = Passes(windows, self.device)
+        self.arithmetic = arithmetic_of(hf)
         self._tap: FeatureTap | None = None
 
     @classmethod
@@ -81,13 +86,17 @@ class LanguageModel:
             hf, report = loaded
             hf.to(device)
             _check_weights(hf, report["missing_keys"])
-            pack = functools.partial(pack_linear_layers, quantization=config.quantization)
+            pack = functools.partial(pack_linear_layers, quantization=config.quantization, arithmetic=config.arithmetic)
             fuse_layers(hf, finish=pack)
             pack(hf)
             _let_go_of_files(hf)
         except Exception as error:  # The reader of damaged weights raises anything.
             raise ConfigError(f"cannot load model '{config.model}': {one_line(error)}") from error
-        return cls(hf, tokenizer, config.name or model_name(config.model))
+        model = cls(hf, tokenizer, config.name or model_name(config.model))
+        if config.arithmetic == "int8" and not model.arithmetic:
+            raise ConfigError(f"arithmetic 'int8' needs weights in groups: set quantization for '{config.model}'")
+        logger.info("%s computes in %s", model.name, model.arithmetic or str(model.dtype).removeprefix("torch."))
+        return model
 
     @classmethod
     def from_hf(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> LanguageModel:

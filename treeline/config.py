@@ -37,6 +37,7 @@ class ResourcesConfig(Section):
 
 
 Quantization = Literal["auto", "none", "int8", "int4"]
+Arithmetic = Literal["auto", "float32", "int8"]
 
 
 class ModelConfig(Section):
@@ -52,6 +53,11 @@ class ModelConfig(Section):
         default="auto",
         description="auto: float32 weights that come in groups of 4 or 8 bits (GGUF) stay so, and lose nothing; int8, "
         "int4: all are rounded to such, and the rounded model is the target; on the CPU",
+    )
+    arithmetic: Arithmetic = Field(
+        default="auto",
+        description="of weights in groups. int8: each 32 inputs of a token are rounded to 8 bits, and the model that "
+        "computes so is the target; float32: as transformers does; auto: int8 where this processor has a kernel",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves it to torch")

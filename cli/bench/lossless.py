@@ -39,7 +39,8 @@ def lossless(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype '{dtype}': float32 or bfloat16")
     loaded = load_prompts(prompts or OWN_PROMPTS, limit)
-    results = _compare(ModelConfig(model=target, dtype=DTYPES[dtype]), draft_layers, loaded, max_tokens)
+    model = ModelConfig(model=target, dtype=DTYPES[dtype], arithmetic="float32")  # as transformers computes
+    results = _compare(model, draft_layers, loaded, max_tokens)
     rows = [result.row() for result in results]
     _show(f"{target}, {dtype}: identical to transformers' generate", rows)
     if json_file is not None:

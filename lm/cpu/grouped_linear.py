@@ -1,9 +1,13 @@
-"""Linear layers that multiply by weights of 4 or 8 bits in groups, with this project's own kernel."""
+"""Linear layers that multiply by weights of 4 or 8 bits in groups, with this project's own kernels."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable
+from ctypes import c_int64, c_void_p
+from enum import IntEnum
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,43 +16,79 @@ from lm.cpu.native import library, typed
 from lm.cpu.quantized import GroupedWeight
 
 
+class Kernel(IntEnum):
+    """How a product is computed; numbered as in `lm/kernels/kernels.h`."""
+
+    FLOAT32 = 0
+    FLOAT32_WIDE = 1
+    AVX2 = 2
+    AVX_VNNI = 3
+    AVX512_VNNI = 4
+
+    @property
+    def arithmetic(self) -> Literal["float32", "int8"]:
+        return "float32" if self <= Kernel.FLOAT32_WIDE else "int8"
+
+    @property
+    def instructions(self) -> str:
+        """For people."""
+        return {Kernel.FLOAT32: "vectors of 8", Kernel.FLOAT32_WIDE: "vectors of 16"}.get(self, self.name.lower())
+
+
+class LinearStruct(ctypes.Structure):
+    """A layer as the kernels read it."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("tiles", "bias")),
+        *((name, c_int64) for name in ("bits", "features_in", "features_out", "kernel")),
+    )
+
+
 @functools.cache
-def kernel() -> Callable[..., None] | None:
-    """The product; None if there are no kernels here."""
-    kernels = library()
-    return None if kernels is None else typed(kernels.treeline_grouped_linear, "pnpppnnnn")
+def kernels() -> tuple[Kernel, ...]:
+    """Those that this processor runs, the fastest of each arithmetic last; none if they were not built."""
+    native = library()
+    return () if native is None else tuple(kernel for kernel in Kernel if native.treeline_runs(int(kernel)))
+
+
+def kernel_for(arithmetic: Literal["auto", "float32", "int8"]) -> Kernel | None:
+    """The fastest kernel of this arithmetic; "auto" is int8 where there is one, else float32."""
+    fitting = [kernel for kernel in kernels() if arithmetic in ("auto", kernel.arithmetic)]
+    return fitting[-1] if fitting else None
+
+
+@functools.cache
+def _multiply() -> Callable[..., None]:
+    return typed(library().treeline_linear, "pppnn")  # type: ignore[union-attr]
 
 
 class GroupedLinear(nn.Module):
-    """A frozen linear layer on the CPU, float32 in and out; needs the kernel.
+    """A frozen linear layer on the CPU, float32 in and out.
 
-    A row's result does not depend on the others.
+    With an int8 kernel, 32 neighbouring inputs of a token are rounded to 255 steps between plus and minus their largest
+    magnitude. A row's result does not depend on the others, and all int8 kernels give the same bits.
     """
 
-    def __init__(self, weight: GroupedWeight, bias: Tensor | None) -> None:
+    def __init__(self, weight: GroupedWeight, bias: Tensor | None, kernel: Kernel) -> None:
         super().__init__()
-        multiply = kernel()
-        assert multiply is not None
-        self._multiply = multiply
-        self.bits = weight.bits
+        self.kernel = kernel
         self.out_features, groups = weight.scale.shape
         self.in_features = groups * weight.codes.shape[2]
         self.tiles = weight.tiles()
         self.bias = None if bias is None else bias.detach().float().contiguous()
+        self.struct = LinearStruct(
+            self.tiles.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(),
+            weight.bits,
+            self.in_features,
+            self.out_features,
+            kernel,
+        )
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         inputs = inputs.contiguous()
         outputs = inputs.new_empty(*inputs.shape[:-1], self.out_features)
-        self._multiply(
-            self.tiles.data_ptr(),
-            self.bits,
-            None if self.bias is None else self.bias.data_ptr(),
-            inputs.data_ptr(),
-            outputs.data_ptr(),
-            inputs.numel() // self.in_features,
-            self.in_features,
-            self.out_features,
-            torch.get_num_threads(),
-        )
+        tokens, threads = inputs.numel() // self.in_features, torch.get_num_threads()
+        _multiply()(ctypes.byref(self.struct), inputs.data_ptr(), outputs.data_ptr(), tokens, threads)
         return outputs

@@ -29,7 +29,7 @@ def library() -> ctypes.CDLL | None:
         except OSError as error:
             logger.warning("the compiled kernels cannot be loaded, torch's own are used: %s", error)
             return None
-        return kernels if kernels.treeline_processor_fits() else None
+        return kernels if kernels.treeline_runs(0) else None
     return None
 
 

@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_float, c_void_p
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from lm.cpu.elementwise import is_silu
-from lm.cpu.grouped_linear import GroupedLinear
+from lm.cpu.grouped_linear import GroupedLinear, LinearStruct
 from lm.cpu.native import library, typed
 from lm.cpu.native_attention import LayerAttention, NativeAttention
 from lm.kv_cache import KVCache
 from lm.layers.fused import FusedLayer
 
 
-class _Linear(ctypes.Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("tiles", "bias")),
-        *((name, c_int64) for name in ("bits", "features_in", "features_out")),
-    )
-
-    @classmethod
-    def of(cls, linear: GroupedLinear) -> _Linear:
-        bias = None if linear.bias is None else linear.bias.data_ptr()
-        return cls(linear.tiles.data_ptr(), bias, linear.bits, linear.in_features, linear.out_features)
-
-
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, _Linear) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, LinearStruct) for name in ("qkv", "o", "gate_up", "down")),
         *((name, c_void_p) for name in ("input_norm", "mlp_norm")),
         *((name, c_float) for name in ("input_epsilon", "mlp_epsilon")),
         ("attention", LayerAttention),
@@ -43,10 +31,9 @@ class _Layer(ctypes.Structure):
     def of(cls, layer: FusedLayer, cache: KVCache) -> _Layer:
         queries, kv_heads, _ = layer.heads
         keys, values = cache.keys[layer.index], cache.values[layer.index]
-        linears = [_Linear.of(linear) for linear in _linears(layer)]
         norms = (layer.input_norm, layer.mlp_norm)
         return cls(
-            *linears,
+            *(linear.struct for linear in _linears(layer)),
             *(norm.weight.data_ptr() for norm in norms),
             *(norm.variance_epsilon for norm in norms),
             LayerAttention.of(kv_heads, queries // kv_heads, layer.head_dim, layer.head_dim, layer.options),

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lm.cpu.grouped_linear import GroupedLinear, kernel
+from lm.cpu.grouped_linear import GroupedLinear, Kernel, kernel_for
 from lm.cpu.quantized import GROUP, GroupedWeight, find_groups, round_to_q4_1, round_to_q8_0
 from lm.device import has_bfloat16_kernels
-from treeline.config import Quantization
+from treeline.config import Arithmetic, Quantization
 
 ROUNDING: dict[Quantization, Callable[[Tensor], GroupedWeight | None]] = {
     "auto": find_groups,
@@ -50,30 +50,30 @@ def packed_dtypes() -> set[torch.dtype]:
 
 
 @torch.inference_mode()
-def pack_linear_layers(model: nn.Module, quantization: Quantization = "auto") -> None:
+def pack_linear_layers(model: nn.Module, quantization: Quantization = "auto", arithmetic: Arithmetic = "auto") -> None:
     """Replace the linear layers of `model` on the CPU by faster ones, where this processor has kernels for them.
 
     Any other layer stays as it is. A weight that the embedding shares stays there as well.
 
     Args:
-        quantization: as in `ModelConfig`; rounding needs the kernel, float32, and whole groups.
+        quantization, arithmetic: as in `ModelConfig`; rounding needs a kernel, float32, and whole groups.
     """
+    kernel = kernel_for(arithmetic)
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             # Subclasses may compute something else.
             if type(layer) is nn.Linear and layer.weight.device.type == "cpu":
-                setattr(
-                    parent, name, _packed(layer, "int8" if quantization == "int4" and layer is head else quantization)
-                )
+                rounding = "int8" if quantization == "int4" and layer is head else quantization
+                setattr(parent, name, _packed(layer, rounding, kernel))
 
 
-def _packed(layer: nn.Linear, quantization: Quantization) -> nn.Module:
+def _packed(layer: nn.Linear, quantization: Quantization, kernel: Kernel | None) -> nn.Module:
     weight = layer.weight.detach()
-    if kernel() is not None and weight.dtype == torch.float32 and weight.shape[1] % GROUP == 0:
+    if kernel is not None and weight.dtype == torch.float32 and weight.shape[1] % GROUP == 0:
         groups = ROUNDING[quantization](weight)
         if groups is not None:
-            return GroupedLinear(groups, layer.bias)
+            return GroupedLinear(groups, layer.bias, kernel)
     return PackedLinear(layer) if weight.dtype in packed_dtypes() else layer
 
 
@@ -88,3 +88,9 @@ def read_bytes(model: nn.Module) -> int:
         elif not isinstance(module, nn.Embedding):
             weights.update((id(weight), weight) for weight in module.parameters(recurse=False))
     return sum(weight.numel() * weight.element_size() for weight in weights.values())
+
+
+def arithmetic_of(model: nn.Module) -> str:
+    """How products with weights in groups are computed, for people: "int8 by avx512_vnni"; empty without such."""
+    kernels = {module.kernel for module in model.modules() if isinstance(module, GroupedLinear)}
+    return ", ".join(f"{kernel.arithmetic} by {kernel.instructions}" for kernel in sorted(kernels))

@@ -3,13 +3,6 @@
 
 #include "kernels.h"
 
-/* Its weights as `treeline_grouped_linear` takes them. */
-typedef struct {
-    const uint8_t *tiles;
-    const float *bias; /* or NULL */
-    int64_t bits, features_in, features_out;
-} Linear;
-
 typedef struct {
     Linear qkv, o, gate_up, down;
     const float *input_norm, *mlp_norm;
@@ -17,12 +10,6 @@ typedef struct {
     Attention attention;
     float *keys, *values; /* of the cache */
 } DecoderLayer;
-
-static void multiply(const Linear *linear, const float *inputs, float *outputs, int64_t tokens, int64_t threads)
-{
-    treeline_grouped_linear(linear->tiles, linear->bits, linear->bias, inputs, outputs, tokens, linear->features_in,
-                            linear->features_out, threads);
-}
 
 /* out [tokens, size] = what `count` layers, which are of one shape, make of hidden [tokens, size].
    turns [tokens, key_dim / 2] of (cos, sin). */
@@ -41,16 +28,16 @@ void treeline_decoder_layers(int64_t count, const DecoderLayer *layers, const Ba
     for (const DecoderLayer *layer = layers; layer < layers + count; layer++) {
         treeline_rms_norm(tokens, size, hidden, layer == layers ? NULL : added, out, layer->input_norm,
                           layer->input_epsilon, normed, threads);
-        multiply(&layer->qkv, normed, qkv, tokens, threads);
+        treeline_linear(&layer->qkv, normed, qkv, tokens, threads);
         treeline_rotate(tokens, turned, heads->key_dim, qkv, qkv_size, turns, threads);
         treeline_attend(batch, &layer->attention, layer->keys, layer->values, qkv, qkv_size, key, qkv_size, value,
                         qkv_size, mixed);
-        multiply(&layer->o, mixed, added, tokens, threads);
+        treeline_linear(&layer->o, mixed, added, tokens, threads);
         treeline_rms_norm(tokens, size, hidden, added, out, layer->mlp_norm, layer->mlp_epsilon, normed, threads);
         hidden = out; /* from here on sums are made in place */
-        multiply(&layer->gate_up, normed, gate_up, tokens, threads);
+        treeline_linear(&layer->gate_up, normed, gate_up, tokens, threads);
         treeline_silu_times(tokens, gated_size, gate_up, gated, threads);
-        multiply(&layer->down, gated, added, tokens, threads);
+        treeline_linear(&layer->down, gated, added, tokens, threads);
     }
     for (int64_t i = 0; i < tokens * size; i++)
         out[i] += added[i];

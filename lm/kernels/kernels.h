@@ -22,13 +22,24 @@ typedef struct {
     float scale, softcap; /* 0: none */
 } Attention;
 
-/* Whether the processor has vectors of 16 numbers. */
-int treeline_wide_vectors(void);
+/* How a product is computed: in float32 by vectors of 8 or 16, or in integers by these instructions. */
+enum { FLOAT32, FLOAT32_WIDE, AVX2, AVX_VNNI, AVX512_VNNI };
 
-typedef void GroupedLinear(const uint8_t *tiles, int64_t bits, const float *bias, const float *inputs, float *outputs,
-                           int64_t tokens, int64_t features_in, int64_t features_out, int64_t threads);
+/* Whether the processor can. */
+int treeline_runs(int kernel);
 
-GroupedLinear treeline_grouped_linear, treeline_grouped_linear_wide, treeline_grouped_linear_narrow;
+/* Weights in groups: per ROWS outputs features_in / GROUP groups of 4 or 8 `bits`, as linear.c says; rows beyond
+   features_out are padding. */
+typedef struct {
+    const uint8_t *tiles;
+    const float *bias; /* or NULL */
+    int64_t bits, features_in, features_out, kernel;
+} Linear;
+
+/* outputs [tokens, features_out] = inputs [tokens, features_in] * weight^T + bias. */
+typedef void Product(const Linear *linear, const float *inputs, float *outputs, int64_t tokens, int64_t threads);
+
+Product treeline_linear, treeline_float_linear_narrow, treeline_float_linear_wide, treeline_integer_linear;
 
 void treeline_attend(const Batch *batch, const Attention *layer, float *keys, float *values, const float *query,
                      int64_t query_stride, const float *key, int64_t key_stride, const float *value,

@@ -165,14 +165,15 @@ INLINE void multiply_tile(
     }
 }
 
-void SIZED(treeline_grouped_linear)(
-    const uint8_t *tiles, int64_t bits, const float *bias, const float *inputs, float *outputs, int64_t tokens,
-    int64_t features_in, int64_t features_out, int64_t threads) {
+void SIZED(treeline_float_linear)(
+    const Linear *linear, const float *inputs, float *outputs, int64_t tokens, int64_t threads) {
+    int64_t features_in = linear->features_in, features_out = linear->features_out, bits = linear->bits;
+    const float *bias = linear->bias;
     int64_t groups = features_in / GROUP, count = (features_out + ROWS - 1) / ROWS;
     #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t tile = 0; tile < count; tile++) {
         float sums[TOKEN_BLOCK][ROWS] __attribute__((aligned(64)));
-        const uint8_t *codes = tiles + tile * groups * group_bytes(bits);
+        const uint8_t *codes = linear->tiles + tile * groups * group_bytes(bits);
         int64_t first = tile * ROWS, rows = features_out - first < ROWS ? features_out - first : ROWS;
         for (int64_t start = 0; start < tokens; start += TOKEN_BLOCK) {
             int64_t block = tokens - start < TOKEN_BLOCK ? tokens - start : TOKEN_BLOCK;
@@ -187,13 +188,12 @@ void SIZED(treeline_grouped_linear)(
 }
 
 #ifndef WIDE
-/* outputs [tokens, features_out] = inputs [tokens, features_in] * weight^T + bias; bias may be NULL.
- *
- * tiles: per ROWS outputs features_in / GROUP groups of `bits` 4 or 8; rows beyond features_out are padding. */
-void treeline_grouped_linear(
-    const uint8_t *tiles, int64_t bits, const float *bias, const float *inputs, float *outputs, int64_t tokens,
-    int64_t features_in, int64_t features_out, int64_t threads) {
-    (treeline_wide_vectors() ? treeline_grouped_linear_wide : treeline_grouped_linear_narrow)(
-        tiles, bits, bias, inputs, outputs, tokens, features_in, features_out, threads);
+void treeline_linear(const Linear *linear, const float *inputs, float *outputs, int64_t tokens, int64_t threads) {
+    static Product *const products[] = {
+        [FLOAT32] = treeline_float_linear_narrow, [FLOAT32_WIDE] = treeline_float_linear_wide,
+        [AVX2] = treeline_integer_linear, [AVX_VNNI] = treeline_integer_linear,
+        [AVX512_VNNI] = treeline_integer_linear,
+    };
+    products[linear->kernel](linear, inputs, outputs, tokens, threads);
 }
 #endif

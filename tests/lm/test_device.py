@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from lm import device
-from lm.cpu.grouped_linear import kernel
+from lm.cpu.grouped_linear import kernels
 from lm.cpu.quantized import round_to_q4_1
 from lm.device import torch_dtype
 from lm.draft_head import load_plain
@@ -26,7 +26,7 @@ def test_auto_on_the_cpu_is_what_its_kernels_are_made_for(monkeypatch: pytest.Mo
     assert torch_dtype(ModelConfig(device="cpu", dtype="bfloat16")) == torch.bfloat16
 
 
-@pytest.mark.skipif(kernel() is None, reason="the kernels were not built")
+@pytest.mark.skipif(not kernels(), reason="the kernels were not built")
 def test_auto_is_float32_for_weights_that_the_kernels_read_in_groups(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -150,7 +150,7 @@ def test_the_default_model_writes_what_transformers_writes() -> None:
         folder = resolve_model("default", progress=False)
     except ConfigError as error:
         pytest.skip(str(error))
-    model = LanguageModel.load(ModelConfig(dtype="float32", device="cpu"))
+    model = LanguageModel.load(ModelConfig(dtype="float32", device="cpu", arithmetic="float32"))
     questions = ["What is the capital of France?", "Write one sentence about the sea."]
     prompts = [
         model.tokenizer.apply_chat_template(

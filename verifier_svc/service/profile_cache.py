@@ -55,6 +55,7 @@ def _identity(model: LanguageModel, cache: KVCache) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(model.device) if on_cuda else processor_name(),
         "dtype": str(model.dtype),
         "layers": sorted({type(layer).__name__ for layer in model.hf.modules()}),
+        "arithmetic": model.arithmetic,
         "kernels": fingerprint(),
         "threads": torch.get_num_threads(),
         "kv_cache_tokens": cache.total_blocks * cache.block_tokens,

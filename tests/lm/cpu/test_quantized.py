@@ -12,8 +12,7 @@ from gguf.quants import dequantize, quantize
 from torch import nn
 from transformers import PreTrainedModel
 
-from lm.cpu.grouped_linear import GroupedLinear, kernel
-from lm.cpu.native import library, typed
+from lm.cpu.grouped_linear import GroupedLinear, Kernel, kernels
 from lm.cpu.quantized import GroupedWeight, find_groups, round_to_q4_0, round_to_q4_1, round_to_q8_0
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
@@ -22,7 +21,7 @@ from tests.lm.tiny import CONFIGS, tiny_model, tiny_tokenizer
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
 
-compiled = pytest.mark.skipif(kernel() is None, reason="the kernels were not built")
+compiled = pytest.mark.skipif(not kernels(), reason="the kernels were not built")
 FORMATS = {"Q4_0": (round_to_q4_0, 4), "Q4_1": (round_to_q4_1, 4), "Q8_0": (round_to_q8_0, 8)}
 
 
@@ -69,15 +68,15 @@ def test_the_product_is_that_of_the_float_weights(name: str, bias: bool, tokens:
     weight: GroupedWeight = FORMATS[name][0](some_weight())
     added = torch.randn(70) if bias else None
     inputs = torch.randn(1, tokens, 96)
-    outputs = GroupedLinear(weight, added)(inputs)
+    outputs = GroupedLinear(weight, added, Kernel.FLOAT32)(inputs)
     exact = nn.functional.linear(inputs.double(), weight.floats().double(), None if added is None else added.double())
     torch.testing.assert_close(outputs.double(), exact, rtol=2**-20, atol=1e-6)
 
 
-@compiled
+@pytest.mark.parametrize("kernel", kernels())
 @pytest.mark.parametrize("name", ["Q4_1", "Q8_0"])
-def test_a_row_has_the_same_bits_whatever_is_beside_it_and_however_many_threads_run(name: str) -> None:
-    layer = GroupedLinear(FORMATS[name][0](some_weight(960, 576)), None)
+def test_a_row_has_the_same_bits_whatever_is_beside_it_and_however_many_threads_run(name: str, kernel: Kernel) -> None:
+    layer = GroupedLinear(FORMATS[name][0](some_weight(960, 576)), None, kernel)
     inputs = torch.randn(1, 130, 576)
     whole = layer(inputs)
     threads = torch.get_num_threads()
@@ -88,23 +87,19 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it_and_however_many_threads_
     torch.set_num_threads(threads)
 
 
-@compiled
-@pytest.mark.skipif(kernel() is not None and not library().treeline_wide_vectors(), reason="no vectors of 16")
+@pytest.mark.skipif(Kernel.FLOAT32_WIDE not in kernels(), reason="no vectors of 16")
 @pytest.mark.parametrize("name", FORMATS)
 def test_wide_vectors_give_the_same_bits(name: str) -> None:
-    linear = GroupedLinear(FORMATS[name][0](some_weight(rows=200)), torch.randn(200))
-    narrow = typed(library().treeline_grouped_linear_narrow, "pnpppnnnn")
+    weight, bias = FORMATS[name][0](some_weight(rows=200)), torch.randn(200)
+    narrow, wide = (GroupedLinear(weight, bias, kernel) for kernel in (Kernel.FLOAT32, Kernel.FLOAT32_WIDE))
     for tokens in [*range(1, 27), 100]:
         inputs = torch.randn(tokens, 96)
-        wide = linear(inputs)
-        linear._multiply, kept = narrow, linear._multiply
-        assert torch.equal(linear(inputs), wide)
-        linear._multiply = kept
+        assert torch.equal(narrow(inputs), wide(inputs))
 
 
 @compiled
 def test_inputs_need_not_lie_side_by_side() -> None:
-    layer = GroupedLinear(round_to_q8_0(some_weight()), None)
+    layer = GroupedLinear(round_to_q8_0(some_weight()), None, Kernel.FLOAT32)
     inputs = torch.randn(96, 5)
     assert torch.equal(layer(inputs.T), layer(inputs.T.contiguous()))
 
@@ -127,7 +122,7 @@ def test_a_rounded_model_is_the_one_transformers_runs_with_rounded_weights(
         if isinstance(module, nn.Linear):
             name = head if module is reference.get_output_embeddings() else layers
             module.weight.data = FORMATS[name][0](module.weight.data).floats()
-    model = LanguageModel.load(ModelConfig(model=str(tmp_path), quantization=quantization))
+    model = LanguageModel.load(ModelConfig(model=str(tmp_path), quantization=quantization, arithmetic="float32"))
     linear = [module for module in model.hf.modules() if isinstance(module, GroupedLinear)]
     assert (len(linear), model.dtype) == (9, torch.float32)
     cache, tokens = model.new_cache(64, 16), random_tokens(np.random.default_rng(0), 24)
@@ -157,5 +152,5 @@ def test_weights_of_a_gguf_file_stay_in_their_groups(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_quantised_is_refused() -> None:
-    with pytest.raises(ConfigError, match="computes in float32"):
+    with pytest.raises(ConfigError, match="takes float32 inputs"):
         LanguageModel.load(ModelConfig(quantization="int8", dtype="bfloat16", device="cpu"))
