@@ -96,7 +96,7 @@ def planned_engine(
         sha256 = vocabulary_sha256(model.tokenizer)
         drafter = build_drafter(config.drafter, config.verifier.target, config.limits, sha256)
     else:
-        drafter = TreeDrafter(DrafterInfo("proposer"), config.drafter.max_sessions, [proposer])
+        drafter = TreeDrafter(DrafterInfo("proposer"), config.drafter.max_sessions, proposer)
     planner = LocalPlanner(VerifierProfile(curves, drafter.info.layer_s, drafter.info.node_s), config)
     return PlannedEngine(model, config, planner, LocalLink(drafter))
 

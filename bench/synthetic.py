@@ -10,10 +10,12 @@ import hashlib
 from dataclasses import dataclass
 from itertools import accumulate
 
-from drafter_svc.proposer import Children, GrowingTree
-from drafter_svc.sessions import Session
+import numpy as np
+
+from drafter_svc.proposer import Children, Frontier, Root
+from drafter_svc.sessions import Key, Session, SessionMemory
 from treeline.errors import ConfigError
-from treeline.tree import ROOT, Source
+from treeline.tree import Source
 
 LEAST_PROB = 1e-3
 
@@ -68,45 +70,50 @@ class SyntheticProposer:
     ) -> None:
         self._acceptance, self._vocab_size, self._seed = acceptance, vocab_size, seed
         self._texts = [[*prompt, *answer] for prompt, answer in answers.items()]
-        self._of_session: dict[int, list[int]] = {}
-        self._following: dict[int, list[int]] = {}
-        """By session of this step, what follows its root."""
+        self._of_session: dict[Key, list[int]] = {}
+        self._on_path: list[bool] = []  # of each node of the last frontier
 
-    def begin(self, sessions: list[Session]) -> None:
-        self._following = {session.session_id: self._rest(session) for session in sessions}
+    def begin(self, sessions: list[Session], memory: SessionMemory) -> None:
+        open_keys = set(memory)
+        self._of_session = {key: text for key, text in self._of_session.items() if key in open_keys}
 
-    def propose(self, wanted: list[tuple[GrowingTree, list[int]]]) -> list[Children]:
-        return [self._children(tree, nodes) for tree, nodes in wanted]
-
-    def release(self, session_id: int) -> None:
-        self._of_session.pop(session_id, None)
+    def propose(self, roots: list[Root], frontier: Frontier) -> Children:
+        depth, found = frontier.depth, list[tuple[int, int, float, int]]()
+        ranks = self._acceptance.ranks(depth + 1)
+        before, on_path = self._on_path, list[bool]()
+        for node, (tree, token, above) in enumerate(
+            zip(frontier.tree_of.tolist(), frontier.token_ids.tolist(), frontier.above.tolist(), strict=True)
+        ):
+            root = roots[tree]
+            following = self._rest(root.session)
+            right = depth == 0 or (before[above] and following[depth - 1 : depth] == [token])
+            on_path.append(right)
+            true = following[depth] if depth < len(following) else None
+            position = len(root.session.tokens) + depth
+            planted = None if true is None else self._rank(true, position, ranks)
+            for rank, prob in enumerate(ranks[: root.policy.max_children]):
+                hit = right and rank == planted and true is not None
+                token_id = true if hit and true is not None else self._decoy(true, position, rank)
+                found.append((node, token_id, max(prob, LEAST_PROB), rank))
+        self._on_path = on_path
+        if not found:
+            return Children.none()
+        nodes, token_ids, probs, places = zip(*found, strict=True)
+        return Children(
+            np.asarray(nodes, np.intp),
+            np.asarray(token_ids, np.int32),
+            np.asarray(probs, np.float32),
+            np.asarray(places, np.uint8),
+        )
 
     def _rest(self, session: Session) -> list[int]:
-        """Nothing if the text is none of those known."""
+        """What follows the session's root; nothing if its text is none of those known."""
         length = len(session.tokens)
-        for text in (self._of_session.get(session.session_id, []), *self._texts):
+        for text in (self._of_session.get(session.key, []), *self._texts):
             if text[:length] == session.tokens:
-                self._of_session[session.session_id] = text
+                self._of_session[session.key] = text
                 return text[length:]
         return []
-
-    def _children(self, tree: GrowingTree, nodes: list[int]) -> Children:
-        children, following = Children(), self._following[tree.session.session_id]
-        depth = tree.depth + 1
-        ranks = self._acceptance.ranks(depth)
-        true = following[depth - 1] if depth <= len(following) else None
-        position = len(tree.session.tokens) + depth - 1
-        planted = None if true is None else self._rank(true, position, ranks)
-        for node in nodes:
-            path = [tree.token_ids[n] for n in tree.path(node)] if node != ROOT else []
-            on_path = path == following[: depth - 1]
-            for rank, prob in enumerate(ranks[: tree.policy.max_children]):
-                right = on_path and rank == planted
-                children.parents.append(node)
-                children.token_ids.append(true if right and true is not None else self._decoy(true, position, rank))
-                children.probs.append(max(prob, LEAST_PROB))
-                children.ranks.append(rank)
-        return children
 
     def _rank(self, true: int, position: int, ranks: tuple[float, ...]) -> int | None:
         """Where the true token is planted at this position: the same whenever it is asked."""

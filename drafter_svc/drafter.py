@@ -1,4 +1,4 @@
-"""The drafter: sessions, proposers and the growth loop behind one batched call."""
+"""The drafter: sessions, the draft model and the growth loop behind one batched call."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from drafter_svc.growth import grow
 from drafter_svc.head_proposer import HeadProposer
 from drafter_svc.layered_proposer import LayeredProposer
 from drafter_svc.model_proposer import ModelProposer
-from drafter_svc.ngram import NgramProposer
-from drafter_svc.proposer import GrowingTree, Proposer
-from drafter_svc.sessions import SessionStore
+from drafter_svc.proposer import Proposer, Root
+from drafter_svc.sessions import SessionMemory
 from lm.draft_head import DraftHead
 from lm.model import LanguageModel
 from lm.store import DEFAULT_NAME, resolve_head
@@ -23,6 +22,7 @@ from planner.policies import parse_policy
 from treeline.config import DEFAULT_MODEL, DrafterConfig, LimitsConfig, ModelConfig
 from treeline.drafting import NO_FEATURES, DraftReply, DraftRequest, DraftSequence, DraftStats, FeatureSpec
 from treeline.errors import ConfigError
+from treeline.forest import Forest
 from treeline.plan import Plan
 from treeline.sampling import SamplingParams
 
@@ -39,7 +39,7 @@ class DrafterInfo:
     """What a drafter is.
 
     Attributes:
-        name: "ngram", the draft model's or head's name, or both joined by "+".
+        name: the draft model's or head's; "none" if there is neither.
         vocab_size: of the draft model or head; 0 if there is none.
         vocabulary_sha256: of its tokenizer; empty if there is none.
         layer_s, node_s: measured seconds of a layer of it and of each node in it; 0 without.
@@ -55,23 +55,18 @@ class DrafterInfo:
 
 
 class TreeDrafter:
-    """Grows one tree per request from a draft model or head, from n-gram lookup, or from both.
+    """Grows one tree per request from a draft model or head.
 
     Attributes:
         info: what this drafter is.
     """
 
-    def __init__(
-        self,
-        info: DrafterInfo,
-        max_sessions: int,
-        lookups: list[Proposer],
-        model: LayeredProposer | None = None,
-    ) -> None:
+    def __init__(self, info: DrafterInfo, max_sessions: int, proposer: Proposer | None) -> None:
+        """`proposer`: None grows nothing, and leaves drafting to the verifier's prompt lookup."""
         self.info = info
-        self._sessions = SessionStore(max_sessions)
-        self._lookups = lookups
-        self._model = model
+        self._proposer = proposer
+        self._model = proposer if isinstance(proposer, LayeredProposer) else None
+        self._memory = SessionMemory(max_sessions, self._model.cache if self._model else None)
 
     @property
     def features(self) -> FeatureSpec | None:
@@ -80,37 +75,37 @@ class TreeDrafter:
     @property
     def sessions(self) -> int:
         """How many are held."""
-        return len(self._sessions)
+        return len(self._memory)
 
-    @property
-    def session_ids(self) -> list[int]:
-        """Sessions held, in no order."""
-        return list(self._sessions)
-
-    def draft(self, request: DraftRequest) -> DraftReply:
-        """Release, catch up and draft.
+    def draft(self, request: DraftRequest, verifier: int = 0) -> DraftReply:
+        """Release, catch up and draft. `verifier`: whose session ids these are.
 
         Raises:
             ValueError: a policy's spelling is not understood; nothing was drafted.
         """
         started_s = time.perf_counter()
         policies = [parse_policy(sequence.policy) for sequence in request.sequences]
-        self.release(request.released)
-        admitted, held, evicted = self._sessions.admit(request.sequences)
-        self.release(evicted)
-        for lookup in self._lookups:
-            lookup.begin(list(admitted.values()))
-        if self._model is not None:
-            modelled = [s.session_id for s in request.sequences if s.max_layers and s.session_id in admitted]
-            self._model.begin([admitted[session_id] for session_id in modelled])
-        growing = {
-            sequence.session_id: GrowingTree(admitted[sequence.session_id], sequence, policy)
-            for sequence, policy in zip(request.sequences, policies, strict=True)
-            if sequence.session_id in admitted
-        }
-        trees = grow(list(growing.values()), request.plan, self._lookups, self._model)
-        finished = dict(zip(growing, trees, strict=True))
-        return DraftReply(request.step_id, finished, held, self._stats(started_s))
+        self.release(request.released, verifier)
+        sessions, held = self._memory.admit(verifier, request.sequences)
+        forest = Forest.empty(len(sessions))
+        if self._proposer is not None:
+            places = [place for place, session in enumerate(sessions) if session is not None]
+            roots = [
+                Root(session, sequence, policy)
+                for session, sequence, policy in zip(sessions, request.sequences, policies, strict=True)
+                if session is not None
+            ]
+            self._proposer.begin([root.session for root in roots], self._memory)
+            forest = grow(roots, request.plan, self._proposer).spread(places, len(sessions))
+        return DraftReply(request.step_id, forest, held, self._stats(started_s))
+
+    def release(self, session_ids: list[int], verifier: int = 0) -> None:
+        """Drop these sessions."""
+        self._memory.release([(verifier, session_id) for session_id in session_ids])
+
+    def release_verifier(self, verifier: int) -> None:
+        """Drop all sessions of a verifier."""
+        self._memory.release([key for key in self._memory if key[0] == verifier])
 
     def warm_up(self, plan: Plan) -> None:
         """Draft for batches of several sizes: a first call takes many times as long, and no step is to wait for it."""
@@ -130,21 +125,7 @@ class TreeDrafter:
         return self._model.measure() if self._model else (0.0, 0.0)
 
     def close(self) -> None:
-        self.release(self.session_ids)
-
-    def release(self, session_ids: list[int]) -> None:
-        """Drop these sessions."""
-        for session_id in session_ids:
-            self._release(session_id)
-
-    @property
-    def _proposers(self) -> list[Proposer]:
-        return [*self._lookups, self._model] if self._model else self._lookups
-
-    def _release(self, session_id: int) -> None:
-        self._sessions.release(session_id)
-        for proposer in self._proposers:
-            proposer.release(session_id)
+        self._memory.release(self._memory)
 
     def _stats(self, started_s: float) -> DraftStats:
         draft_s = time.perf_counter() - started_s
@@ -169,22 +150,19 @@ def build_drafter(
         ConfigError: the draft model or head cannot be loaded, or does not share the target's vocabulary.
     """
     head_folder = find_head(config, target)
-    lookups: list[Proposer] = [NgramProposer()] if config.looks_up else []
     if head_folder is not None:
         info, proposer = _build_head(head_folder, config, target, limits)
     elif "model" in config.kind:
         info, proposer = _build_model(config, limits)
     else:
-        return TreeDrafter(DrafterInfo("ngram"), config.max_sessions, lookups)
+        return TreeDrafter(DrafterInfo("none"), config.max_sessions, None)
     if vocabulary_sha256 is not None and info.vocabulary_sha256 != vocabulary_sha256:
         raise ConfigError(
             f"the draft model {info.name} has another vocabulary (sha256 {info.vocabulary_sha256[:12]}) "
             f"than the target (sha256 {vocabulary_sha256[:12]}); a drafter needs the target's tokenizer"
         )
     layer_s, node_s = proposer.measure()
-    name = f"{info.name}+ngram" if lookups else info.name
-    info = replace(info, name=name, layer_s=layer_s, node_s=node_s)
-    return TreeDrafter(info, config.max_sessions, lookups, proposer)
+    return TreeDrafter(replace(info, layer_s=layer_s, node_s=node_s), config.max_sessions, proposer)
 
 
 def find_head(config: DrafterConfig, target: ModelConfig) -> Path | None:

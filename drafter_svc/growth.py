@@ -5,71 +5,74 @@ A batch's trees grow together: each layer takes a few array operations, however 
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
-from drafter_svc.candidates import Candidates, merge
-from drafter_svc.proposer import GrowingTree, Proposer
-from planner.fast.rule import Frontier, another_layer
+from drafter_svc.proposer import Children, Frontier, Proposer, Root
+from planner.fast.acceptance import accepts
+from planner.fast.rule import Frontier as Priced
+from planner.fast.rule import another_layer
 from planner.policies import Layer
 from planner.policies.base import places_by_score
+from treeline.forest import COLUMNS, Forest
 from treeline.plan import Plan
-from treeline.tree import ROOT, DraftTree
+from treeline.tree import ROOT, Source
 
 MIN_PROB = np.finfo(np.float32).tiny
 
 
-class Expansion(NamedTuple):
-    """Nodes of a tree's last layer to run through a draft model next, and their value for the layer rule."""
-
-    tree: GrowingTree
-    nodes: list[int]
-    frontier: Frontier
-
-
 class GrowingForest:
-    """The trees of one policy while they grow. All nodes are kept in the order in which they joined: layer by layer,
-    within a layer tree by tree.
+    """The trees of one policy while they grow. Nodes are kept in the order in which they joined: layer by layer, within
+    a layer tree by tree. Index 0 of a node column stands for all roots; node u is 1 + u.
 
-    Attributes:
-        trees: at least one; those that still grow are equally deep.
+        Two trees. First layer: a and b of tree 0, c of tree 1; second layer: d below b.
+        token_ids [0, a, b, c, d]   tree_of [0, 0, 0, 1, 0]   above [0, 0, 0, 0, 2]
     """
 
-    def __init__(self, trees: list[GrowingTree]) -> None:
-        self.trees = trees
-        self._policy = trees[0].policy
-        self._limits = np.asarray([tree.sequence.max_nodes for tree in trees])
-        self._weights = np.asarray([tree.sequence.weight for tree in trees], np.float32)
-        self._sampled = np.asarray([not tree.sequence.sampling.greedy for tree in trees])
-        self._layers: list[Candidates] = []
+    def __init__(self, roots: list[Root], places: list[int], source: Source) -> None:
+        """`places`: of these trees among all of the step; at least one."""
+        self.places = np.asarray(places, np.intp)
+        self._policy = roots[0].policy
+        self._source = np.uint8(source)
+        self._limits = np.asarray([root.sequence.max_nodes for root in roots])
+        self._max_depths = np.asarray([root.max_depth for root in roots])
+        self._weights = np.asarray([root.sequence.weight for root in roots], np.float32)
+        self._sampled = np.asarray([not root.sequence.sampling.greedy for root in roots])
+        self._penalised = any(root.sequence.sampling.repetition_penalty != 1.0 for root in roots)
+        self._depth = 0
         # By tree: nodes, those of them that have children, the sum of their path probabilities.
-        self._sizes, self._inner = np.zeros((2, len(trees)), np.intp)
-        self._path_probs_sums = np.zeros(len(trees))
-        self._above = np.ones(len(trees), np.intp)  # what leads from a node of the last layer to its place
-        # By node, the roots first as one.
-        self._scores, self._path_probs = np.ones((2, 1), np.float32)
-        self._tree_of = np.zeros(1, np.intp)
+        self._sizes, self._inner = np.zeros((2, len(roots)), np.intp)
+        self._path_probs_sums = np.zeros(len(roots))
+        # By node.
+        self._scores, self._path_probs, self._probs = np.ones((3, 1), np.float32)
+        self._tree_of, self._above = np.zeros((2, 1), np.intp)
+        self._token_ids, self._ranks = np.zeros(1, np.int32), np.zeros(1, np.uint8)
+        # The frontier asked for last: each one's node and tree.
+        self._asked_trees = np.flatnonzero(self._max_depths)
+        self._asked = np.zeros(len(self._asked_trees), np.intp)
         self._decision: tuple[Layer, NDArray[np.bool_]] | None = None
 
-    def add_layer(self, plan: Plan, batch: int) -> None:
-        """Let the policy choose the next layer among all that was proposed. `batch`: trees that grow together."""
-        growing = [(place, tree) for place, tree in enumerate(self.trees) if tree.grows]
-        proposed = [(place, *answer) for place, tree in growing for answer in tree.proposed]
+    @property
+    def first(self) -> Frontier:
+        """The roots of all trees that may grow."""
+        zeros = np.zeros(len(self._asked), np.intp)
+        paths: list[list[int]] | None = [[] for _ in zeros] if self._penalised else None
+        return Frontier(0, self.places[self._asked_trees], zeros.astype(np.int32), zeros, paths)
+
+    def add_layer(self, new: Children, plan: Plan, batch: int) -> None:
+        """Let the policy choose among the children of the nodes asked for. `batch`: trees that grow together."""
+        self._depth += 1
         self._decision = None
-        if not proposed:
-            for _, tree in growing:
-                tree.add_layer([], [])
+        if not len(new.above):
             return
-        depth = growing[0][1].depth + 1
-        new = merge(proposed, self._above, depth, self._sampled, plan.calibration)
+        above, tree_of = self._asked[new.above], self._asked_trees[new.above]
+        sources = np.full(len(above), self._source)
+        acceptance = accepts(plan.calibration, sources, np.asarray(self._depth), new.probs, self._sampled[tree_of])
         layer = Layer(
-            depth=depth,
-            tree_of=new.tree_of,
-            scores=self._scores[new.above] * np.minimum(new.accepts, 1),
-            path_probs=self._path_probs[new.above] * new.probs,
+            depth=self._depth,
+            tree_of=tree_of,
+            scores=self._scores[above] * np.minimum(acceptance, 1),
+            path_probs=self._path_probs[above] * new.probs,
             ranks=new.ranks,
             sizes=self._sizes,
             paths=np.maximum(1, self._sizes - self._inner),
@@ -79,88 +82,93 @@ class GrowingForest:
             batch=batch,
         )
         kept = self._policy.keep(layer, plan)
-        if np.count_nonzero(self._sizes + self._count(new.tree_of[kept]) > self._limits):
+        if np.count_nonzero(self._sizes + self._count(tree_of[kept]) > self._limits):
             kept = kept & self._within_limits(layer, kept)
-        self._join(new.take(kept), layer, kept)
+        self._join(layer, new, above, kept)
         self._decision = (layer, kept)
-        for _, tree in growing:
-            tree.proposed = []
 
-    def expansions(self, plan: Plan) -> list[Expansion]:
-        """Which nodes of the last layer to run through a draft model next, of each tree that grows and has any.
+    def next(self, plan: Plan) -> tuple[Frontier, list[Priced]]:
+        """The nodes of the last layer to run through the draft model next; and, tree by tree, what they are worth.
 
         The policy chooses; in a tree that is full, only nodes better than its last one can have children that stay.
         """
         if self._decision is None:
-            return []
-        layer, kept = self._decision
-        first = len(self._scores) - np.count_nonzero(kept)
-        nodes = first - 1 + kept.cumsum()[self._policy.expand(layer, kept, plan)]
-        full = self._sizes >= self._limits
-        if np.count_nonzero(full):
-            nodes = nodes[self._scores[nodes] > self._least_that_stays(full)[self._tree_of[nodes]]]
-        scores, tree_of = self._scores[nodes], self._tree_of[nodes]
-        acceptance = np.bincount(tree_of, scores, len(self.trees)).tolist()
-        ends = [0, *self._count(tree_of).cumsum().tolist()]
-        local = (nodes - self._above[tree_of]).tolist()
-        return [
-            Expansion(
-                tree,
-                local[a:b],
-                Frontier(self._policy, tree.sequence.weight, b - a, acceptance[place], layer.depth, sampled),
+            nodes = np.zeros(0, np.intp)
+        else:
+            layer, kept = self._decision
+            first = len(self._scores) - np.count_nonzero(kept)
+            nodes = first - 1 + kept.cumsum()[self._policy.expand(layer, kept, plan)]
+            nodes = nodes[self._depth < self._max_depths[self._tree_of[nodes]]]
+            full = self._sizes >= self._limits
+            if np.count_nonzero(full):
+                nodes = nodes[self._scores[nodes] > self._least_that_stays(full)[self._tree_of[nodes]]]
+        before, trees = self._asked, self._tree_of[nodes]
+        self._asked, self._asked_trees = nodes, trees
+        acceptance = np.bincount(trees, self._scores[nodes], len(self._sizes)).tolist()
+        priced = [
+            Priced(self._policy, weight, count, acceptance[tree], self._depth, sampled)
+            for tree, (count, weight, sampled) in enumerate(
+                zip(self._count(trees).tolist(), self._weights.tolist(), self._sampled.tolist(), strict=True)
             )
-            for place, (tree, sampled, (a, b)) in enumerate(
-                zip(self.trees, self._sampled.tolist(), pairwise(ends), strict=True)
-            )
-            if a < b and tree.grows
+            if count
         ]
+        # A parent is found in the frontier before by its node; roots all have node 0, so there by its tree.
+        if self._depth == 1:
+            above = np.flatnonzero(self._max_depths).searchsorted(trees)
+        else:
+            above = before.searchsorted(self._above[nodes])
+        paths = [self._path(node) for node in nodes.tolist()] if self._penalised else None
+        return Frontier(self._depth, self.places[trees], self._token_ids[nodes], above, paths), priced
 
-    def finish(self) -> list[DraftTree]:
+    def finish(self) -> Forest:
         """The trees, after the policy's last cut."""
         scores, tree_of = self._scores[1:], self._tree_of[1:]
         if not len(scores):
-            return [DraftTree.empty()] * len(self.trees)
+            return Forest.empty(len(self._sizes))
         stays = self._policy.finish(scores, tree_of)
         if np.count_nonzero(self._sizes > self._limits):
             stays = stays & (places_by_score(scores, tree_of) < self._limits[tree_of])
         nodes = stays.nonzero()[0]
-        nodes = nodes[np.argsort(tree_of[nodes], kind="stable")]
-        ends = [0, *self._count(tree_of[nodes]).cumsum().tolist()]
-        indices = np.full(len(self._scores), ROOT - 1, np.int32)  # by place; no tree may have a parent that was cut
+        nodes = 1 + nodes[np.argsort(tree_of[nodes], kind="stable")]
+        trees = self._tree_of[nodes]
+        sizes = self._count(trees)
+        indices = np.full(len(self._scores), ROOT - 1, np.int32)  # by node; no tree may have a parent that was cut
         indices[0] = ROOT
-        indices[1 + nodes] = np.arange(len(nodes)) - np.asarray(ends)[tree_of[nodes]]
-        above, token_ids, probs, ranks, sources = (
-            np.concatenate([getattr(layer, name) for layer in self._layers])[nodes]
-            for name in ("above", "token_ids", "probs", "ranks", "sources")
+        indices[nodes] = np.arange(len(nodes)) - (sizes.cumsum() - sizes)[trees]
+        return Forest(
+            sizes,
+            self._token_ids[nodes],
+            indices[self._above[nodes]],
+            np.clip(self._probs[nodes], MIN_PROB, 1.0),
+            self._ranks[nodes],
+            np.full(len(nodes), self._source),
         )
-        parents, probs = indices[above], np.clip(probs, MIN_PROB, 1.0)
-        return [
-            DraftTree(token_ids[a:b], parents[a:b], probs[a:b], ranks[a:b], sources[a:b])
-            if a < b
-            else DraftTree.empty()
-            for a, b in pairwise(ends)
-        ]
 
     def _count(self, tree_of: NDArray[np.intp]) -> NDArray[np.intp]:
         """intp [trees]: nodes of each."""
-        return np.bincount(tree_of, minlength=len(self.trees))
+        return np.bincount(tree_of, minlength=len(self._sizes))
 
-    def _join(self, joining: Candidates, layer: Layer, kept: NDArray[np.bool_]) -> None:
-        counts, path_probs = self._count(joining.tree_of), layer.path_probs[kept]
-        ends = counts.cumsum()
-        self._above = len(self._scores) + ends - counts - self._sizes
-        if self._layers:
-            self._inner = self._inner + self._count(self._tree_of[np.bincount(joining.above).nonzero()[0]])
-        self._sizes = self._sizes + counts
-        self._path_probs_sums = self._path_probs_sums + np.bincount(joining.tree_of, path_probs, len(counts))
+    def _join(self, layer: Layer, new: Children, above: NDArray[np.intp], kept: NDArray[np.bool_]) -> None:
+        above, tree_of, path_probs = above[kept], layer.tree_of[kept], layer.path_probs[kept]
+        if self._depth > 1:
+            self._inner = self._inner + self._count(self._tree_of[np.bincount(above).nonzero()[0]])
+        self._sizes = self._sizes + self._count(tree_of)
+        self._path_probs_sums = self._path_probs_sums + np.bincount(tree_of, path_probs, len(self._sizes))
         self._scores = np.concatenate([self._scores, layer.scores[kept]])
         self._path_probs = np.concatenate([self._path_probs, path_probs])
-        self._tree_of = np.concatenate([self._tree_of, joining.tree_of])
-        self._layers.append(joining)
-        parents, token_ids = joining.parents.tolist(), joining.token_ids.tolist()
-        for tree, (a, b) in zip(self.trees, pairwise([0, *ends.tolist()]), strict=True):
-            if tree.grows:
-                tree.add_layer(parents[a:b], token_ids[a:b])
+        self._tree_of = np.concatenate([self._tree_of, tree_of])
+        self._above = np.concatenate([self._above, above])
+        self._token_ids = np.concatenate([self._token_ids, new.token_ids[kept]])
+        self._probs = np.concatenate([self._probs, new.probs[kept]])
+        self._ranks = np.concatenate([self._ranks, new.ranks[kept]])
+
+    def _path(self, node: int) -> list[int]:
+        """Tokens from a child of the root down to `node`."""
+        tokens = []
+        while node:
+            tokens.append(self._token_ids.item(node))
+            node = self._above.item(node)
+        return tokens[::-1]
 
     def _within_limits(self, layer: Layer, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which candidates are among their tree's best `max_nodes` so far; no others can be in the end."""
@@ -177,48 +185,55 @@ class GrowingForest:
         return least
 
 
-def grow(trees: list[GrowingTree], plan: Plan, lookups: list[Proposer], model: Proposer | None) -> list[DraftTree]:
-    """Grow all trees of a step, until no policy wants more.
-
-    `lookups` are free and asked about every node. The `model` is asked about the nodes that each policy chooses, as
-    long as another layer pays for the whole batch; the lookups may then go on alone.
-    """
-    of_policies: dict[str, list[GrowingTree]] = {}
-    for tree in trees:
-        of_policies.setdefault(tree.policy.spec, []).append(tree)
-    forests = [GrowingForest(alike) for alike in of_policies.values()]
-    growing = [tree for tree in trees if tree.grows]
-    wanted = [(tree, tree.layer) for tree in growing if tree.models] if model else []
-    while growing:
-        if model and wanted:
-            _ask(model, wanted)
-        modelled = {id(tree) for tree, _ in wanted if tree.proposed}
-        for lookup in lookups:
-            _ask(lookup, [(tree, tree.layer) for tree in growing])
-        for forest in forests:
-            forest.add_layer(plan, batch=len(trees))
-        growing = [tree for tree in growing if tree.grows]
-        wanted = _next_model_layer(forests, modelled, plan) if modelled else []
-    finished = {id(tree): done for forest in forests for tree, done in zip(forest.trees, forest.finish(), strict=True)}
-    return [finished[id(tree)] for tree in trees]
+def grow(roots: list[Root], plan: Plan, proposer: Proposer) -> Forest:
+    """Grow all trees of a step until no policy wants more, or another layer does not pay for the whole batch."""
+    of_policies: dict[str, list[int]] = {}
+    for place, root in enumerate(roots):
+        of_policies.setdefault(root.policy.spec, []).append(place)
+    forests = [GrowingForest([roots[p] for p in places], places, proposer.source) for places in of_policies.values()]
+    frontiers, starts = [forest.first for forest in forests], [0] * len(forests)
+    while any(len(frontier.tree_of) for frontier in frontiers):
+        children = proposer.propose(roots, _joined(frontiers, starts))
+        ends = np.cumsum([len(frontier.tree_of) for frontier in frontiers]).tolist()
+        starts = [0, *ends[:-1]]
+        priced: list[Priced] = []
+        for index, (forest, start, end) in enumerate(zip(forests, starts, ends, strict=True)):
+            forest.add_layer(_between(children, start, end), plan, len(roots))
+            frontiers[index], worth = forest.next(plan)
+            priced += worth
+        if not another_layer(priced, plan):
+            break
+    return _in_order(forests, len(roots))
 
 
-def _ask(proposer: Proposer, wanted: list[tuple[GrowingTree, list[int]]]) -> None:
-    for (tree, _), children in zip(wanted, proposer.propose(wanted), strict=True):
-        if children.parents:
-            tree.proposed.append((proposer.source, children))
+def _joined(frontiers: list[Frontier], starts: list[int]) -> Frontier:
+    """One frontier for all policies. `starts`: where each one's frontier before began among those of all."""
+    if len(frontiers) == 1:
+        return frontiers[0]
+    paths = [path for f in frontiers for path in (f.paths or [[]] * len(f.tree_of))]
+    return Frontier(
+        max(f.depth for f in frontiers),
+        np.concatenate([f.tree_of for f in frontiers]),
+        np.concatenate([f.token_ids for f in frontiers]),
+        np.concatenate([f.above + start for f, start in zip(frontiers, starts, strict=True)]),
+        paths if any(f.paths is not None for f in frontiers) else None,
+    )
 
 
-def _next_model_layer(
-    forests: list[GrowingForest], modelled: set[int], plan: Plan
-) -> list[tuple[GrowingTree, list[int]]]:
-    """The nodes to run through the draft model next; none if another layer does not pay.
+def _between(children: Children, start: int, end: int) -> Children:
+    """The children of the frontier's nodes from `start` to `end`, counted from there."""
+    a, b = children.above.searchsorted((start, end)).tolist()
+    return Children(children.above[a:b] - start, children.token_ids[a:b], children.probs[a:b], children.ranks[a:b])
 
-    modelled: ids of the trees that the model had children for.
-    """
-    growing = [forest for forest in forests if any(tree.models for tree in forest.trees)]
-    found = [one for forest in growing for one in forest.expansions(plan)]
-    found = [one for one in found if one.tree.models and id(one.tree) in modelled]
-    if not found or not another_layer([one.frontier for one in found], plan):
-        return []
-    return [(one.tree, one.nodes) for one in found]
+
+def _in_order(forests: list[GrowingForest], trees: int) -> Forest:
+    """The trees of all policies, in the order of the step."""
+    if len(forests) == 1:
+        return forests[0].finish()
+    if not forests:
+        return Forest.empty(trees)
+    joined = Forest.join([forest.finish() for forest in forests])
+    places = np.concatenate([forest.places for forest in forests])
+    order = np.argsort(places[joined.tree_of], kind="stable")
+    columns = (getattr(joined, name)[order] for name in COLUMNS)
+    return Forest(joined.sizes[np.argsort(places)], *columns)

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from drafter_svc.places import P, Places
-from drafter_svc.proposer import Children, GrowingTree
-from drafter_svc.sessions import Session
+from drafter_svc.proposer import Children, Frontier, Root
+from drafter_svc.sessions import Key, Session, SessionMemory
 from lm.kv_cache import KVCache, SequenceCache
+from lm.packed import PackedSequence
 from lm.sampling import Row
 from treeline.tree import ROOT, Source
 
 PROFILE_NODES = 16
 PROFILE_CONTEXT_TOKENS = 128
 PROFILE_S = 2.0
-
-TreeRow = tuple[GrowingTree, int]
-"""A node of a tree below which a row of logits is at hand."""
 
 
 @dataclass
@@ -36,84 +32,87 @@ class LayerStats:
     catch_up_tokens: int = 0
 
 
-class LayeredProposer(ABC, Generic[P]):
+class LayeredProposer(ABC):
     """Proposes a network's top tokens, under the target's own noise where a request samples.
 
-    When the cache is full, the sessions used least recently lose their place in it and are rebuilt when they return.
-
     Attributes:
+        cache: of the network; `SessionMemory` shares it out.
         stats: of the current step.
     """
 
     source = Source.MODEL
 
-    def __init__(self, cache: KVCache, make: Callable[[SequenceCache], P], max_nodes: int) -> None:
-        """`make`: a new session's place. `max_nodes`: most draft nodes of one tree."""
+    def __init__(self, cache: KVCache, max_nodes: int) -> None:
+        """`max_nodes`: most draft nodes of one tree."""
+        self.cache = cache
         self.stats = LayerStats()
-        self._cache = cache
         self._max_nodes = max_nodes
-        self._places: Places[P] = Places(cache, make)
-        self._root_logits: dict[int, Tensor] = {}
+        self._root_logits: dict[Key, Tensor] = {}
         """A row of logits below the root of each session of this step that is up to date."""
+        self._entries: NDArray[np.intp] = np.zeros(0, np.intp)
+        """intp [frontier]: scratch index of each node of the last frontier, ROOT for roots and what was not run."""
 
-    def begin(self, sessions: list[Session]) -> None:
+    def begin(self, sessions: list[Session], memory: SessionMemory) -> None:
         started_s = time.perf_counter()
         self.stats = LayerStats()
-        self._root_logits = self._follow(sessions)
+        self._root_logits = self._follow(sessions, memory)
         self._begin_s = time.perf_counter() - started_s
 
-    def propose(self, wanted: list[tuple[GrowingTree, list[int]]]) -> list[Children]:
+    def propose(self, roots: list[Root], frontier: Frontier) -> Children:
         started_s = time.perf_counter()
-        rows, logits = self._root_rows(wanted) if wanted[0][1] == [ROOT] else self._run_layer(wanted)
-        children = {id(tree): Children() for tree, _ in wanted}
-        if rows:
-            limit = max(tree.policy.max_children for tree, _ in rows)
-            ids, probs = self._top(logits, [_sampling_row(tree, node) for tree, node in rows], limit)
-            for (tree, node), row_ids, row_probs in zip(rows, ids.tolist(), probs.tolist(), strict=True):
-                count, columns = min(tree.policy.max_children, len(row_ids)), children[id(tree)]
-                columns.parents.extend([node] * count)
-                columns.token_ids.extend(row_ids[:count])
-                columns.probs.extend(row_probs[:count])
-                columns.ranks.extend(range(count))
-            self.stats.seconds[-1] += time.perf_counter() - started_s
-        return [children[id(tree)] for tree, _ in wanted]
-
-    def release(self, session_id: int) -> None:
-        self._places.release(session_id)
+        nodes, logits = self._run_layer(roots, frontier) if frontier.depth else self._root_rows(roots, frontier)
+        if not len(nodes):
+            return Children.none()
+        trees = frontier.tree_of[nodes].tolist()
+        counts = np.asarray([roots[tree].policy.max_children for tree in trees])
+        paths = frontier.paths
+        rows = [
+            _sampling_row(roots[tree], frontier.depth, paths[node] if paths is not None else [])
+            for tree, node in zip(trees, nodes.tolist(), strict=True)
+        ]
+        ids, probs = self._top(logits, rows, int(counts.max()))
+        children = Children.best(nodes, counts, ids.cpu().numpy(), probs.cpu().numpy())
+        self.stats.seconds[-1] += time.perf_counter() - started_s
+        return children
 
     def measure(self) -> tuple[float, float]:
         """(seconds of a tree layer, seconds of each node in it), from a few passes over scratch nodes.
 
         Takes at most a few seconds beyond its first passes; needs a little room in the cache.
         """
-        kv = self._cache.allocate(min(PROFILE_CONTEXT_TOKENS + PROFILE_NODES, self._places.capacity_tokens))
+        capacity = self.cache.total_blocks * self.cache.block_tokens
+        kv = self.cache.allocate(min(PROFILE_CONTEXT_TOKENS + PROFILE_NODES, capacity))
         assert kv is not None
         context = kv.capacity - PROFILE_NODES
         self._time_pass(kv, context, None)
-        self._cache.commit([(kv, list(range(context)))])
+        self.cache.commit([(kv, list(range(context)))])
         seconds: dict[int, list[float]] = {1: [], PROFILE_NODES: []}
         deadline_s = time.perf_counter() + PROFILE_S
         for repeat in range(6):
             for count, taken_s in seconds.items():
                 pass_s = self._time_pass(kv, count, np.full(count, ROOT, np.int32))
-                self._cache.commit([(kv, [])])
+                self.cache.commit([(kv, [])])
                 if repeat:  # the first passes only warm up
                     taken_s.append(pass_s)
             if repeat and time.perf_counter() > deadline_s:
                 break
-        self._cache.free(kv)
+        self.cache.free(kv)
         # Whatever else the machine does only adds time: other services start at the same moment.
         one_s, many_s = min(seconds[1]), min(seconds[PROFILE_NODES])
         node_s = max(0.0, many_s - one_s) / (PROFILE_NODES - 1)
         return max(0.0, one_s - node_s), node_s
 
     @abstractmethod
-    def _follow(self, sessions: list[Session]) -> dict[int, Tensor]:
+    def _follow(self, sessions: list[Session], memory: SessionMemory) -> dict[Key, Tensor]:
         """Bring the cache up to date; a row of logits below the root of each session that is."""
 
     @abstractmethod
-    def _run_layer(self, wanted: list[tuple[GrowingTree, list[int]]]) -> tuple[list[TreeRow], Tensor]:
-        """Run nodes of the trees; a row of logits below each that was run, its pass counted in `stats`."""
+    def _run_layer(self, roots: list[Root], frontier: Frontier) -> tuple[NDArray[np.intp], Tensor]:
+        """Run the frontier's nodes, their pass counted in `stats`.
+
+        Returns:
+            intp [r], which of the frontier's nodes were run, rising; and a row of logits below each.
+        """
 
     @abstractmethod
     def _top(self, logits: Tensor, rows: list[Row], k: int) -> tuple[Tensor, Tensor]:
@@ -128,18 +127,59 @@ class LayeredProposer(ABC, Generic[P]):
         self._pass(kv, tokens, parents)[0, 0].item()
         return time.perf_counter() - started_s
 
-    def _root_rows(self, wanted: list[tuple[GrowingTree, list[int]]]) -> tuple[list[TreeRow], Tensor]:
-        rows = [(tree, ROOT) for tree, _ in wanted if tree.session.session_id in self._root_logits]
-        if not rows:
-            return [], torch.empty(0)
-        self.stats.nodes.append(len(rows))
+    def _root_rows(self, roots: list[Root], frontier: Frontier) -> tuple[NDArray[np.intp], Tensor]:
+        self._entries = np.full(len(frontier.tree_of), ROOT, np.intp)
+        keys = [roots[tree].session.key for tree in frontier.tree_of.tolist()]
+        nodes = [node for node, key in enumerate(keys) if key in self._root_logits]
+        if not nodes:
+            return np.zeros(0, np.intp), torch.empty(0)
+        self.stats.nodes.append(len(nodes))
         self.stats.seconds.append(self._begin_s)
-        return rows, torch.stack([self._root_logits[tree.session.session_id] for tree, _ in rows])
+        return np.asarray(nodes), torch.stack([self._root_logits[keys[node]] for node in nodes])
+
+    def _append(
+        self, roots: list[Root], frontier: Frontier, most_tokens: int | None = None
+    ) -> list[tuple[Session, NDArray[np.intp]]]:
+        """Give the frontier's nodes their scratch entries, as far as there is room: each session and its nodes to run.
+
+        most_tokens: the longest sequence that the network reads.
+        """
+        parents = self._entries[frontier.above]
+        self._entries = np.full(len(frontier.tree_of), ROOT, np.intp)
+        # A frontier of trees 0, 0, 2 has bounds 0, 2, 3.
+        firsts = np.flatnonzero(np.diff(frontier.tree_of, prepend=-1))
+        runs = []
+        for first, end in zip(firsts.tolist(), [*firsts[1:].tolist(), len(parents)], strict=True):
+            session = roots[frontier.tree_of.item(first)].session
+            kv = session.kv
+            assert kv is not None
+            if most_tokens is not None and kv.length - 1 + frontier.depth >= most_tokens:
+                continue
+            nodes = np.arange(first, min(end, first + kv.capacity - kv.length - kv.scratch))
+            if not len(nodes):
+                continue
+            entries = np.arange(kv.scratch, kv.scratch + len(nodes))
+            self._entries[nodes] = entries
+            new_parents = parents[nodes].tolist()
+            session.parents += new_parents
+            tokens = frontier.token_ids[nodes].tolist()
+            session.entries.update(zip(zip(new_parents, tokens, strict=True), entries.tolist(), strict=True))
+            runs.append((session, nodes))
+        return runs
 
 
-def _sampling_row(tree: GrowingTree, node: int) -> Row:
-    """How the token below `node`, one of the last layer's, is chosen."""
-    params, history = tree.sequence.sampling, None
-    if params.repetition_penalty != 1.0:
-        history = np.asarray(tree.session.tokens + [tree.token_ids[n] for n in tree.path(node)], np.int64)
-    return Row(params, len(tree.session.tokens) + tree.depth, history)
+def packed_nodes(runs: list[tuple[Session, NDArray[np.intp]]], frontier: Frontier) -> list[PackedSequence]:
+    """A pass over these nodes of the frontier, which are the newest entries of their sessions' scratch."""
+    packed = []
+    for session, nodes in runs:
+        assert session.kv is not None
+        parents = np.asarray(session.parents, np.int32)
+        packed.append(PackedSequence(session.kv, frontier.token_ids[nodes].tolist(), parents))
+    return packed
+
+
+def _sampling_row(root: Root, depth: int, path: list[int]) -> Row:
+    """How the token below a node of this depth is chosen. `path`: draft tokens down to it."""
+    params, tokens = root.sequence.sampling, root.session.tokens
+    history = np.asarray(tokens + path, np.int64) if params.repetition_penalty != 1.0 else None
+    return Row(params, len(tokens) + depth, history)

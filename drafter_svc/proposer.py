@@ -1,95 +1,92 @@
-"""What a proposer of draft tokens is, the growing trees that it is shown, and the columns it answers with."""
+"""What a draft model is asked, and what it answers: one layer of all trees of a step, as columns."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
-from drafter_svc.sessions import Session
+import numpy as np
+from numpy.typing import NDArray
+
+from drafter_svc.sessions import Session, SessionMemory
 from planner.policies import Policy
 from treeline.drafting import DraftSequence
-from treeline.tree import ROOT, Source
+from treeline.tree import Source
+
+
+class Root(NamedTuple):
+    """What one tree grows from."""
+
+    session: Session
+    sequence: DraftSequence
+    policy: Policy
+
+    @property
+    def max_depth(self) -> int:
+        return min(self.sequence.max_depth, self.policy.max_depth) if self.sequence.max_nodes > 0 else 0
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Nodes of one depth whose children are asked for, columns [r]; those of a tree stand together.
+
+    Attributes:
+        depth: of the nodes; 0 for the roots themselves.
+        tree_of: intp; index of each node's tree in the step.
+        token_ids: int32.
+        above: intp; place of each node's parent in the frontier before, 0 at depth 0.
+        paths: draft tokens down to each node, itself included; only if a request of the step penalises repetition.
+    """
+
+    depth: int
+    tree_of: NDArray[np.intp]
+    token_ids: NDArray[np.int32]
+    above: NDArray[np.intp]
+    paths: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)
 class Children:
-    """Proposed children of some nodes of one growing tree, columns of equal length.
+    """Proposed children, columns [m], in the order of the frontier and there best first.
 
     Attributes:
-        parents: index of the parent node, or ROOT.
-        token_ids: distinct under one parent.
-        probs: the proposer's probability of each child given its parent, in (0, 1].
-        ranks: 0 for the proposer's first choice under this parent; children come in this order.
+        above: intp; place of the parent in the frontier. Nodes that could not be run have no children.
+        token_ids: int32; distinct under one parent.
+        probs: float32; the drafter's probability of each child given its parent.
+        ranks: uint8; 0 for the first choice under this parent.
     """
 
-    parents: list[int] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    probs: list[float] = field(default_factory=list)
-    ranks: list[int] = field(default_factory=list)
+    above: NDArray[np.intp]
+    token_ids: NDArray[np.int32]
+    probs: NDArray[np.float32]
+    ranks: NDArray[np.uint8]
 
+    @staticmethod
+    def best(nodes: NDArray[np.intp], counts: NDArray[np.intp], ids: NDArray, probs: NDArray) -> Children:
+        """The first `counts` [r] of the choices `ids`, `probs` [r, k], best first, below the frontier's `nodes` [r]."""
+        ranks = np.arange(ids.shape[1], dtype=np.uint8)
+        chosen = ranks < counts[:, None]
+        return Children(
+            nodes.repeat(np.minimum(counts, len(ranks))),
+            ids[chosen].astype(np.int32),
+            probs[chosen].astype(np.float32),
+            np.broadcast_to(ranks, chosen.shape)[chosen],
+        )
 
-class GrowingTree:
-    """One request's tree while it grows: what proposers see of it. Nodes are numbered parents-first.
-
-    Attributes:
-        parents, token_ids: of all nodes so far.
-        layer: the nodes that joined last, whose children may come next; [ROOT] at first, empty when nothing joined.
-        depth: of the nodes in `layer`.
-        max_depth: no layer grows beyond this.
-        proposed: what each source said of the layer, until the next one is chosen among it.
-    """
-
-    def __init__(self, session: Session, sequence: DraftSequence, policy: Policy) -> None:
-        self.session = session
-        self.sequence = sequence
-        self.policy = policy
-        self.max_depth = min(sequence.max_depth, policy.max_depth)
-        self.depth = 0
-        self.layer = [ROOT]
-        self.parents: list[int] = []
-        self.token_ids: list[int] = []
-        self.proposed: list[tuple[Source, Children]] = []
-
-    @property
-    def grows(self) -> bool:
-        """Whether there may be another layer."""
-        return bool(self.layer) and self.depth < self.max_depth and self.sequence.max_nodes > 0
-
-    @property
-    def models(self) -> bool:
-        """Whether the draft model may be asked for the next layer."""
-        return self.grows and self.depth < self.sequence.max_layers
-
-    def path(self, node: int) -> list[int]:
-        """Nodes from a child of the root down to `node`, itself included; empty for ROOT."""
-        nodes = []
-        while node != ROOT:
-            nodes.append(node)
-            node = self.parents[node]
-        return nodes[::-1]
-
-    def add_layer(self, parents: list[int], token_ids: list[int]) -> None:
-        """These nodes join."""
-        self.depth += 1
-        first = len(self.parents)
-        self.parents += parents
-        self.token_ids += token_ids
-        self.layer = list(range(first, len(self.parents)))
+    @staticmethod
+    def none() -> Children:
+        return Children(np.zeros(0, np.intp), np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.uint8))
 
 
 class Proposer(Protocol):
-    """A source of draft tokens. It keeps a state per session that it can always rebuild from the session's tokens."""
+    """A source of draft tokens."""
 
     source: Source
 
-    def begin(self, sessions: list[Session]) -> None:
+    def begin(self, sessions: list[Session], memory: SessionMemory) -> None:
         """A step begins: follow these sessions' tokens."""
         ...
 
-    def propose(self, wanted: list[tuple[GrowingTree, list[int]]]) -> list[Children]:
-        """Children, in the same order, of some nodes of each tree: [ROOT] at first, then nodes of its last layer."""
-        ...
-
-    def release(self, session_id: int) -> None:
-        """Drop a session's state; unknown sessions are ignored."""
+    def propose(self, roots: list[Root], frontier: Frontier) -> Children:
+        """Children of all nodes of `frontier`, whose trees grow from `roots`: the roots first, then layer by layer."""
         ...

@@ -18,19 +18,15 @@ from lm.store import load_tokenizer, resolve_model, vocabulary_sha256
 from planner.fast.builtin_plan import builtin_plan
 from planner.policies import parse_policy
 from treeline.config import DEFAULT_MODEL, Config, LimitsConfig
-from treeline.drafting import DraftReply, DraftRequest
-from treeline.drafting_wire import map_sessions, reply_to_proto, request_from_proto, unmap_sessions
+from treeline.drafting import DraftReply, DraftRequest, reply_to_proto, request_from_proto
 from treeline.metrics import DrafterMetrics, serve_metrics
 from treeline.rpc import add_standard_services, bind, new_server
-from treeline.tree import Source
 from treeline.v1 import drafting_pb2 as pb
 from treeline.v1 import drafting_pb2_grpc as pb_grpc
 
 logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["DraftingService"].full_name
-SESSION_BITS = 64
-"""Session ids are unique per verifier; the stream's number goes in front of them."""
 STREAM_GRACE_S = 0.2
 """For a step that is being drafted: the streams themselves have no end to wait for."""
 
@@ -113,7 +109,7 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
                 except ValueError as error:
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
                 plan = request.plan
-                yield await loop.run_in_executor(self._worker, self._draft, request, stream << SESSION_BITS)
+                yield await loop.run_in_executor(self._worker, self._draft, request, stream)
         finally:
             self._streams -= 1
             # Not awaited, as this may be a cancellation; behind a step that still runs, since there is one worker.
@@ -144,14 +140,13 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
         await asyncio.get_running_loop().run_in_executor(self._worker, self._drafter.close)
         self._worker.shutdown(wait=False)
 
-    def _draft(self, request: DraftRequest, offset: int) -> pb.DraftResponse:
-        reply = unmap_sessions(self._drafter.draft(map_sessions(request, offset)), offset)
+    def _draft(self, request: DraftRequest, stream: int) -> pb.DraftResponse:
+        reply = self._drafter.draft(request, stream)
         self._measure(reply)
         return reply_to_proto(reply)
 
     def _release_stream(self, stream: int) -> None:
-        ended = [session_id for session_id in self._drafter.session_ids if session_id >> SESSION_BITS == stream]
-        self._drafter.release(ended)
+        self._drafter.release_verifier(stream)
         self._metrics.sessions.set(self._drafter.sessions)
 
     def _measure(self, reply: DraftReply) -> None:
@@ -162,14 +157,14 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
         metrics.catch_up_tokens.inc(stats.catch_up_tokens)
         for seconds in stats.layer_s:
             metrics.layer_seconds.observe(seconds)
-        for source in Source:
-            nodes = sum(int((tree.sources == source).sum()) for tree in reply.trees.values())
-            metrics.nodes.labels(source.name.lower()).inc(nodes)
+        metrics.nodes.inc(len(reply.forest.token_ids))
 
 
 def check_request(request: DraftRequest, limits: LimitsConfig, info: DrafterInfo) -> None:
     """Raise ValueError unless `request` stays within the deployment's limits, and fits the drafter."""
     width = info.features.width if info.features else 0
+    if len(request.sequences) > limits.max_running_requests:
+        raise ValueError(f"{len(request.sequences)} sequences, at most {limits.max_running_requests} run at once")
     for sequence in request.sequences:
         where = f"session {sequence.session_id}"
         if sequence.length > limits.max_context_tokens:

@@ -102,7 +102,9 @@ class VerifierConfig(Section):
 
 class DrafterConfig(Section):
     kind: Literal["auto", "ngram", "model", "model+ngram", "head", "head+ngram"] = Field(
-        default="auto", description="auto: head+ngram if there is a head for the target, else ngram"
+        default="auto",
+        description="ngram: drafts are looked up in the request's own text, alone or beside a model or head; "
+        "auto: head+ngram if there is a head for the target, else ngram",
     )
     model: ModelConfig | None = Field(default=None, description="the draft model; needs the target's vocabulary")
     head: Path | str | None = Field(

@@ -7,17 +7,23 @@ the verifier sends the rest in the next step. Nothing here is ever waited for wi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from treeline.forest import Forest, checked, forest_from_proto, forest_to_proto
 from treeline.plan import Plan
+from treeline.plan_wire import plan_from_proto, plan_to_proto
 from treeline.sampling import SamplingParams
-from treeline.tree import DraftTree
+from treeline.v1 import drafting_pb2 as pb
 
-ALL_LAYERS = 255
+MAX_LAYERS = 64
+"""Most layers whose cost an answer may report; trees are at most 32 deep (`limits.max_tree_depth`)."""
+_EXPONENT = np.uint16(0x7F80)
+"""Of bfloat16: all ones stand for infinity or NaN."""
 NO_FEATURES = np.zeros((0, 0), np.uint16)
 
 
@@ -46,12 +52,10 @@ class DraftSequence:
         sampling: lets the drafter propose under the same position-keyed noise as the target.
         policy: spelling understood by `planner.policies.parse_policy`.
         max_nodes: most draft nodes this request may still use in this step; 0 means only bring the cache up to date.
-        max_depth: deepest node wanted.
+        max_depth: deepest node wanted: the draft model runs no more layers than that.
         weight: value of this request's tokens relative to others (priority).
         features: uint16 [k, width], the bits of bfloat16: what the target made of the tokens just before the last k of
             the whole sequence. Only tokens whose features were not sent before need to have theirs among them.
-        max_layers: most layers of the draft model to run for it. Beyond them lookups go on alone; with 0 they do so
-            from the root on, and the model is not even brought up to date.
     """
 
     session_id: int
@@ -63,7 +67,6 @@ class DraftSequence:
     max_depth: int
     weight: float = 1.0
     features: NDArray[np.uint16] = field(default_factory=lambda: NO_FEATURES)
-    max_layers: int = ALL_LAYERS
 
     @property
     def length(self) -> int:
@@ -106,16 +109,23 @@ class DraftStats:
 
 @dataclass(frozen=True)
 class DraftReply:
-    """Trees by session id. `held` gives, for each session that could not be drafted, how many tokens it does hold."""
+    """The answer to one request.
+
+    Attributes:
+        forest: one tree for each sequence of the request, in its order.
+        held: for each session that could not be drafted, how many tokens the drafter does hold.
+        refused: trees that were no trees, and have been emptied.
+    """
 
     step_id: int
-    trees: dict[int, DraftTree]
+    forest: Forest
     held: dict[int, int] = field(default_factory=dict)
     stats: DraftStats = DraftStats()
+    refused: int = 0
 
 
 class Drafter(Protocol):
-    """Anything that grows trees: a language model, a draft head, n-gram lookup, or two of them merged."""
+    """Anything that grows trees: a language model or a draft head."""
 
     @property
     def features(self) -> FeatureSpec | None:
@@ -147,3 +157,127 @@ class DraftLink(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def request_to_proto(request: DraftRequest, sent: Plan | None = None) -> pb.DraftRequest:
+    """The message for `request`. `sent`: the plan that this stream carried last; the same one is not sent again."""
+    return pb.DraftRequest(
+        step_id=request.step_id,
+        sequences=[_sequence_to_proto(sequence) for sequence in request.sequences],
+        released=request.released,
+        plan=None if request.plan is sent else plan_to_proto(request.plan),
+    )
+
+
+def request_from_proto(message: pb.DraftRequest, plan: Plan | None = None) -> DraftRequest:
+    """The request in `message`. `plan`: of the stream's previous request; it holds until another one is sent.
+
+    Raises:
+        ValueError: there is no plan, a session occurs twice, a sequence has no tokens, or sampling parameters or
+            features have no meaning.
+    """
+    sequences = [_sequence_from_proto(sequence) for sequence in message.sequences]
+    if len({sequence.session_id for sequence in sequences}) != len(sequences):
+        raise ValueError("a session occurs twice in one step")
+    if message.HasField("plan"):
+        plan = plan_from_proto(message.plan)
+    if plan is None:
+        raise ValueError("a stream's first request carries no plan")
+    return DraftRequest(message.step_id, plan, sequences, list(message.released))
+
+
+def reply_to_proto(reply: DraftReply) -> pb.DraftResponse:
+    stats = reply.stats
+    return pb.DraftResponse(
+        step_id=reply.step_id,
+        forest=forest_to_proto(reply.forest),
+        held=[pb.HeldTokens(session_id=session_id, tokens=tokens) for session_id, tokens in reply.held.items()],
+        draft_s=stats.draft_s,
+        layer_nodes=stats.layer_nodes,
+        catch_up_tokens=stats.catch_up_tokens,
+        layer_s=stats.layer_s,
+    )
+
+
+def reply_from_proto(message: pb.DraftResponse, request: DraftRequest, vocab_size: int) -> DraftReply:
+    """The answer to `request` in `message`, safe to use: what is wrong with a tree costs that tree.
+
+    Raises:
+        ValueError: it is no answer to `request`: another number of trees, sessions nobody asked for, columns of
+            different lengths, senseless statistics.
+    """
+    sequences = request.sequences
+    forest = forest_from_proto(message.forest)
+    if len(forest.sizes) != len(sequences):
+        raise ValueError(f"{len(forest.sizes)} trees for {len(sequences)} sequences")
+    max_nodes, max_depths = np.asarray([(s.max_nodes, s.max_depth) for s in sequences], np.intp).reshape(-1, 2).T
+    forest, refused = checked(forest, max_nodes, max_depths, vocab_size)
+    lengths = {sequence.session_id: sequence.length for sequence in sequences}
+    held = {one.session_id: one.tokens for one in message.held}
+    if any(tokens >= lengths.get(session_id, 0) for session_id, tokens in held.items()):
+        raise ValueError("a session is said to hold tokens that it was never given")
+    seconds = (message.draft_s, *message.layer_s)
+    if not all(0 <= s < math.inf for s in seconds) or max(len(message.layer_s), len(message.layer_nodes)) > MAX_LAYERS:
+        raise ValueError("statistics of drafting out of range")
+    layers = DraftStats(message.draft_s, tuple(message.layer_nodes), message.catch_up_tokens, tuple(message.layer_s))
+    return DraftReply(message.step_id, forest, held, layers, refused)
+
+
+def _sequence_to_proto(sequence: DraftSequence) -> pb.DraftSequence:
+    sampling = sequence.sampling
+    return pb.DraftSequence(
+        session_id=sequence.session_id,
+        start=sequence.start,
+        token_ids=sequence.token_ids,
+        sampling=pb.DraftSampling(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=sampling.seed,
+        ),
+        policy=sequence.policy,
+        max_nodes=sequence.max_nodes,
+        max_depth=sequence.max_depth,
+        weight=sequence.weight,
+        feature_rows=len(sequence.features),
+        features=sequence.features.astype("<u2").tobytes(),
+    )
+
+
+def _sequence_from_proto(message: pb.DraftSequence) -> DraftSequence:
+    if not message.token_ids:
+        raise ValueError(f"session {message.session_id}: no tokens")
+    given = message.sampling
+    if (
+        not (0 <= given.temperature < math.inf and 0 < given.top_p <= 1 and 0 < given.repetition_penalty < math.inf)
+        or not 0 <= message.weight < math.inf
+    ):
+        raise ValueError(f"session {message.session_id}: a sampling parameter or the weight is out of range")
+    return DraftSequence(
+        session_id=message.session_id,
+        start=message.start,
+        token_ids=list(message.token_ids),
+        sampling=SamplingParams(given.temperature, given.top_p, given.top_k, given.repetition_penalty, given.seed),
+        policy=message.policy,
+        max_nodes=message.max_nodes,
+        max_depth=message.max_depth,
+        weight=message.weight,
+        features=_features_from_proto(message),
+    )
+
+
+def _features_from_proto(message: pb.DraftSequence) -> NDArray[np.uint16]:
+    rows = message.feature_rows
+    if not rows:
+        return NO_FEATURES
+    width, left_over = divmod(len(message.features), 2 * rows)
+    # The sequence's first token has none before it.
+    if left_over or not width or rows >= message.start + len(message.token_ids):
+        raise ValueError(
+            f"session {message.session_id}: {len(message.features)} bytes are not features of {rows} tokens"
+        )
+    features = np.frombuffer(message.features, "<u2").reshape(rows, width)
+    if ((features & _EXPONENT) == _EXPONENT).any():
+        raise ValueError(f"session {message.session_id}: a feature is not finite")
+    return features

@@ -1,115 +1,215 @@
-"""The trees of a whole batch as one set of columns: a step takes a few array operations, however many trees it has."""
+"""The draft trees of a batch as one set of columns, from the drafter over the wire to rule and walk; their codec."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeline.tree import ROOT, DraftTree, Source
-
-_NGRAM = np.uint8(Source.NGRAM)
-"""Typed, since comparing with a member of an enumeration takes several times as long."""
+from treeline.tree import ROOT, Source
+from treeline.v1 import drafting_pb2 as pb
 
 
 @dataclass(frozen=True)
 class Forest:
-    """Trees one behind the other, n nodes in all. Nodes are counted through; the roots are one more node before them.
+    """Trees one behind the other, n nodes in all; in each tree parents come before children.
+
+    A root (the last committed token of a request) is not a node. Siblings carry distinct tokens.
+
+        Tree 0: a, and b below a. Tree 1: none. Tree 2: c.
+        token_ids [a, b, c]   parents [-1, 0, -1]   sizes [2, 0, 1]
+        tree_of   [0, 0, 2]   depths  [1, 2, 1]     starts [0, 2, 2]   jumps[0] [0, 0, 1, 0] (index 0: all roots)
 
     Attributes:
-        trees: as they were given.
-        sizes: nodes of each tree.
-        tree_of: intp [n]; whose node it is.
-        depths: intp [n]; 1 for children of a root.
-        jumps: intp [1 + n] each; where every node's path leads in 1, 2, 4, ... steps up. Counted with the roots, which
-            are 0 and lead to themselves; node u is 1 + u. The last one leads all nodes there.
-        draft_probs, ranks, sources: as in a tree.
+        sizes: intp [trees]; nodes of each tree.
+        token_ids: int32 [n].
+        parents: int32 [n]; index of the parent within the same tree, or ROOT.
+        draft_probs: float32 [n]; the drafter's own probability of the node given its parent, in (0, 1]. For a sampled
+            request this is the softmax of the noise-perturbed logits.
+        ranks: uint8 [n]; 0 for the first choice under this parent.
+        sources: uint8 [n]; values of Source.
     """
 
-    trees: list[DraftTree]
-    sizes: list[int]
-    tree_of: NDArray[np.intp]
-    depths: NDArray[np.intp]
-    jumps: list[NDArray[np.intp]]
+    sizes: NDArray[np.intp]
+    token_ids: NDArray[np.int32]
+    parents: NDArray[np.int32]
     draft_probs: NDArray[np.float32]
     ranks: NDArray[np.uint8]
     sources: NDArray[np.uint8]
 
+    def __len__(self) -> int:
+        """Nodes."""
+        return len(self.token_ids)
+
     @staticmethod
-    def of(trees: list[DraftTree]) -> Forest:
-        """At least one tree; they may be empty."""
-        sizes = [len(tree.token_ids) for tree in trees]
-        tree_of = np.arange(len(sizes)).repeat(sizes)
-        parents = _joined([tree.parents for tree in trees])
-        jump = np.zeros(len(tree_of) + 1, np.intp)
-        np.multiply(parents + np.asarray([*accumulate(sizes, initial=1)])[tree_of], parents != ROOT, out=jump[1:])
-        jumps, depths = [jump], np.ones(len(jump), np.intp)
-        depths[0] = 0
-        while np.count_nonzero(jump):
-            # Pointer jumping: every round doubles the distance that is looked up the path.
-            depths += depths[jump]
-            jump = jump[jump]
-            jumps.append(jump)
+    def empty(trees: int) -> Forest:
+        """Trees without nodes."""
+        return Forest(np.zeros(trees, np.intp), *(np.zeros(0, dtype) for dtype in COLUMNS.values()))
+
+    @staticmethod
+    def of_tree(
+        token_ids: Sequence[int],
+        parents: Sequence[int],
+        draft_probs: Sequence[float] | None = None,
+        ranks: Sequence[int] | None = None,
+        source: Source = Source.MODEL,
+    ) -> Forest:
+        """One tree, from plain sequences; probabilities default to 1, ranks to 0."""
+        n = len(token_ids)
+        columns = (token_ids, parents, draft_probs or [1.0] * n, ranks or [0] * n, [source] * n)
         return Forest(
-            trees,
-            sizes,
-            tree_of,
-            depths[1:],
-            jumps,
-            _joined([tree.draft_probs for tree in trees]),
-            _joined([tree.ranks for tree in trees]),
-            _joined([tree.sources for tree in trees]),
+            np.asarray([n], np.intp),
+            *(np.asarray(column, dtype) for column, dtype in zip(columns, COLUMNS.values(), strict=True)),
         )
 
+    @staticmethod
+    def join(forests: Sequence[Forest]) -> Forest:
+        """The trees of all these forests, in order."""
+        if len(forests) == 1:
+            return forests[0]
+        return Forest(*(np.concatenate([getattr(f, name) for f in forests]) for name in ("sizes", *COLUMNS)))
+
+    @cached_property
+    def starts(self) -> NDArray[np.intp]:
+        """intp [trees]; the first node of each tree."""
+        return self.sizes.cumsum() - self.sizes
+
+    @cached_property
+    def tree_of(self) -> NDArray[np.intp]:
+        """intp [n]; whose node it is."""
+        return np.arange(len(self.sizes)).repeat(self.sizes)
+
+    @cached_property
+    def jumps(self) -> list[NDArray[np.intp]]:
+        """intp [1 + n] each; where every node's path leads in 1, 2, 4, ... steps up.
+
+        Node u is 1 + u; index 0 stands for all roots, which lead to themselves. The last one leads everything there.
+        """
+        jump = np.zeros(len(self.parents) + 1, np.intp)
+        np.multiply(self.parents + (1 + self.starts)[self.tree_of], self.parents != ROOT, out=jump[1:])
+        jumps = [jump]
+        while np.count_nonzero(jump):
+            jump = jump[jump]
+            jumps.append(jump)
+        return jumps
+
+    @cached_property
+    def depths(self) -> NDArray[np.intp]:
+        """intp [n]; 1 for children of a root."""
+        depths = np.ones(len(self.parents) + 1, np.intp)
+        depths[0] = 0
+        for jump in self.jumps[:-1]:  # every round doubles the distance that is looked up the path
+            depths += depths[jump]
+        return depths[1:]
+
     def path_products(self, factors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 [n]: the product of `factors` [n] over each node's path from its root."""
+        """float32 [n]: the product of `factors` [n] over each node's path, itself included."""
         products = np.ones(len(factors) + 1, np.float32)
         products[1:] = factors
         for jump in self.jumps[:-1]:
             products *= products[jump]
         return products[1:]
 
-    def model_layers(self) -> NDArray[np.intp]:
-        """intp [n]: layers of the draft model that each node took: the depth of the last model's node on its path."""
-        looked_up = self.sources == _NGRAM
-        if not np.count_nonzero(looked_up):
-            return self.depths
-        layers = np.zeros(len(self.tree_of) + 1, np.intp)
-        layers[1:] = np.where(looked_up, 0, self.depths)
-        for jump in self.jumps[:-1]:
-            layers = np.maximum(layers, layers[jump])
-        return layers[1:]
+    def tree(self, index: int) -> Forest:
+        """One of the trees by itself."""
+        first = self.starts.item(index)
+        nodes = slice(first, first + self.sizes.item(index))
+        return Forest(self.sizes[index : index + 1], *(getattr(self, name)[nodes] for name in COLUMNS))
 
-    def select(self, keep: NDArray[np.bool_]) -> list[DraftTree]:
-        """`DraftTree.select` of every tree: those of the kept nodes. `keep` [n] must be closed under parents.
+    def spread(self, places: Sequence[int], trees: int) -> Forest:
+        """The same trees among `trees` of them, at these rising places; the others are empty."""
+        sizes = np.zeros(trees, np.intp)
+        sizes[np.asarray(places, np.intp)] = self.sizes
+        return Forest(sizes, *(getattr(self, name) for name in COLUMNS))
+
+    def select(self, keep: NDArray[np.bool_]) -> Forest:
+        """The kept nodes. `keep` [n] must be closed under parents.
 
         Raises:
             ValueError: a kept node's parent is not kept.
         """
         kept = keep.nonzero()[0]
         if len(kept) == len(keep):
-            return self.trees
+            return self
         rooted = np.ones(len(keep) + 1, np.bool_)
         rooted[1:] = keep
         above, tree_of = self.jumps[0][1:][kept], self.tree_of[kept]
         if np.count_nonzero(rooted[above]) < len(kept):
             raise ValueError("a kept node's parent was dropped")
-        ends = [0, *np.bincount(tree_of, minlength=len(self.sizes)).cumsum().tolist()]
-        # In the cut tree, counted from 2 on; a root's is 1 at most.
-        places = rooted.cumsum()[above] - np.asarray(ends)[tree_of]
+        sizes = np.bincount(tree_of, minlength=len(self.sizes))
+        # Kept nodes and the root up to the parent, less the trees before: 2 + its new index; 1 at most for a root.
+        places = rooted.cumsum()[above] - (sizes.cumsum() - sizes)[tree_of]
         parents = np.maximum(places - 2, ROOT).astype(np.int32)
-        token_ids = _joined([tree.token_ids for tree in self.trees])[kept]
-        draft_probs, ranks, sources = self.draft_probs[kept], self.ranks[kept], self.sources[kept]
-        return [
-            DraftTree(token_ids[a:b], parents[a:b], draft_probs[a:b], ranks[a:b], sources[a:b])
-            if a < b
-            else DraftTree.empty()
-            for a, b in pairwise(ends)
-        ]
+        columns = (getattr(self, name)[kept] for name in ("draft_probs", "ranks", "sources"))
+        return Forest(sizes, self.token_ids[kept], parents, *columns)
+
+    def without(self, bad: NDArray[np.bool_]) -> tuple[Forest, int]:
+        """The forest without the nodes of every tree that has a `bad` [n] node, and how many trees those were."""
+        trees = np.zeros(len(self.sizes), np.bool_)
+        trees[self.tree_of[bad]] = True
+        good = ~trees[self.tree_of]
+        columns = (getattr(self, name)[good] for name in COLUMNS)
+        return Forest(np.where(trees, 0, self.sizes), *columns), int(np.count_nonzero(trees))
 
 
-def _joined(columns: list[NDArray[Any]]) -> NDArray[Any]:
-    return columns[0] if len(columns) == 1 else np.concatenate(columns)
+COLUMNS: dict[str, type] = {
+    "token_ids": np.int32,
+    "parents": np.int32,
+    "draft_probs": np.float32,
+    "ranks": np.uint8,
+    "sources": np.uint8,
+}
+
+
+def forest_to_proto(forest: Forest) -> pb.Forest:
+    columns = {name: getattr(forest, name).astype(_on_wire(dtype)).tobytes() for name, dtype in COLUMNS.items()}
+    return pb.Forest(sizes=forest.sizes.tolist(), **columns)
+
+
+def forest_from_proto(message: pb.Forest) -> Forest:
+    """The forest in `message`; `checked` it before use.
+
+    Raises:
+        ValueError: columns differ in length.
+    """
+    columns: list[NDArray] = [
+        np.frombuffer(getattr(message, name), _on_wire(dtype)).astype(dtype) for name, dtype in COLUMNS.items()
+    ]
+    forest = Forest(np.asarray(message.sizes, np.intp), *columns)
+    if any(len(column) != forest.sizes.sum() for column in columns):
+        raise ValueError("columns of a forest differ in length")
+    return forest
+
+
+def checked(
+    forest: Forest, max_nodes: NDArray[np.intp], max_depths: NDArray[np.intp], vocab_size: int
+) -> tuple[Forest, int]:
+    """A forest from another process, every tree that must not be verified emptied; and how many those were.
+
+    Args:
+        max_nodes, max_depths: [trees]; what each tree was allowed.
+    """
+    tree_of, indices = forest.tree_of, np.arange(len(forest.tree_of)) - forest.starts[forest.tree_of]
+    bad = (forest.sizes > max_nodes)[tree_of]
+    bad |= (forest.token_ids < 0) | (forest.token_ids >= vocab_size)
+    bad |= (forest.parents < ROOT) | (forest.parents >= indices)
+    bad |= ~((forest.draft_probs > 0) & (forest.draft_probs <= 1))  # NaN is neither
+    bad |= forest.sources > max(Source)
+    forest, refused = forest.without(bad)
+    bad = forest.depths > max_depths[forest.tree_of]
+    # Twins: the same token below the same parent. Sorted, they are neighbours.
+    above = np.where(forest.parents == ROOT, -1 - forest.tree_of, forest.jumps[0][1:])
+    order = np.lexsort((forest.token_ids, above))
+    twins = (np.diff(above[order]) == 0) & (np.diff(forest.token_ids[order]) == 0)
+    bad[order[1:][twins]] = True
+    if not np.count_nonzero(bad):
+        return forest, refused
+    forest, more = forest.without(bad)
+    return forest, refused + more
+
+
+def _on_wire(dtype: type) -> np.dtype:
+    return np.dtype(dtype).newbyteorder("<")

@@ -156,9 +156,7 @@ class DrafterMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.sessions = Gauge(f"{PREFIX}_drafter_sessions", "Sessions held", registry=registry)
         self.steps = Counter(f"{PREFIX}_drafter_steps", "Draft steps answered", registry=registry)
-        self.nodes = Counter(
-            f"{PREFIX}_drafter_nodes", "Nodes of the trees sent, by source", ("source",), registry=registry
-        )
+        self.nodes = Counter(f"{PREFIX}_drafter_nodes", "Nodes of the trees sent", registry=registry)
         self.catch_up_tokens = Counter(
             f"{PREFIX}_drafter_catch_up_tokens", "Committed tokens run through the draft model", registry=registry
         )

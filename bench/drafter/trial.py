@@ -20,13 +20,18 @@ from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from planner.fast.acceptance import Calibrator
 from planner.fast.builtin_plan import builtin_plan
+from planner.fast.rule import path_acceptance
+from planner.policies import parse_policy
+from planner.policies.base import places_by_score
 from treeline.config import LimitsConfig
 from treeline.drafting import NO_FEATURES, DraftRequest, DraftSequence
+from treeline.forest import Forest
 from treeline.plan import NodeOutcomes
 from treeline.sampling import SamplingParams
-from treeline.tree import DraftTree
-from verifier_svc.engine.walk import Walk, concatenate, observed, target_walk
+from treeline.tree import ROOT
+from verifier_svc.engine.walk import Walk, concatenate, observed, target_walks
 from verifier_svc.speculation.hidden_states import WINDOW_TOKENS
+from verifier_svc.speculation.prompt_lookup import Allowance, PromptLookup
 
 TOP = "static:4"
 POLICIES = {"chain:5": "chain:5", "tree:16": "eagle2:6,4,16"}
@@ -112,10 +117,12 @@ class DrafterTrial:
         calibrator: of this drafter.
     """
 
-    def __init__(self, drafter: TreeDrafter) -> None:
+    def __init__(self, drafter: TreeDrafter, looks_up: bool) -> None:
+        """`looks_up`: graft continuations from the text itself, as the verifier does."""
         limits = LimitsConfig(max_tree_nodes=MAX_NODES, max_tree_depth=MAX_DEPTH)
         self.plan = builtin_plan(limits)
         self.drafter = drafter
+        self.lookup = PromptLookup() if looks_up else None
         self.calibrator = Calibrator()
         self.tallies: dict[str, Tally] = defaultdict(Tally)
         self._session_id = 0
@@ -129,21 +136,23 @@ class DrafterTrial:
     def _top(self, answer: Answer, tallies: tuple[Tally, ...]) -> None:
         session = _Session(self, answer, TOP)
         for root in range(answer.prompt_tokens, len(answer.token_ids) - 1):
-            tree = session.draft(root)
-            found = np.flatnonzero(tree.token_ids == answer.token_ids[root + 1])
-            rank = int(tree.ranks[found[0]]) if len(found) else BINS
+            tree, worth = session.draft(root)
+            choices = tree.token_ids[np.argsort(-worth, kind="stable")]
+            found = np.flatnonzero(choices == answer.token_ids[root + 1])
+            place = int(found[0]) if len(found) else BINS
             for tally in tallies:
                 tally.positions += 1
-                tally.top1 += rank == 0
-                tally.top4 += rank < 4
+                tally.top1 += place == 0
+                tally.top4 += place < 4
         session.close()
 
     def _walk(self, answer: Answer, name: str, policy: str, tallies: tuple[Tally, ...]) -> None:
         session, root = _Session(self, answer, policy), answer.prompt_tokens
         while root < len(answer.token_ids) - 1:
-            tree = session.draft(root)
+            tree, worth = session.draft(root)
+            tree = tree.select(_best_chain(tree, worth, 5) if name == "chain:5" else _best(tree, worth, 16))
             walk = _forced_walk(tree, answer.token_ids[root + 1 :])
-            outcomes = observed(tree, walk, sampled=False)
+            outcomes = observed(tree, np.ones(len(tree.token_ids), np.bool_), [walk], [False])
             self.calibrator.update(outcomes)
             self.plan = replace(self.plan, calibration=self.calibrator.calibration())
             for tally in tallies:
@@ -167,32 +176,55 @@ class _Session:
         self._id = trial.next_session_id()
         self._told = 0
 
-    def draft(self, root: int) -> DraftTree:
-        """The tree below the token at index `root`."""
-        answer, features = self._answer, NO_FEATURES
+    def draft(self, root: int) -> tuple[Forest, NDArray[np.float32]]:
+        """The tree below the token at index `root`; and float32 [n], the calibrated path acceptance of its nodes."""
+        answer, features, trial = self._answer, NO_FEATURES, self._trial
         if answer.features is not None:
             features = answer.features[max(0, self._told - 1, root - WINDOW_TOKENS) : root]
         sequence = DraftSequence(
             self._id, self._told, answer.token_ids[self._told : root + 1], SamplingParams(), self._policy, MAX_NODES,
             MAX_DEPTH, features=features,
         )  # fmt: skip
-        reply = self._trial.drafter.draft(DraftRequest(root, self._trial.plan, [sequence]))
+        forest = trial.drafter.draft(DraftRequest(root, trial.plan, [sequence])).forest
         self._told = root + 1
-        return reply.trees[self._id]
+        if trial.lookup is not None:
+            trial.lookup.read(self._id, answer.token_ids[: root + 1])
+            allowance = Allowance(self._id, False, MAX_NODES, parse_policy(self._policy).max_depth)
+            forest = trial.lookup.graft(forest, [allowance], trial.plan.calibration)
+        return forest, path_acceptance(forest, np.zeros(1, np.bool_), trial.plan.calibration)
 
     def close(self) -> None:
         self._trial.drafter.release([self._id])
+        if self._trial.lookup is not None:
+            self._trial.lookup.forget(self._id)
 
 
-def _forced_walk(tree: DraftTree, following: list[int]) -> Walk:
+def _best(tree: Forest, worth: NDArray[np.float32], nodes: int) -> NDArray[np.bool_]:
+    """bool [n]: the `nodes` nodes of the tree that are worth most."""
+    return places_by_score(worth, tree.tree_of) < nodes
+
+
+def _best_chain(tree: Forest, worth: NDArray[np.float32], length: int) -> NDArray[np.bool_]:
+    """bool [n]: the best child of the root, its best child, and so on."""
+    kept, at = np.zeros(len(worth), np.bool_), ROOT
+    for _ in range(length):
+        children = np.flatnonzero(tree.parents == at)
+        if not len(children):
+            break
+        at = int(children[worth[children].argmax()])
+        kept[at] = True
+    return kept
+
+
+def _forced_walk(tree: Forest, following: list[int]) -> Walk:
     """The walk that the target takes if it goes on with `following`; ends where that ends."""
     depths = tree.depths
     own = [following[depth] if depth < len(following) else -1 for depth in (0, *depths.tolist())]
-    walk = target_walk(tree, own)
+    (walk,) = target_walks(tree, own)
     return Walk(walk.accepted, [token for token in walk.tokens if token >= 0])
 
 
-def _count(tally: Tally, tree: DraftTree, walk: Walk, outcomes: NodeOutcomes) -> None:
+def _count(tally: Tally, tree: Forest, walk: Walk, outcomes: NodeOutcomes) -> None:
     deepest = len(walk.accepted)
     for depth in set(outcomes.depths.tolist()):
         tally.reached[depth] += 1

@@ -145,7 +145,7 @@ class VirtualEngine(PlannedEngine):
         cache = draft_model.new_cache(config.drafter.kv_cache_tokens, BLOCK_TOKENS)
         proposer = ModelProposer(draft_model, cache, config.limits.max_tree_nodes)
         info = DrafterInfo("fake", layer_s=profile.draft_layer_s, node_s=profile.draft_node_s)
-        drafter = TreeDrafter(info, config.drafter.max_sessions, [], proposer)
+        drafter = TreeDrafter(info, config.drafter.max_sessions, proposer)
         link = _DistantLink(drafter, device.draft_round_trip_s, self.clock)
         super().__init__(cast(LanguageModel, self.target), config, planner, link, self.clock)
         self._step_overhead_s = device.step_overhead_s

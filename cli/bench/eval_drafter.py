@@ -75,7 +75,7 @@ def _evaluate(config: Config, prompts: list[Prompt], max_tokens: int) -> Evaluat
 
     def trial(kind: str) -> DrafterTrial:
         one = drafter.model_copy(update={"kind": kind})
-        return DrafterTrial(build_drafter(one, target, config.limits, sha256))
+        return DrafterTrial(build_drafter(one, target, config.limits, sha256), one.looks_up)
 
     with Counted("loading") as bar:
         bar.expect(len(prompts))

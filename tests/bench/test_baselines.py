@@ -12,7 +12,7 @@ import pytest
 
 from bench.baselines import RANKS, optimal_levels
 from drafter_svc.growth import grow
-from drafter_svc.proposer import GrowingTree
+from drafter_svc.proposer import Root
 from drafter_svc.sessions import Session
 from planner.fast.acceptance import prior
 from planner.policies import parse_policy
@@ -142,8 +142,8 @@ def test_sequoias_tree_has_the_levels_whatever_the_confidences():
     children = [(token, 1 / 8) for token in range(8)]
     table = {(): children} | {(a,): children for a in range(8)} | {(a, b): children for a in range(8) for b in range(8)}
     a_plan = replace(plan(), calibration=plan_where(0.9).calibration)
-    tree = GrowingTree(Session(1, [0]), sequence("sequoia:12,3", [0]), parse_policy("sequoia:12,3"))
-    grown = grow([tree], a_plan, [], ScriptedProposer(table))[0]
+    root = Root(Session((0, 1), [0]), sequence("sequoia:12,3", [0]), parse_policy("sequoia:12,3"))
+    grown = grow([root], a_plan, ScriptedProposer(table))
     levels = optimal_levels(0.9, 12, 3)
     assert len(grown) == 12
     assert [int((grown.depths == depth).sum()) for depth in (1, 2, 3)] == [count for count, _ in levels]

@@ -11,7 +11,6 @@ from bench.drafter.report import pass_costs, plot_acceptance, predicted_speedup
 from bench.drafter.trial import Answer, AnswerWriter, DrafterTrial, reliability
 from drafter_svc.drafter import DrafterInfo, TreeDrafter
 from drafter_svc.head_proposer import HeadProposer
-from drafter_svc.ngram import NgramProposer
 from lm.model import LanguageModel
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from tests.lm.tiny_head import FEATURE_LAYERS, reference_logits, target_features, tiny_draft_ids, tiny_head
@@ -24,12 +23,12 @@ def model() -> LanguageModel:
 
 
 def ngram_drafter() -> TreeDrafter:
-    return TreeDrafter(DrafterInfo("ngram"), 8, [NgramProposer()])
+    return TreeDrafter(DrafterInfo("none"), 8, None)
 
 
 def test_a_text_that_repeats_is_drafted_to_the_end():
     period = [11, 12, 13, 14, 15, 16]
-    trial = DrafterTrial(ngram_drafter())
+    trial = DrafterTrial(ngram_drafter(), True)
     trial.run(Answer("loop", 18, period * 8, None))
     summary = trial.tallies[""].summary()
     assert summary["top1"] == summary["top4"] == 1.0
@@ -40,7 +39,7 @@ def test_a_text_that_repeats_is_drafted_to_the_end():
 
 
 def test_a_text_without_repetition_is_not_drafted_at_all():
-    trial = DrafterTrial(ngram_drafter())
+    trial = DrafterTrial(ngram_drafter(), True)
     trial.run(Answer("new", 10, list(range(40)), None))
     summary = trial.tallies[""].summary()
     assert summary["top1"] == summary["top4"] == 0.0
@@ -52,7 +51,7 @@ def test_a_heads_first_choices_are_counted_as_recomputed(model):
     cache = head.new_cache(2048, 16)
 
     def build() -> TreeDrafter:
-        return TreeDrafter(DrafterInfo("head"), 8, [], HeadProposer(head, cache, 64))
+        return TreeDrafter(DrafterInfo("head"), 8, HeadProposer(head, cache, 64))
 
     answer = AnswerWriter(model, FEATURE_LAYERS, 12).answer(Prompt("1", "any", "hello there"))
     assert answer.features is not None
@@ -60,7 +59,7 @@ def test_a_heads_first_choices_are_counted_as_recomputed(model):
     got = answer.features.view(np.int16)
     wanted = target_features(model.hf, answer.token_ids).bfloat16()
     assert np.mean(got == wanted[:-1].view(torch.int16).numpy()) > 0.9
-    trial = DrafterTrial(build())
+    trial = DrafterTrial(build(), False)
     trial.run(answer)
     hits = [0, 0]
     for root in range(answer.prompt_tokens, len(answer.token_ids) - 1):
@@ -84,12 +83,12 @@ def test_reliability_counts_what_was_accepted_at_each_probability():
 
 def test_costs_and_speedup_and_plot(model, tmp_path):
     head = tiny_head(model.hf)
-    drafter = TreeDrafter(DrafterInfo("head"), 8, [], HeadProposer(head, head.new_cache(512, 16), 64))
+    drafter = TreeDrafter(DrafterInfo("head"), 8, HeadProposer(head, head.new_cache(512, 16), 64))
     costs = pass_costs(model, drafter)
     assert set(costs) == {"target_1", "target_6", "target_17", "draft_8"}
     assert min(costs.values()) > 0
     assert predicted_speedup(3.0, 6, 5, {"target_1": 1.0, "target_6": 1.0, "draft_8": 0.1}) == pytest.approx(2.0)
-    trial = DrafterTrial(ngram_drafter())
+    trial = DrafterTrial(ngram_drafter(), True)
     trial.run(Answer("loop", 12, [11, 12, 13, 14] * 8, None))
     plot_acceptance(tmp_path / "plot.png", {"ngram": trial.tallies[""].summary()})
     assert (tmp_path / "plot.png").stat().st_size > 1000

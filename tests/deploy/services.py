@@ -68,7 +68,7 @@ class Services:
     def _draft(self) -> None:
         self.drafter.sessions.set(1)
         self.drafter.steps.inc()
-        self.drafter.nodes.labels("ngram").inc(4)
+        self.drafter.nodes.inc(4)
         self.drafter.catch_up_tokens.inc(3)
         self.drafter.step_seconds.observe(0.008)
         self.drafter.layer_seconds.observe(0.004)

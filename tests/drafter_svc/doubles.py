@@ -7,15 +7,16 @@ from copy import deepcopy
 import numpy as np
 
 from drafter_svc.growth import grow
-from drafter_svc.proposer import Children, GrowingTree, Proposer
-from drafter_svc.sessions import Session
+from drafter_svc.proposer import Children, Frontier, Proposer, Root
+from drafter_svc.sessions import Session, SessionMemory
 from lm.model import LanguageModel
 from planner.policies import parse_policy
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
-from treeline.drafting import DraftSequence
+from treeline.drafting import DraftReply, DraftRequest, DraftSequence
+from treeline.forest import Forest
 from treeline.plan import DEPTHS, PROB_BINS, SOURCES, Calibration, CostCurve, CostModel, PaperFit, Plan
 from treeline.sampling import SamplingParams
-from treeline.tree import DraftTree, Source
+from treeline.tree import Source
 
 GREEDY = SamplingParams()
 PAPER = PaperFit(lambda_s=0.0, gamma_s=0.03, delta=1.0, rho=0.1)
@@ -45,19 +46,10 @@ def sequence(
     return DraftSequence(session_id, given.pop("start"), tokens, sampling, policy, max_nodes, **given)
 
 
-def grown(
-    lookup: Proposer | None,
-    model: Proposer | None,
-    session: Session,
-    wanted: DraftSequence,
-    a_plan: Plan | None = None,
-) -> DraftTree:
+def grown(model: Proposer, session: Session, wanted: DraftSequence, a_plan: Plan | None = None) -> Forest:
     """The tree of one session."""
-    for proposer in (lookup, model):
-        if proposer:
-            proposer.begin([session])
-    tree = GrowingTree(session, wanted, parse_policy(wanted.policy))
-    return grow([tree], a_plan or plan(), [lookup] if lookup else [], model)[0]
+    model.begin([session], SessionMemory(1, None))
+    return grow([Root(session, wanted, parse_policy(wanted.policy))], a_plan or plan(), model)
 
 
 def tiny_language_model(seed: int = 0) -> LanguageModel:
@@ -73,30 +65,37 @@ class ScriptedProposer:
         self.table = table
         self.asked: list[list[tuple[int, ...]]] = []
 
-    def begin(self, sessions: list[Session]) -> None:
+    def begin(self, sessions: list[Session], memory: SessionMemory) -> None:
         self.asked = []
 
-    def propose(self, wanted: list[tuple[GrowingTree, list[int]]]) -> list[Children]:
-        self.asked.append([])
-        return [self._children(tree, nodes) for tree, nodes in wanted]
+    def propose(self, roots: list[Root], frontier: Frontier) -> Children:
+        if not frontier.depth:
+            self._paths = [()] * len(frontier.tree_of)
+        else:
+            above = [self._paths[place] for place in frontier.above.tolist()]
+            self._paths = [(*path, token) for path, token in zip(above, frontier.token_ids.tolist(), strict=True)]
+        self.asked.append(list(self._paths))
+        rows = [
+            (node, token, prob, rank)
+            for node, (tree, path) in enumerate(zip(frontier.tree_of.tolist(), self._paths, strict=True))
+            for rank, (token, prob) in enumerate(self.choices(roots[tree], path)[: roots[tree].policy.max_children])
+        ]
+        if not rows:
+            return Children.none()
+        columns = zip(zip(*rows, strict=True), (np.intp, np.int32, np.float32, np.uint8), strict=True)
+        return Children(*(np.asarray(column, dtype) for column, dtype in columns))
 
-    def release(self, session_id: int) -> None:
-        pass
-
-    def _children(self, tree: GrowingTree, nodes: list[int]) -> Children:
-        children = Children()
-        for node in nodes:
-            path = tuple(tree.token_ids[n] for n in tree.path(node))
-            self.asked[-1].append(path)
-            for rank, (token_id, prob) in enumerate(self.table.get(path, [])[: tree.policy.max_children]):
-                children.parents.append(node)
-                children.token_ids.append(token_id)
-                children.probs.append(prob)
-                children.ranks.append(rank)
-        return children
+    def choices(self, root: Root, path: tuple[int, ...]) -> list[tuple[int, float]]:
+        return self.table.get(path, [])
 
 
-def tree_paths(tree: DraftTree) -> list[tuple[int, ...]]:
+def trees_of(request: DraftRequest, reply: DraftReply) -> dict[int, Forest]:
+    """By session, the trees of all that were drafted."""
+    trees = {s.session_id: reply.forest.tree(place) for place, s in enumerate(request.sequences)}
+    return {session_id: tree for session_id, tree in trees.items() if session_id not in reply.held}
+
+
+def tree_paths(tree: Forest) -> list[tuple[int, ...]]:
     """Every node, in order, as the tokens that lead to it."""
     found: list[tuple[int, ...]] = []
     for token_id, parent in zip(tree.token_ids.tolist(), tree.parents.tolist(), strict=True):
@@ -104,5 +103,5 @@ def tree_paths(tree: DraftTree) -> list[tuple[int, ...]]:
     return found
 
 
-def paths(tree: DraftTree) -> set[tuple[int, ...]]:
+def paths(tree: Forest) -> set[tuple[int, ...]]:
     return set(tree_paths(tree))

@@ -6,7 +6,6 @@ import torch
 
 from drafter_svc.drafter import DrafterInfo, TreeDrafter, build_drafter, find_head
 from drafter_svc.head_proposer import HeadProposer
-from drafter_svc.ngram import NgramProposer
 from lm.draft_head import save_head
 from lm.store import vocabulary_sha256
 from tests.drafter_svc.doubles import GREEDY, plan
@@ -22,8 +21,9 @@ from tests.lm.tiny_head import (
 from treeline.config import DrafterConfig, LimitsConfig, ModelConfig
 from treeline.drafting import NO_FEATURES, DraftRequest, DraftSequence
 from treeline.errors import ConfigError
+from treeline.forest import Forest
 from treeline.sampling import SamplingParams
-from treeline.tree import ROOT, DraftTree
+from treeline.tree import ROOT
 
 MAX_NODES = 24
 TOKENS = [3, 70, 12, 199, 5, 41, 70, 12]
@@ -40,27 +40,27 @@ def hf():
 class Bench:
     """A drafter on a tiny head, driven as a verifier would."""
 
-    def __init__(self, hf, cache_tokens: int = 2048, lookups=()) -> None:
+    def __init__(self, hf, cache_tokens: int = 2048) -> None:
         self.hf = hf
         head = tiny_head(hf)
         self.cache = head.new_cache(cache_tokens, 16)
-        self.drafter = TreeDrafter(DrafterInfo("tiny"), 64, list(lookups), HeadProposer(head, self.cache, MAX_NODES))
+        self.drafter = TreeDrafter(DrafterInfo("tiny"), 64, HeadProposer(head, self.cache, MAX_NODES))
 
     def step(
         self, tokens: list[int], start=0, rows=None, session_id=1, policy="static:3-2-2", sampling=GREEDY
-    ) -> DraftTree:
+    ) -> Forest:
         """A tree below `tokens`, of which those from `start` on are sent, and the newest `rows` features."""
         rows = len(tokens) - max(start, 1) if rows is None else rows
         features = bits(self.hf, tokens)[len(tokens) - 1 - rows : -1] if rows else NO_FEATURES
         sequence = DraftSequence(session_id, start, tokens[start:], sampling, policy, MAX_NODES, 8, features=features)
-        return self.drafter.draft(DraftRequest(1, PLAN, [sequence])).trees[session_id]
+        return self.drafter.draft(DraftRequest(1, PLAN, [sequence])).forest
 
 
 def bits(hf, tokens: list[int]) -> np.ndarray:
     return target_features(hf, tokens).bfloat16().view(torch.int16).numpy().view(np.uint16)
 
 
-def check(hf, tree: DraftTree, tokens: list[int], first: int = 1) -> None:
+def check(hf, tree: Forest, tokens: list[int], first: int = 1) -> None:
     """Every node is the head's own choice of its rank below its parent, with the head's own probability."""
     assert len(tree)
     paths: list[list[int]] = []
@@ -106,11 +106,8 @@ def test_missing_features_in_between_make_it_begin_anew(hf):
     check(hf, bench.step(tokens, start=len(TOKENS), rows=2), tokens, first=len(tokens) - 2)
 
 
-def test_without_features_lookups_go_on_alone(hf):
-    tokens = [5, 6, 7, 8, 5, 6, 7, 8, 5, 6]
-    assert not len(Bench(hf).step(tokens, rows=0))
-    tree = Bench(hf, lookups=[NgramProposer()]).step(tokens, rows=0, policy="chain:3")
-    assert tree.token_ids.tolist() == [7, 8, 5]
+def test_without_features_nothing_is_drafted(hf):
+    assert len(Bench(hf).step(TOKENS, rows=0, policy="chain:3")) == 0
 
 
 def test_a_sampled_request_gets_drafts_under_its_own_noise(hf):
@@ -153,11 +150,11 @@ def test_a_saved_head_drafts_for_its_target_and_no_other(hf, target_folder, tmp_
     config = DrafterConfig(kind="head+ngram", head=tmp_path / "head", kv_cache_tokens=1024)
     target = ModelConfig(model=str(target_folder), dtype="float32", device="cpu")
     drafter = build_drafter(config, target, LimitsConfig(), "other")
-    assert drafter.info.name == "head+ngram"
+    assert drafter.info.name == "head"
     assert drafter.features is not None
     assert drafter.features.width == bits(hf, TOKENS).shape[1]
     sequence = DraftSequence(1, 0, TOKENS, GREEDY, "chain:2", 8, 8, features=bits(hf, TOKENS)[:-1])
-    assert len(drafter.draft(DraftRequest(1, PLAN, [sequence])).trees[1]) == 2
+    assert len(drafter.draft(DraftRequest(1, PLAN, [sequence])).forest) == 2
     with pytest.raises(ConfigError, match="another vocabulary"):
         build_drafter(config, target, LimitsConfig(), vocabulary_sha256(tiny_tokenizer()))
 

@@ -1,6 +1,7 @@
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 import pytest
@@ -10,12 +11,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from drafter_svc.drafter import build_drafter
 from drafter_svc.server import DrafterServer
 from lm.store import vocabulary_sha256
-from tests.drafter_svc.doubles import GREEDY, plan
-from tests.lm.tiny import tiny_llama, tiny_tokenizer
+from tests.drafter_svc.doubles import GREEDY, plan, trees_of
+from tests.lm.tiny import VOCAB_SIZE, tiny_llama, tiny_tokenizer
 from treeline.config import Config, DrafterConfig, LimitsConfig, MetricsConfig, ModelConfig, VerifierConfig
-from treeline.drafting import DraftReply, DraftRequest, DraftSequence
-from treeline.drafting_wire import reply_from_proto, request_to_proto
+from treeline.drafting import DraftReply, DraftRequest, DraftSequence, reply_from_proto, request_to_proto
 from treeline.errors import ConfigError
+from treeline.forest import Forest
+from treeline.plan import Plan
 from treeline.rpc import connect
 from treeline.v1 import drafting_pb2 as pb
 from treeline.v1.drafting_pb2_grpc import DraftingServiceStub
@@ -66,11 +68,21 @@ def message(tokens: list[int], session_id: int = 1, start: int = 0, policy: str 
     return DraftSequence(session_id, start, tokens[start:], GREEDY, policy, nodes, depth)
 
 
-async def exchange(stream, *sequences: DraftSequence, step_id: int = 1, released=()) -> DraftReply:
-    await stream.write(request_to_proto(DraftRequest(step_id, PLAN, list(sequences), list(released))))
+class Answer(NamedTuple):
+    """By session."""
+
+    reply: DraftReply
+    trees: dict[int, Forest]
+    held: dict[int, int]
+
+
+async def exchange(stream, *sequences: DraftSequence, step_id: int = 1, released=(), a_plan: Plan = PLAN) -> Answer:
+    request = DraftRequest(step_id, a_plan, list(sequences), list(released))
+    await stream.write(request_to_proto(request))
     reply = await asyncio.wait_for(stream.read(), 10)
     assert reply is not grpc.aio.EOF, await stream.details()
-    return reply_from_proto(reply)
+    received = reply_from_proto(reply, request, VOCAB_SIZE)
+    return Answer(received, trees_of(request, received), received.held)
 
 
 async def until(condition) -> None:
@@ -81,21 +93,20 @@ async def until(condition) -> None:
     raise AssertionError("it never came true")
 
 
-def test_steps_are_drafted_and_answered_in_order():
+def test_steps_are_drafted_and_answered_in_order(model_folder):
     async def use(server, channel):
         stream = DraftingServiceStub(channel).Draft()
         for step_id in range(1, 4):
             reply = await exchange(stream, message(REPEATING, 7), message([9, 8], 2**64 - 1), step_id=step_id)
-            assert reply.step_id == step_id
-            assert reply.trees[7].token_ids.tolist() == [4, 5, 6]
-            assert len(reply.trees[2**64 - 1]) == 0
+            assert reply.reply.step_id == step_id
+            assert [len(reply.trees[session]) for session in (7, 2**64 - 1)] == [3, 3]
             assert reply.held == {}
-            assert reply.stats.draft_s > 0
+            assert reply.reply.stats.draft_s > 0
 
-    with_server(config_of(DrafterConfig()), use)
+    with_server(config_of(model_config(model_folder)), use)
 
 
-def test_a_session_that_is_behind_says_what_it_holds_and_catches_up():
+def test_a_session_that_is_behind_says_what_it_holds_and_catches_up(model_folder):
     async def use(server, channel):
         stream = DraftingServiceStub(channel).Draft()
         assert (await exchange(stream, message(REPEATING, start=4))).held == {1: 0}
@@ -103,33 +114,33 @@ def test_a_session_that_is_behind_says_what_it_holds_and_catches_up():
         assert (await exchange(stream, message(REPEATING, start=6))).held == {1: 4}
         reply = await exchange(stream, message(REPEATING, start=4))
         assert reply.held == {}
-        assert reply.trees[1].token_ids.tolist() == [4, 5, 6]
+        assert len(reply.trees[1]) == 3
         await exchange(stream, released=[1])
         assert (await exchange(stream, message(REPEATING, start=4))).held == {1: 0}
 
-    with_server(config_of(DrafterConfig()), use)
+    with_server(config_of(model_config(model_folder)), use)
 
 
 @pytest.mark.parametrize("kind", ["model", "model+ngram"])
 def test_a_closed_stream_leaves_nothing(model_folder, kind):
     async def use(server, channel):
         drafter = server._service._drafter
-        cache = drafter._model._cache
+        cache = drafter._model.cache
         streams = [DraftingServiceStub(channel).Draft() for _ in range(3)]
         for stream in streams:
             reply = await exchange(stream, message(REPEATING, 1), message([9, 8, 7], 2))
             assert [len(tree) for tree in reply.trees.values()] == [3, 3]
-        assert len(drafter.session_ids) == 6
+        assert drafter.sessions == 6
         streams[0].cancel()
-        await until(lambda: len(drafter.session_ids) == 4)
+        await until(lambda: drafter.sessions == 4)
         await streams[1].done_writing()
-        await until(lambda: len(drafter.session_ids) == 2)
+        await until(lambda: drafter.sessions == 2)
         assert cache.used_blocks > 0
         # The third stream's sessions are untouched.
         assert (await exchange(streams[2], message([*REPEATING, 4], 1, start=9))).held == {}
         await streams[2].write(request_to_proto(DraftRequest(5, PLAN, [message(REPEATING, 3)])))
         streams[2].cancel()
-        await until(lambda: len(drafter.session_ids) == 0)
+        await until(lambda: drafter.sessions == 0)
         assert cache.used_blocks == 0
 
     with_server(config_of(model_config(model_folder, kind)), use)
@@ -172,7 +183,7 @@ def test_malformed_requests_end_their_stream_only(model_folder, bad, says):
     with_server(config_of(model_config(model_folder)), use)
 
 
-def test_bytes_that_are_no_message_do_not_stop_the_service():
+def test_bytes_that_are_no_message_do_not_stop_the_service(model_folder):
     async def use(server, channel):
         raw = channel.stream_stream("/treeline.v1.DraftingService/Draft")()
         await raw.write(b"\xff\xff\xff\xff not a message")
@@ -181,7 +192,7 @@ def test_bytes_that_are_no_message_do_not_stop_the_service():
         assert len((await exchange(stream, message(REPEATING))).trees[1]) == 3
         await server.check()
 
-    with_server(config_of(DrafterConfig()), use)
+    with_server(config_of(model_config(model_folder)), use)
 
 
 def test_the_drafter_tells_what_it_is(model_folder):
@@ -189,15 +200,15 @@ def test_the_drafter_tells_what_it_is(model_folder):
         return await DraftingServiceStub(channel).GetDrafterInfo(pb.GetDrafterInfoRequest(), timeout=5)
 
     ngram = with_server(config_of(DrafterConfig()), use)
-    assert (ngram.drafter, ngram.vocabulary_sha256, ngram.layer_s, ngram.node_s) == ("ngram", "", 0, 0)
+    assert (ngram.drafter, ngram.vocab_size, ngram.layer_s, ngram.node_s) == ("none", 0, 0, 0)
     both = with_server(config_of(model_config(model_folder, "model+ngram")), use)
-    assert both.drafter == "tiny-draft+ngram"
+    assert both.drafter == "tiny-draft"
     assert both.vocab_size == tiny_llama().config.vocab_size
     assert both.vocabulary_sha256 == vocabulary_sha256(tiny_tokenizer())
     assert both.layer_s > 0
 
 
-def test_health_reflection_and_metrics():
+def test_health_reflection_and_metrics(model_folder):
     async def use(server, channel):
         check = health_pb2_grpc.HealthStub(channel).Check
         for service in ("", "treeline.v1.DraftingService"):
@@ -210,11 +221,11 @@ def test_health_reflection_and_metrics():
         stream = DraftingServiceStub(channel).Draft()
         await exchange(stream, message(REPEATING))
         page = await read_metrics(server.metrics_port)
-        assert 'treeline_drafter_nodes_total{source="ngram"} 3.0' in page
+        assert "treeline_drafter_nodes_total 3.0" in page
         assert "treeline_drafter_sessions 1.0" in page
         assert "treeline_drafter_steps_total 1.0" in page
 
-    with_server(config_of(DrafterConfig()), use)
+    with_server(config_of(model_config(model_folder)), use)
 
 
 async def read_metrics(port: int) -> str:
@@ -239,7 +250,7 @@ def test_another_vocabulary_is_refused_naming_both(model_folder, tmp_path):
 
 def test_the_targets_own_vocabulary_is_welcome(model_folder):
     drafter = build_drafter(model_config(model_folder), ModelConfig(), LIMITS, vocabulary_sha256(tiny_tokenizer()))
-    tree = drafter.draft(DraftRequest(1, PLAN, [message(REPEATING)])).trees[1]
+    tree = drafter.draft(DraftRequest(1, PLAN, [message(REPEATING)])).forest
     assert len(tree) == 3
     drafter.close()
 
@@ -253,8 +264,7 @@ def test_each_verifiers_trees_follow_its_own_prices(model_folder):
         for step_id in range(1, 4):
             wanted = [message(REPEATING, policy="smart", start=8 * (step_id > 1))]
             for stream, a_plan, grows in ((dear, priced, False), (cheap, PLAN, True)):
-                await stream.write(request_to_proto(DraftRequest(step_id, a_plan, wanted)))
-                reply = reply_from_proto(await asyncio.wait_for(stream.read(), 10))
-                assert bool(len(reply.trees[1])) == grows
+                answer = await exchange(stream, *wanted, step_id=step_id, a_plan=a_plan)
+                assert bool(len(answer.trees[1])) == grows
 
     with_server(config_of(model_config(model_folder)), use)

@@ -13,7 +13,6 @@ from planner.fast.step_prices import StepPrices
 from planner.policies import Policy
 from treeline.forest import Forest
 from treeline.plan import CostCurve, CostModel, NodeOutcomes, Plan, StepRecord
-from treeline.tree import DraftTree
 
 
 def plan_with(cost: CostModel, price: float = 0.0, **changes: object) -> Plan:
@@ -27,16 +26,16 @@ def linear_cost(fixed_s: float = 0.03, token_s: float = 0.001, **changes: float)
     return CostModel(verify=(curve,), node_s=token_s, **changes)  # type: ignore[arg-type]
 
 
-def random_tree(random: np.random.Generator, most: int) -> DraftTree:
+def random_tree(random: np.random.Generator, most: int) -> Forest:
     n = int(random.integers(0, most + 1))
     parents = [int(random.integers(-1, i)) if i else -1 for i in range(n)]
-    return DraftTree.build(list(range(n)), parents, random.uniform(0.01, 1.0, n).tolist())
+    return Forest.of_tree(list(range(n)), parents, random.uniform(0.01, 1.0, n).tolist())
 
 
 class Drafted(NamedTuple):
     """A request and its tree."""
 
-    tree: DraftTree
+    tree: Forest
     policy: Policy
     weight: float
     sampled: bool
@@ -54,7 +53,7 @@ def prices_of(plan: Plan, sequences: int, prompt_tokens: int = 0, waiting: int =
 
 
 def prune(drafted: list[Drafted], plan: Plan, draft_s: float = 0.0, prompt_tokens: int = 0, waiting: int = 0) -> Pruned:
-    forest = Forest.of([one.tree for one in drafted])
+    forest = Forest.join([one.tree for one in drafted])
     requests = Requests(
         np.asarray([one.weight for one in drafted], np.float32),
         np.asarray([one.sampled for one in drafted]),

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from treeline.drafting import DraftReply, DraftRequest, DraftStats, FeatureSpec
-from treeline.tree import ROOT, DraftTree
+from treeline.drafting import DraftReply, DraftRequest, FeatureSpec
+from treeline.forest import Forest
+from treeline.tree import ROOT
 
 
 class OracleDrafter:
@@ -25,17 +26,19 @@ class OracleDrafter:
     def draft(self, request: DraftRequest) -> DraftReply:
         for session_id in request.released:
             self.tokens.pop(session_id, None)
-        trees, held = {}, {}
+        trees: list[Forest] = []
+        held = {}
         for sequence in request.sequences:
             tokens = self.tokens.setdefault(sequence.session_id, [])
             if len(tokens) < sequence.start:
                 held[sequence.session_id] = len(tokens)
+                trees.append(Forest.empty(1))
                 continue
             tokens[sequence.start :] = sequence.token_ids
             tree = self._tree(self._continuation(tokens), sequence.max_nodes, sequence.max_depth)
             self.drafted_nodes += len(tree)
-            trees[sequence.session_id] = tree
-        return DraftReply(request.step_id, trees, held, DraftStats())
+            trees.append(tree)
+        return DraftReply(request.step_id, Forest.join([Forest.empty(0), *trees]), held)
 
     def lose(self, session_id: int) -> None:
         """Forget a session, as a restarted or evicting drafter does."""
@@ -44,7 +47,7 @@ class OracleDrafter:
     def close(self) -> None:
         self.tokens.clear()
 
-    def _tree(self, known: list[int], max_nodes: int, max_depth: int) -> DraftTree:
+    def _tree(self, known: list[int], max_nodes: int, max_depth: int) -> Forest:
         random = self._random
         token_ids: list[int] = []
         parents: list[int] = []
@@ -66,7 +69,7 @@ class OracleDrafter:
             if on_path is None:
                 break
         probs = random.uniform(0.05, 1.0, len(token_ids)).tolist()
-        return DraftTree.build(token_ids, parents, probs)
+        return Forest.of_tree(token_ids, parents, probs)
 
 
 class SilentLink:

@@ -21,7 +21,7 @@ class DraftSampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class DraftSequence(_message.Message):
-    __slots__ = ("session_id", "start", "token_ids", "sampling", "policy", "max_nodes", "max_depth", "weight", "feature_rows", "features", "max_layers")
+    __slots__ = ("session_id", "start", "token_ids", "sampling", "policy", "max_nodes", "max_depth", "weight", "feature_rows", "features")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -32,7 +32,6 @@ class DraftSequence(_message.Message):
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     FEATURE_ROWS_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
-    MAX_LAYERS_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     start: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -43,8 +42,7 @@ class DraftSequence(_message.Message):
     weight: float
     feature_rows: int
     features: bytes
-    max_layers: int
-    def __init__(self, session_id: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[DraftSampling, _Mapping]] = ..., policy: _Optional[str] = ..., max_nodes: _Optional[int] = ..., max_depth: _Optional[int] = ..., weight: _Optional[float] = ..., feature_rows: _Optional[int] = ..., features: _Optional[bytes] = ..., max_layers: _Optional[int] = ...) -> None: ...
+    def __init__(self, session_id: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[DraftSampling, _Mapping]] = ..., policy: _Optional[str] = ..., max_nodes: _Optional[int] = ..., max_depth: _Optional[int] = ..., weight: _Optional[float] = ..., feature_rows: _Optional[int] = ..., features: _Optional[bytes] = ...) -> None: ...
 
 class DraftRequest(_message.Message):
     __slots__ = ("step_id", "sequences", "released", "plan")
@@ -58,21 +56,21 @@ class DraftRequest(_message.Message):
     plan: _planning_pb2.Plan
     def __init__(self, step_id: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[DraftSequence, _Mapping]]] = ..., released: _Optional[_Iterable[int]] = ..., plan: _Optional[_Union[_planning_pb2.Plan, _Mapping]] = ...) -> None: ...
 
-class Tree(_message.Message):
-    __slots__ = ("session_id", "token_ids", "parents", "draft_probs", "ranks", "sources")
-    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+class Forest(_message.Message):
+    __slots__ = ("sizes", "token_ids", "parents", "draft_probs", "ranks", "sources")
+    SIZES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PARENTS_FIELD_NUMBER: _ClassVar[int]
     DRAFT_PROBS_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
-    session_id: int
-    token_ids: _containers.RepeatedScalarFieldContainer[int]
-    parents: _containers.RepeatedScalarFieldContainer[int]
-    draft_probs: _containers.RepeatedScalarFieldContainer[float]
+    sizes: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: bytes
+    parents: bytes
+    draft_probs: bytes
     ranks: bytes
     sources: bytes
-    def __init__(self, session_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., parents: _Optional[_Iterable[int]] = ..., draft_probs: _Optional[_Iterable[float]] = ..., ranks: _Optional[bytes] = ..., sources: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, sizes: _Optional[_Iterable[int]] = ..., token_ids: _Optional[bytes] = ..., parents: _Optional[bytes] = ..., draft_probs: _Optional[bytes] = ..., ranks: _Optional[bytes] = ..., sources: _Optional[bytes] = ...) -> None: ...
 
 class HeldTokens(_message.Message):
     __slots__ = ("session_id", "tokens")
@@ -83,22 +81,22 @@ class HeldTokens(_message.Message):
     def __init__(self, session_id: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class DraftResponse(_message.Message):
-    __slots__ = ("step_id", "trees", "held", "draft_s", "layer_nodes", "catch_up_tokens", "layer_s")
+    __slots__ = ("step_id", "forest", "held", "draft_s", "layer_nodes", "catch_up_tokens", "layer_s")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
-    TREES_FIELD_NUMBER: _ClassVar[int]
+    FOREST_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     DRAFT_S_FIELD_NUMBER: _ClassVar[int]
     LAYER_NODES_FIELD_NUMBER: _ClassVar[int]
     CATCH_UP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LAYER_S_FIELD_NUMBER: _ClassVar[int]
     step_id: int
-    trees: _containers.RepeatedCompositeFieldContainer[Tree]
+    forest: Forest
     held: _containers.RepeatedCompositeFieldContainer[HeldTokens]
     draft_s: float
     layer_nodes: _containers.RepeatedScalarFieldContainer[int]
     catch_up_tokens: int
     layer_s: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, step_id: _Optional[int] = ..., trees: _Optional[_Iterable[_Union[Tree, _Mapping]]] = ..., held: _Optional[_Iterable[_Union[HeldTokens, _Mapping]]] = ..., draft_s: _Optional[float] = ..., layer_nodes: _Optional[_Iterable[int]] = ..., catch_up_tokens: _Optional[int] = ..., layer_s: _Optional[_Iterable[float]] = ...) -> None: ...
+    def __init__(self, step_id: _Optional[int] = ..., forest: _Optional[_Union[Forest, _Mapping]] = ..., held: _Optional[_Iterable[_Union[HeldTokens, _Mapping]]] = ..., draft_s: _Optional[float] = ..., layer_nodes: _Optional[_Iterable[int]] = ..., catch_up_tokens: _Optional[int] = ..., layer_s: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class GetDrafterInfoRequest(_message.Message):
     __slots__ = ()

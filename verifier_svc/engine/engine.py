@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
+from itertools import count, islice
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -20,14 +20,15 @@ from planner.policies import parse_policy
 from treeline.config import Config
 from treeline.drafting import DraftLink
 from treeline.errors import FieldViolation, InvalidRequestError
+from treeline.forest import Forest
 from treeline.plan import Plan, StepRecord
-from treeline.tree import ROOT, DraftTree
+from treeline.tree import ROOT
 from verifier_svc.engine.detokenizer import Detokenizer
 from verifier_svc.engine.request import Chunk, FinishReason, GenerationRequest
 from verifier_svc.engine.scheduler import Batch, Scheduler
 from verifier_svc.engine.sequence import Output, Sequence
-from verifier_svc.engine.step_report import explanation, step_record, token_logprobs
-from verifier_svc.engine.walk import Walk, target_walk
+from verifier_svc.engine.step_report import NodeCounts, explanation, step_record, token_logprobs
+from verifier_svc.engine.walk import Walk, target_walks
 from verifier_svc.speculation.hidden_states import HiddenStates
 from verifier_svc.speculation.speculator import Drafts, Speculator
 
@@ -38,7 +39,7 @@ class Advance(NamedTuple):
     """What one step brought one sequence."""
 
     sequence: Sequence
-    accepted_nodes: int
+    nodes: NodeCounts
     chunk: Chunk
 
 
@@ -135,7 +136,7 @@ class Engine:
         walks = self._walk(batch, drafts, logits)
         verified_s = self._clock()
         self._commit(batch, walks)
-        self.speculator.hidden_states.keep(batch, walks, [len(drafts.tree(s)) for s in batch.decoding])
+        self.speculator.hidden_states.keep(batch, walks, drafts.kept.sizes.tolist())
         advances = self._accept(batch, drafts, walks, logits)
         finished_s = self._clock()
         self.speculator.gate.worked(finished_s - started_s)
@@ -154,12 +155,13 @@ class Engine:
 
     def _forward(self, batch: Batch, drafts: Drafts) -> torch.Tensor:
         """Logits float32 [rows, vocab]: root and nodes of each decoding sequence, then one row per finished prompt."""
-        packed = []
-        for sequence in batch.decoding:
-            tree = drafts.tree(sequence)
-            parents = np.concatenate(([ROOT], tree.parents + 1)).astype(np.int32) if len(tree) else None
-            token_ids = [sequence.token_ids[-1], *tree.token_ids.tolist()]
-            packed.append(PackedSequence(sequence.kv, token_ids, parents, "all"))
+        packed, forest = [], drafts.kept
+        token_ids, first = forest.token_ids.tolist(), 0
+        for sequence, size in zip(batch.decoding, forest.sizes.tolist(), strict=True):
+            nodes = slice(first, first + size)
+            parents = np.concatenate(([ROOT], forest.parents[nodes] + 1)).astype(np.int32) if size else None
+            packed.append(PackedSequence(sequence.kv, [sequence.token_ids[-1], *token_ids[nodes]], parents, "all"))
+            first += size
         for sequence, tokens in batch.prefilling:
             start = sequence.kv.length
             wanted: Literal["last", "none"] = "last" if tokens == sequence.uncomputed_tokens else "none"
@@ -171,17 +173,12 @@ class Engine:
         sequences = batch.decoding + batch.finished_prompts
         if not sequences:
             return []
-        trees = [drafts.tree(sequence) for sequence in sequences]
+        forest = drafts.kept.spread(range(len(batch.decoding)), len(sequences))
         if all(sequence.request.sampling.is_argmax for sequence in sequences):
             chosen = argmax(logits)
         else:
-            chosen = choose_tokens(logits, [row for each in zip(sequences, trees, strict=True) for row in _rows(*each)])
-        own_tokens = chosen.tolist()  # The step waits for the device here, and nowhere else.
-        walks, first_row = [], 0
-        for tree in trees:
-            walks.append(target_walk(tree, own_tokens[first_row : first_row + 1 + len(tree)]))
-            first_row += 1 + len(tree)
-        return walks
+            chosen = choose_tokens(logits, _rows(sequences, forest))
+        return target_walks(forest, chosen.tolist())  # The step waits for the device here, and nowhere else.
 
     def _commit(self, batch: Batch, walks: list[Walk]) -> None:
         """Keep the KV of the root and of what was accepted, and of prompt chunks; drop the rest."""
@@ -194,8 +191,10 @@ class Engine:
         """Give every walked sequence its tokens."""
         now = self._clock()
         advances, first_row = [], 0
+        drafted = [*drafts.forest.sizes.tolist(), *[0] * len(batch.finished_prompts)]
+        verified = [*drafts.kept.sizes.tolist(), *[0] * len(batch.finished_prompts)]
         for place, (sequence, walk) in enumerate(zip(batch.decoding + batch.finished_prompts, walks, strict=True)):
-            nodes = len(drafts.tree(sequence))
+            nodes = NodeCounts(drafted[place], verified[place], len(walk.accepted))
             with _confined(sequence):
                 first = sequence.first_token_s is None
                 waited_s = now - (sequence.last_token_s or sequence.arrived_s)
@@ -203,21 +202,20 @@ class Engine:
                 if first:
                     sequence.first_token_s = now
                 if place < len(batch.decoding):
-                    drafted = drafts.drafted_nodes.get(sequence.session_id, 0)
-                    sequence.count_step(drafted, nodes, len(walk.accepted))
+                    sequence.count_step(*nodes)
                 text, taken = sequence.accept(walk.tokens, self.model.eos_token_ids)
                 logprobs = token_logprobs(sequence, walk, taken, logits, first_row)
                 chunk = Chunk(text, walk.tokens[:taken], logprobs, waited_s=waited_s, first=first)
-                advances.append(Advance(sequence, len(walk.accepted), chunk))
-            first_row += 1 + nodes
+                advances.append(Advance(sequence, nodes, chunk))
+            first_row += 1 + nodes.verified
         return advances
 
     def _outputs(self, advances: list[Advance], drafts: Drafts, record: StepRecord) -> list[Output]:
         """The chunk of each sequence that advanced, then the completions of those that ended or failed."""
         outputs = []
-        for sequence, accepted_nodes, chunk in advances:
+        for sequence, nodes, chunk in advances:
             with _confined(sequence):
-                why = explanation(sequence, drafts, accepted_nodes, record)
+                why = explanation(sequence, drafts, nodes, record)
                 whole = chunk if why is None else replace(chunk, explanation=why)
                 outputs.append(Output(sequence.request.request_id, whole))
         ended = [sequence for sequence in self.scheduler.running if sequence.finish_reason is not None]
@@ -240,13 +238,16 @@ def _confined(sequence: Sequence) -> Iterator[None]:
         sequence.finish_reason = FinishReason.FAILED
 
 
-def _rows(sequence: Sequence, tree: DraftTree) -> list[Row]:
-    """The root's row and each node's: what is drawn there is the token that follows it."""
-    params, length = sequence.request.sampling, len(sequence.token_ids)
-    rows = [Row(params, length, sequence.history([]))]
-    paths: list[list[int]] = []
-    for token, parent in zip(tree.token_ids.tolist(), tree.parents.tolist(), strict=True):
-        path = [*(paths[parent] if parent != ROOT else []), token]
-        paths.append(path)
-        rows.append(Row(params, length + len(path), sequence.history(path)))
+def _rows(sequences: list[Sequence], forest: Forest) -> list[Row]:
+    """Each root's row, then its nodes': what is drawn there is the token that follows it."""
+    rows = []
+    nodes = zip(forest.token_ids.tolist(), forest.parents.tolist(), strict=True)
+    for sequence, size in zip(sequences, forest.sizes.tolist(), strict=True):
+        params, length = sequence.request.sampling, len(sequence.token_ids)
+        rows.append(Row(params, length, sequence.history([])))
+        paths: list[list[int]] = []
+        for token, parent in islice(nodes, size):
+            path = [*(paths[parent] if parent != ROOT else []), token]
+            paths.append(path)
+            rows.append(Row(params, length + len(path), sequence.history(path)))
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import torch
 
@@ -11,7 +12,7 @@ from treeline.plan import NodeOutcomes, Plan, StepRecord
 from verifier_svc.engine.request import StepExplanation, TokenLogprobs
 from verifier_svc.engine.scheduler import Batch, Scheduler
 from verifier_svc.engine.sequence import Sequence
-from verifier_svc.engine.walk import Walk, all_observed
+from verifier_svc.engine.walk import Walk, observed
 from verifier_svc.speculation.speculator import Drafts
 
 
@@ -29,10 +30,10 @@ def step_record(
     """The record of a step whose first walks are those of `batch.decoding`, in order."""
     own_walks = walks[: len(batch.decoding)]
     outcomes = NodeOutcomes.empty()
-    if drafts.forest is not None and drafts.pruning is not None:
+    if drafts.pruning is not None:
         sampled = [not s.request.sampling.greedy for s in batch.decoding]
-        outcomes = all_observed(drafts.forest, drafts.pruning.chosen, own_walks, sampled)
-    verified_nodes = sum(map(len, drafts.trees.values()))
+        outcomes = observed(drafts.forest, drafts.pruning.chosen, own_walks, sampled)
+    verified_nodes = len(drafts.kept.token_ids)
     return StepRecord(
         step_id=step_id,
         unix_s=time.time(),
@@ -41,7 +42,7 @@ def step_record(
         tokens=len(batch.decoding) + verified_nodes + batch.prefill_tokens,
         prefill_tokens=batch.prefill_tokens,
         context_tokens=context_tokens,
-        drafted_nodes=sum(drafts.drafted_nodes.values()),
+        drafted_nodes=len(drafts.forest.token_ids),
         verified_nodes=verified_nodes,
         accepted_nodes=sum([len(walk.accepted) for walk in own_walks]),
         emitted_tokens=sum([len(walk.tokens) for walk in walks]),
@@ -59,18 +60,26 @@ def step_record(
         node_s=drafts.pruning.node_s if drafts.pruning else 0.0,
         outcomes=outcomes,
         catch_up_tokens=drafts.stats.catch_up_tokens,
-        drafted_requests=len(drafts.drafted_nodes),
+        drafted_requests=len(drafts.sessions),
     )
 
 
-def explanation(sequence: Sequence, drafts: Drafts, accepted_nodes: int, record: StepRecord) -> StepExplanation | None:
+class NodeCounts(NamedTuple):
+    """What became of one request's tree in one step."""
+
+    drafted: int
+    verified: int
+    accepted: int
+
+
+def explanation(sequence: Sequence, drafts: Drafts, nodes: NodeCounts, record: StepRecord) -> StepExplanation | None:
     """For a request that asked for it, why this step's tokens came as they did."""
     if not sequence.request.explain:
         return None
     return StepExplanation(
-        drafted_nodes=drafts.drafted_nodes.get(sequence.session_id, 0),
-        verified_nodes=len(drafts.tree(sequence)),
-        accepted_nodes=accepted_nodes,
+        drafted_nodes=nodes.drafted,
+        verified_nodes=nodes.verified,
+        accepted_nodes=nodes.accepted,
         price=record.price,
         plan_version=record.plan_version,
         batch_sequences=record.sequences,
@@ -87,7 +96,7 @@ def _reason(sequence: Sequence, drafts: Drafts) -> str:
         return "first token, from the prompt's own pass"
     if sequence.policy.max_depth == 0:
         return "policy off"
-    if drafts.pruning is not None and sequence.session_id in drafts.trees:
+    if drafts.pruning is not None and sequence.session_id in drafts.sessions:
         return drafts.pruning.reason + _target(sequence)
     return drafts.refusal or "no token but the last one is left to come"
 

@@ -6,16 +6,13 @@ emitted and the walk ends. Lossless for any tree, because which tokens were draf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
 from treeline.forest import Forest
 from treeline.plan import NodeOutcomes
-from treeline.tree import ROOT, DraftTree
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,7 @@ class Walk:
     """Result of verifying one tree.
 
     Attributes:
-        accepted: node indices of the accepted path, root first.
+        accepted: node indices within the tree of the accepted path, root first.
         tokens: tokens emitted: those of `accepted`, then the bonus token.
     """
 
@@ -31,38 +28,43 @@ class Walk:
     tokens: list[int]
 
 
-def target_walk(tree: DraftTree, own_tokens: Sequence[int]) -> Walk:
-    """Walk down `tree`. `own_tokens` [1 + n]: the target's own next token at the root, then at each node."""
-    if not len(tree):
-        return Walk([], [own_tokens[0]])
-    child = dict(zip(zip(tree.parents.tolist(), tree.token_ids.tolist(), strict=True), range(len(tree)), strict=True))
-    accepted: list[int] = []
-    token = own_tokens[0]
-    tokens = [token]
-    node = child.get((ROOT, token))
-    while node is not None:
-        accepted.append(node)
-        token = own_tokens[1 + node]
-        tokens.append(token)
-        node = child.get((node, token))
-    return Walk(accepted, tokens)
-
-
-def observed(tree: DraftTree, walk: Walk, sampled: bool) -> NodeOutcomes:
-    """The outcomes that the walk has shown: of every child of every node it reached."""
-    return all_observed(Forest.of([tree]), np.ones(len(tree), np.bool_), [walk], [sampled])
-
-
-def all_observed(forest: Forest, chosen: NDArray[np.bool_], walks: list[Walk], sampled: list[bool]) -> NodeOutcomes:
-    """`observed` of a batch.
+def target_walks(forest: Forest, own_tokens: list[int]) -> list[Walk]:
+    """Walk down every tree.
 
     Args:
-        chosen: bool [nodes] of the forest; the trees that were walked have only these.
+        own_tokens: [trees + n]; the target's own next token at each row of the pass: each tree's root, then its nodes.
+    """
+    # Trees of 2, 0 and 1 nodes have these rows: root 0, nodes 1 and 2; root 3; root 4, node 5.
+    # first_rows is [0, 3, 4]; a node's parent has row first_row + 1 + parent, which is the root's for ROOT = -1.
+    first_rows = forest.starts + np.arange(len(forest.sizes))
+    parent_rows = (first_rows[forest.tree_of] + 1 + forest.parents).tolist()
+    rows = (first_rows[forest.tree_of] + 1 + np.arange(len(parent_rows)) - forest.starts[forest.tree_of]).tolist()
+    child = dict(zip(zip(parent_rows, forest.token_ids.tolist(), strict=True), rows, strict=True))
+    walks = []
+    for first in first_rows.tolist():
+        token = own_tokens[first]
+        accepted, tokens = [], [token]
+        row = child.get((first, token))
+        while row is not None:
+            accepted.append(row - first - 1)
+            token = own_tokens[row]
+            tokens.append(token)
+            row = child.get((row, token))
+        walks.append(Walk(accepted, tokens))
+    return walks
+
+
+def observed(forest: Forest, chosen: NDArray[np.bool_], walks: list[Walk], sampled: list[bool]) -> NodeOutcomes:
+    """The outcomes that the walks have shown: of every chosen child of every node they reached.
+
+    Args:
+        chosen: bool [n]; the trees that were walked have only these nodes of the forest.
         walks, sampled: per tree, its walk, and whether its request is sampled.
     """
     kept = chosen.nonzero()[0]
-    ends = accumulate(np.bincount(forest.tree_of[kept], minlength=len(walks)).tolist(), initial=0)
-    places = [first + node for first, walk in zip(ends, walks, strict=False) for node in walk.accepted]
+    sizes = np.bincount(forest.tree_of[kept], minlength=len(walks))
+    starts = (sizes.cumsum() - sizes).tolist()
+    places = [first + node for first, walk in zip(starts, walks, strict=False) for node in walk.accepted]
     accepted = np.zeros(1 + len(chosen), np.bool_)  # roots first, as in `forest.jumps`
     accepted[0] = True
     accepted[1 + kept[np.asarray(places, np.intp)]] = True

@@ -11,8 +11,14 @@ import time
 import grpc
 
 from treeline.config import Config
-from treeline.drafting import Drafter, DraftReply, DraftRequest, FeatureSpec
-from treeline.drafting_wire import reply_from_proto, request_to_proto
+from treeline.drafting import (
+    Drafter,
+    DraftReply,
+    DraftRequest,
+    FeatureSpec,
+    reply_from_proto,
+    request_to_proto,
+)
 from treeline.errors import ConfigError
 from treeline.plan import Plan
 from treeline.rpc import Discover, connect
@@ -72,7 +78,7 @@ class GrpcLink:
     @property
     def ready(self) -> bool:
         connection = self._connection
-        return connection is not None and connection.pending is None
+        return connection is not None and connection.pending is None and connection.drafts
 
     @property
     def features(self) -> FeatureSpec | None:
@@ -180,8 +186,10 @@ class _Connection:
     """One open stream; used on the event loop alone.
 
     Attributes:
+        drafts: whether it has a model; without one there is nothing to ask for.
         features: what this drafter reads of the target's passes.
         pending: the request on its way.
+        refused: trees that were no trees.
     """
 
     def __init__(
@@ -197,6 +205,8 @@ class _Connection:
         self.pending: _Pending | None = None
         self._stream, self._vocab_size = stream, vocab_size
         self._lost, self._lost_s = lost, lost_s
+        self.drafts = info.vocab_size > 0
+        self.refused = 0
         self._plan: Plan | None = None  # as sent last
         self._late = 0  # answers in a row
 
@@ -213,13 +223,19 @@ class _Connection:
 
     def receive(self, message: pb.DraftResponse) -> None:
         """Raises ConnectionError if this is not the answer that is due, or too many were late."""
-        pending, self.pending = self.pending, None
+        pending = self.pending
         if pending is None or message.step_id != pending.request.step_id:
             raise ConnectionError("the drafter answered what it was not asked")
+        self.pending = None
         self._lost.reschedule(None)
-        reply = reply_from_proto(message)
-        for tree in reply.trees.values():
-            tree.check(self._vocab_size)
+        try:
+            reply = reply_from_proto(message, pending.request, self._vocab_size)
+        except ValueError as error:
+            pending.reply.set_result(None)
+            raise ConnectionError(f"the drafter's answer makes no sense: {error}") from None
+        if reply.refused and not self.refused:
+            logger.warning("%d trees of the drafter's answer are no trees; they are left out", reply.refused)
+        self.refused += reply.refused
         pending.reply.set_result(reply)
         self._late = self._late + 1 if asyncio.get_running_loop().time() > pending.late_at_s else 0
         if self._late >= MAX_LATE:

@@ -1,83 +1,215 @@
-"""Drafts that cost nothing: where a text repeats what it held before, the verifier itself goes on with it."""
+"""Drafts without a model: where a text repeats what it held before, it goes on as it did then.
+
+Known as prompt lookup decoding. The continuations are grafted into the draft model's trees: below the root, and below
+every node whose path ends as the text did before.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeline.tree import DraftTree, Source
+from planner.fast.acceptance import accepts
+from treeline.forest import Forest
+from treeline.plan import DEPTHS, Calibration
+from treeline.tree import ROOT, Source
 
 GRAM = 2
-"""So many tokens must have stood together before."""
+"""Tokens that must have stood together before: of one token alone the continuation is rarely right."""
 MAX_AGREED = 16
-LONGEST = 256
-"""Most nodes of a copy: no tree may have more (`limits.max_tree_nodes`)."""
-NONE = -1
+"""Further tokens that agree make a continuation no surer."""
+_ODDS = np.minimum(np.arange(MAX_AGREED + 1), MAX_AGREED) ** 1.5 / 4
+PROBS: list[float] = (_ODDS / (1 + _ODDS)).tolist()
+"""How surely a text goes on as before, by the number of tokens that agree. Odds of agreed^1.5 to 4, as measured."""
 
 
-class Copying:
-    """Where each request's text last held its present end. A step costs two dictionary look-ups per new token."""
+class Allowance(NamedTuple):
+    """What one tree may have grafted into it: at most so many new nodes, and none deeper than `max_depth`."""
+
+    session_id: int
+    sampled: bool
+    nodes: int
+    max_depth: int
+
+
+class PromptLookup:
+    """An index of every request's text. A step costs two dictionary look-ups per new token, and one per draft node."""
 
     def __init__(self) -> None:
         self._texts: dict[int, _Text] = {}
+        self._calibration: Calibration | None = None
+        self._accepts: list[list[list[float]]] = []
 
     def read(self, session_id: int, token_ids: list[int]) -> float:
-        """How sure `token_ids`, which may only have grown, go on as before; 0 if their end is new."""
+        """How surely `token_ids`, which may only have grown since, go on as before; 0 if their end is new."""
         text = self._texts.setdefault(session_id, _Text())
         text.read(token_ids)
-        return 0.0 if text.follows == NONE else _PROBS.item(min(text.agreed, MAX_AGREED))
-
-    def chain(self, session_id: int, token_ids: list[int], max_nodes: int) -> DraftTree:
-        """What followed then; empty if the end is new. `token_ids`: as they were read."""
-        text, nodes = self._texts[session_id], min(max_nodes, LONGEST)
-        if text.follows == NONE or nodes < 1:
-            return DraftTree.empty()
-        copied = token_ids[text.follows : text.follows + nodes]
-        copied = (copied * -(-nodes // len(copied)))[:nodes]  # past its own end a text goes on with its draft
-        first = min(text.agreed, MAX_AGREED)
-        probs = _PROBS[first : first + nodes]
-        return DraftTree(np.asarray(copied, np.int32), _PARENTS[:nodes], probs, _RANKS[:nodes], _SOURCES[:nodes])
+        return PROBS[min(text.agreed, MAX_AGREED)] if text.follows is not None else 0.0
 
     def forget(self, session_id: int) -> None:
         self._texts.pop(session_id, None)
 
+    def graft(self, forest: Forest, allowances: list[Allowance], calibration: Calibration) -> Forest:
+        """The forest with what the texts go on with. `allowances`: one a tree; the texts as they were read.
+
+        Of a node that both propose, the source with the higher calibrated acceptance stays.
+        """
+        own = np.asarray([allowance.sampled for allowance in allowances], np.bool_)[forest.tree_of]
+        worth = accepts(calibration, forest.sources, forest.depths, forest.draft_probs, own).tolist()
+        table = self._table(calibration)
+        grafts = []
+        for tree, (allowance, first) in enumerate(zip(allowances, forest.starts.tolist(), strict=True)):
+            if min(allowance.nodes, allowance.max_depth) > 0:
+                nodes = slice(first, first + forest.sizes.item(tree))
+                text = self._texts[allowance.session_id]
+                grafts.append(_Graft(tree, forest, nodes, worth[nodes], text, allowance, table[allowance.sampled]))
+        grafts = [graft for graft in grafts if graft.grow()]
+        if not grafts:
+            return forest
+        probs, sources = forest.draft_probs.copy(), forest.sources.copy()
+        for graft in grafts:
+            for node, prob in graft.overruled.items():
+                probs[graft.first + node], sources[graft.first + node] = prob, Source.NGRAM
+        # New nodes go behind their tree's own: a, b of tree 0, c of tree 1 and a new x of tree 0 become a, b, x, c.
+        of_new = np.repeat([graft.tree for graft in grafts], [len(graft.token_ids) for graft in grafts])
+        trees = np.concatenate([forest.tree_of, of_new])
+        order = np.argsort(trees, kind="stable")
+        own_columns: tuple[NDArray, ...] = (forest.token_ids, forest.parents, probs, forest.ranks, sources)
+        columns = (
+            np.concatenate([own, np.asarray([value for column in new for value in column], own.dtype)])[order]
+            for own, new in zip(own_columns, zip(*(graft.columns for graft in grafts), strict=True), strict=True)
+        )
+        return Forest(np.bincount(trees, minlength=len(forest.sizes)), *columns)
+
+    def _table(self, calibration: Calibration) -> list[list[list[float]]]:
+        """[sampled][depth][agreed]: calibrated acceptance of a looked-up node; the last depth is for deeper ones."""
+        if calibration is not self._calibration:
+            sampled, depths, probs = np.meshgrid([False, True], np.arange(DEPTHS + 1), PROBS, indexing="ij")
+            sources = np.full(probs.shape, Source.NGRAM, np.uint8)
+            worth = accepts(calibration, sources, np.maximum(depths, 1), probs.astype(np.float32), sampled)
+            self._calibration, self._accepts = calibration, worth.tolist()
+        return self._accepts
+
 
 class _Text:
-    """One text as far as it was read: what follows each n-gram, and the earlier place that its end agrees with.
+    """One text as far as it was read.
 
     Attributes:
-        follows: index of the token that followed there, or NONE.
+        token_ids: the text itself.
+        newest: for each n-gram, the index of the token that followed where it stood last.
+        follows: index of the token that followed where the text's end stood before; None if that is new.
         agreed: how many tokens before it agree.
     """
 
     def __init__(self) -> None:
-        self.follows, self.agreed = NONE, 0
+        self.token_ids: list[int] = []
+        self.newest: dict[tuple[int, int], int] = {}
+        self.follows: int | None = None
+        self.agreed = 0
         self._read = 0
-        self._newest: dict[tuple[int, ...], int] = {}
 
     def read(self, token_ids: list[int]) -> None:
         for index in range(self._read, len(token_ids)):
-            if self.follows != NONE and token_ids[self.follows] == token_ids[index]:
+            if self.follows is not None and token_ids[self.follows] == token_ids[index]:
                 self.follows, self.agreed = self.follows + 1, self.agreed + 1
             else:
-                self.follows, self.agreed = NONE, 0
-            gram = tuple(token_ids[max(0, index - GRAM + 1) : index + 1])
-            if self.follows == NONE and gram in self._newest:
-                self.follows, self.agreed = self._newest[gram], GRAM
-            if len(gram) == GRAM:
-                self._newest[gram] = index + 1
-        self._read = len(token_ids)
+                self.follows, self.agreed = None, 0
+            if index == 0:
+                continue
+            gram = token_ids[index - 1], token_ids[index]
+            if self.follows is None and gram in self.newest:
+                self.follows, self.agreed = self.newest[gram], GRAM
+            self.newest[gram] = index + 1
+        self._read, self.token_ids = len(token_ids), token_ids
 
 
-def _probs() -> NDArray[np.float32]:
-    """float32 [MAX_AGREED + LONGEST]: how surely a copy goes on that agrees in so many tokens.
+class _Graft:
+    """What one text adds to one tree.
 
-    Measured odds of agreed^1.5 to 4, and no better from MAX_AGREED on.
+    Attributes:
+        token_ids, parents, draft_probs, ranks: columns of the new nodes.
+        overruled: new probability by node of the tree, for nodes that the text is surer of than the draft model.
     """
-    odds = np.minimum(np.arange(MAX_AGREED + LONGEST), MAX_AGREED) ** 1.5 / 4
-    return (odds / (1 + odds)).astype(np.float32)
 
+    def __init__(
+        self,
+        tree: int,
+        forest: Forest,
+        nodes: slice,
+        worth: list[float],
+        text: _Text,
+        allowance: Allowance,
+        accepts: list[list[float]],
+    ) -> None:
+        """`worth`: calibrated acceptance of the tree's own `nodes`. `accepts`: see `PromptLookup._table`."""
+        self.tree, self.first = tree, nodes.start
+        self.token_ids, self.parents, self.draft_probs, self.ranks = (
+            list[int](),
+            list[int](),
+            list[float](),
+            list[int](),
+        )
+        self.overruled: dict[int, float] = {}
+        self._text, self._allowance, self._worth, self._accepts = text, allowance, worth, accepts
+        self._tokens, self._above = forest.token_ids[nodes].tolist(), forest.parents[nodes].tolist()
+        self._depths = forest.depths[nodes].tolist()
+        self._child = dict(zip(zip(self._above, self._tokens, strict=True), range(len(self._tokens)), strict=True))
+        self._children = dict[int, int]()
+        for parent in self._above:
+            self._children[parent] = self._children.get(parent, 0) + 1
 
-# The columns of all copies, which only have to be cut to length.
-_PARENTS, _PROBS = np.arange(-1, LONGEST - 1, dtype=np.int32), _probs()
-_RANKS, _SOURCES = np.zeros(LONGEST, np.uint8), np.full(LONGEST, Source.NGRAM, np.uint8)
+    @property
+    def columns(self) -> tuple[list[int], list[int], list[float], list[int], list[int]]:
+        """Of the new nodes, in the order of the forest's."""
+        return self.token_ids, self.parents, self.draft_probs, self.ranks, [Source.NGRAM] * len(self.token_ids)
+
+    def grow(self) -> bool:
+        """Whether the text had anything to add."""
+        text, newest = self._text, self._text.newest
+        if text.follows is not None:
+            self._offer(ROOT, 0, text.follows, text.agreed)
+        last = text.token_ids[-1]
+        for node, (token, parent) in enumerate(zip(self._tokens, self._above, strict=True)):
+            follows = newest.get((last if parent == ROOT else self._tokens[parent], token))
+            if follows is not None and follows < len(text.token_ids):  # else the path repeats the very end
+                self._offer(node, self._depths[node], follows, self._agreed(node, follows))
+        return bool(self.token_ids or self.overruled)
+
+    def _offer(self, node: int, depth: int, follows: int, agreed: int) -> None:
+        """Go on below `node` with the text from `follows` on; past its end a text goes on with its own continuation."""
+        text, own = self._text.token_ids, len(self._tokens)
+        period = len(text) - follows
+        for step in range(self._allowance.max_depth - depth):
+            token, agreed = text[follows + step % period], min(agreed + (step > 0), MAX_AGREED)
+            at = self._child.get((node, token))
+            if at is None:
+                if len(self.token_ids) == self._allowance.nodes:
+                    return
+                at = own + len(self.token_ids)
+                self._child[node, token] = at
+                self.token_ids.append(token)
+                self.parents.append(node)
+                self.draft_probs.append(PROBS[agreed])
+                rank = self._children.get(node, 0)
+                self._children[node] = rank + 1
+                self.ranks.append(rank)
+            elif at < own:
+                worth = self._accepts[min(depth + step + 1, DEPTHS)][agreed]
+                if worth > self._worth[at]:
+                    self._worth[at], self.overruled[at] = worth, PROBS[agreed]
+            node = at
+
+    def _agreed(self, node: int, follows: int) -> int:
+        """How many tokens before `follows` stand, in the same order, at the end of the text and the path to `node`."""
+        text = self._text.token_ids
+        agreed, back = 0, follows - 1
+        while node != ROOT and back >= 0 and agreed < MAX_AGREED and text[back] == self._tokens[node]:
+            node, back, agreed = self._above[node], back - 1, agreed + 1
+        if node != ROOT:
+            return agreed
+        end = len(text) - 1
+        while back >= 0 and agreed < MAX_AGREED and text[back] == text[end]:
+            back, end, agreed = back - 1, end - 1, agreed + 1
+        return agreed

@@ -17,11 +17,11 @@ from treeline.config import LimitsConfig
 from treeline.drafting import DraftLink, DraftReply, DraftRequest, DraftSequence, DraftStats
 from treeline.forest import Forest
 from treeline.plan import Plan
-from treeline.tree import DraftTree, Source
+from treeline.tree import Source
 from verifier_svc.engine.scheduler import Batch, Scheduler
 from verifier_svc.engine.sequence import Sequence, weights_of
 from verifier_svc.speculation.hidden_states import HiddenStates
-from verifier_svc.speculation.prompt_lookup import Copying
+from verifier_svc.speculation.prompt_lookup import Allowance, PromptLookup
 
 PATIENCE, PATIENCE_FLOOR_S = 4.0, 0.01
 """A draft is waited for four times as long as predicted, and 10 ms. The prediction scatters by 15 % (the cost tracker's
@@ -36,26 +36,24 @@ class Drafts:
     """The trees of one step and how they came about; without trees, why.
 
     Attributes:
-        trees: by session id, after pruning; drafted requests only, perhaps with an empty tree.
-        drafted_nodes: nodes before pruning, by session id.
-        forest: the trees of all decoding requests before pruning; None if nothing was drafted, as `pruning` is.
+        kept: the trees of all decoding requests as they are verified.
+        forest: the same before pruning.
+        sessions: drafted requests, perhaps with an empty tree.
+        pruning: None if nothing was drafted.
         stats: the drafter's own account; empty if it was not asked.
         draft_s: seconds that drafting took: messages, waiting for the drafter, pruning.
         predicted_verify_s: of the pass to come, by the plan.
         refusal: why nothing was drafted; empty if something was.
     """
 
-    trees: dict[int, DraftTree]
-    drafted_nodes: dict[int, int]
-    forest: Forest | None
+    kept: Forest
+    forest: Forest
+    sessions: frozenset[int]
     pruning: Pruning | None
     stats: DraftStats
     draft_s: float
     predicted_verify_s: float
     refusal: str = ""
-
-    def tree(self, sequence: Sequence) -> DraftTree:
-        return self.trees.get(sequence.session_id, DraftTree.empty())
 
 
 class Asked(NamedTuple):
@@ -81,12 +79,12 @@ class Speculator:
         """
         Args:
             timeout_s: longest wait for a draft.
-            looks_up: draft from the request's own text while the drafter is not asked.
+            looks_up: graft continuations from each request's own text into its tree.
         """
         self.link = link
         self.hidden_states = hidden_states
         self.gate = DraftGate()
-        self._lookup = Copying() if looks_up else None
+        self._lookup = PromptLookup() if looks_up else None
         self._scheduler = scheduler
         self._limits = limits
         self._timeout_s = timeout_s
@@ -125,9 +123,15 @@ class Speculator:
             drafts = self._looked_up(batch, weights, plan, "the drafter did not answer in time")
             return replace(drafts, draft_s=late_s)
         self._note_held(messages, asked, reply)
-        forest = _checked(batch.decoding, messages, reply)
+        sessions = frozenset(message.session_id for message in messages)
+        places = [place for place, s in enumerate(batch.decoding) if s.session_id in sessions]
+        forest = reply.forest.spread(places, len(batch.decoding))
+        if self._lookup is not None:
+            for sequence in batch.decoding:
+                self._lookup.read(sequence.session_id, sequence.token_ids)
+            forest = self._grafted(self._lookup, batch.decoding, forest, plan)
         draft_s = self._clock() - started_s
-        drafts = self._pruned(batch, forest, {m.session_id for m in messages}, weights, plan, draft_s, reply.stats)
+        drafts = self._pruned(batch, forest, sessions, weights, plan, draft_s, reply.stats)
         drafts = replace(drafts, draft_s=self._clock() - started_s)  # pruning is part of what drafting takes
         if decision.requests:
             self._note_offer(batch, drafts, decision)
@@ -163,7 +167,8 @@ class Speculator:
         if decision.requests < len(priced):
             # A probe is cheapest with the requests that have the least to catch up.
             priced.sort(key=lambda one: one.sequence.behind_tokens)
-        return asked + priced[: decision.requests], decision
+        chosen = {one.sequence.session_id for one in asked + priced[: decision.requests]}
+        return [one for one in wanting if one.sequence.session_id in chosen], decision
 
     def _depth(self, sequence: Sequence, plan: Plan) -> int:
         """The deepest tree that is of use now. The last token to come needs no draft: it is the bonus token."""
@@ -220,25 +225,23 @@ class Speculator:
         self,
         batch: Batch,
         forest: Forest,
-        drafted: set[int],
+        sessions: frozenset[int],
         weights: dict[int, float],
         plan: Plan,
         draft_s: float,
         stats: DraftStats,
     ) -> Drafts:
-        """What the rule keeps of the trees of all decoding requests. `drafted`: the sessions that were drafted for."""
-        sessions = [s.session_id for s in batch.decoding]
+        """What the rule keeps of the trees of all decoding requests. `sessions`: those that were drafted for."""
         requests = Requests(
-            np.asarray([weights[session] for session in sessions], np.float32),
+            np.asarray([weights[s.session_id] for s in batch.decoding], np.float32),
             np.asarray([not s.request.sampling.greedy for s in batch.decoding]),
             np.asarray([s.policy.priced for s in batch.decoding]),
         )
         pruning = prune_batch(forest, requests, plan.calibration, batch.prices, draft_s)
-        kept = zip(sessions, forest.select(pruning.chosen), strict=True)
         return Drafts(
-            trees={session: tree for session, tree in kept if session in drafted},
-            drafted_nodes={s: size for s, size in zip(sessions, forest.sizes, strict=True) if s in drafted},
+            kept=forest.select(pruning.chosen),
             forest=forest,
+            sessions=sessions,
             pruning=pruning,
             stats=stats,
             draft_s=draft_s,
@@ -248,56 +251,50 @@ class Speculator:
     def _note_offer(self, batch: Batch, drafts: Drafts, decision: Decision) -> None:
         """Tell the gate what drafting offered the priced requests, and what it took."""
         forest, pruning, stats = drafts.forest, drafts.pruning, drafts.stats
-        assert forest is not None
         assert pruning is not None
         priced = np.asarray([s.policy.priced for s in batch.decoding])[forest.tree_of]
         gains = pruning.gains[priced & (forest.sources != Source.NGRAM)]
         offer = Offer(decision.requests, gains, stats.layer_nodes)
-        caught_up = catches_up(stats.catch_up_tokens, len(drafts.trees))
+        caught_up = catches_up(stats.catch_up_tokens, len(drafts.sessions))
         self.gate.drafted(offer, min(drafts.draft_s, decision.expected_s), caught_up)
 
+    def _grafted(self, lookup: PromptLookup, decoding: list[Sequence], forest: Forest, plan: Plan) -> Forest:
+        """The forest with continuations from the requests' own texts.
+
+        The rule weighs them against the drafter's nodes. A fixed policy gets them only where it got no tree.
+        """
+        allowances = []
+        for sequence, size in zip(decoding, forest.sizes.tolist(), strict=True):
+            fits = sequence.policy.priced or not size
+            nodes = self._scheduler.tree_nodes(sequence.request) - size if fits else 0
+            sampled, depth = not sequence.request.sampling.greedy, self._depth(sequence, plan)
+            allowances.append(Allowance(sequence.session_id, sampled, nodes, depth))
+        return lookup.graft(forest, allowances, plan.calibration)
+
     def _looked_up(self, batch: Batch, weights: dict[int, float], plan: Plan, refusal: str) -> Drafts:
-        """Continuations from the priced requests' own texts, if they pay: they need neither message nor model."""
+        """Continuations from the requests' own texts, if they pay: they need neither message nor model."""
         prices, decoding = batch.prices, batch.decoding
-        none = Drafts({}, {}, None, None, DraftStats(), 0.0, prices.undrafted_s, refusal)
-        priced = [s for s in decoding if s.policy.priced]
-        if self._lookup is None or not priced:
+        empty = Forest.empty(len(decoding))
+        none = Drafts(empty, empty, frozenset(), None, DraftStats(), 0.0, prices.undrafted_s, refusal)
+        wanting = [s for s in decoding if self._depth(s, plan) > 0]
+        if self._lookup is None or not wanting:
             return none
-        margin = LOOKUP_MARGIN * len(decoding)
-        least = prices.least_gain(margin)
-        if max([weights[s.session_id] for s in priced]) < least:
+        probs = np.asarray([self._lookup.read(s.session_id, s.token_ids) for s in wanting], np.float32)
+        if not probs.any():
             return none
-        probs = np.asarray([self._lookup.read(s.session_id, s.token_ids) for s in priced], np.float32)
-        sampled = np.asarray([not s.request.sampling.greedy for s in priced])
-        sources = np.full(len(priced), Source.NGRAM, np.uint8)
-        first = accepts(plan.calibration, sources, np.asarray(1), probs, sampled) * (probs > 0)
-        if (first * [weights[s.session_id] for s in priced]).max() < least:
-            return none
-        found = {
-            s.session_id: self._lookup.chain(s.session_id, s.token_ids, min(self._nodes(s, plan), self._depth(s, plan)))
-            for s, prob in zip(priced, probs.tolist(), strict=True)
-            if prob
-        }
-        forest = Forest.of([found.get(s.session_id, DraftTree.empty()) for s in decoding])
-        sessions = {session for session, tree in found.items() if len(tree)}
-        drafts = self._pruned(batch, forest, sessions, weights, plan, 0.0, DraftStats())
+        must_pay, margin = all(s.policy.priced for s in wanting), LOOKUP_MARGIN * len(decoding)
+        if must_pay:
+            sampled = np.asarray([not s.request.sampling.greedy for s in wanting])
+            sources = np.full(len(wanting), Source.NGRAM, np.uint8)
+            first = accepts(plan.calibration, sources, np.asarray(1), probs, sampled) * (probs > 0)
+            if (first * [weights[s.session_id] for s in wanting]).max() < prices.least_gain(margin):
+                return none
+        for sequence in decoding:
+            self._lookup.read(sequence.session_id, sequence.token_ids)
+        forest = self._grafted(self._lookup, decoding, empty, plan)
+        found = frozenset(s.session_id for s, size in zip(decoding, forest.sizes.tolist(), strict=True) if size)
+        drafts = self._pruned(batch, forest, found, weights, plan, 0.0, DraftStats())
         assert drafts.pruning is not None
         gain = drafts.pruning.expected_tokens - len(decoding)
         pays = gain - drafts.pruning.price * (drafts.predicted_verify_s - prices.undrafted_s) > margin
-        return drafts if pays else none
-
-
-def _checked(decoding: list[Sequence], messages: list[DraftSequence], reply: DraftReply) -> Forest:
-    """The trees of all that decode. One larger or deeper than was allowed is dropped: memory is reserved for less."""
-    trees = dict.fromkeys([s.session_id for s in decoding], DraftTree.empty())
-    depths = dict.fromkeys(trees, 0)
-    for message in messages:
-        tree = reply.trees.get(message.session_id, DraftTree.empty())
-        if len(tree) <= message.max_nodes:
-            trees[message.session_id], depths[message.session_id] = tree, message.max_depth
-    forest = Forest.of(list(trees.values()))
-    too_deep = (forest.depths > np.asarray(list(depths.values()))[forest.tree_of]).nonzero()[0]
-    if not len(too_deep):
-        return forest
-    cut = {*forest.tree_of[too_deep].tolist()}
-    return Forest.of([DraftTree.empty() if index in cut else tree for index, tree in enumerate(forest.trees)])
+        return drafts if pays or not must_pay else none

@@ -11,8 +11,9 @@ from planner.policies.smart import SPARE
 from planner.service.loop import DEAD_BAND, PlanMaker, VerifierState
 from tests.planner.builders import Drafted, prune, record
 from treeline.config import LimitsConfig, PlannerConfig
+from treeline.forest import Forest
 from treeline.plan import CostCurve, CostModel, Plan, VerifierProfile
-from treeline.tree import ROOT, DraftTree
+from treeline.tree import ROOT
 
 SMART = parse_policy("smart")
 INTERVAL_S = 0.25
@@ -27,14 +28,14 @@ CURVES = tuple(
 TRUTH = CostModel(CURVES)
 
 
-def bushy_tree() -> DraftTree:
+def bushy_tree() -> Forest:
     """Two children under every node of a path, five layers deep."""
     parents, probs, on_path = [], [], ROOT
     for _ in range(5):
         parents += [on_path, on_path]
         on_path = len(parents) - 2
         probs += [0.7, 0.2]
-    return DraftTree.build(list(range(10)), parents, probs)
+    return Forest.of_tree(list(range(10)), parents, probs)
 
 
 class World:

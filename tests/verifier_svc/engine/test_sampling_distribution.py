@@ -12,8 +12,8 @@ from planner.fast.builtin_plan import builtin_plan
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from treeline.config import Config, LimitsConfig, ModelConfig, VerifierConfig
 from treeline.drafting import DraftReply, DraftRequest
+from treeline.forest import Forest
 from treeline.sampling import SamplingParams
-from treeline.tree import DraftTree
 from verifier_svc.engine.engine import Engine
 from verifier_svc.engine.request import Chunk, GenerationRequest
 from verifier_svc.speculation.link import LocalLink
@@ -44,22 +44,22 @@ class LikelyDrafter:
         self._count = 0
 
     def draft(self, request: DraftRequest) -> DraftReply:
-        trees = {}
+        trees = []
         for sequence in request.sequences:
             self._count += 1
-            trees[sequence.session_id] = self._tree(tuple(sequence.token_ids[sequence.length - sequence.start - 1 :]))
-        return DraftReply(request.step_id, trees)
+            trees.append(self._tree(tuple(sequence.token_ids[sequence.length - sequence.start - 1 :])))
+        return DraftReply(request.step_id, Forest.join([Forest.empty(0), *trees]))
 
-    def _tree(self, root: tuple[int, ...]) -> DraftTree:
+    def _tree(self, root: tuple[int, ...]) -> Forest:
         best = self._top[root]
         shape = self._count % 4
         if shape == 0:
-            return DraftTree.empty()
+            return Forest.empty(1)
         if shape == 1:
-            return DraftTree.build(best[:1], [-1])
+            return Forest.of_tree(best[:1], [-1])
         if shape == 2:
-            return DraftTree.build(best[:4], [-1] * 4)
-        return DraftTree.build([*best[:3], 5, 6, 7], [-1, -1, -1, 0, 0, 1])
+            return Forest.of_tree(best[:4], [-1] * 4)
+        return Forest.of_tree([*best[:3], 5, 6, 7], [-1, -1, -1, 0, 0, 1])
 
     def close(self) -> None:
         pass

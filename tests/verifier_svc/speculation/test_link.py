@@ -6,12 +6,15 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import grpc
+import numpy as np
 
 from planner.fast.builtin_plan import builtin_plan
 from treeline.config import Config, VerifierConfig
 from treeline.drafting import DraftRequest, DraftSequence
+from treeline.forest import Forest, forest_to_proto
 from treeline.rpc import bind, new_server
 from treeline.sampling import SamplingParams
 from treeline.v1 import drafting_pb2 as pb
@@ -25,7 +28,7 @@ Behaviour = Callable[[pb.DraftRequest], "pb.DraftResponse | Exception | None"]
 
 
 def good(request: pb.DraftRequest) -> pb.DraftResponse:
-    return pb.DraftResponse(step_id=request.step_id)
+    return pb.DraftResponse(step_id=request.step_id, forest=forest_to_proto(Forest.of_tree([5], [-1])))
 
 
 class ScriptedDrafter(DraftingServiceServicer):
@@ -45,7 +48,9 @@ class ScriptedDrafter(DraftingServiceServicer):
         return endpoint
 
     async def GetDrafterInfo(self, request, context) -> pb.GetDrafterInfoResponse:
-        return pb.GetDrafterInfoResponse(drafter="scripted", sessions=self.sessions, streams=self.streams)
+        return pb.GetDrafterInfoResponse(
+            drafter="scripted", vocab_size=100, sessions=self.sessions, streams=self.streams
+        )
 
     async def Draft(self, request_iterator, context) -> AsyncIterator[pb.DraftResponse]:
         self.streams += 1
@@ -201,3 +206,32 @@ def test_a_verifier_moves_when_its_drafter_is_always_late(monkeypatch):
         assert len(late.requests) == MAX_LATE
 
     with_drafters(2, use, monkeypatch)
+
+
+def test_a_bad_tree_costs_its_step_a_tree_and_nothing_else(monkeypatch):
+    async def use(steps: Steps, drafter: ScriptedDrafter) -> None:
+        await steps.ready()
+        bad = replace(Forest.of_tree([5], [-1]), sources=np.asarray([3], np.uint8))
+        drafter.answer = lambda request: pb.DraftResponse(step_id=request.step_id, forest=forest_to_proto(bad))
+        reply = await steps.draft()
+        assert reply is not None
+        assert (reply.forest.sizes.tolist(), reply.refused) == ([0], 1)
+        drafter.answer = good
+        reply = await steps.draft()
+        assert reply is not None
+        assert reply.forest.sizes.tolist() == [1]
+        assert drafter.streams == 1
+
+    with_drafters(1, use, monkeypatch)
+
+
+def test_a_senseless_answer_costs_the_stream(monkeypatch):
+    async def use(steps: Steps, drafter: ScriptedDrafter) -> None:
+        await steps.ready()
+        drafter.answer = lambda request: pb.DraftResponse(step_id=request.step_id)
+        assert await steps.draft() is None
+        drafter.answer = good
+        await steps.ready()
+        assert await steps.draft() is not None
+
+    with_drafters(1, use, monkeypatch)

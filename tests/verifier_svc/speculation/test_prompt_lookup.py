@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from treeline.tree import DraftTree, Source
-from verifier_svc.speculation.prompt_lookup import Copying
+from planner.fast.acceptance import prior
+from treeline.forest import Forest, checked
+from treeline.tree import ROOT, Source
+from verifier_svc.speculation.prompt_lookup import Allowance, PromptLookup
+
+PRIOR = prior()
 
 
-def chain(copying: Copying, token_ids: list[int], nodes: int = 4, session_id: int = 1) -> DraftTree:
-    sure = copying.read(session_id, token_ids)
-    tree = copying.chain(session_id, token_ids, nodes)
+def chain(lookup: PromptLookup, token_ids: list[int], nodes: int = 4, session_id: int = 1) -> Forest:
+    sure = lookup.read(session_id, token_ids)
+    tree = lookup.graft(Forest.empty(1), [Allowance(session_id, False, nodes, 32)], PRIOR)
     assert tree.draft_probs[:1].tolist() == pytest.approx([sure] if sure and nodes else [])
     return tree
 
 
+def grafted(trees: list[Forest], texts: list[list[int]], nodes: int = 16, depth: int = 6) -> Forest:
+    lookup = PromptLookup()
+    for session_id, text in enumerate(texts):
+        lookup.read(session_id, text)
+    allowances = [Allowance(session_id, False, nodes, depth) for session_id in range(len(texts))]
+    return lookup.graft(Forest.join(trees), allowances, PRIOR)
+
+
+def paths(tree: Forest) -> list[tuple[int, ...]]:
+    found: list[tuple[int, ...]] = []
+    for token, parent in zip(tree.token_ids.tolist(), tree.parents.tolist(), strict=True):
+        found.append((*(found[parent] if parent != ROOT else ()), token))
+    return found
+
+
 def copied(token_ids: list[int], nodes: int = 4) -> list[int]:
-    return chain(Copying(), token_ids, nodes).token_ids.tolist()
+    return chain(PromptLookup(), token_ids, nodes).token_ids.tolist()
 
 
 def test_what_followed_before_is_proposed_again():
@@ -43,20 +63,62 @@ def test_past_the_end_of_the_text_a_loop_goes_on():
 
 
 def test_a_growing_text_is_read_on_from_where_it_was():
-    copying, text = Copying(), [1, 2, 3, 4, 5, 6, 1, 2]
-    assert chain(copying, text, 2).token_ids.tolist() == [3, 4]
-    assert chain(copying, [*text, 3, 4], 2).token_ids.tolist() == [5, 6]
-    assert not len(chain(copying, [*text, 3, 4, 9]))
-    assert chain(copying, text, 1, session_id=2).token_ids.tolist() == [3], "each session has a text of its own"
-    copying.forget(1)
-    assert not len(chain(copying, [1, 2, 3]))
+    lookup, text = PromptLookup(), [1, 2, 3, 4, 5, 6, 1, 2]
+    assert chain(lookup, text, 2).token_ids.tolist() == [3, 4]
+    assert chain(lookup, [*text, 3, 4], 2).token_ids.tolist() == [5, 6]
+    assert not len(chain(lookup, [*text, 3, 4, 9]))
+    assert chain(lookup, text, 1, session_id=2).token_ids.tolist() == [3], "each session has a text of its own"
+    lookup.forget(1)
+    assert not len(chain(lookup, [1, 2, 3]))
 
 
 def test_the_longer_a_copy_the_surer_it_is():
-    short = chain(Copying(), [1, 2, 3, 1, 2], 1)
-    long = chain(Copying(), [*range(1, 12), *range(1, 11)], 3)
+    short = chain(PromptLookup(), [1, 2, 3, 1, 2], 1)
+    long = chain(PromptLookup(), [*range(1, 12), *range(1, 11)], 3)
     assert short.sources.tolist() == [Source.NGRAM]
     assert 0.3 < short.draft_probs[0] < 0.5
     assert 0.85 < long.draft_probs[0] < long.draft_probs[1] < 0.95
     assert long.parents.tolist() == [-1, 0, 1]
-    long.check(100)
+
+
+TEXT = [1, 2, 3, 4, 5, 6, 9, 2, 3]
+
+
+def test_the_text_goes_on_below_the_root_beside_the_models_nodes():
+    tree = grafted([Forest.of_tree([7, 8], [ROOT, 0], [0.6, 0.5])], [TEXT], depth=3)
+    assert paths(tree) == [(7,), (7, 8), (4,), (4, 5), (4, 5, 6)]
+    assert tree.ranks.tolist() == [0, 0, 1, 0, 0], "behind the model's own choices"
+    assert tree.sources.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_it_goes_on_below_nodes_whose_path_ends_as_the_text_did_before():
+    tree = grafted([Forest.of_tree([7, 1, 2], [ROOT, 0, 1], [0.6, 0.5, 0.9])], [[1, 2, 3, 4, 8]], depth=5)
+    assert paths(tree) == [(7,), (7, 1), (7, 1, 2), (7, 1, 2, 3), (7, 1, 2, 3, 4)]
+
+
+def test_a_node_that_both_propose_is_there_once_from_the_surer_one():
+    sure, unsure = (grafted([Forest.of_tree([4], [ROOT], [prob])], [TEXT], depth=1) for prob in (0.95, 0.05))
+    assert (paths(sure), sure.sources.tolist()) == ([(4,)], [Source.MODEL])
+    assert (paths(unsure), unsure.sources.tolist()) == ([(4,)], [Source.NGRAM])
+    assert unsure.draft_probs[0] > 0.3
+
+
+def test_every_tree_of_a_batch_gets_its_own_and_stays_within_its_allowance():
+    random = np.random.default_rng(4)
+    for _ in range(100):
+        count = int(random.integers(1, 5))
+        texts = [random.integers(0, 4, random.integers(1, 40)).tolist() for _ in range(count)]
+        trees = []
+        for _ in texts:
+            n = int(random.integers(0, 8))
+            rows = {(int(random.integers(-1, i)) if i else -1, int(random.integers(4))) for i in range(n)}
+            rows = sorted(row for row in rows if row[0] < len(rows))
+            rows = [(p, t) for i, (p, t) in enumerate(rows) if p < i]
+            trees.append(Forest.of_tree([t for _, t in rows], [p for p, _ in rows], [0.4] * len(rows)))
+        forest = grafted(trees, texts, nodes=5, depth=6)
+        sizes = np.asarray([len(tree) for tree in trees])
+        assert checked(forest, sizes + 5, np.full(count, 8), 4)[1] == 0
+        for index, (tree, text) in enumerate(zip(trees, texts, strict=True)):
+            alone = grafted([tree], [text], nodes=5, depth=6)
+            assert paths(forest.tree(index)) == paths(alone)
+            assert paths(alone)[: len(tree)] == paths(tree)

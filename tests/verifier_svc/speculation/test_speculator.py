@@ -12,9 +12,9 @@ from planner.fast.gate import PROBE_REQUESTS
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from treeline.config import Config, DrafterConfig, LimitsConfig, ModelConfig, VerifierConfig
 from treeline.drafting import DraftReply, DraftRequest
+from treeline.forest import Forest
 from treeline.plan import CostCurve, CostModel, Plan
 from treeline.sampling import SamplingParams
-from treeline.tree import DraftTree
 from verifier_svc.engine.detokenizer import Detokenizer
 from verifier_svc.engine.engine import Engine
 from verifier_svc.engine.request import Chunk, GenerationRequest
@@ -56,9 +56,10 @@ class ChainLink:
             self.asked.append(len(request.sequences))
             self.weights.append([sequence.weight for sequence in request.sequences])
             self.limits_s.append(timeout_s)
-        tree = DraftTree.build([5, 6, 7, 8], [-1, 0, 1, 2], [0.7] * 4)
-        drafted = {s.session_id: tree for s in request.sequences if s.max_nodes >= 4 and s.max_depth >= 4}
-        return DraftReply(request.step_id, drafted)
+        tree = Forest.of_tree([5, 6, 7, 8], [-1, 0, 1, 2], [0.7] * 4)
+        fits = [s.max_nodes >= 4 and s.max_depth >= 4 for s in request.sequences]
+        forest = Forest.join([Forest.empty(0), *(tree if each else Forest.empty(1) for each in fits)])
+        return DraftReply(request.step_id, forest)
 
     def close(self) -> None:
         pass
@@ -120,30 +121,12 @@ def test_fixed_policies_are_drafted_where_smart_ones_are_not(model):
     assert link.asked.count(1) > link.asked.count(1 + PROBE_REQUESTS)
 
 
-class ExcessiveLink(ChainLink):
-    """Gives every request more than it asked for: too many nodes, or too deep a chain."""
-
-    def draft(self, request: DraftRequest, timeout_s: float) -> DraftReply:
-        wide, deep = (
-            DraftTree.build(list(range(5, 22)), [-1] * 17),
-            DraftTree.build(list(range(5, 12)), [*range(-1, 6)]),
-        )
-        return DraftReply(request.step_id, {s.session_id: (wide, deep)[s.session_id % 2] for s in request.sequences})
-
-
-def test_a_tree_larger_than_was_allowed_is_not_verified(model):
-    engine = Engine(model, ExcessiveLink(), lambda: plan(0.03, 0.0001), CONFIG)
-    for name in ("one", "other"):
-        engine.add(request(name, policy="chain:6"))
-    records = [engine.step()[1] for _ in range(3)]
-    assert records[-1].drafted_requests == 2
-    assert records[-1].drafted_nodes == records[-1].verified_nodes == 0
-
-
 def test_requests_without_a_tree_count_in_the_rule(model):
     """One smart request among eleven that are off: its nodes are priced by the whole batch's goodput."""
     link = ChainLink()
-    engine = Engine(model, link, lambda: plan(0.001, 0.004), CONFIG)
+    engine = Engine(
+        model, link, lambda: plan(0.001, 0.004), CONFIG.model_copy(update={"drafter": DrafterConfig(kind="head")})
+    )
     engine.add(request("smart"))
     for i in range(11):
         engine.add(request(f"off{i}", policy="off"))
@@ -279,7 +262,7 @@ def test_a_copy_that_brings_next_to_nothing_is_left(model):
     assert 1 + LOOKUP_MARGIN < min(brought) < 1.1
 
 
-@pytest.mark.parametrize(("kind", "policy"), [("head", "smart"), ("auto", "off"), ("auto", "chain:2")])
+@pytest.mark.parametrize(("kind", "policy"), [("head", "smart"), ("auto", "off")])
 def test_texts_are_not_copied_where_that_was_not_asked_for(model, kind, policy):
     config = CONFIG.model_copy(update={"drafter": DrafterConfig(kind=kind)})
     engine = Engine(model, AbsentLink(), lambda: plan(0.010, 0.0001), config)

@@ -6,29 +6,24 @@ import pytest
 
 from planner.fast.builtin_plan import builtin_plan
 from treeline.config import LimitsConfig
-from treeline.drafting import DraftReply, DraftRequest, DraftSequence, DraftStats
-from treeline.drafting_wire import (
-    map_sessions,
+from treeline.drafting import (
+    MAX_LAYERS,
+    DraftReply,
+    DraftRequest,
+    DraftSequence,
+    DraftStats,
     reply_from_proto,
     reply_to_proto,
     request_from_proto,
     request_to_proto,
-    unmap_sessions,
 )
+from treeline.forest import Forest
 from treeline.sampling import SamplingParams
-from treeline.tree import DraftTree, Source
-from treeline.v1 import drafting_pb2 as pb
 
 PLAN = builtin_plan(LimitsConfig())
 SAMPLING = SamplingParams(temperature=0.75, top_p=0.5, top_k=40, repetition_penalty=1.25, seed=2**64 - 1)
 SEQUENCE = DraftSequence(2**63, 5, [1, 2, 49151], SAMPLING, "eagle2:5,4,16", 16, 5, 2.0)
-TREE = DraftTree(
-    np.array([5, 6, 7], np.int32),
-    np.array([-1, 0, -1], np.int32),
-    np.array([0.5, 0.25, 0.125], np.float32),
-    np.array([0, 0, 1], np.uint8),
-    np.array([Source.MODEL, Source.NGRAM, Source.NGRAM], np.uint8),
-)
+TREE = Forest.of_tree([5, 6, 7], [-1, 0, -1], [0.5, 0.25, 0.125], [0, 0, 1])
 
 
 def over_the_wire(message):
@@ -44,7 +39,7 @@ def test_requests_arrive_as_they_were_sent():
 
 
 def test_features_arrive_bit_for_bit():
-    features = np.arange(2**16 - 8, 2**16 - 2, dtype=np.uint16).reshape(2, 3)
+    features = np.arange(0x7F80 - 6, 0x7F80, dtype=np.uint16).reshape(2, 3)
     sent = DraftSequence(1, 5, [1, 2], SAMPLING, "smart", 8, 4, features=features)
     (received,) = request_from_proto(over_the_wire(request_to_proto(DraftRequest(1, PLAN, [sent])))).sequences
     assert np.array_equal(received.features, features)
@@ -58,17 +53,49 @@ def test_features_that_make_no_sense_are_refused(rows, size):
         request_from_proto(message)
 
 
+ASKED = DraftRequest(9, PLAN, [SEQUENCE, replace(SEQUENCE, session_id=12, start=400)])
+
+
+def received(reply: DraftReply) -> DraftReply:
+    return reply_from_proto(over_the_wire(reply_to_proto(reply)), ASKED, 100)
+
+
 def test_replies_arrive_as_they_were_sent():
     stats = DraftStats(0.5, (1, 4), 17, (0.25, 0.125))
-    sent = DraftReply(9, {7: TREE, 8: DraftTree.empty()}, {11: 0, 12: 300}, stats)
-    got = reply_from_proto(over_the_wire(reply_to_proto(sent)))
-    assert (got.step_id, got.held, got.stats) == (sent.step_id, sent.held, sent.stats)
-    assert len(got.trees[8]) == 0
-    for name in ("token_ids", "parents", "draft_probs", "ranks", "sources"):
-        ours, theirs = getattr(sent.trees[7], name), getattr(got.trees[7], name)
-        assert ours.dtype == theirs.dtype
-        assert ours.tolist() == theirs.tolist()
-    got.trees[7].check(vocab_size=8)
+    sent = DraftReply(9, Forest.join([TREE, Forest.empty(1)]), {12: 300}, stats)
+    got = received(sent)
+    assert (got.step_id, got.held, got.stats, got.refused) == (sent.step_id, sent.held, sent.stats, 0)
+    assert got.forest.sizes.tolist() == [3, 0]
+    assert got.forest.parents.tolist() == [-1, 0, -1]
+
+
+def test_a_bad_tree_costs_that_tree_and_is_counted():
+    got = received(DraftReply(9, Forest.join([TREE, Forest.of_tree([100], [-1])])))
+    assert (got.forest.sizes.tolist(), got.refused) == ([3, 0], 1)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        DraftReply(9, TREE),
+        DraftReply(9, Forest.empty(2), {7: 1}),
+        DraftReply(9, Forest.empty(2), {12: 403}),
+        DraftReply(9, Forest.empty(2), stats=DraftStats(math.nan)),
+        DraftReply(9, Forest.empty(2), stats=DraftStats(-1.0)),
+        DraftReply(9, Forest.empty(2), stats=DraftStats(0.0, (), 0, (math.inf,))),
+        DraftReply(9, Forest.empty(2), stats=DraftStats(0.0, (1,) * (MAX_LAYERS + 1))),
+    ],
+)
+def test_what_is_no_answer_to_the_request_is_refused(bad):
+    with pytest.raises(ValueError, match=r"trees|session|statistics"):
+        received(bad)
+
+
+def test_features_must_be_finite():
+    for bits in (0x7F80, 0xFF80, 0x7FC0):
+        sent = replace(SEQUENCE, features=np.asarray([[bits, 0]], np.uint16))
+        with pytest.raises(ValueError, match="finite"):
+            request_from_proto(request_to_proto(DraftRequest(1, PLAN, [sent])))
 
 
 @pytest.mark.parametrize(
@@ -103,23 +130,6 @@ def test_senseless_sequences_are_refused(change):
 def test_a_session_may_occur_once():
     with pytest.raises(ValueError, match="twice"):
         request_from_proto(request_to_proto(DraftRequest(1, PLAN, [SEQUENCE, SEQUENCE])))
-
-
-def test_token_ids_do_not_wrap_around():
-    message = pb.DraftResponse(
-        trees=[pb.Tree(session_id=1, token_ids=[2**32 - 1], parents=[-1], draft_probs=[1], ranks=b"\0", sources=b"\0")]
-    )
-    with pytest.raises(ValueError, match="vocabulary"):
-        reply_from_proto(message).trees[1].check(vocab_size=100)
-
-
-def test_sessions_are_renamed_both_ways():
-    request = map_sessions(DraftRequest(1, PLAN, [SEQUENCE], [3]), 1 << 64)
-    assert request.sequences[0].session_id == 2**63 + 2**64
-    assert request.released == [3 + 2**64]
-    reply = unmap_sessions(DraftReply(1, {2**63 + 2**64: TREE}, {3 + 2**64: 5}), 1 << 64)
-    assert list(reply.trees) == [2**63]
-    assert reply.held == {3: 5}
 
 
 def test_a_plan_is_sent_once_and_holds_until_another_one_is_sent():
