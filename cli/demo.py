@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import mean
 from typing import Annotated
 
@@ -62,6 +63,7 @@ SEED = 7
 WARM_UP_TOKENS = 16
 """A service that has just started pays for first calls, and its planner knows nothing yet: neither is compared."""
 TIMEOUT_S = 300.0
+TOKENS_BEFORE_KILL = 5
 NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
@@ -112,6 +114,7 @@ class Turns:
 def demo(
     config: ConfigFile = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of each answer.")] = 64,
+    kill: Annotated[bool, typer.Option("--kill", help="Kill a verifier in the middle of an answer instead.")] = False,
 ) -> None:
     """Start the service, send concurrent prompts through its port, show the text and what speculation brought, stop."""
     console = Console()
@@ -128,7 +131,10 @@ def demo(
         server = checked.server
         token = read_tokens(server.token_file)[0] if server.token_file else None
         with TreelineClient(app.endpoint, token, server.tls.certificate if server.tls else None) as client:
-            show_demo(client, console, max_tokens)
+            if kill:
+                show_kill(client, console, max_tokens, app.kill_verifier)
+            else:
+                show_demo(client, console, max_tokens)
     finally:
         app.stop()
 
@@ -160,6 +166,27 @@ def show_demo(client: TreelineClient, console: Console, max_tokens: int) -> None
 
 def silent(label: str, text: str) -> None:
     """Shows nothing."""
+
+
+def show_kill(client: TreelineClient, console: Console, max_tokens: int, kill: Callable[[], None]) -> None:
+    """One answer twice: undisturbed, and with its verifier killed after its first tokens."""
+    prompt = PROMPTS[0]
+    expected = follow(client, prompt, max_tokens, None, silent).text
+    arrivals: list[float] = []
+
+    def show(label: str, text: str) -> None:
+        arrivals.append(time.perf_counter())
+        console.print(escape(text), end="", highlight=False)
+        if len(arrivals) == TOKENS_BEFORE_KILL:
+            kill()
+            console.print("[bold red]<killed>[/] ", end="")
+
+    text = follow(client, prompt, max_tokens, None, show).text
+    gap_s = max(after - before for before, after in pairwise(arrivals))
+    same = "the same text as" if text == expected else "ANOTHER TEXT than"
+    console.print(
+        f"\nA verifier was killed in mid-answer. After {gap_s:.1f} s the answer went on: {same} without the kill."
+    )
 
 
 def in_turns(

@@ -15,14 +15,14 @@ from treeline.rpc import read_tokens
 def serve(config: ConfigFile = None) -> None:
     """Start all services on Ray Serve and keep them running until Ctrl-C.
 
-    Whatever is wrong with the configuration or the models is said in one line before anything starts (exit 2).
+    A start that fails says why in one line (exit 2); most mistakes are found before anything starts.
     """
     checked = load_config(config)
     check_startable(checked)
-    typer.echo("starting the services ...", err=True)
+    typer.echo("loading Ray", err=True)
     from deploy.run import run
 
-    run(checked, block=True)
+    run(checked, block=True, report=lambda phase: typer.echo(phase, err=True))
 
 
 def check_startable(config: Config) -> None:

@@ -48,6 +48,10 @@ class Replica:
         """ "host:port" of this replica's metrics page, as others reach it."""
         return f"{reachable_host(self.metrics_host)}:{self.server.metrics_port}"
 
+    async def process_id(self) -> int:
+        """Of the process that this replica runs in, on its node."""
+        return os.getpid()
+
     async def check_health(self) -> None:
         await self.server.check()
 

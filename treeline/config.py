@@ -217,8 +217,10 @@ class Config(Section):
 def _absolute(value: Any, name: str = "") -> Any:
     if isinstance(value, dict):
         return {key: _absolute(item, key) for key, item in value.items()}
-    if isinstance(value, Path) or (name == "model" and isinstance(value, str) and Path(value).exists()):
-        return Path(value).absolute() if isinstance(value, Path) else str(Path(value).absolute())
+    if isinstance(value, Path):
+        return value.absolute()
+    if name in ("model", "head") and value is not None and Path(value).exists():  # else the id of a model
+        return str(Path(value).absolute())
     return value
 
 

@@ -2,7 +2,7 @@ import io
 
 from rich.console import Console
 
-from cli.demo import ALONE_ROUNDS, PROMPTS, TOGETHER_ROUNDS, Narrator, Outcome, show_demo, usual_reason
+from cli.demo import ALONE_ROUNDS, PROMPTS, TOGETHER_ROUNDS, Narrator, Outcome, show_demo, show_kill, usual_reason
 from treeline.client import TreelineClient
 from treeline.v1 import generation_pb2 as pb
 
@@ -46,6 +46,16 @@ def test_the_demo_takes_turns_with_all_prompts_and_with_one_and_compares_them(se
     assert f"{compared} of {compared} texts identical" in shown
     assert f"{ALONE_ROUNDS} of {ALONE_ROUNDS} texts identical" in shown
     assert "accepted" in shown
+
+
+def test_the_killed_answer_is_compared_with_an_undisturbed_one(service):
+    _, endpoint = service
+    out, kills = io.StringIO(), []
+    with TreelineClient(endpoint) as client:
+        show_kill(client, Console(file=out, width=200), 24, lambda: kills.append(True))
+    assert kills == [True]
+    assert "a4 <killed> a5" in out.getvalue()
+    assert "the same text as" in out.getvalue()
 
 
 def test_the_usual_reason_counts_sentences_that_differ_in_their_numbers_alone():

@@ -50,7 +50,8 @@ def test_a_missing_file_is_one_line(tmp_path):
 
 
 def test_paths_are_made_absolute_and_model_names_stay(tmp_path, monkeypatch):
-    (tmp_path / "model").mkdir()
+    for name in ("model", "head"):
+        (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     config = Config.model_validate(
         {
@@ -60,6 +61,6 @@ def test_paths_are_made_absolute_and_model_names_stay(tmp_path, monkeypatch):
         }
     ).with_absolute_paths()
     assert config.verifier.target.model == str(tmp_path / "model")
-    assert config.drafter.head == tmp_path / "head"
+    assert config.drafter.head == str(tmp_path / "head")
     assert config.server.token_file == tmp_path / "tokens"
     assert Config().with_absolute_paths().verifier.target.model == "default"

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from deploy.run import with_secret
+from treeline.config import Config
+from treeline.rpc import read_tokens
+
+
+def test_each_run_has_a_secret_of_its_own_that_only_its_user_can_read(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    paths = [with_secret(Config(), folder).internal.token_file for folder in folders]
+    tokens = [read_tokens(path) for path in paths]
+    assert tokens[0] != tokens[1]
+    assert [path.stat().st_mode & 0o777 for path in paths] == [0o600, 0o600]
+
+
+def test_a_configured_secret_stays(tmp_path):
+    (tmp_path / "mine").write_text("secret")
+    config = Config.model_validate({"internal": {"token_file": tmp_path / "mine"}})
+    assert with_secret(config, tmp_path) is config
