@@ -7,6 +7,9 @@ views of the storage. Query heads that share a key/value head are folded into th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,6 +56,19 @@ class AttentionOptions:
     window: int | None
 
 
+_current: ContextVar[AttentionContext | None] = ContextVar("attention", default=None)
+
+
+@contextmanager
+def attending(context: AttentionContext) -> Iterator[None]:
+    """Also give the context to layers that drop keyword arguments on their way to attention (StableLM, Nemotron)."""
+    token = _current.set(context)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
 class UnsupportedAttentionError(Exception):
     """A layer asks for something that this attention does not do."""
 
@@ -69,7 +85,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers: [1, heads, tokens, dim] in, [1, tokens, heads, dim] out."""
-    context: AttentionContext | None = kwargs.get(CONTEXT)
+    context: AttentionContext | None = kwargs.get(CONTEXT) or _current.get()
     if context is None:
         raise UnsupportedAttentionError("its modules do not hand keyword arguments through to attention")
     beyond = [name for name in _BEYOND_PLAIN if kwargs.get(name) is not None]
@@ -95,6 +111,8 @@ class Probe:
         self.windows: dict[int, int | None] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        if layer in self.shapes:
+            raise UnsupportedAttentionError("a layer attends more than once")
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[2], value.shape[2])
         self.windows[layer] = options.window
         return query.new_zeros(*query.shape[:2], value.shape[2])

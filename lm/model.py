@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from lm.attention import CONTEXT, IMPLEMENTATION, AttentionContext, Probe, UnsupportedAttentionError
+from lm.attention import CONTEXT, IMPLEMENTATION, AttentionContext, Probe, UnsupportedAttentionError, attending
 from lm.cpu.packed_linear import arithmetic_of, pack_linear_layers, read_bytes
 from lm.cuda.graphs import Outputs
 from lm.device import torch_device, torch_dtype
@@ -160,13 +160,14 @@ class LanguageModel:
         """The `Body` of its passes: logits, then what the tap reads off."""
         if self._tap is not None:
             self._tap.put([])
-        output = self.hf(
-            input_ids=token_ids[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=0 if rows is None else rows,
-            **{CONTEXT: context},
-        )
+        with attending(context):
+            output = self.hf(
+                input_ids=token_ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=0 if rows is None else rows,
+                **{CONTEXT: context},
+            )
         return output.logits[0], *(() if self._tap is None else self._tap.parts())
 
 
@@ -196,9 +197,10 @@ def _probe(hf: PreTrainedModel) -> tuple[list[LayerShape], int, set[int | None]]
     probe = Probe()
     tokens, last = torch.tensor([[0, 1]], device=hf.device), torch.tensor([1], device=hf.device)
     try:
-        logits = hf(
-            input_ids=tokens, position_ids=tokens, use_cache=False, logits_to_keep=last, **{CONTEXT: probe}
-        ).logits
+        with attending(probe):
+            logits = hf(
+                input_ids=tokens, position_ids=tokens, use_cache=False, logits_to_keep=last, **{CONTEXT: probe}
+            ).logits
     except (UnsupportedAttentionError, AttributeError, TypeError, ValueError) as error:
         raise refuse(one_line(error)) from error
     if sorted(probe.shapes) != list(range(config.num_hidden_layers)):

@@ -44,7 +44,8 @@ SMALL: dict[str, Any] = {
         ("llama4_text", {"head_dim": 8, "num_local_experts": 2}, "chunked_attention"),
         ("gpt_oss", {"head_dim": 8, "num_local_experts": 4}, "s_aux"),
         ("bloom", {"n_head": 4}, "attention interface"),
-        ("stablelm", {}, "keyword arguments"),
+        ("falcon", {}, "attention interface"),
+        ("diffllama", {}, "attends more than once"),
         (
             "bart",
             {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 32, "decoder_attention_heads": 4},
