@@ -24,6 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from lm.checkpoints.quantized import quantization_of, unpack_checkpoint
 from treeline.config import DEFAULT_MODEL
 from treeline.errors import ConfigError
 
@@ -60,10 +61,10 @@ def resolve_model(spec: str, *, progress: bool = True) -> Path:
     if path.suffix == ".gguf":
         return _cached(_gguf_key(path), lambda folder: _convert_gguf(path, folder, progress))
     if path.is_dir():
-        return _checked(path, spec)
+        return _plain(_checked(path, spec))
     if path.exists() or spec.startswith(("/", ".", "~")):
         raise ConfigError(f"model '{spec}' is neither a folder nor a .gguf file")
-    return _checked(_fetched(spec, "model"), spec)
+    return _plain(_checked(_fetched(spec, "model"), spec))
 
 
 def resolve_head(spec: str) -> Path:
@@ -161,6 +162,13 @@ def _checked(folder: Path, spec: str) -> Path:
     return folder
 
 
+def _plain(folder: Path) -> Path:
+    """The folder itself, or its copy in the cache with quantised weights unpacked."""
+    if quantization_of(folder) is None:
+        return folder
+    return _cached(_key(folder, "config.json"), lambda copy: unpack_checkpoint(folder, copy))
+
+
 def _cached(name: str, build: Callable[[Path], None]) -> Path:
     """The cache folder `name`, built in a temporary place and moved there whole."""
     cache = cache_folder() / "models"
@@ -186,7 +194,12 @@ def _cached(name: str, build: Callable[[Path], None]) -> Path:
 def _gguf_key(path: Path) -> str:
     if not path.is_file():
         raise ConfigError(f"model file '{path}' does not exist")
-    stat = path.stat()
+    return _key(path)
+
+
+def _key(path: Path, file: str = "") -> str:
+    """A name for what is made of `path`: another one once its `file` changes."""
+    stat = (path / file).stat()
     identity = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
     return f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 

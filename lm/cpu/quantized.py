@@ -67,7 +67,8 @@ def find_groups(weight: Tensor) -> GroupedWeight | None:
     for round_to in (round_to_q4_1, round_to_q4_0, round_to_q8_0):
         if torch.equal(round_to(weight[:1]).floats(), weight[:1]):
             found = round_to(weight)
-            return found if torch.equal(found.floats(), weight) else None
+            if torch.equal(found.floats(), weight):
+                return found
     return None
 
 
@@ -90,11 +91,22 @@ def round_to_q4_1(weight: Tensor) -> GroupedWeight:
 
 
 def round_to_q4_0(weight: Tensor) -> GroupedWeight:
-    """The same in 16 steps around 0, the first of which is each group's value farthest from it."""
+    """The same in 16 steps around 0. Each group's value farthest from it is the first of them, or, if only that loses
+    nothing, a later one: in a larger group whose scale it has, another value may lie farther."""
     values = weight.unflatten(1, (-1, GROUP))
     farthest = values.gather(2, values.abs().argmax(2, keepdim=True))[..., 0]
-    scale = (farthest / -8).half()
+    scale = first = (farthest / -8).half()
+    for steps in range(7, 0, -1):
+        exact = _is_exact(values, scale)
+        if exact.all():
+            break
+        scale = torch.where(exact, scale, (farthest / -steps).half())
+    scale = torch.where(_is_exact(values, scale), scale, first)
     return _rounded(values, 4, scale, -8 * scale)
+
+
+def _is_exact(values: Tensor, scale: Tensor) -> Tensor:
+    return (_rounded(values, 4, scale, -8 * scale).floats().view_as(values) == values).all(2)
 
 
 def round_to_q8_0(weight: Tensor) -> GroupedWeight:

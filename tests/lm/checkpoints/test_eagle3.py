@@ -296,7 +296,10 @@ def test_bin_weights_are_refused_with_the_command_that_converts_them(target: Mod
     np.testing.assert_allclose(run(folder, target), reference(weights(), target), rtol=1e-5, atol=1e-5)
 
 
-def test_the_targets_quantisation_is_not_the_heads(target: ModelConfig, tmp_path: Path) -> None:
+def test_the_targets_quantisation_is_not_the_heads(
+    target: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TREELINE_CACHE", str(tmp_path / "cache"))
     quantised = tmp_path / "target"
     quantised.mkdir()
     for file in Path(target.model).iterdir():
@@ -306,7 +309,7 @@ def test_the_targets_quantisation_is_not_the_heads(target: ModelConfig, tmp_path
     (quantised / "config.json").write_text(json.dumps(config))
     folder = write(tmp_path / "head", speculators(), weights())
     same = run(folder, target.model_copy(update={"model": str(quantised)}))
-    np.testing.assert_array_equal(same, run(folder, target))
+    np.testing.assert_allclose(same, run(folder, target), rtol=0.05, atol=0.05)  # The embedding is bfloat16 now.
 
 
 def test_a_head_may_bring_its_embedding_or_share_all_output_rows(target: ModelConfig, tmp_path: Path) -> None:
