@@ -67,7 +67,7 @@ class CorpusWriter:
             "lengths": lengths,
             "turn_starts": torch.tensor([text.turn_start for text in self._pending]),
             "token_ids": torch.tensor([token for text in self._pending for token in text.token_ids], dtype=torch.int32),
-            "features": torch.stack([row for text in self._pending for row in text.features]).to("cpu", torch.bfloat16),
+            "features": torch.cat([rows for text in self._pending for rows in text.features]).to("cpu", torch.bfloat16),
         }
         path = self._folder / f"{self._shards:05d}.safetensors"
         save_file(columns, path.with_suffix(".tmp"))

@@ -1,6 +1,6 @@
 """The target writes its own training text: a user's turn behind the chat template's bare prefix, then the answer.
 
-Every token, given or chosen, goes through the same one-token steps of a full batch, so that the features of all tokens
+Every step runs what is new of every text in one pass: all given tokens, or the one chosen last. Features of all tokens
 are at hand when a text ends, and nothing is run twice.
 """
 
@@ -11,16 +11,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lm.attention import CONTEXT, AttentionOptions
 from lm.features import FeatureTap
+from lm.kv_cache import SequenceCache
 from lm.model import LanguageModel
+from lm.packed import PackedSequence
 from lm.sampling import Row, choose_tokens
 from treeline.errors import ConfigError
 from treeline.sampling import SamplingParams
 
+BLOCK_TOKENS = 32
 MAX_TURN_TOKENS = 96
 TURN_TEMPERATURE = 1.0
 TURN_TOP_K = 100
@@ -56,12 +57,15 @@ class Text:
 
     Attributes:
         index: names the text; with the seed of the whole it decides every sampled token.
+        cache: its keys and values.
         given: tokens that come next whatever the target says.
-        token_ids: what has been run, one `features` row [width] each.
+        token_ids: what has been run.
+        features: of these, [tokens, width] a pass.
     """
 
     index: int
-    given: deque[int]
+    cache: SequenceCache
+    given: list[int]
     turn_start: int
     answering: bool = False
     ended: bool = False
@@ -87,7 +91,8 @@ class Writer:
     def __init__(self, model: LanguageModel, tap: FeatureTap, slots: int, max_tokens: int, seed: int) -> None:
         self._model, self._tap, self._seed = model, tap, seed
         self._template = Template.of(model)
-        self._batch = _Batch(model, slots, max_tokens)
+        blocks = slots * -(-max_tokens // BLOCK_TOKENS)
+        self._cache = model.new_cache(blocks * BLOCK_TOKENS, BLOCK_TOKENS)
         self._slots, self._max_tokens = slots, max_tokens
 
     @torch.inference_mode()
@@ -96,40 +101,43 @@ class Writer:
         waiting, open_texts = deque(indices), list[Text]()
         while waiting or open_texts:
             while waiting and len(open_texts) < self._slots:
-                self._batch.lengths[len(open_texts)] = 0
                 open_texts.append(self._begin(waiting.popleft(), prompts))
             self._step(open_texts)
-            for slot in reversed(range(len(open_texts))):
-                if open_texts[slot].ended:
-                    yield open_texts[slot]
-                    self._batch.move(len(open_texts) - 1, slot)
-                    open_texts[slot] = open_texts[-1]
-                    open_texts.pop()
+            for text in open_texts:
+                if text.ended:
+                    self._cache.free(text.cache)
+                    yield text
+            open_texts = [text for text in open_texts if not text.ended]
 
     def _begin(self, index: int, prompts: list[list[int]]) -> Text:
         prefix, infix = self._template.prefix, self._template.infix
+        cache = self._cache.allocate(self._max_tokens)
+        assert cache is not None
         if index < len(prompts):
             turn = prompts[index][: self._max_tokens // 2]
-            return Text(index, deque([*prefix, *turn, *infix]), len(prefix), answering=True)
-        return Text(index, deque(prefix), len(prefix))
+            return Text(index, cache, [*prefix, *turn, *infix], len(prefix), answering=True)
+        return Text(index, cache, [*prefix], len(prefix))
 
     def _step(self, texts: list[Text]) -> None:
-        """Run one token of every text, and find out its next."""
-        token_ids = [text.given.popleft() for text in texts]
-        logits = self._batch.forward(token_ids)
-        features = self._tap.take()
-        for text, token_id, row in zip(texts, token_ids, features, strict=True):
-            text.token_ids.append(token_id)
-            text.features.append(row)
+        """Run the given tokens of every text, and find out its next."""
+        given = [text.given[: self._max_tokens - len(text.token_ids)] for text in texts]
+        packed = [PackedSequence(text.cache, new, None, "last") for text, new in zip(texts, given, strict=True)]
+        logits = self._model.forward(packed, self._cache)
+        self._cache.commit([(text.cache, list(range(len(new)))) for text, new in zip(texts, given, strict=True)])
+        features = self._tap.take().split([len(new) for new in given])
+        for text, new, seen in zip(texts, given, features, strict=True):
+            text.token_ids.extend(new)
+            text.features.append(seen)
+            text.given = []
             text.ended = len(text.token_ids) == self._max_tokens or (
-                text.answering and not text.given and (token_id in self._model.eos_token_ids or text.loops())
+                text.answering and (new[-1] in self._model.eos_token_ids or text.loops())
             )
-        free = [slot for slot, text in enumerate(texts) if not text.ended and not text.given]
+        free = [place for place, text in enumerate(texts) if not text.ended]
         if not free:
             return
-        rows = [Row(self._params(texts[slot]), len(texts[slot].token_ids)) for slot in free]
-        for slot, token_id in zip(free, choose_tokens(logits[free], rows).tolist(), strict=True):
-            self._continue(texts[slot], token_id)
+        rows = [Row(self._params(texts[place]), len(texts[place].token_ids)) for place in free]
+        for place, token_id in zip(free, choose_tokens(logits[free], rows).tolist(), strict=True):
+            self._continue(texts[place], token_id)
 
     def _continue(self, text: Text, token_id: int) -> None:
         infix = self._template.infix
@@ -145,48 +153,3 @@ class Writer:
             return SamplingParams(temperature=TURN_TEMPERATURE, top_k=TURN_TOP_K, seed=seed)
         temperature = ANSWER_TEMPERATURES[text.index % len(ANSWER_TEMPERATURES)]
         return SamplingParams(temperature=temperature, seed=seed)
-
-
-class _Batch:
-    """One token a slot: the KV cache of a full batch, and its attention. Slots in use are always the first ones."""
-
-    def __init__(self, model: LanguageModel, slots: int, max_tokens: int) -> None:
-        self._model = model
-        self.lengths = torch.zeros(slots, dtype=torch.int64, device=model.device)
-        shapes = [(slots, layer.kv_heads, max_tokens, layer.key_dim) for layer in model.layers]
-        self._keys = [torch.zeros(shape, dtype=model.dtype, device=model.device) for shape in shapes]
-        self._values = [torch.zeros_like(keys) for keys in self._keys]
-
-    def forward(self, token_ids: list[int]) -> Tensor:
-        """Logits float32 [n, vocab] behind one more token of each of the first n slots."""
-        n = len(token_ids)
-        ids = torch.tensor(token_ids, device=self._model.device)
-        self._here = self.lengths[:n].clone()
-        longest = int(self._here.max()) + 1
-        hidden = torch.arange(longest, device=ids.device) > self._here[:, None]
-        self._mask = torch.zeros(hidden.shape, dtype=self._model.dtype, device=ids.device)
-        self._mask = self._mask.masked_fill_(hidden, -torch.inf)[:, None, None]
-        output = self._model.hf(input_ids=ids[None], position_ids=self._here[None], use_cache=False, **{CONTEXT: self})
-        self.lengths[:n] += 1
-        return output.logits[0].float()
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
-        n, heads, dim = query.shape
-        slots = torch.arange(n, device=query.device)
-        keys, values = self._keys[layer], self._values[layer]
-        keys[slots, :, self._here] = key
-        values[slots, :, self._here] = value
-        longest = self._mask.shape[-1]
-        grouped = query.reshape(n, key.shape[1], -1, dim)
-        mixed = F.scaled_dot_product_attention(
-            grouped, keys[:n, :, :longest], values[:n, :, :longest], self._mask, scale=options.scale
-        )
-        return mixed.reshape(n, heads, -1)
-
-    def move(self, source: int, target: int) -> None:
-        """Put what is in slot `source` into slot `target`."""
-        if source != target:
-            length = int(self.lengths[source])
-            self.lengths[target] = length
-            for tensor in (*self._keys, *self._values):
-                tensor[target, :, :length] = tensor[source, :, :length]

@@ -26,10 +26,10 @@ def library() -> ctypes.CDLL | None:
         try:
             _share_openmp()
             kernels = ctypes.CDLL(str(path))
-        except OSError as error:
+            return kernels if kernels.treeline_runs(0) else None
+        except (OSError, AttributeError) as error:  # Not loadable, or built from older sources.
             logger.warning("the compiled kernels cannot be loaded, torch's own are used: %s", error)
             return None
-        return kernels if kernels.treeline_runs(0) else None
     return None
 
 
