@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
@@ -135,16 +136,16 @@ def with_room(config: Config, prompt_tokens: dict[str, int], streams: int, max_t
                 f"prompt {prompt_id} has {tokens} tokens: with an answer of {max_tokens} it exceeds "
                 f"limits.max_context_tokens, {limits.max_context_tokens}"
             )
-    block = verifier.kv_block_tokens
+    block = 128 if verifier.kv_block_tokens == "auto" else verifier.kv_block_tokens
     longest = heapq.nlargest(streams, prompt_tokens.values())
     longest += longest[:1] * (streams - len(longest))
     needed = sum(-(-(tokens + max_tokens + limits.max_tree_nodes) // block) * block for tokens in longest)
     return config.model_copy(
         update={
             "limits": limits.model_copy(update={"max_running_requests": max(streams, limits.max_running_requests)}),
-            "verifier": verifier.model_copy(update={"kv_cache_tokens": max(needed, verifier.kv_cache_tokens)}),
+            "verifier": verifier.model_copy(update={"kv_cache_tokens": _at_least(needed, verifier.kv_cache_tokens)}),
             "drafter": config.drafter.model_copy(
-                update={"kv_cache_tokens": max(needed, config.drafter.kv_cache_tokens)}
+                update={"kv_cache_tokens": _at_least(needed, config.drafter.kv_cache_tokens)}
             ),
         }
     )
@@ -239,3 +240,7 @@ def _end(request_id: str, finished: bool, totals: SpeculationTotals | pb.Specula
         verified_nodes=totals.verified_nodes,
         accepted_nodes=totals.accepted_nodes,
     )
+
+
+def _at_least(needed: int, tokens: int | Literal["auto"]) -> int | Literal["auto"]:
+    return tokens if tokens == "auto" else max(needed, tokens)

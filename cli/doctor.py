@@ -8,6 +8,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import typer
@@ -75,7 +76,12 @@ def _gpus() -> tuple[bool, str, str]:
     except ImportError:
         return True, "gpu", "unknown without torch"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return True, "gpu", ", ".join(names) or "none; the CPU serves"
+    if not names:
+        return True, "gpu", "none; the CPU serves"
+    missing = ["the package triton"] if find_spec("triton") is None else []
+    missing += [] if shutil.which("gcc") or shutil.which("clang") or os.environ.get("CC") else ["a C compiler"]
+    finding = f"; without {' and '.join(missing)} all passes are packed, which is slow" if missing else ""
+    return not missing, "gpu", ", ".join(names) + finding
 
 
 def _models() -> tuple[bool, str, str]:

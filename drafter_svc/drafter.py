@@ -26,7 +26,6 @@ from treeline.forest import Forest
 from treeline.plan import Plan
 from treeline.sampling import SamplingParams
 
-KV_BLOCK_TOKENS = 16
 WARM_UP_BATCHES = (1, 4, 8, 8)
 WARM_UP_TOKENS = 16
 WARM_UP_NODES = 8
@@ -185,7 +184,7 @@ def find_head(config: DrafterConfig, target: ModelConfig) -> Path | None:
 def _build_model(config: DrafterConfig, limits: LimitsConfig) -> tuple[DrafterInfo, LayeredProposer]:
     assert config.model is not None
     model = LanguageModel.load(config.model)
-    cache = model.new_cache(config.kv_cache_tokens, KV_BLOCK_TOKENS)
+    cache = model.new_cache(config.kv_cache_tokens, "auto")
     model.capture(cache)
     info = DrafterInfo(model.name, model.vocab_size, sha256_of(model.tokenizer))
     return info, ModelProposer(model, cache, limits.max_tree_nodes)
@@ -195,7 +194,7 @@ def _build_head(
     folder: Path, config: DrafterConfig, target: ModelConfig, limits: LimitsConfig
 ) -> tuple[DrafterInfo, LayeredProposer]:
     head = DraftHead.load(folder, target, tuple(config.head_layers or ()))
-    cache = head.new_cache(config.kv_cache_tokens, KV_BLOCK_TOKENS)
+    cache = head.new_cache(config.kv_cache_tokens, "auto")
     head.capture(cache)
     features = FeatureSpec(head.config.feature_layers, head.config.feature_width)
     info = DrafterInfo(head.name, head.vocab_size, head.config.vocabulary_sha256, features=features)

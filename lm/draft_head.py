@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -171,9 +171,9 @@ class DraftHead:
         pack_linear_layers(parts, "int8", target.arithmetic)  # A guess needs no exact weights.
         return cls(folder.name, module, embedding, parts["output"], draft_ids)
 
-    def new_cache(self, num_tokens: int, block_tokens: int) -> KVCache:
-        """An empty KV cache for this head."""
-        return KVCache(self.layers, num_tokens, block_tokens, self.dtype, self.device)
+    def new_cache(self, num_tokens: int | Literal["auto"], block_tokens: int | Literal["auto"]) -> KVCache:
+        """An empty KV cache for this head; `KVCache.sized` says what "auto" is, and what it raises."""
+        return KVCache.sized(self.layers, num_tokens, block_tokens, self.dtype, self.device)
 
     @property
     def vocab_size(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,6 +19,13 @@ from numpy.typing import NDArray
 from lm.blocks.free_runs import FreeRuns
 from lm.blocks.prefix_index import PrefixIndex
 from lm.device import upload
+from treeline.errors import ConfigError
+
+CPU_TOKENS = 16384
+CUDA_SHARE = 0.9
+"""Of the memory that is free once the weights are there."""
+RESERVED_BYTES = 6 << 30
+"""For captured passes (2 GiB), and logits and sampling of 512 rows of a vocabulary of 152,000 (4 GiB in float32)."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,37 @@ class KVCache:
         views = [next(tensors[shape]) for shape in shapes]
         self._storages = list(storages.values())
         self.keys, self.values = views[::2], views[1::2]
+
+    @classmethod
+    def sized(
+        cls,
+        layers: list[LayerShape],
+        num_tokens: int | Literal["auto"],
+        block_tokens: int | Literal["auto"],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> KVCache:
+        """A cache whose size and blocks suit the device where they are "auto".
+
+        Raises:
+            ConfigError: the device has no room for it.
+        """
+        on_cuda = device.type == "cuda"
+        # A block that holds whole tiles is looked up once a tile, and the host sends an eighth of the indices.
+        block_tokens = (128 if on_cuda else 16) if block_tokens == "auto" else block_tokens
+        token_bytes = dtype.itemsize * sum(shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in layers)
+        if num_tokens == "auto":
+            num_tokens = CPU_TOKENS
+            if on_cuda:
+                free_bytes = torch.cuda.mem_get_info(device)[0]
+                num_tokens = int((free_bytes * CUDA_SHARE - RESERVED_BYTES) // token_bytes)
+        try:
+            if num_tokens < block_tokens:
+                raise torch.OutOfMemoryError("no block fits")
+            return cls(layers, num_tokens, block_tokens, dtype, device)
+        except torch.OutOfMemoryError as error:
+            size = f"{num_tokens} tokens of {token_bytes >> 10} KiB"
+            raise ConfigError(f"a KV cache of {size} does not fit the device; set kv_cache_tokens") from error
 
     @property
     def free_blocks(self) -> int:

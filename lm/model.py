@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,7 +44,10 @@ class LanguageModel:
         arithmetic: how weights in groups are multiplied, for people; empty if there are none.
     """
 
-    def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    def __init__(
+        self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str, required: bool = False
+    ) -> None:
+        """`required`: as `Passes`."""
         self.name = name
         self.hf = hf.eval()
         self.tokenizer = tokenizer
@@ -55,7 +58,7 @@ class LanguageModel:
         self.max_context_tokens = _max_context_tokens(hf.config.get_text_config())
         self.eos_token_ids = _eos_token_ids(hf, tokenizer)
         self.sampling = _sampling(hf)
-        self.passes = Passes(windows, self.device)
+        self.passes = Passes(windows, self.device, required=required)
         self.arithmetic = arithmetic_of(hf)
         self._tap: FeatureTap | None = None
 
@@ -92,7 +95,7 @@ class LanguageModel:
             _let_go_of_files(hf)
         except Exception as error:  # The reader of damaged weights raises anything.
             raise ConfigError(f"cannot load model '{config.model}': {one_line(error)}") from error
-        model = cls(hf, tokenizer, config.name or model_name(config.model))
+        model = cls(hf, tokenizer, config.name or model_name(config.model), config.cuda_graphs == "require")
         if config.arithmetic == "int8" and not model.arithmetic:
             raise ConfigError(f"arithmetic 'int8' needs weights in groups: set quantization for '{config.model}'")
         logger.info("%s computes in %s", model.name, model.arithmetic or str(model.dtype).removeprefix("torch."))
@@ -109,9 +112,9 @@ class LanguageModel:
         """Of all weights that every pass reads, as they are held; a table of which a pass takes rows is none."""
         return read_bytes(self.hf)
 
-    def new_cache(self, num_tokens: int, block_tokens: int) -> KVCache:
-        """An empty KV cache for this model."""
-        return KVCache(self.layers, num_tokens, block_tokens, self.dtype, self.device)
+    def new_cache(self, num_tokens: int | Literal["auto"], block_tokens: int | Literal["auto"]) -> KVCache:
+        """An empty KV cache for this model; `KVCache.sized` says what "auto" is, and what it raises."""
+        return KVCache.sized(self.layers, num_tokens, block_tokens, self.dtype, self.device)
 
     @torch.inference_mode()
     def forward(self, sequences: list[PackedSequence], cache: KVCache) -> torch.Tensor:
@@ -229,7 +232,9 @@ def _check_weights(hf: PreTrainedModel, missing: set[str]) -> None:
     Raises:
         ValueError: weights are missing or not finite.
     """
-    broken = [name for name, weight in hf.named_parameters() if not weight.isfinite().all()]
+    # torch cannot tell of numbers of 8 bits.
+    told = ((name, weight) for name, weight in hf.named_parameters() if weight.is_floating_point())
+    broken = [name for name, weight in told if weight.itemsize > 1 and not weight.isfinite().all()]
     for names, fault in ((sorted(missing), "missing from the files"), (broken, "not finite")):
         if names:
             raise ValueError(f"{len(names)} weights are {fault}, the first is {names[0]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import Counter
 from weakref import WeakKeyDictionary
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lm.cpu.native_attention import attention_for
 from lm.cuda.graphs import How, Outputs
-from lm.cuda.layout import BUCKETS, row_counts
+from lm.cuda.layout import BUCKETS, MOST_SEQUENCES, row_counts
 from lm.cuda.static_pass import Body, StaticPasses
 from lm.device import upload
 from lm.kv_cache import KVCache
@@ -31,8 +32,9 @@ class Passes:
     """Runs one model's passes over any cache.
 
     Attributes:
-        padded: passes are padded to buckets of tokens, and captured on CUDA; the default there. A pass that is too
-            large is packed, and so are all once the padded one could not be compiled.
+        padded: passes are padded to buckets of tokens, and captured on CUDA; the default there. Too many sequences run
+            as several passes. One with too many new tokens is packed, and so are all once the padded pass could not be
+            compiled.
         required: a pass that can't be captured at the start is an error.
         how: how the last pass ran.
         counts: of all passes so far, by how they ran.
@@ -49,9 +51,14 @@ class Passes:
         self._static: WeakKeyDictionary[KVCache, StaticPasses] = WeakKeyDictionary()
 
     @property
-    def degraded(self) -> bool:
-        """Whether passes run in a slower way than this device allows."""
-        return self._device.type == "cuda" and not self.padded
+    def most_tokens(self) -> int:
+        """New tokens of one sequence in a pass, beyond which it runs in a slower way."""
+        return BUCKETS[-1] if self.padded else sys.maxsize
+
+    @property
+    def slow(self) -> int:
+        """How many passes ran in a slower way than this device allows."""
+        return self.counts["eager"] + self.counts["packed"] if self._device.type == "cuda" else 0
 
     def run(self, body: Body, sequences: list[PackedSequence], cache: KVCache, states: Tensor | None = None) -> Outputs:
         """One pass over all sequences' new tokens: the logits of the wanted ones, then what the body gives by token.
@@ -59,16 +66,12 @@ class Passes:
         Raises:
             ValueError: a sequence has no new token, no room for them, or parents that are not a tree.
         """
-        batch = pack(sequences)
-        outputs = self._run_padded(body, batch, cache, states) if self.padded else None
-        if outputs is None:
-            columns = (upload(column, self._device) for column in (batch.token_ids, batch.positions, batch.rows))
-            token_ids, positions, rows = columns
-            outputs, self.how = body(token_ids, positions, states, rows, attention_for(batch, cache)), "packed"
-        self.counts[self.how] += 1
-        for sequence in sequences:
-            sequence.cache.scratch += len(sequence.token_ids)
-        return outputs
+        parts, first = [], 0
+        for group in _groups(sequences) if self.padded else [sequences]:
+            stop = first + sum(len(sequence.token_ids) for sequence in group)
+            parts.append(self._run_group(body, group, cache, None if states is None else states[first:stop]))
+            first = stop
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
 
     def forget_captured(self) -> None:
         """The body will give something else from now on."""
@@ -104,6 +107,18 @@ class Passes:
         if self.required and captured < len(sizes):
             raise ConfigError(f"cuda_graphs: require, but only {captured} of {len(sizes)} passes were captured")
 
+    def _run_group(self, body: Body, sequences: list[PackedSequence], cache: KVCache, states: Tensor | None) -> Outputs:
+        batch = pack(sequences)
+        outputs = self._run_padded(body, batch, cache, states) if self.padded else None
+        if outputs is None:
+            columns = (upload(column, self._device) for column in (batch.token_ids, batch.positions, batch.rows))
+            token_ids, positions, rows = columns
+            outputs, self.how = body(token_ids, positions, states, rows, attention_for(batch, cache)), "packed"
+        self.counts[self.how] += 1
+        for sequence in sequences:
+            sequence.cache.scratch += len(sequence.token_ids)
+        return outputs
+
     def _run_padded(self, body: Body, batch: PackedBatch, cache: KVCache, states: Tensor | None) -> Outputs | None:
         if not StaticPasses.fit(batch):
             return None
@@ -123,3 +138,16 @@ class Passes:
             self.padded = False
             self._static.clear()
         return None
+
+
+def _groups(sequences: list[PackedSequence]) -> list[list[PackedSequence]]:
+    """The sequences in order, as many at once as fit one padded pass."""
+    groups: list[list[PackedSequence]] = [[]]
+    tokens = 0
+    for sequence in sequences:
+        tokens += len(sequence.token_ids)
+        if groups[-1] and (tokens > BUCKETS[-1] or len(groups[-1]) == MOST_SEQUENCES):
+            groups.append([])
+            tokens = len(sequence.token_ids)
+        groups[-1].append(sequence)
+    return groups

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -36,6 +36,8 @@ class ResourcesConfig(Section):
     replicas: int = Field(default=1, ge=1)
 
 
+BlockTokens = Annotated[int, Field(ge=1, le=256)] | Literal["auto"]
+CacheTokens = Annotated[int, Field(ge=64)] | Literal["auto"]
 Quantization = Literal["auto", "none", "int8", "int4"]
 Arithmetic = Literal["auto", "float32", "int8"]
 
@@ -60,6 +62,9 @@ class ModelConfig(Section):
         "computes so is the target; float32: as transformers does; auto: int8 where this processor has a kernel",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    cuda_graphs: Literal["auto", "require"] = Field(
+        default="auto", description="require: a start fails unless all its passes are captured as CUDA graphs"
+    )
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves it to torch")
 
 
@@ -81,8 +86,8 @@ class LimitsConfig(Section):
 class VerifierConfig(Section):
     target: ModelConfig = ModelConfig()
     resources: ResourcesConfig = ResourcesConfig(num_cpus=1)
-    kv_cache_tokens: int = Field(default=16384, ge=64)
-    kv_block_tokens: int = Field(default=16, ge=1, le=256)
+    kv_cache_tokens: CacheTokens = Field(default=16384, description="auto: what the device has room for")
+    kv_block_tokens: BlockTokens = Field(default="auto", description="auto: 128 on CUDA, else 16")
     prefill_chunk_tokens: int = Field(default=256, ge=16, description="most prompt tokens in one step")
     prefix_caching: bool = Field(default=True, description="reuse the KV of prompts that begin alike")
     draft_timeout_s: float = Field(default=1.0, gt=0)
@@ -116,7 +121,7 @@ class DrafterConfig(Section):
     )
     resources: ResourcesConfig = ResourcesConfig(num_cpus=0.5)
     max_sessions: int = Field(default=256, ge=1)
-    kv_cache_tokens: int = Field(default=16384, ge=64)
+    kv_cache_tokens: CacheTokens = 16384
 
     @property
     def looks_up(self) -> bool:

@@ -180,6 +180,8 @@ class StepRecord:
         catch_up_tokens: what the drafter ran to bring its cache up to date; where they are many, the step does not
             teach draft costs.
         drafted_requests: requests that the drafter was asked to draft for.
+        pass_how: how the verification pass ran: "replayed" (a captured CUDA graph), "eager" (the same, uncaptured), or
+            "packed" (without padding; the only way on a CPU).
     """
 
     step_id: int
@@ -208,6 +210,7 @@ class StepRecord:
     catch_up_tokens: int = 0
     node_s: float = 0.0
     drafted_requests: int = 0
+    pass_how: str = ""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ _SCALARS = (
     "catch_up_tokens",
     "node_s",
     "drafted_requests",
+    "pass_how",
 )
 
 

@@ -35,6 +35,8 @@ def fuse_layers(hf: PreTrainedModel, finish: Callable[[nn.Module], object] = lam
     layers = getattr(body, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not all(type(layer) in FUSED for layer in layers):
         return
+    if any(isinstance(part, nn.Linear) and type(part) is not nn.Linear for part in layers.modules()):
+        return  # Products of quantised weights have scales beside them, which joining would lose.
     for index, layer in enumerate(layers):
         layers[index] = FusedLayer(layer, _window(layer))
         finish(layers[index])

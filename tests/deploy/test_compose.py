@@ -16,6 +16,7 @@ import yaml
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from deploy.app import Replica
+from lm.cuda.layout import BUCKETS
 from planner.policies import parse_policy
 from treeline.config import load_config
 
@@ -106,6 +107,38 @@ def test_examples_are_right(path):
     for tokens in (config.verifier.kv_cache_tokens, config.drafter.kv_cache_tokens):
         assert tokens >= limits.max_context_tokens + limits.max_tree_nodes
     assert config.drafter.max_sessions >= limits.max_running_requests
+
+
+DEVICE_GB = {"H100": 80, "H200": 141, "A100": 80, "L40S": 48, "L4": 24}
+MODELS = {"Qwen/Qwen3-8B": (16.4, 36 * 2 * 8 * 128 * 2), "Qwen/Qwen3-0.6B": (1.2, 28 * 2 * 8 * 128 * 2)}
+"""GB of weights in bfloat16, and bytes of KV a token."""
+SPARE_GB = 6
+"""A process needs beside weights and KV: CUDA's context, captured passes, logits and sampling of 512 rows."""
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_fit_their_devices(path):
+    config = load_config(path)
+    used: dict[str, float] = {}
+    for part, model in ((config.verifier, config.verifier.target), (config.drafter, config.drafter.model)):
+        if part.resources.num_gpus and model is not None:
+            weights_gb, token_bytes = MODELS[model.model]
+            assert part.kv_cache_tokens != "auto" or part.resources.num_gpus == 1
+            tokens = config.limits.max_context_tokens if part.kv_cache_tokens == "auto" else part.kv_cache_tokens
+            needed = weights_gb + tokens * token_bytes / 1e9 + SPARE_GB
+            shared = part.resources.num_gpus < 1
+            device = f"{part.resources.accelerator_type}{'' if shared else part}"
+            used[device] = used.get(device, 0) + needed
+            assert used[device] <= DEVICE_GB[part.resources.accelerator_type], f"{part} needs {used[device]:.0f} GB"
+    if config.verifier.resources.num_gpus:
+        assert config.verifier.prefill_chunk_tokens <= BUCKETS[-1], "full chunks would be packed"
+
+
+def test_the_image_keeps_a_compiler_where_there_are_gpus():
+    """Triton compiles a C module at its first use; what it compiled has to outlive the container."""
+    purge = next(line for line in DOCKERFILE.splitlines() if "purge" in line)
+    assert "case ${TORCH_INDEX} in */cpu)" in purge
+    assert "TRITON_CACHE_DIR=/var/cache/treeline" in DOCKERFILE
 
 
 def test_the_cluster_example_uses_two_classes_of_gpus():

@@ -98,7 +98,7 @@ class NodeOutcomes(_message.Message):
     def __init__(self, sources: _Optional[bytes] = ..., depths: _Optional[bytes] = ..., ranks: _Optional[bytes] = ..., flags: _Optional[bytes] = ..., draft_probs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StepRecord(_message.Message):
-    __slots__ = ("step_id", "unix_s", "plan_version", "sequences", "tokens", "prefill_tokens", "context_tokens", "drafted_nodes", "verified_nodes", "accepted_nodes", "emitted_tokens", "running", "waiting", "free_slots", "draft_s", "drafter_s", "draft_layer_nodes", "verify_s", "predicted_verify_s", "step_s", "goodput", "outcomes", "price", "catch_up_tokens", "node_s", "drafted_requests")
+    __slots__ = ("step_id", "unix_s", "plan_version", "sequences", "tokens", "prefill_tokens", "context_tokens", "drafted_nodes", "verified_nodes", "accepted_nodes", "emitted_tokens", "running", "waiting", "free_slots", "draft_s", "drafter_s", "draft_layer_nodes", "verify_s", "predicted_verify_s", "step_s", "goodput", "outcomes", "price", "catch_up_tokens", "node_s", "drafted_requests", "pass_how")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     UNIX_S_FIELD_NUMBER: _ClassVar[int]
     PLAN_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +125,7 @@ class StepRecord(_message.Message):
     CATCH_UP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NODE_S_FIELD_NUMBER: _ClassVar[int]
     DRAFTED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    PASS_HOW_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     unix_s: float
     plan_version: int
@@ -151,7 +152,8 @@ class StepRecord(_message.Message):
     catch_up_tokens: int
     node_s: float
     drafted_requests: int
-    def __init__(self, step_id: _Optional[int] = ..., unix_s: _Optional[float] = ..., plan_version: _Optional[int] = ..., sequences: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., drafted_nodes: _Optional[int] = ..., verified_nodes: _Optional[int] = ..., accepted_nodes: _Optional[int] = ..., emitted_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_slots: _Optional[int] = ..., draft_s: _Optional[float] = ..., drafter_s: _Optional[float] = ..., draft_layer_nodes: _Optional[_Iterable[int]] = ..., verify_s: _Optional[float] = ..., predicted_verify_s: _Optional[float] = ..., step_s: _Optional[float] = ..., goodput: _Optional[float] = ..., outcomes: _Optional[_Union[NodeOutcomes, _Mapping]] = ..., price: _Optional[float] = ..., catch_up_tokens: _Optional[int] = ..., node_s: _Optional[float] = ..., drafted_requests: _Optional[int] = ...) -> None: ...
+    pass_how: str
+    def __init__(self, step_id: _Optional[int] = ..., unix_s: _Optional[float] = ..., plan_version: _Optional[int] = ..., sequences: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., drafted_nodes: _Optional[int] = ..., verified_nodes: _Optional[int] = ..., accepted_nodes: _Optional[int] = ..., emitted_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_slots: _Optional[int] = ..., draft_s: _Optional[float] = ..., drafter_s: _Optional[float] = ..., draft_layer_nodes: _Optional[_Iterable[int]] = ..., verify_s: _Optional[float] = ..., predicted_verify_s: _Optional[float] = ..., step_s: _Optional[float] = ..., goodput: _Optional[float] = ..., outcomes: _Optional[_Union[NodeOutcomes, _Mapping]] = ..., price: _Optional[float] = ..., catch_up_tokens: _Optional[int] = ..., node_s: _Optional[float] = ..., drafted_requests: _Optional[int] = ..., pass_how: _Optional[str] = ...) -> None: ...
 
 class VerifierProfile(_message.Message):
     __slots__ = ("verify", "draft_layer_s", "draft_node_s")

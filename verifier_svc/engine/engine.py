@@ -62,12 +62,13 @@ class Engine:
     ) -> None:
         self.model = model
         self.cache = model.new_cache(config.verifier.kv_cache_tokens, config.verifier.kv_block_tokens)
-        model.capture(self.cache)
         verifier = config.verifier
-        self.scheduler = Scheduler(
-            self.cache, config.limits, verifier.prefill_chunk_tokens, verifier.prefix_caching, clock
-        )
+        chunk_tokens = min(verifier.prefill_chunk_tokens, model.passes.most_tokens)
+        self.scheduler = Scheduler(self.cache, config.limits, chunk_tokens, verifier.prefix_caching, clock)
         hidden_states = HiddenStates(model, config.limits.max_message_bytes)
+        # What a drafter reads belongs to the captured passes: one that is known by now costs no second capture.
+        hidden_states.follow(link.features if link else None)
+        model.capture(self.cache)
         looks_up = link is not None and config.drafter.looks_up
         self.speculator = Speculator(
             link, hidden_states, self.scheduler, config.limits, verifier.draft_timeout_s, looks_up, clock
@@ -149,6 +150,7 @@ class Engine:
             scheduler=self.scheduler,
             context_tokens=context_tokens,
             verify_s=verified_s - drafted_s,
+            pass_how=self.model.passes.how,
             step_s=finished_s - started_s,
         )
         return self._outputs(advances, drafts, record), record

@@ -26,6 +26,7 @@ def step_record(
     context_tokens: int,
     verify_s: float,
     step_s: float,
+    pass_how: str,
 ) -> StepRecord:
     """The record of a step whose first walks are those of `batch.decoding`, in order."""
     own_walks = walks[: len(batch.decoding)]
@@ -61,6 +62,7 @@ def step_record(
         outcomes=outcomes,
         catch_up_tokens=drafts.stats.catch_up_tokens,
         drafted_requests=len(drafts.sessions),
+        pass_how=pass_how,
     )
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 import treeline
 from lm.cpu.native import fingerprint
+from lm.cuda.layout import BUCKETS
 from lm.device import processor_name
 from lm.kv_cache import KVCache
 from lm.model import LanguageModel
@@ -34,8 +36,12 @@ def verification_profile(model: LanguageModel, cache: KVCache, refresh: bool = F
     path = profile_path(identity)
     curves = None if refresh else _load(path, identity)
     if curves is None:
+        slow = model.passes.slow
         curves = profile_verification(model, cache)
-        _save(path, identity, curves)
+        if model.passes.slow > slow:
+            logger.warning("the device profile is not stored: some of its passes ran uncaptured or packed")
+        else:
+            _save(path, identity, curves)
     return curves
 
 
@@ -59,9 +65,20 @@ def _identity(model: LanguageModel, cache: KVCache) -> dict[str, Any]:
         "kernels": fingerprint(),
         "threads": torch.get_num_threads(),
         "kv_cache_tokens": cache.total_blocks * cache.block_tokens,
+        "kv_block_tokens": cache.block_tokens,
+        "buckets": list(BUCKETS) if model.passes.padded else [],
+        "triton": _version("triton") if on_cuda else "",
+        "driver": torch._C._cuda_getDriverVersion() if on_cuda else 0,  # type: ignore[attr-defined]
         "torch": torch.__version__,
         "treeline": treeline.__version__,
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _load(path: Path, identity: dict[str, Any]) -> tuple[CostCurve, ...] | None:

@@ -77,6 +77,8 @@ class VerifierServer:
             _check_limits(model, config)
             watcher = PlanWatcher(planner, verifier_id, config.limits, config.internal)
             link = GrpcLink(drafter, config, model.vocab_size, vocabulary_sha256(model.tokenizer))
+            if model.passes.padded:
+                await wait_for_info(link, DRAFTER_WAIT_S)  # What it reads is captured with the passes.
             core = await loop.run_in_executor(loader, Engine, model, link, lambda: watcher.plan, config)
             curves = await loop.run_in_executor(loader, verification_profile, model, core.cache)
             await loop.run_in_executor(loader, warm_up, model, core.cache)

@@ -68,14 +68,16 @@ class HiddenStates:
         if spec == self._spec:
             return
         self._spec = spec
-        if self._tap is not None:
-            self._tap.close()
-            self._tap = None
         self._unread = Unread()
         self._rows.clear()
         self._sent_tokens.clear()
         if spec is None:
-            return
+            return  # The tap stays: captured passes read it, and the drafter mostly comes back as it was.
+        if self._tap is not None:
+            if (self._tap.layers, self._tap.width) == (spec.layers, spec.width):
+                return
+            self._tap.close()
+            self._tap = None
         try:
             self._tap = self._model.tap(spec.layers)
         except ConfigError as error:
@@ -95,7 +97,7 @@ class HiddenStates:
             walks: of `batch.decoding` first.
             tree_nodes: nodes verified for each of `batch.decoding`.
         """
-        if self._tap is None:
+        if self._tap is None or self._spec is None:
             return
         unread = self._unread
         first = unread.tokens

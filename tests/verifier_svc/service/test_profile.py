@@ -42,6 +42,14 @@ def measured(monkeypatch) -> list[int]:
     return calls
 
 
+def test_a_profile_of_passes_that_ran_slowly_is_not_kept(model, folder, monkeypatch, caplog):
+    monkeypatch.setattr(type(model.passes), "slow", property(lambda passes: passes.counts["packed"]))
+    cache = model.new_cache(512, 16)
+    assert verification_profile(model, cache)
+    assert not list(folder.rglob("*.json"))
+    assert "not stored" in caplog.text
+
+
 def test_curves_are_monotone_and_leave_the_cache_idle(model):
     cache = model.new_cache(2048, 4)
     curves = profile_verification(model, cache)

@@ -173,6 +173,21 @@ def test_a_message_stays_within_its_limit_and_the_rest_comes_later(model):
     assert all(drafter.read[session_id] for session_id in range(1, 9))
 
 
+def test_a_drafter_that_comes_back_as_it_was_costs_no_capture(model, monkeypatch):
+    """What was captured reads the tap: it is let go only for a drafter that reads other layers."""
+    forgotten: list[int] = []
+    monkeypatch.setattr(model.passes, "forget_captured", lambda: forgotten.append(1))
+    engine = Engine(model, LocalLink(FeatureReader(Known(), model.vocab_size)), lambda: builtin_plan(LIMITS), CONFIG)
+    states, spec = engine.draft_stage.hidden_states, FeatureReader(Known(), model.vocab_size).features
+    before = len(forgotten)
+    for _ in range(3):
+        states.follow(None)
+        states.follow(spec)
+    assert len(forgotten) == before
+    states.follow(FeatureSpec((0,), model.hf.config.hidden_size * 2))
+    assert len(forgotten) == before + 1
+
+
 def test_a_drafter_that_reads_another_width_gets_none(model, caplog):
     known = Known()
     drafter = FeatureReader(known, model.vocab_size)
