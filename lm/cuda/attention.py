@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lm.attention import AttentionOptions
 from lm.cuda.attention_kernels import attend_split, combine_splits
+from lm.cuda.elementwise import TritonElementwise, store_rotated
 from lm.cuda.layout import QUERY_TOKENS, WORDS
 
 LEAST_ROWS = 16
@@ -49,7 +50,13 @@ class PaddedBatch:
 
 
 class PaddedAttention:
-    """The `AttentionContext` of one padded pass."""
+    """The `AttentionContext` of one padded pass.
+
+    Attributes:
+        work: what fused layers do beside their products and their attention.
+    """
+
+    work: ClassVar[TritonElementwise | None] = TritonElementwise()
 
     def __init__(self, batch: PaddedBatch, keys: list[Tensor], values: list[Tensor], block_tokens: int) -> None:
         """`keys` and `values`: the store, by layer, each [slots, kv_heads, dim]."""
@@ -60,6 +67,14 @@ class PaddedAttention:
         keys.index_copy_(0, self._batch.slots, key)
         values.index_copy_(0, self._batch.slots, value)
         return attend(self._batch, query, keys, values, self._block_tokens, options)
+
+    def rotate_and_attend(
+        self, layer: int, heads: Tensor, counts: list[int], turns: Tensor, options: AttentionOptions
+    ) -> Tensor:
+        """As `attend` after rotary embedding; `heads`, `counts` and `turns` as `store_rotated`."""
+        keys, values = self._keys[layer], self._values[layer]
+        store_rotated(heads, counts, turns, self._batch.slots, keys, values)
+        return attend(self._batch, heads[:, : counts[0]], keys, values, self._block_tokens, options)
 
 
 def attend(

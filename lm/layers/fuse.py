@@ -62,7 +62,8 @@ def _forward(
     else:
         for layer in body.layers:
             hidden_states = layer(hidden_states, position_embeddings=turns, **kwargs)
-    normed = elementwise_for(hidden_states).norm(hidden_states, body.norm)
+    work = getattr(context, "work", None) or elementwise_for(hidden_states)
+    normed = work.norm(hidden_states, body.norm)
     return BaseModelOutputWithPast(last_hidden_state=normed)  # type: ignore[arg-type]
 
 

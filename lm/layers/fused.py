@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lm.attention import CONTEXT, AttentionContext, AttentionOptions
-from lm.cpu.elementwise import TORCH, elementwise_for
+from lm.cpu.elementwise import TORCH, Elementwise, elementwise_for
 from lm.cpu.native import LANES
 
 LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
@@ -51,24 +51,37 @@ class FusedLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, position_embeddings: Tensor, **kwargs: Any) -> Tensor:
         """hidden_states [1, tokens, hidden] -> the same; position_embeddings as `ComplexRotary` gives them."""
-        work = elementwise_for(hidden_states) if self.whole_lanes else TORCH
-        normed = work.norm(hidden_states, self.input_norm)
-        return self.mix(normed, hidden_states, position_embeddings, kwargs[CONTEXT])
+        context: AttentionContext = kwargs[CONTEXT]
+        normed = self._work(hidden_states, context).norm(hidden_states, self.input_norm)
+        return self.mix(normed, hidden_states, position_embeddings, context)
 
     def mix(self, inputs: Tensor, hidden_states: Tensor, turns: Tensor, context: AttentionContext) -> Tensor:
         """Attention over normed `inputs` and the feed-forward part, both added to `hidden_states`."""
-        work = elementwise_for(hidden_states) if self.whole_lanes else TORCH
+        work = self._work(hidden_states, context)
         queries, keys, _ = self.heads
-        heads = work.rotate(self.qkv_proj(inputs).view(-1, sum(self.heads), self.head_dim), queries + keys, turns)
-        query, key, value = heads.split_with_sizes(self.heads, 1)
-        mixed = context.attend(self.index, query, key, value, self.options)
+        heads = self.qkv_proj(inputs).view(-1, sum(self.heads), self.head_dim)
+        rotate_and_attend = getattr(context, "rotate_and_attend", None) if work is _kernels(context) else None
+        if rotate_and_attend is not None:
+            mixed = rotate_and_attend(self.index, heads, self.heads, turns, self.options)
+        else:
+            heads = work.rotate(heads, queries + keys, turns)
+            query, key, value = heads.split_with_sizes(self.heads, 1)
+            mixed = context.attend(self.index, query, key, value, self.options)
         attended = self.o_proj(mixed.reshape(1, mixed.shape[0], -1))
         hidden_states, normed = work.add_norm(hidden_states, attended, self.mlp_norm)
         return hidden_states + self.down_proj(work.gated(self.gate_up_proj(normed), self.activation))
 
+    def _work(self, hidden_states: Tensor, context: AttentionContext) -> Elementwise:
+        return _kernels(context) or (elementwise_for(hidden_states) if self.whole_lanes else TORCH)
+
+
+def _kernels(context: AttentionContext) -> Elementwise | None:
+    """Those of a padded pass on a GPU."""
+    return getattr(context, "work", None)
+
 
 class ComplexRotary(nn.Module):
-    """A rotary embedding's turns as complex numbers, made once a pass; on the CPU, once for each position."""
+    """A rotary embedding's turns as complex numbers, made once for each position where no length changes them."""
 
     def __init__(self, rotary: nn.Module) -> None:
         super().__init__()
@@ -77,12 +90,14 @@ class ComplexRotary(nn.Module):
 
     def forward(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
         """complex64 [tokens, 1, head_dim / 2]."""
-        if not hidden_states.is_cpu or self.rotary.rope_type in LENGTH_DEPENDENT_ROPE:
+        if self.rotary.rope_type in LENGTH_DEPENDENT_ROPE:
             return self._turns(hidden_states, position_ids)
-        needed = int(position_ids.max()) + 1
+        # Asking a device for the largest position would wait for it: there are turns for all that the model may have.
+        config: Any = self.rotary.config
+        needed = int(position_ids.max()) + 1 if hidden_states.is_cpu else config.max_position_embeddings
         if needed > len(self._turns_at):
-            ahead = max(FIRST_POSITIONS, 2 * needed)
-            self._turns_at = self._turns(hidden_states, torch.arange(ahead)[None])
+            ahead = max(FIRST_POSITIONS, 2 * needed) if hidden_states.is_cpu else needed
+            self._turns_at = self._turns(hidden_states, torch.arange(ahead, device=hidden_states.device)[None])
         return self._turns_at[position_ids[0]]
 
     def _turns(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:

@@ -18,16 +18,17 @@ from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from lm.passes import Passes
 
-KERNELS = attention.attend
+KERNELS, WORK = attention.attend, attention.PaddedAttention.work
 
 
 def pad_passes(passes: Passes, interpreted: bool = False) -> None:
     """Run them padded on the CPU as well, uncaptured.
 
-    Attention is then by a plain twin of the kernels, or by their own source in Triton's interpreter, which is slow.
+    It is then by plain twins of the kernels, or by their own source in Triton's interpreter, which is slow.
     """
     passes.padded = True
     attention.attend = KERNELS if interpreted else dense_attention
+    attention.PaddedAttention.work = WORK if interpreted else None
 
 
 def dense_attention(

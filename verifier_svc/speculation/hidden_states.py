@@ -132,18 +132,20 @@ class HiddenStates:
     def unsent(self, sequences: list[Sequence]) -> list[NDArray[np.uint16]]:
         """For each sequence uint16 [k, width]: features of the tokens before those last k that came since `sent`.
 
-        What would make the message too large stays for a later step.
+        Where the message would be too large, those that need most get fewer rows: the oldest ones are left out.
         """
         self._read()
         self._wait()
         budget_bytes = self._budget_bytes
         found = []
-        for sequence in sequences:
+        for index, sequence in enumerate(sequences):
             rows: Iterable[NDArray[np.uint16]] = self._rows.get(sequence.session_id, ())
             wanted = len(sequence.token_ids) - self._sent_tokens.get(sequence.session_id, 0)
-            features = np.stack(newest) if (newest := list(rows)[-wanted:]) else NO_FEATURES
-            if features.nbytes > budget_bytes:
-                features = NO_FEATURES
+            newest = list(rows)[-wanted:]
+            if newest:  # What others leave of their shares is shared by those behind them.
+                share = budget_bytes // (len(sequences) - index) // newest[0].nbytes
+                newest = newest[max(0, len(newest) - share) :]
+            features = np.stack(newest) if newest else NO_FEATURES
             budget_bytes -= features.nbytes
             found.append(features)
         return found

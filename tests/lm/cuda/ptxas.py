@@ -18,10 +18,11 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from lm.cuda.attention import kernel_constants
 from lm.cuda.attention_kernels import attend_split, combine_splits
+from lm.cuda.elementwise_kernels import gate_rows, norm_rows, rotate_and_store
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {"mixed": "fp32", "sums": "fp32", "words": "i32", "positions": "i32", "table": "i32", "sequences": "i32"}
-POINTERS |= {"queries": "i32"}
+POINTERS |= {"queries": "i32", "turns": "fp32", "slots": "i64"}
 """Element types of pointers; others point to numbers of the model's type."""
 ALIGNED = ("_ptr", "_stride")
 
@@ -42,6 +43,20 @@ def main() -> None:
             for kernel in (attend_split, combine_splits):
                 compiled = _compiled(kernel, dtype, constants, architecture)
                 print(json.dumps({"name": name, "architecture": architecture, **_use(compiled)}), flush=True)
+    for architecture in (80, 89, 90):
+        for kernel, constants in _elementwise().items():
+            compiled = _compiled(kernel, "bf16", constants, architecture)
+            print(json.dumps({"name": "layer", "architecture": architecture, **_use(compiled)}), flush=True)
+
+
+def _elementwise() -> dict[Any, dict[str, Any]]:
+    """Kernels of a layer of Llama 3 8B, and what they are compiled for."""
+    run = {"num_warps": 8, "num_stages": 2}
+    return {
+        norm_rows: {"SIZE": 4096, "PAD": 4096, "ADDS": True, **run},
+        gate_rows: {"SIZE": 14336, "BLOCK": 1024, **run},
+        rotate_and_store: {"QUERIES": 32, "KEYS": 8, "DIM": 128, "PAD": 64, **run, "num_warps": 1},
+    }
 
 
 def _compiled(kernel: Any, dtype: str, constants: dict[str, Any], architecture: int) -> CompiledKernel:
@@ -58,7 +73,7 @@ def _type(name: str, dtype: str) -> str:
     stem, pointer, _ = name.partition("_ptr")
     if pointer:
         return "*" + POINTERS.get(stem, dtype)
-    return "fp32" if name in ("scale", "softcap") else "i32"
+    return "fp32" if name in ("scale", "softcap", "epsilon") else "i32"
 
 
 def _use(compiled: CompiledKernel) -> dict[str, Any]:

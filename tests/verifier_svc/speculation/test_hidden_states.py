@@ -178,13 +178,13 @@ def test_a_drafter_that_comes_back_as_it_was_costs_no_capture(model, monkeypatch
     forgotten: list[int] = []
     monkeypatch.setattr(model.passes, "forget_captured", lambda: forgotten.append(1))
     engine = Engine(model, LocalLink(FeatureReader(Known(), model.vocab_size)), lambda: builtin_plan(LIMITS), CONFIG)
-    states, spec = engine.draft_stage.hidden_states, FeatureReader(Known(), model.vocab_size).features
+    states, spec = engine.speculator.hidden_states, FeatureReader(Known(), model.vocab_size).features
     before = len(forgotten)
     for _ in range(3):
         states.follow(None)
         states.follow(spec)
     assert len(forgotten) == before
-    states.follow(FeatureSpec((0,), model.hf.config.hidden_size * 2))
+    states.follow(FeatureSpec((1,), model.hf.config.hidden_size * 2))
     assert len(forgotten) == before + 1
 
 

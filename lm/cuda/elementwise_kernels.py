@@ -1,0 +1,67 @@
+"""What a decoder layer does besides its products and its attention, in Triton: one launch each, float32 inside.
+
+They round where torch's separate operations round, so that both write the same numbers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def norm_rows(
+    hidden_ptr, added_ptr, total_ptr, weight_ptr, out_ptr, epsilon, SIZE: tl.constexpr, PAD: tl.constexpr,
+    ADDS: tl.constexpr,
+):  # fmt: skip
+    """Grid [rows]: RMS norm of each row, or of its sum with another one, which goes to `total`."""
+    places = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, PAD)
+    inside = tl.arange(0, PAD) < SIZE
+    row = tl.load(hidden_ptr + places, mask=inside, other=0.0)
+    if ADDS:
+        added = tl.load(added_ptr + places, mask=inside, other=0.0)
+        row = (row.to(tl.float32) + added.to(tl.float32)).to(row.dtype)
+        tl.store(total_ptr + places, row, mask=inside)
+    wide = row.to(tl.float32)
+    scale = 1 / tl.sqrt(tl.sum(wide * wide, 0) / SIZE + epsilon)
+    weight = tl.load(weight_ptr + tl.arange(0, PAD), mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + places, (wide * scale * weight).to(row.dtype), mask=inside)
+
+
+@triton.jit
+def gate_rows(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid [rows, blocks of a row]: silu of the first half of each row, times the second."""
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, inside = tl.program_id(0).to(tl.int64), columns < SIZE
+    gate = tl.load(gate_up_ptr + row * 2 * SIZE + columns, mask=inside, other=0.0)
+    up = tl.load(gate_up_ptr + row * 2 * SIZE + SIZE + columns, mask=inside, other=0.0)
+    wide = gate.to(tl.float32)
+    active = (wide / (1 + tl.exp(-wide))).to(gate.dtype)
+    tl.store(out_ptr + row * SIZE + columns, (active.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=inside)
+
+
+@triton.jit
+def rotate_and_store(
+    heads_ptr, turns_ptr, slots_ptr, keys_ptr, values_ptr, token_stride, key_stride, value_stride,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr,
+):  # fmt: skip
+    """Grid [tokens, heads]: turn the adjacent pairs of query heads in place, those of key heads on their way into the
+    store, where value heads go as they are."""
+    token, head = tl.program_id(0), tl.program_id(1)
+    pairs = tl.arange(0, PAD)
+    inside = pairs < DIM // 2
+    source = heads_ptr + token * token_stride + head * DIM + 2 * pairs
+    first, second = tl.load(source, mask=inside, other=0.0), tl.load(source + 1, mask=inside, other=0.0)
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    target = source
+    if head < QUERIES + KEYS:
+        turn = turns_ptr + token * DIM + 2 * pairs
+        cos, sin = tl.load(turn, mask=inside, other=0.0), tl.load(turn + 1, mask=inside, other=0.0)
+        x, y = first.to(tl.float32), second.to(tl.float32)
+        first, second = (x * cos - y * sin).to(first.dtype), (x * sin + y * cos).to(second.dtype)
+        if head >= QUERIES:
+            target = keys_ptr + slot * key_stride + (head - QUERIES) * DIM + 2 * pairs
+    else:
+        target = values_ptr + slot * value_stride + (head - QUERIES - KEYS) * DIM + 2 * pairs
+    tl.store(target, first, mask=inside)
+    tl.store(target + 1, second, mask=inside)

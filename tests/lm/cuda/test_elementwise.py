@@ -1,0 +1,135 @@
+"""The elementwise kernels' own source, interpreted, against torch; and how few launches a pass takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from triton.runtime import interpreter
+
+from lm.cpu.elementwise import TORCH
+from lm.cuda.elementwise import TritonElementwise, store_rotated
+from lm.layers.fuse import fuse_layers
+from lm.model import LanguageModel
+from lm.packed import PackedSequence
+from tests.lm.helpers import pad_passes, random_tokens, reference_logits
+from tests.lm.tiny import _SHAPE, tiny_model, tiny_tokenizer
+
+OURS = TritonElementwise()
+TYPES = [torch.float32, torch.bfloat16]
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(len(shape)).normal(size=shape)).to(dtype)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal, but for the last bit: sums are made in another order, and the interpreter cuts bfloat16 numbers off."""
+    tolerance = 1e-2 if found.dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_norm_and_sum(dtype: torch.dtype) -> None:
+    norm = LlamaRMSNorm(80, 1e-5).to(dtype)
+    norm.weight.data = rows(80, dtype=dtype)
+    hidden, added = rows(1, 3, 80, dtype=dtype), rows(3, 80, dtype=dtype)[None]
+    close(OURS.norm(hidden, norm), TORCH.norm(hidden, norm))
+    (total, normed), (plain_total, plain_normed) = (work.add_norm(hidden, added, norm) for work in (OURS, TORCH))
+    close(total, plain_total)
+    close(normed, plain_normed)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_gate(dtype: torch.dtype) -> None:
+    gate_up = rows(1, 2, 2 * 1100, dtype=dtype)
+    close(OURS.gated(gate_up, SiLUActivation()), TORCH.gated(gate_up, SiLUActivation()))
+    assert torch.equal(OURS.gated(gate_up, torch.tanh), TORCH.gated(gate_up, torch.tanh))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dim", [8, 80])
+def test_rotation_on_the_way_into_the_store(dtype: torch.dtype, dim: int) -> None:
+    counts, slots = [6, 2, 2], torch.tensor([7, 0, 3])
+    heads, angles = rows(3, 10, dim, dtype=dtype), rows(3, 1, dim // 2)
+    turns = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+    keys, values = (torch.zeros(9, 2, dim, dtype=dtype) for _ in range(2))
+    expected = TORCH.rotate(heads.clone(), 8, turns)
+    value_heads = heads[:, 8:].clone()
+    store_rotated(heads, counts, turns, slots, keys, values)
+    close(heads[:, :6], expected[:, :6])
+    close(keys[slots], expected[:, 6:8])
+    assert torch.equal(values[slots], value_heads)
+    assert not keys[[1, 2, 4, 5, 6, 8]].any()
+
+
+FUSED = {"llama": LlamaConfig(**_SHAPE), "qwen2": Qwen2Config(**_SHAPE), "mistral": MistralConfig(**_SHAPE)}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_fused_passes_by_the_kernels(kind: str) -> None:
+    hf = tiny_model(FUSED[kind])
+    tokens = random_tokens(np.random.default_rng(0), 5)
+    expected = reference_logits(hf, tokens)
+    model = fused(hf)
+    cache = model.new_cache(32, 16)
+    logits = model.forward([PackedSequence(cache.allocate(8), tokens)], cache)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=2e-5)
+
+
+def fused(hf: Any) -> LanguageModel:
+    plain = LanguageModel.from_hf(hf, tiny_tokenizer())
+    fuse_layers(plain.hf)
+    pad_passes(plain.passes, interpreted=True)
+    return plain
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that a device would launch a kernel for, by name."""
+
+    FREE = ("view", "empty", "slice", "select", "t", "transpose", "unsqueeze", "expand", "split", "detach", "reshape")
+    NONE = ("alias", "unbind", "new_empty", "lift_fresh")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        count = lambda own, *args, **kwargs: self.counts.update([own.fn.__name__])  # noqa: E731
+        monkeypatch.setattr(interpreter.InterpretedFunction, "run", count)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not name.startswith(self.FREE) and name not in self.NONE:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_a_pass_takes_few_launches(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside products at most 9 a layer, and 12 around the layers."""
+    counts = []
+    for layers in (2, 3):
+        config = type(FUSED[kind])(**{**_SHAPE, "num_hidden_layers": layers})
+        model = fused(tiny_model(config))
+        cache = model.new_cache(32, 16)
+        with monkeypatch.context() as patched:
+            seen = Launches(patched)
+            for _ in range(2):  # The first pass makes tables.
+                seen.counts.clear()
+                sequence = cache.allocate(8)
+                with torch.inference_mode(), seen:
+                    static = model.passes.run(model._run, [PackedSequence(sequence, [1, 2, 3, 4])], cache)
+                cache.free(sequence)
+            assert static
+        products = sum(n for name, n in seen.counts.items() if name in ("linear", "mm", "addmm"))
+        assert products == 4 * layers + 1, seen.counts
+        counts.append(sum(seen.counts.values()) - products)
+    layer = counts[1] - counts[0]
+    assert layer <= 9, seen.counts
+    assert counts[0] - 2 * layer <= 12, seen.counts
