@@ -86,6 +86,7 @@ def total_load(loads: Sequence[pb.GetLoadResponse]) -> pb.GetLoadResponse:
         tokens_per_s=sum(load.tokens_per_s for load in loads),
         plan_version=max((load.plan_version for load in loads), default=0),
         drafter_ready=bool(loads) and all(load.drafter_ready for load in loads),
+        drafter_problem=max((load.drafter_problem for load in loads), default=""),
     )
     weights = [load.tokens_per_s / total.tokens_per_s if total.tokens_per_s else 1 / len(loads) for load in loads]
     for field in ("mean_accepted_length", "mean_tree_nodes", "price"):

@@ -45,6 +45,7 @@ class VerifierMetrics:
         self._goodput = gauge("expected_goodput_tokens_per_second", "Goodput expected of the last drafted step")
         self._plan_version = gauge("plan_version", "Version of the plan in force")
         self._drafter_ready = gauge("drafter_ready", "1 while drafting is possible")
+        self._drafter_problem = gauge("drafter_problem", "1 while the target hardly ever agrees with the drafter")
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens run")
         self._prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self._prefix_hits = counter("prefix_cache_hits", "Prompt tokens taken from the prefix cache")
@@ -144,12 +145,15 @@ class VerifierMetrics:
         self._prefix_queries.inc(prompt_tokens)
         self._prefix_hits.inc(cached_tokens)
 
-    def set_load(self, running: int, waiting: int, kv_used: int, kv_total: int, drafter_ready: bool) -> None:
+    def set_load(
+        self, running: int, waiting: int, kv_used: int, kv_total: int, drafter_ready: bool, problem: bool
+    ) -> None:
         self._running.set(running)
         self._waiting.set(waiting)
         self._kv_used.set(kv_used)
         self._kv_total.set(kv_total)
         self._drafter_ready.set(drafter_ready)
+        self._drafter_problem.set(problem)
 
 
 class DrafterMetrics:

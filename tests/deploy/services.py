@@ -62,7 +62,7 @@ class Services:
         self.verifier.observe_first_token(0.1)
         self.verifier.observe_tokens(3, 0.07)
         self.verifier.observe_finished("stop", 3, queue_s=0.01, ttft_s=0.1, total_s=0.5, accepted_length=3.0)
-        self.verifier.set_load(running=1, waiting=0, kv_used=4, kv_total=64, drafter_ready=True)
+        self.verifier.set_load(running=1, waiting=0, kv_used=4, kv_total=64, drafter_ready=True, problem=False)
         self.verifier.observe_prefix(prompt_tokens=32, cached_tokens=16)
 
     def _draft(self) -> None:

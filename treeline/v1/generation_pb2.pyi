@@ -256,7 +256,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("num_requests_running", "num_requests_waiting", "max_requests_running", "max_requests_waiting", "kv_blocks_used", "kv_blocks_total", "tokens_per_s", "mean_accepted_length", "mean_tree_nodes", "plan_version", "price", "drafter_ready")
+    __slots__ = ("num_requests_running", "num_requests_waiting", "max_requests_running", "max_requests_waiting", "kv_blocks_used", "kv_blocks_total", "tokens_per_s", "mean_accepted_length", "mean_tree_nodes", "plan_version", "price", "drafter_ready", "drafter_problem")
     NUM_REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -269,6 +269,7 @@ class GetLoadResponse(_message.Message):
     PLAN_VERSION_FIELD_NUMBER: _ClassVar[int]
     PRICE_FIELD_NUMBER: _ClassVar[int]
     DRAFTER_READY_FIELD_NUMBER: _ClassVar[int]
+    DRAFTER_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     num_requests_running: int
     num_requests_waiting: int
     max_requests_running: int
@@ -281,7 +282,8 @@ class GetLoadResponse(_message.Message):
     plan_version: int
     price: float
     drafter_ready: bool
-    def __init__(self, num_requests_running: _Optional[int] = ..., num_requests_waiting: _Optional[int] = ..., max_requests_running: _Optional[int] = ..., max_requests_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., mean_accepted_length: _Optional[float] = ..., mean_tree_nodes: _Optional[float] = ..., plan_version: _Optional[int] = ..., price: _Optional[float] = ..., drafter_ready: bool = ...) -> None: ...
+    drafter_problem: str
+    def __init__(self, num_requests_running: _Optional[int] = ..., num_requests_waiting: _Optional[int] = ..., max_requests_running: _Optional[int] = ..., max_requests_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., mean_accepted_length: _Optional[float] = ..., mean_tree_nodes: _Optional[float] = ..., plan_version: _Optional[int] = ..., price: _Optional[float] = ..., drafter_ready: bool = ..., drafter_problem: _Optional[str] = ...) -> None: ...
 
 class GetModelInfoRequest(_message.Message):
     __slots__ = ()

@@ -148,7 +148,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Load:
-    """How busy an engine is. Rates are over the last seconds."""
+    """How busy an engine is. Rates are over the last seconds; the problem is that of `AcceptanceAlarm`."""
 
     num_requests_running: int
     num_requests_waiting: int
@@ -160,3 +160,4 @@ class Load:
     plan_version: int
     price: float
     drafter_ready: bool
+    drafter_problem: str = ""

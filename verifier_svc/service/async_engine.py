@@ -23,6 +23,7 @@ from treeline.plan import StepRecord
 from verifier_svc.engine.engine import Engine
 from verifier_svc.engine.request import Chunk, Completion, GenerationRequest, Load
 from verifier_svc.engine.sequence import Output
+from verifier_svc.speculation.alarm import AcceptanceAlarm
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class AsyncEngine:
         self._max_open = max_running + max_waiting
         self._max_waiting = max_waiting
         self._on_step, self._on_output = on_step, on_output
+        self._alarm = AcceptanceAlarm()
         self._loop = asyncio.get_running_loop()
         self._streams: dict[str, asyncio.Queue[Chunk | Completion | TreelineError]] = {}
         self._wake = threading.Condition()
@@ -120,6 +122,7 @@ class AsyncEngine:
             plan_version=last.plan_version if last else 0,
             price=self.engine.plan().price,
             drafter_ready=self.engine.speculator.ready,
+            drafter_problem=self._alarm.problem,
         )
 
     def check(self) -> None:
@@ -167,6 +170,7 @@ class AsyncEngine:
                     self._deliver(outputs)
                     if record is not None:
                         self._recent.append(record)
+                        self._alarm.observe(record.outcomes)
                         _observe(self._on_step, record)
         except Exception as error:
             logger.exception("the engine died")

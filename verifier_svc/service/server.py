@@ -175,5 +175,6 @@ async def _show_load(engine: AsyncEngine, metrics: VerifierMetrics) -> None:
             load.kv_blocks_used,
             load.kv_blocks_total,
             load.drafter_ready,
+            bool(load.drafter_problem),
         )
         await asyncio.sleep(LOAD_INTERVAL_S)
