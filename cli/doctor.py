@@ -11,15 +11,21 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+import grpc
 import typer
 
 import treeline
 from cli.options import ConfigFile
-from treeline.config import Config, load_config
+from treeline.config import Config, ServerConfig, load_config
+from treeline.rpc import read_tokens
+from treeline.v1 import generation_pb2 as pb
+from treeline.v1.generation_pb2_grpc import GenerationServiceStub
 
 PACKAGES = ("torch", "transformers", "ray", "grpcio", "protobuf", "numpy", "scipy", "prometheus-client", "gguf")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 CACHE_BYTES_NEEDED = 2e9
+ANSWER_S = 2.0
+"""What a running service gets to answer: it takes milliseconds, and another program on its port would never."""
 
 
 def doctor(config: ConfigFile = None) -> None:
@@ -49,6 +55,20 @@ def examine(config: Config) -> Iterator[tuple[bool, str, str]]:
         ("metrics", config.metrics.host, config.metrics.base_port),
     ):
         yield _port(name, host, port)
+    yield from _drafter(config.server)
+
+
+def _drafter(server: ServerConfig) -> Iterator[tuple[bool, str, str]]:
+    """What the service that runs here says of its drafter; nothing if none answers, or with TLS."""
+    if server.tls is not None:
+        return
+    metadata = (("authorization", f"Bearer {read_tokens(server.token_file)[0]}"),) if server.token_file else ()
+    with grpc.insecure_channel(f"{server.host}:{server.port}") as channel:
+        try:
+            load = GenerationServiceStub(channel).GetLoad(pb.GetLoadRequest(), timeout=ANSWER_S, metadata=metadata)
+        except grpc.RpcError:
+            return
+    yield not load.drafter_problem, "drafter", load.drafter_problem or ("ready" if load.drafter_ready else "away")
 
 
 def _cpu_flags() -> list[str]:

@@ -5,16 +5,21 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 import lm.store
+from cli.doctor import examine
 from cli.main import app
 from cli.serve import check_startable
 from treeline.config import Config, ServerConfig, VerifierConfig
 from treeline.errors import ConfigError
+from treeline.v1 import generation_pb2 as pb
+from treeline.v1 import generation_pb2_grpc as pb_grpc
 
 
 def treeline(*arguments: str, **options):
@@ -184,6 +189,21 @@ def test_doctor_looks_at_everything(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.stdout
     for subject in ("treeline", "torch", "ray", "cpu", "gpu", "models", "port"):
         assert f"ok    {subject}" in result.stdout
+
+
+def test_doctor_asks_a_running_service_about_its_drafter():
+    class Wrong(pb_grpc.GenerationServiceServicer):
+        def GetLoad(self, request, context):
+            return pb.GetLoadResponse(drafter_ready=True, drafter_problem="never right")
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    pb_grpc.add_GenerationServiceServicer_to_server(Wrong(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        assert (False, "drafter", "never right") in list(examine(Config(server=ServerConfig(port=port))))
+    finally:
+        server.stop(None)
 
 
 def test_help_and_clients_need_no_torch():
