@@ -280,6 +280,8 @@ def _read(
     module.load_state_dict(tensors)
     sha256 = config.vocabulary_sha256 or vocabulary_sha256(load_tokenizer(model))
     module.config = replace(config, vocabulary_sha256=sha256)
+    # A head drafts wherever its target decodes; its own limit is only how far it was trained.
+    module.rotary_emb.config.max_position_embeddings = target.max_position_embeddings  # type: ignore[union-attr]
     return module, embedding, output, draft_ids
 
 
