@@ -10,16 +10,18 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import grpc
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, generate_latest
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from front_door.openai_requests import ChatBody, CompletionBody, TokenizeBody
@@ -31,8 +33,10 @@ from treeline.rpc import read_tokens
 from treeline.status import RETRY_DELAY_S, code_of, from_rpc_error
 from treeline.v1 import generation_pb2 as pb
 
-OPEN_PATHS = ("/health",)
-"""Orchestrators ask here without a token."""
+PAGE = Path(__file__).parent / "page"
+OPEN_PATHS = ("/", "/health")
+"""Need no token, and nor do the page's files: the page asks its reader for one, and orchestrators ask for health."""
+PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'; img-src data:; style-src 'self' 'unsafe-inline'"}
 START_TIMEOUT_S = 10.0
 DISCONNECT_POLL_S = 0.1
 """How often a client that waits for a whole answer is looked for: a dropped connection ends its request this soon."""
@@ -126,7 +130,9 @@ class Guard:
         if scope["type"] != "http":
             return
         headers = Headers(scope=scope)
-        if not (scope["path"] in OPEN_PATHS or self._knows(headers.get("authorization", ""))):
+        path = scope["path"]
+        is_open = path in OPEN_PATHS or path.startswith("/page/")
+        if not (is_open or self._knows(headers.get("authorization", ""))):
             return await error_response(HTTPStatus.UNAUTHORIZED, "a valid bearer token is needed")(scope, receive, send)
         size = 0
 
@@ -187,7 +193,19 @@ def create_app(door: FrontDoor, registry: CollectorRegistry, tokens: list[str], 
     async def models() -> dict[str, Any]:
         info = await door.GetModelInfo(pb.GetModelInfoRequest(), HttpCall())
         model = {"id": info.model, "object": "model", "created": 0, "owned_by": "treeline"}
-        return {"object": "list", "data": [model | {"max_model_len": info.max_context_tokens}]}
+        policies = {"default_policy": info.default_policy, "policies": list(info.allowed_policies)}
+        return {"object": "list", "data": [model | {"max_model_len": info.max_context_tokens, "treeline": policies}]}
+
+    @app.get("/load")
+    async def load() -> dict[str, Any]:
+        now = await door.GetLoad(pb.GetLoadRequest(), HttpCall())
+        return {field.name: getattr(now, field.name) for field in now.DESCRIPTOR.fields}
+
+    @app.get("/")
+    async def page() -> Response:
+        return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
+
+    app.mount("/page", StaticFiles(directory=PAGE))
 
     @app.get("/health")
     async def health() -> Response:

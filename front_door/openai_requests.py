@@ -40,7 +40,7 @@ class Body(BaseModel):
     policy: str | None = None
     max_draft_nodes: int | None = None
     max_draft_depth: int | None = None
-    explain: bool = False
+    explain: bool | Literal["tree"] = False
     target_time_per_output_token_ms: float | None = None
 
     @property
@@ -67,7 +67,7 @@ class Body(BaseModel):
                 stop_token_ids=self.stop_token_ids,
                 ignore_eos=self.ignore_eos,
             ),
-            output=pb.OutputOptions(explain=self.explain),
+            output=pb.OutputOptions(explain=bool(self.explain), explain_tree=self.explain == "tree"),
             speculation=pb.SpeculationOptions(
                 policy=self.policy, max_nodes=self.max_draft_nodes, max_depth=self.max_draft_depth
             ),

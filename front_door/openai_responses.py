@@ -117,7 +117,10 @@ def _speculation(complete: pb.GenerateComplete) -> dict[str, Any]:
 
 
 def _step(step: pb.SpeculationStep) -> dict[str, Any]:
-    return {field.name: getattr(step, field.name) for field in step.DESCRIPTOR.fields}
+    nodes = [{name.name: getattr(node, name.name) for name in node.DESCRIPTOR.fields} for node in step.nodes]
+    for node in nodes:
+        node["fate"] = pb.NodeFate.Name(node["fate"]).removeprefix("NODE_FATE_").lower()
+    return {field.name: getattr(step, field.name) for field in step.DESCRIPTOR.fields} | {"nodes": nodes}
 
 
 def _token(entry: pb.TokenLogprob) -> dict[str, Any]:

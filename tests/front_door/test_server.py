@@ -39,7 +39,7 @@ class Setup:
         return (await check(health_pb2.HealthCheckRequest(), timeout=2)).status
 
 
-def with_front_door(scenario, *engines: FakeEngine, config: Config = CONFIG, credentials=None):
+def with_front_door(scenario, *engines: FakeEngine, config: Config = CONFIG, credentials=None, timeout_s=20):
     async def run():
         async with AsyncExitStack() as stack:
             verifiers = [await stack.enter_async_context(fake_verifier(engine, config)) for engine in engines]
@@ -58,7 +58,7 @@ def with_front_door(scenario, *engines: FakeEngine, config: Config = CONFIG, cre
                 else grpc.aio.insecure_channel(door.endpoint)
             )
             await stack.enter_async_context(channel)
-            return await asyncio.wait_for(scenario(Setup(door, channel, verifiers, found)), 20)
+            return await asyncio.wait_for(scenario(Setup(door, channel, verifiers, found)), timeout_s)
 
     return asyncio.run(run())
 

@@ -19,9 +19,11 @@ from treeline.v1 import generation_pb2_grpc as pb_grpc
 from verifier_svc.engine.request import (
     Chunk,
     Completion,
+    ExplainedNode,
     FinishReason,
     GenerationRequest,
     Load,
+    NodeFate,
     SpeculationTotals,
     StepExplanation,
     TokenLogprobs,
@@ -114,7 +116,16 @@ def _logprobs(request: GenerationRequest) -> list[TokenLogprobs]:
 
 
 def _explanation(request: GenerationRequest) -> StepExplanation | None:
-    return StepExplanation(4, 3, 1, 1.5, 7, 2, 8, 0.001, 0.002, 0.004, "paid") if request.explain else None
+    if not request.explain:
+        return None
+    nodes = (
+        ExplainedNode(65, -1, 0.8, 0.8, NodeFate.ACCEPTED),
+        ExplainedNode(66, 0, 0.5, 0.4, NodeFate.REJECTED),
+        ExplainedNode(67, -1, 0.1, 0.1, NodeFate.REJECTED),
+        ExplainedNode(68, 2, 0.3, 0.03, NodeFate.PRUNED),
+    )
+    tree = nodes if request.explain_tree else ()
+    return StepExplanation(4, 3, 1, 1.5, 7, 2, 8, 0.001, 0.002, 0.004, "paid", tree)
 
 
 @dataclass

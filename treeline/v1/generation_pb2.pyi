@@ -6,12 +6,23 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class NodeFate(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    NODE_FATE_UNSPECIFIED: _ClassVar[NodeFate]
+    NODE_FATE_PRUNED: _ClassVar[NodeFate]
+    NODE_FATE_REJECTED: _ClassVar[NodeFate]
+    NODE_FATE_ACCEPTED: _ClassVar[NodeFate]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_ABORTED: _ClassVar[FinishReason]
+NODE_FATE_UNSPECIFIED: NodeFate
+NODE_FATE_PRUNED: NodeFate
+NODE_FATE_REJECTED: NodeFate
+NODE_FATE_ACCEPTED: NodeFate
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -64,12 +75,14 @@ class StoppingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ...) -> None: ...
 
 class OutputOptions(_message.Message):
-    __slots__ = ("logprobs", "explain")
+    __slots__ = ("logprobs", "explain", "explain_tree")
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     EXPLAIN_FIELD_NUMBER: _ClassVar[int]
+    EXPLAIN_TREE_FIELD_NUMBER: _ClassVar[int]
     logprobs: int
     explain: bool
-    def __init__(self, logprobs: _Optional[int] = ..., explain: bool = ...) -> None: ...
+    explain_tree: bool
+    def __init__(self, logprobs: _Optional[int] = ..., explain: bool = ..., explain_tree: bool = ...) -> None: ...
 
 class SpeculationOptions(_message.Message):
     __slots__ = ("policy", "max_nodes", "max_depth")
@@ -137,8 +150,24 @@ class PositionLogprobs(_message.Message):
     top: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
     def __init__(self, chosen: _Optional[_Union[TokenLogprob, _Mapping]] = ..., top: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
 
+class DraftNode(_message.Message):
+    __slots__ = ("token_id", "text", "parent", "probability", "gain", "fate")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    GAIN_FIELD_NUMBER: _ClassVar[int]
+    FATE_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    text: str
+    parent: int
+    probability: float
+    gain: float
+    fate: NodeFate
+    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., parent: _Optional[int] = ..., probability: _Optional[float] = ..., gain: _Optional[float] = ..., fate: _Optional[_Union[NodeFate, str]] = ...) -> None: ...
+
 class SpeculationStep(_message.Message):
-    __slots__ = ("drafted_nodes", "verified_nodes", "accepted_nodes", "price", "plan_version", "batch_sequences", "batch_tokens", "draft_s", "verify_s", "step_s", "reason")
+    __slots__ = ("drafted_nodes", "verified_nodes", "accepted_nodes", "price", "plan_version", "batch_sequences", "batch_tokens", "draft_s", "verify_s", "step_s", "reason", "nodes")
     DRAFTED_NODES_FIELD_NUMBER: _ClassVar[int]
     VERIFIED_NODES_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_NODES_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +179,7 @@ class SpeculationStep(_message.Message):
     VERIFY_S_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
     drafted_nodes: int
     verified_nodes: int
     accepted_nodes: int
@@ -161,7 +191,8 @@ class SpeculationStep(_message.Message):
     verify_s: float
     step_s: float
     reason: str
-    def __init__(self, drafted_nodes: _Optional[int] = ..., verified_nodes: _Optional[int] = ..., accepted_nodes: _Optional[int] = ..., price: _Optional[float] = ..., plan_version: _Optional[int] = ..., batch_sequences: _Optional[int] = ..., batch_tokens: _Optional[int] = ..., draft_s: _Optional[float] = ..., verify_s: _Optional[float] = ..., step_s: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
+    nodes: _containers.RepeatedCompositeFieldContainer[DraftNode]
+    def __init__(self, drafted_nodes: _Optional[int] = ..., verified_nodes: _Optional[int] = ..., accepted_nodes: _Optional[int] = ..., price: _Optional[float] = ..., plan_version: _Optional[int] = ..., batch_sequences: _Optional[int] = ..., batch_tokens: _Optional[int] = ..., draft_s: _Optional[float] = ..., verify_s: _Optional[float] = ..., step_s: _Optional[float] = ..., reason: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[DraftNode, _Mapping]]] = ...) -> None: ...
 
 class GenerateChunk(_message.Message):
     __slots__ = ("text", "token_ids", "logprobs", "speculation")

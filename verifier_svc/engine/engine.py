@@ -24,10 +24,10 @@ from treeline.forest import Forest
 from treeline.plan import Plan, StepRecord
 from treeline.tree import ROOT
 from verifier_svc.engine.detokenizer import Detokenizer
-from verifier_svc.engine.request import Chunk, FinishReason, GenerationRequest
+from verifier_svc.engine.request import Chunk, ExplainedNode, FinishReason, GenerationRequest
 from verifier_svc.engine.scheduler import Batch, Scheduler
 from verifier_svc.engine.sequence import Output, Sequence
-from verifier_svc.engine.step_report import NodeCounts, explanation, step_record, token_logprobs
+from verifier_svc.engine.step_report import NodeCounts, explained_nodes, explanation, step_record, token_logprobs
 from verifier_svc.engine.walk import Walk, target_walks
 from verifier_svc.speculation.hidden_states import HiddenStates
 from verifier_svc.speculation.speculator import Drafts, Speculator
@@ -41,6 +41,7 @@ class Advance(NamedTuple):
     sequence: Sequence
     nodes: NodeCounts
     chunk: Chunk
+    tree: tuple[ExplainedNode, ...]
 
 
 class Engine:
@@ -208,16 +209,17 @@ class Engine:
                 text, taken = sequence.accept(walk.tokens, self.model.eos_token_ids)
                 logprobs = token_logprobs(sequence, walk, taken, logits, first_row)
                 chunk = Chunk(text, walk.tokens[:taken], logprobs, waited_s=waited_s, first=first)
-                advances.append(Advance(sequence, nodes, chunk))
+                tree = explained_nodes(drafts, place, walk) if sequence.request.explain_tree else ()
+                advances.append(Advance(sequence, nodes, chunk, tree))
             first_row += 1 + nodes.verified
         return advances
 
     def _outputs(self, advances: list[Advance], drafts: Drafts, record: StepRecord) -> list[Output]:
         """The chunk of each sequence that advanced, then the completions of those that ended or failed."""
         outputs = []
-        for sequence, nodes, chunk in advances:
+        for sequence, nodes, chunk, tree in advances:
             with _confined(sequence):
-                why = explanation(sequence, drafts, nodes, record)
+                why = explanation(sequence, drafts, nodes, record, tree)
                 whole = chunk if why is None else replace(chunk, explanation=why)
                 outputs.append(Output(sequence.request.request_id, whole))
         ended = [sequence for sequence in self.scheduler.running if sequence.finish_reason is not None]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum
+from typing import NamedTuple
 
 from treeline.sampling import SamplingParams
 
@@ -16,6 +17,7 @@ class GenerationRequest:
         max_tokens: output tokens at most; prompt and output together fit the context.
         stop: the text ends before the first of these.
         logprobs: None for no log-probabilities, else how many top tokens to give beside the chosen one.
+        explain, explain_tree: add to each chunk why it came as it did; with every node of its tree.
         policy: spelling understood by `planner.policies.parse_policy`.
         max_nodes, max_depth: the request's own tree limits; None leaves the deployment's.
         priority: -4 to 4; higher is admitted first and its tokens weigh more.
@@ -34,6 +36,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     logprobs: int | None = None
     explain: bool = False
+    explain_tree: bool = False
     policy: str = "smart"
     max_nodes: int | None = None
     max_depth: int | None = None
@@ -70,9 +73,27 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
+class NodeFate(Enum):
+    """What became of a draft node."""
+
+    PRUNED = "pruned"
+    REJECTED = "rejected"
+    ACCEPTED = "accepted"
+
+
+class ExplainedNode(NamedTuple):
+    """A node of a step's draft tree. `parent`: its index in the same tree, or ROOT. `gain`: w a(u), in tokens."""
+
+    token_id: int
+    parent: int
+    probability: float
+    gain: float
+    fate: NodeFate
+
+
 @dataclass(frozen=True)
 class StepExplanation:
-    """Why one step's tokens came as they did. The first three are this request's, the rest the whole batch's."""
+    """Why one step's tokens came as they did. Counts and nodes are this request's, the rest is the batch's."""
 
     drafted_nodes: int
     verified_nodes: int
@@ -85,6 +106,7 @@ class StepExplanation:
     verify_s: float
     step_s: float
     reason: str
+    nodes: tuple[ExplainedNode, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 from lm.sampling import logprobs
 from treeline.plan import NodeOutcomes, Plan, StepRecord
-from verifier_svc.engine.request import StepExplanation, TokenLogprobs
+from verifier_svc.engine.request import ExplainedNode, NodeFate, StepExplanation, TokenLogprobs
 from verifier_svc.engine.scheduler import Batch, Scheduler
 from verifier_svc.engine.sequence import Sequence
 from verifier_svc.engine.walk import Walk, observed
@@ -74,7 +74,26 @@ class NodeCounts(NamedTuple):
     accepted: int
 
 
-def explanation(sequence: Sequence, drafts: Drafts, nodes: NodeCounts, record: StepRecord) -> StepExplanation | None:
+def explained_nodes(drafts: Drafts, place: int, walk: Walk) -> tuple[ExplainedNode, ...]:
+    """Every node that was drafted for the decoding request at `place`, and what became of it.
+
+    The walk counts the kept nodes only: of nodes 0 to 3, with 0 and 2 kept, its node 1 is node 2.
+    """
+    if drafts.pruning is None or place >= len(drafts.forest.sizes):
+        return ()
+    tree, first = drafts.forest.tree(place), drafts.forest.starts.item(place)
+    chosen = drafts.pruning.chosen[first : first + len(tree)]
+    fates = [NodeFate.REJECTED if kept else NodeFate.PRUNED for kept in chosen.tolist()]
+    for node in chosen.nonzero()[0][walk.accepted].tolist():
+        fates[node] = NodeFate.ACCEPTED
+    gains = drafts.pruning.gains[first : first + len(tree)]
+    columns = [column.tolist() for column in (tree.token_ids, tree.parents, tree.draft_probs, gains)]
+    return tuple(ExplainedNode(*node) for node in zip(*columns, fates, strict=True))
+
+
+def explanation(
+    sequence: Sequence, drafts: Drafts, nodes: NodeCounts, record: StepRecord, tree: tuple[ExplainedNode, ...]
+) -> StepExplanation | None:
     """For a request that asked for it, why this step's tokens came as they did."""
     if not sequence.request.explain:
         return None
@@ -90,6 +109,7 @@ def explanation(sequence: Sequence, drafts: Drafts, nodes: NodeCounts, record: S
         verify_s=record.verify_s,
         step_s=record.step_s,
         reason=_reason(sequence, drafts),
+        nodes=tree,
     )
 
 

@@ -16,7 +16,7 @@ from treeline.errors import RequestBrokenError
 from treeline.request import identify, identity
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
-from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, Load
+from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, Load, NodeFate
 from verifier_svc.service.chat import Prompt, token_ids_of
 from verifier_svc.service.validation import ServedModel, parse_generate, parse_tokenize, with_prompt
 
@@ -27,6 +27,13 @@ _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.ABORTED: pb.FINISH_REASON_ABORTED,
+}
+
+
+_FATES = {
+    NodeFate.PRUNED: pb.NODE_FATE_PRUNED,
+    NodeFate.REJECTED: pb.NODE_FATE_REJECTED,
+    NodeFate.ACCEPTED: pb.NODE_FATE_ACCEPTED,
 }
 
 
@@ -119,7 +126,11 @@ def chunk_to_proto(chunk: Chunk, tokenizer: PreTrainedTokenizerFast) -> pb.Gener
         entry.chosen.CopyFrom(spelled[0])
         entry.top.extend(spelled[1:])
     if chunk.explanation is not None:
-        message.speculation.CopyFrom(pb.SpeculationStep(**vars(chunk.explanation)))
+        nodes = [
+            pb.DraftNode(**node._asdict() | {"fate": _FATES[node.fate], "text": str(tokenizer.decode([node.token_id]))})
+            for node in chunk.explanation.nodes
+        ]
+        message.speculation.CopyFrom(pb.SpeculationStep(**vars(chunk.explanation) | {"nodes": nodes}))
     return message
 
 

@@ -15,7 +15,7 @@ from treeline.config import Config, LimitsConfig, ModelConfig, VerifierConfig
 from treeline.errors import InvalidRequestError
 from treeline.sampling import SamplingParams
 from verifier_svc.engine.engine import Engine
-from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest
+from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, NodeFate
 from verifier_svc.speculation.link import LocalLink
 
 POLICIES = ("off", "chain:4", "static:3-2-1", "eagle2:4,3,8", "smart-paper", "smart")
@@ -258,6 +258,28 @@ def test_explanations_account_for_every_token(model):
     assert all(len(c.token_ids) == 1 + c.explanation.accepted_nodes for c in chunks[:-1])
     assert all(c.explanation.verified_nodes <= c.explanation.drafted_nodes for c in chunks)
     assert all(c.explanation.reason for c in chunks)
+
+
+def test_an_explained_tree_shows_what_became_of_each_node(model):
+    known = Known()
+    (prompt,) = prompts(model, 1, seed=14)
+    answer = plain_greedy(model, prompt, 30)
+    known.add(prompt, answer)
+    engine = engine_for(model, OracleDrafter(known, model.vocab_size))
+    options = {"ignore_eos": True, "explain": True, "explain_tree": True}
+    items = run(engine, [GenerationRequest("r", prompt, SamplingParams(), 30, policy="smart", **options)])["r"]
+    chunks = [item for item in items if isinstance(item, Chunk)]
+    drawn = [c for c in chunks if c.explanation.nodes]
+    assert drawn
+    for chunk in drawn:
+        why = chunk.explanation
+        fates = [node.fate for node in why.nodes]
+        assert len(fates) == why.drafted_nodes
+        assert len(fates) - fates.count(NodeFate.PRUNED) == why.verified_nodes
+        accepted = [node for node in why.nodes if node.fate is NodeFate.ACCEPTED]
+        assert [node.token_id for node in accepted][: len(chunk.token_ids)] == chunk.token_ids[: len(accepted)]
+        assert all(node.parent < place for place, node in enumerate(why.nodes))
+        assert all(0 < node.probability <= 1 and node.gain > 0 for node in why.nodes)
 
 
 def test_what_can_never_fit_is_refused(model):
