@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,13 +94,18 @@ def _span(sequence: PackedSequence, start: int) -> Span:
     if sequence.parents is None:
         if scratch:
             raise ValueError(f"a causal run behind {scratch} scratch entries")
-        depths, visible = np.arange(new), np.tri(new, dtype=np.bool_)
+        depths, visible = _causal(new)
     else:
         if len(sequence.parents) != scratch + new:
             raise ValueError(f"{len(sequence.parents)} parents for {scratch} scratch entries and {new} new tokens")
         depths, visible = ancestry(sequence.parents)
         visible = visible[scratch:]
     return Span(start, start + new, sequence.cache, depths, visible)
+
+
+@functools.lru_cache(maxsize=64)  # Most runs are one token long; none of the arrays is written.
+def _causal(new: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    return np.arange(new), np.tri(new, dtype=np.bool_)
 
 
 def ancestry(parents: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

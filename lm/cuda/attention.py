@@ -53,6 +53,7 @@ class PaddedAttention:
     """The `AttentionContext` of one padded pass.
 
     Attributes:
+        batch: what the pass is about.
         work: what fused layers do beside their products and their attention.
     """
 
@@ -60,21 +61,21 @@ class PaddedAttention:
 
     def __init__(self, batch: PaddedBatch, keys: list[Tensor], values: list[Tensor], block_tokens: int) -> None:
         """`keys` and `values`: the store, by layer, each [slots, kv_heads, dim]."""
-        self._batch, self._keys, self._values, self._block_tokens = batch, keys, values, block_tokens
+        self.batch, self._keys, self._values, self._block_tokens = batch, keys, values, block_tokens
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         keys, values = self._keys[layer], self._values[layer]
-        keys.index_copy_(0, self._batch.slots, key)
-        values.index_copy_(0, self._batch.slots, value)
-        return attend(self._batch, query, keys, values, self._block_tokens, options)
+        keys.index_copy_(0, self.batch.slots, key)
+        values.index_copy_(0, self.batch.slots, value)
+        return attend(self.batch, query, keys, values, self._block_tokens, options)
 
     def rotate_and_attend(
         self, layer: int, heads: Tensor, counts: list[int], turns: Tensor, options: AttentionOptions
     ) -> Tensor:
         """As `attend` after rotary embedding; `heads`, `counts` and `turns` as `store_rotated`."""
         keys, values = self._keys[layer], self._values[layer]
-        store_rotated(heads, counts, turns, self._batch.slots, keys, values)
-        return attend(self._batch, heads[:, : counts[0]], keys, values, self._block_tokens, options)
+        store_rotated(heads, counts, turns, self.batch.slots, keys, values)
+        return attend(self.batch, heads[:, : counts[0]], keys, values, self._block_tokens, options)
 
 
 def attend(

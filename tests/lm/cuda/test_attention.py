@@ -85,7 +85,7 @@ class Pass:
         cache = self.cache
         query = torch.zeros(bucket(self.tokens), *self.query.shape[1:], dtype=self.query.dtype)
         query[: self.tokens] = self.query
-        return KERNELS(seen[0]._batch, query, cache.keys[0], cache.values[0], cache.block_tokens, self.options)
+        return KERNELS(seen[0].batch, query, cache.keys[0], cache.values[0], cache.block_tokens, self.options)
 
     def by_packing(self) -> Tensor:
         """The same by `TreeAttention`; it writes the new tokens' keys and values, here the same again."""

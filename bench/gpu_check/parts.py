@@ -1,0 +1,294 @@
+"""The parts of the check, and how large they are."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+import triton
+
+from bench.step.limits import ModelSize, Point, measure_limit
+from bench.step.shapes import random_model
+from lm.attention import AttentionOptions, TreeAttention
+from lm.cuda.attention import PaddedBatch, attend
+from lm.cuda.layout import BUCKETS, bucket
+from lm.cuda.static_pass import StaticPasses
+from lm.kv_cache import KVCache, LayerShape
+from lm.model import LanguageModel
+from lm.packed import PackedBatch, PackedSequence, pack
+from lm.sampling import Row, choose_tokens
+from treeline.config import ModelConfig
+from treeline.sampling import SamplingParams
+
+Finding = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the parts are.
+
+    Attributes:
+        attention: (group, head size, tokens, context) of single attention calls.
+        trees: nodes of each sequence, of passes that are compared; each hangs behind up to `most_prompt` tokens.
+        sampling: (rows, vocabulary).
+        shape: of the model that is timed, `store_tokens` its KV cache.
+        points: (tokens, sequences, context) of timed passes.
+        repeats: of everything that is timed.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    attention: tuple[tuple[int, int, int, int], ...]
+    trees: tuple[list[int], ...]
+    most_prompt: int
+    sampling: tuple[tuple[int, int], ...]
+    shape: str
+    store_tokens: int
+    points: tuple[tuple[int, int, int], ...]
+    repeats: int
+
+    @property
+    def name(self) -> Literal["cpu", "cuda"]:
+        return "cuda" if self.device.type == "cuda" else "cpu"
+
+
+def on_device() -> Scale:
+    heads = ((1, 64), (3, 80), (4, 128), (7, 128), (8, 256))
+    calls = ((1, 1024), (8, 8192), (31, 1000), (128, 2048), (512, 512), (1, 32768))
+    counts = [(tokens, sequences) for sequences in (1, 8, 64) for tokens in (1, 8, 32, 64, 128, 512)]
+    points = [(*each, context) for each in counts if each[0] >= each[1] for context in (64, 1024)]
+    return Scale(
+        device=torch.device("cuda"),
+        dtype=torch.bfloat16,
+        attention=tuple((*head, *call) for head in heads for call in calls),
+        trees=([1], [5, 1, 9], [1] * 9, [33], [60, 60]),
+        most_prompt=40,
+        sampling=tuple((rows, 151_936) for rows in (1, 64, 256, 512)),
+        shape="llama-8b",
+        store_tokens=131_072,
+        points=(*points, (1, 1, 7900), (8, 8, 7900), (32, 1, 7900)),
+        repeats=20,
+    )
+
+
+def toy() -> Scale:
+    return Scale(
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        attention=((4, 16, 3, 70),),
+        trees=([2, 1],),
+        most_prompt=2,
+        sampling=((4, 300),),
+        shape="llama-tiny",
+        store_tokens=512,
+        points=((2, 1, 20),),
+        repeats=1,
+    )
+
+
+def parts(scale: Scale) -> Iterator[tuple[str, Callable[[], Finding]]]:
+    """In order of what is worth most if time runs out."""
+    yield "machine", lambda: machine(scale)
+    yield "attention", lambda: attention(scale)
+    yield "passes", lambda: passes(scale)
+    yield "sampling", lambda: sampling(scale)
+    yield "model", lambda: model(scale)
+
+
+def machine(scale: Scale) -> Finding:
+    on_cuda = scale.device.type == "cuda"
+    limit = measure_limit(scale.dtype, scale.device, 512 << 20 if on_cuda else 1 << 20)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "triton": triton.__version__,
+        "device": torch.cuda.get_device_name(scale.device) if on_cuda else "cpu",
+        "free_bytes": torch.cuda.mem_get_info(scale.device)[0] if on_cuda else 0,
+        "compiler": shutil.which("gcc"),
+        "limit": vars(limit),
+        "wrong": [] if not on_cuda or shutil.which("gcc") else ["no C compiler: Triton cannot start"],
+    }
+
+
+def attention(scale: Scale) -> Finding:
+    """One layer's attention over scattered blocks, against packed attention in float64; microseconds a call."""
+    rows, wrong = [], []
+    for group, dim, tokens, context in scale.attention:
+        batch, cache, query = _attention_case(scale, group, dim, tokens, context)
+        options = AttentionOptions(dim**-0.5, None, None)
+        padded = query.new_zeros(bucket(tokens), *query.shape[1:])
+        padded[:tokens] = query
+        given = _padded(batch, cache)
+
+        def call(given: Any = given, padded: Any = padded, cache: Any = cache, options: Any = options) -> Any:
+            return attend(given, padded, cache.keys[0], cache.values[0], cache.block_tokens, options)
+
+        exact = _exact_attention(batch, cache, query, options)
+        error = (call()[:tokens].double() - exact).abs().max().item()
+        row = {"group": group, "head": dim, "tokens": tokens, "context": context, "error": error}
+        rows.append(row | {"us": 1e6 * _seconds(call, scale)})
+        if not error <= (2e-2 if scale.dtype == torch.bfloat16 else 2e-4):
+            wrong.append(f"attention is off: {row}")
+    return {"rows": rows, "wrong": wrong}
+
+
+def _attention_case(
+    scale: Scale, group: int, dim: int, tokens: int, context: int
+) -> tuple[PackedBatch, KVCache, torch.Tensor]:
+    cache = KVCache([LayerShape(2, dim, dim)], 4 * (context + tokens + 512), 128, scale.dtype, scale.device)
+    for tensor in (cache.keys[0], cache.values[0]):
+        tensor.normal_()
+    held = [cache.allocate(128) for _ in range(cache.total_blocks)]
+    for place in held[::2]:
+        cache.free(place)  # type: ignore[arg-type]
+    sequence = cache.allocate(context + tokens)
+    assert sequence is not None
+    sequence.length = context
+    parents = np.array([-1 if node % 7 == 0 else node - 1 for node in range(tokens)], np.int32)
+    query = torch.randn(tokens, 2 * group, dim, dtype=scale.dtype, device=scale.device)
+    return pack([PackedSequence(sequence, [1] * tokens, parents)]), cache, query
+
+
+def _padded(batch: PackedBatch, cache: KVCache) -> PaddedBatch:
+    seen: list[Any] = []
+
+    def body(token_ids: Any, positions: Any, states: Any, rows: Any, context: Any) -> Any:
+        seen.append(context)
+        return (token_ids[:, None].float(),)
+
+    # The first run hands it the tensors that captured passes read too.
+    StaticPasses(cache, {None}).run(body, batch)
+    return seen[0].batch
+
+
+def _exact_attention(
+    batch: PackedBatch, cache: KVCache, query: torch.Tensor, options: AttentionOptions
+) -> torch.Tensor:
+    """float64, on the CPU."""
+    shape = LayerShape(cache.keys[0].shape[1], cache.keys[0].shape[2], cache.values[0].shape[2])
+    exact = KVCache([shape], cache.trash_slot, cache.block_tokens, torch.float64, torch.device("cpu"))
+    exact.keys[0].copy_(cache.keys[0])
+    exact.values[0].copy_(cache.values[0])
+    key, value = exact.keys[0][batch.slots], exact.values[0][batch.slots]
+    return TreeAttention(batch, exact).attend(0, query.double().cpu(), key, value, options).to(query.device)
+
+
+def passes(scale: Scale) -> Finding:
+    """A small model's captured passes over random batches against its packed ones, with garbage in free slots."""
+    small = random_model("llama-tiny", ModelConfig(device=scale.name, dtype="float32"))
+    wrong: list[str] = []
+    rng, cache = np.random.default_rng(0), small.new_cache(2048, 16)
+    small.passes.padded = True
+    if scale.device.type == "cuda":
+        small.capture(cache)
+    for sizes in scale.trees:
+        packed = [_behind_a_prompt(small, cache, rng, size, scale.most_prompt) for size in sizes]
+        padded = small.forward(packed, cache)
+        if scale.device.type == "cuda" and small.passes.how != "replayed":
+            wrong.append(f"a pass over {sum(sizes)} tokens was {small.passes.how}")
+        for sequence in packed:
+            sequence.cache.scratch = 0
+        small.passes.padded = False
+        error = (padded - small.forward(packed, cache)).abs().max().item()
+        small.passes.padded = True
+        if not error <= 1e-3:
+            wrong.append(f"a padded pass over {sizes} tokens is off by {error:.1e}")
+        for sequence in packed:
+            cache.free(sequence.cache)
+    return {"counts": dict(small.passes.counts), "wrong": wrong}
+
+
+def _behind_a_prompt(
+    model: LanguageModel, cache: KVCache, rng: np.random.Generator, nodes: int, most_prompt: int
+) -> PackedSequence:
+    prompt = rng.integers(0, 500, int(rng.integers(1, most_prompt + 1))).tolist()
+    sequence = cache.allocate(len(prompt) + nodes)
+    assert sequence is not None
+    model.forward([PackedSequence(sequence, prompt, None, "none")], cache)
+    cache.commit([(sequence, list(range(len(prompt))))])
+    parents = np.array([rng.integers(-1, node) for node in range(nodes)], np.int32)
+    return PackedSequence(sequence, rng.integers(0, 500, nodes).tolist(), parents)
+
+
+def sampling(scale: Scale) -> Finding:
+    """Sampled tokens against the CPU's from the same logits and noise; milliseconds and bytes."""
+    found, wrong = [], []
+    for count, vocab_size in scale.sampling:
+        logits = torch.randn(count, vocab_size, device=scale.device) * 3
+        rows = [Row(SamplingParams(temperature=0.8, top_p=0.9, top_k=50, seed=i), 7) for i in range(count)]
+        if scale.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        own = choose_tokens(logits, rows).tolist()
+        peak = torch.cuda.max_memory_allocated() if scale.device.type == "cuda" else 0
+        checked = min(count, 64)
+        right = choose_tokens(logits[:checked].cpu(), rows[:checked]).tolist()
+        same = sum(a == b for a, b in zip(own, right, strict=False)) / checked
+
+        def call(logits: torch.Tensor = logits, rows: list[Row] = rows) -> object:
+            return choose_tokens(logits, rows).tolist()
+
+        ms = 1e3 * _seconds(call, scale)
+        found.append({"rows": count, "same": same, "ms": ms, "peak_bytes": peak})
+        if same < 0.99:
+            wrong.append(f"{count} rows: only {same:.2f} of the tokens are the CPU's")
+    return {"rows": found, "wrong": wrong}
+
+
+def model(scale: Scale) -> Finding:
+    """Seconds to capture, and milliseconds of passes beside the least that reading the weights takes."""
+    on_cuda = scale.device.type == "cuda"
+    large = random_model(scale.shape, ModelConfig(device=scale.name, dtype="bfloat16" if on_cuda else "float32"))
+    large.passes.padded = True
+    cache = large.new_cache(scale.store_tokens, "auto")
+    for tensor in (*cache.keys, *cache.values):
+        tensor.normal_()
+    started_s = time.perf_counter()
+    if on_cuda:
+        large.capture(cache)
+    capture_s = time.perf_counter() - started_s
+    limit = measure_limit(large.dtype, scale.device, 512 << 20 if on_cuda else 1 << 20)
+    size, rows, wrong = ModelSize.of(large.hf, large), [], []
+    for point in scale.points:
+        tokens, sequences, context = point
+        packed = []
+        for _ in range(sequences):
+            place = cache.allocate(context + tokens // sequences)
+            assert place is not None
+            place.length = context
+            tree = np.array([-1] + [0] * (tokens // sequences - 1), np.int32)
+            packed.append(PackedSequence(place, [1] * (tokens // sequences), tree))
+
+        def call(packed: Any = packed) -> None:
+            large.forward(packed, cache).argmax(-1).tolist()
+            for sequence in packed:
+                sequence.cache.scratch = 0
+
+        ms, least_ms = 1e3 * _seconds(call, scale), limit.pass_ms(size, Point(*point))
+        how = large.passes.how
+        rows.append({"tokens": tokens, "sequences": sequences, "context": context, "ms": ms, "limit_ms": least_ms,
+                     "how": how})  # fmt: skip
+        if on_cuda and how != "replayed":
+            wrong.append(f"a pass of {point} was {how}")
+        for sequence in packed:
+            cache.free(sequence.cache)
+    return {"capture_s": capture_s, "rows": rows, "sizes": len(BUCKETS), "wrong": wrong}
+
+
+def _seconds(call: Callable[[], object], scale: Scale) -> float:
+    """Median of several calls, each waited for; the first ones, which compile, are not counted."""
+    seconds = []
+    for _ in range(2 + scale.repeats if scale.device.type == "cuda" else 1):
+        started_s = time.perf_counter()
+        call()
+        if scale.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started_s)
+    return float(np.median(seconds[-scale.repeats :]))

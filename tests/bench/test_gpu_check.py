@@ -1,0 +1,48 @@
+"""The check of a GPU, at toy size: its own code works before a device is ever paid for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+START = """
+import sys
+import lm.cuda.attention
+lm.cuda.attention.SPLITS = 2  # The interpreter runs programs without work as well.
+from pathlib import Path
+from bench.gpu_check import __main__ as command
+wrong = command.check(command.toy(), 300, Path(sys.argv[1]))
+heavy = {"ray", "grpc", "typer", "google.rpc", "cli"} & sys.modules.keys()
+sys.exit(str(wrong or heavy) if wrong or heavy else 0)
+"""
+
+
+@pytest.mark.timeout(600)
+def test_every_part_runs_and_imports_no_service(tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", START, tmp_path], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert list(found) == ["machine", "attention", "passes", "sampling", "model"]
+    assert found["attention"]["rows"][0]["error"] < 1e-5
+    assert found["model"]["rows"][0]["how"] == "eager"
+    assert found["sampling"]["rows"][0]["same"] == 1.0
+
+
+def test_what_goes_wrong_is_kept_and_said(tmp_path, monkeypatch):
+    import tests.lm.interpreter  # noqa: F401
+    from bench.gpu_check import __main__ as command
+
+    def broken() -> dict:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(command, "parts", lambda scale: iter([("broken", broken), ("late", dict)]))
+    monkeypatch.setattr(command.time, "perf_counter", iter([0.0, 0.0, 1.0, 9.0]).__next__)
+    wrong = command.check(command.toy(), 5, tmp_path)
+    assert "no such kernel" in wrong[0]
+    assert wrong[1] == "late: no time was left"
+    assert set(json.loads((tmp_path / "gpu_check.json").read_text())) == {"broken", "late"}
