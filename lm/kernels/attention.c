@@ -284,28 +284,35 @@ static void attend_tile(const Tile *tile, const Attention *layer, int64_t kv_hea
 }
 
 /* Writes the new tokens' keys and values to their slots, then lets every new token attend. */
+void treeline_team_attend(const Batch *batch, const Attention *layer, float *keys, float *values, const float *query,
+                          int64_t query_stride, const float *key, int64_t key_stride, const float *value,
+                          int64_t value_stride, float *output)
+{
+    const Data data = {keys, values, query, key, value, query_stride, key_stride, value_stride, output};
+    int64_t count, most = 0;
+    Tile *tiles = cut(batch, layer, &count);
+    for (const Tile *tile = tiles; tile < tiles + count; tile++) {
+        int64_t scores = tile->tokens * layer->group * (padded(tile->end - tile->first) + 1);
+        most = scores > most ? scores : most;
+    }
+    float *scores = malloc(most * sizeof *scores);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; i++)
+        write_entries(tiles + i, layer, &data);
+#pragma omp for schedule(dynamic)
+    for (int64_t unit = count * layer->kv_heads - 1; unit >= 0; unit--) /* the last tiles of a prompt take longest */
+        attend_tile(tiles + unit / layer->kv_heads, layer, unit % layer->kv_heads, &data, scores);
+    free(scores);
+    free(tiles);
+}
+
 void treeline_attend(const Batch *batch, const Attention *layer, float *keys, float *values, const float *query,
                      int64_t query_stride, const float *key, int64_t key_stride, const float *value,
                      int64_t value_stride, float *output)
 {
-    const Data data = {keys, values, query, key, value, query_stride, key_stride, value_stride, output};
-    int64_t count, products = 0, most = 0, heads = layer->kv_heads * layer->group;
-    Tile *tiles = cut(batch, layer, &count);
-    for (const Tile *tile = tiles; tile < tiles + count; tile++) {
-        int64_t seen = tile->end - tile->first, scores = tile->tokens * layer->group * (padded(seen) + 1);
-        products += tile->tokens * seen * heads * (layer->key_dim + layer->value_dim);
-        most = scores > most ? scores : most;
-    }
+    int64_t products = 0, size = layer->kv_heads * layer->group * (layer->key_dim + layer->value_dim);
+    for (const Span *span = batch->spans; span < batch->spans + batch->count; span++)
+        products += span->tokens * (span->length + span->entries) * size;
 #pragma omp parallel num_threads(batch->threads) if (products > PARALLEL_PRODUCTS)
-    {
-        float *scores = malloc(most * sizeof *scores);
-#pragma omp for
-        for (int64_t i = 0; i < count; i++)
-            write_entries(tiles + i, layer, &data);
-#pragma omp for schedule(dynamic) nowait
-        for (int64_t unit = count * layer->kv_heads - 1; unit >= 0; unit--) /* the last tiles of a prompt take longest */
-            attend_tile(tiles + unit / layer->kv_heads, layer, unit % layer->kv_heads, &data, scores);
-        free(scores);
-    }
-    free(tiles);
+    treeline_team_attend(batch, layer, keys, values, query, query_stride, key, key_stride, value, value_stride, output);
 }

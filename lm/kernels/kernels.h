@@ -36,19 +36,24 @@ typedef struct {
     int64_t bits, features_in, features_out, kernel;
 } Linear;
 
-/* outputs [tokens, features_out] = inputs [tokens, features_in] * weight^T + bias. */
-typedef void Product(const Linear *linear, const float *inputs, float *outputs, int64_t tokens, int64_t threads);
+/* What follows is called by every thread of a team: they share the work, and go on together. */
 
-Product treeline_linear, treeline_float_linear_narrow, treeline_float_linear_wide, treeline_integer_linear;
+/* outputs [tokens, features_out] = inputs [tokens, features_in] * weight^T + bias.
+   room [`treeline_room` bytes], for what is made of the inputs. */
+typedef void Product(const Linear *linear, const float *inputs, float *outputs, int64_t tokens, void *room);
 
-void treeline_attend(const Batch *batch, const Attention *layer, float *keys, float *values, const float *query,
-                     int64_t query_stride, const float *key, int64_t key_stride, const float *value,
-                     int64_t value_stride, float *output);
+Product treeline_team_linear, treeline_float_linear_narrow, treeline_float_linear_wide, treeline_integer_linear;
 
-void treeline_rms_norm(int64_t tokens, int64_t size, const float *hidden, const float *added, float *total,
-                       const float *weight, float epsilon, float *out, int threads);
+int64_t treeline_room(const Linear *linear, int64_t tokens);
 
-void treeline_rotate(int64_t tokens, int64_t heads, int64_t head_dim, float *rows, int64_t stride, const float *turns,
-                     int threads);
+void treeline_team_attend(const Batch *batch, const Attention *layer, float *keys, float *values, const float *query,
+                          int64_t query_stride, const float *key, int64_t key_stride, const float *value,
+                          int64_t value_stride, float *output);
 
-void treeline_silu_times(int64_t tokens, int64_t size, const float *gate_up, float *out, int threads);
+void treeline_team_rms_norm(int64_t tokens, int64_t size, const float *hidden, const float *added, float *total,
+                            const float *weight, float epsilon, float *out);
+
+void treeline_team_rotate(int64_t tokens, int64_t heads, int64_t head_dim, float *rows, int64_t stride,
+                          const float *turns);
+
+void treeline_team_silu_times(int64_t tokens, int64_t size, const float *gate_up, float *out);

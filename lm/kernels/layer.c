@@ -8,10 +8,10 @@
 enum { PARALLEL_FLOATS = 1 << 16 }; /* below it, waking threads costs more than they save */
 
 /* total = hidden + added, if there is something to add; out = total / sqrt(mean of squares + epsilon) * weight. */
-void treeline_rms_norm(int64_t tokens, int64_t size, const float *hidden, const float *added, float *total,
-                       const float *weight, float epsilon, float *out, int threads)
+void treeline_team_rms_norm(int64_t tokens, int64_t size, const float *hidden, const float *added, float *total,
+                            const float *weight, float epsilon, float *out)
 {
-#pragma omp parallel for num_threads(threads) if (tokens * size > PARALLEL_FLOATS)
+#pragma omp for schedule(static)
     for (int64_t token = 0; token < tokens; token++) {
         const float *row = hidden + token * size;
         v8f squares = {0};
@@ -36,11 +36,11 @@ void treeline_rms_norm(int64_t tokens, int64_t size, const float *hidden, const 
 
 /* Turns the first `heads` heads of each row, in place: (x, y) -> (x cos - y sin, x sin + y cos) for pairs that lie side
    by side. turns [tokens, head_dim / 2] of (cos, sin). */
-void treeline_rotate(int64_t tokens, int64_t heads, int64_t head_dim, float *rows, int64_t stride, const float *turns,
-                     int threads)
+void treeline_team_rotate(int64_t tokens, int64_t heads, int64_t head_dim, float *rows, int64_t stride,
+                          const float *turns)
 {
     const v8f signs = {-1, 1, -1, 1, -1, 1, -1, 1};
-#pragma omp parallel for num_threads(threads) if (tokens * heads * head_dim > PARALLEL_FLOATS)
+#pragma omp for schedule(static)
     for (int64_t token = 0; token < tokens; token++)
         for (int64_t i = 0; i < head_dim; i += LANES) {
             v8f turn = load8(turns + token * head_dim + i);
@@ -55,13 +55,33 @@ void treeline_rotate(int64_t tokens, int64_t heads, int64_t head_dim, float *row
 }
 
 /* out [tokens, size] = silu(gate) * up; gate_up [tokens, 2 * size], the gates first. */
-void treeline_silu_times(int64_t tokens, int64_t size, const float *gate_up, float *out, int threads)
+void treeline_team_silu_times(int64_t tokens, int64_t size, const float *gate_up, float *out)
 {
-#pragma omp parallel for num_threads(threads) if (tokens * size > PARALLEL_FLOATS)
+#pragma omp for schedule(static)
     for (int64_t token = 0; token < tokens; token++)
         for (int64_t i = 0; i < size; i += LANES) {
             v8f gate = load8(gate_up + 2 * token * size + i), up = load8(gate_up + (2 * token + 1) * size + i);
             v8f shrunk = exp8(-max8(gate, splat8(-88.0f)));
             store8(out + token * size + i, gate / (splat8(1.0f) + shrunk) * up);
         }
+}
+
+void treeline_rms_norm(int64_t tokens, int64_t size, const float *hidden, const float *added, float *total,
+                       const float *weight, float epsilon, float *out, int threads)
+{
+#pragma omp parallel num_threads(threads) if (tokens * size > PARALLEL_FLOATS)
+    treeline_team_rms_norm(tokens, size, hidden, added, total, weight, epsilon, out);
+}
+
+void treeline_rotate(int64_t tokens, int64_t heads, int64_t head_dim, float *rows, int64_t stride, const float *turns,
+                     int threads)
+{
+#pragma omp parallel num_threads(threads) if (tokens * heads * head_dim > PARALLEL_FLOATS)
+    treeline_team_rotate(tokens, heads, head_dim, rows, stride, turns);
+}
+
+void treeline_silu_times(int64_t tokens, int64_t size, const float *gate_up, float *out, int threads)
+{
+#pragma omp parallel num_threads(threads) if (tokens * size > PARALLEL_FLOATS)
+    treeline_team_silu_times(tokens, size, gate_up, out);
 }

@@ -4,6 +4,7 @@
  * weights. Outputs are interleaved by ROWS, so that a vector holds neighbouring ones, and a sum over the inputs runs in
  * their order in one accumulator per output: a token's bits depend neither on what else is in the pass nor on how wide
  * vectors are. Compiled twice: see linear_wide.c. */
+#include <stdlib.h>
 #include <string.h>
 
 #include "kernels.h"
@@ -166,11 +167,11 @@ INLINE void multiply_tile(
 }
 
 void SIZED(treeline_float_linear)(
-    const Linear *linear, const float *inputs, float *outputs, int64_t tokens, int64_t threads) {
+    const Linear *linear, const float *inputs, float *outputs, int64_t tokens, void *room) {
     int64_t features_in = linear->features_in, features_out = linear->features_out, bits = linear->bits;
     const float *bias = linear->bias;
     int64_t groups = features_in / GROUP, count = (features_out + ROWS - 1) / ROWS;
-    #pragma omp parallel for schedule(static) num_threads(threads)
+    #pragma omp for schedule(static)
     for (int64_t tile = 0; tile < count; tile++) {
         float sums[TOKEN_BLOCK][ROWS] __attribute__((aligned(64)));
         const uint8_t *codes = linear->tiles + tile * groups * group_bytes(bits);
@@ -188,12 +189,20 @@ void SIZED(treeline_float_linear)(
 }
 
 #ifndef WIDE
-void treeline_linear(const Linear *linear, const float *inputs, float *outputs, int64_t tokens, int64_t threads) {
+void treeline_team_linear(
+    const Linear *linear, const float *inputs, float *outputs, int64_t tokens, void *room) {
     static Product *const products[] = {
         [FLOAT32] = treeline_float_linear_narrow, [FLOAT32_WIDE] = treeline_float_linear_wide,
         [AVX2] = treeline_integer_linear, [AVX_VNNI] = treeline_integer_linear,
         [AVX512_VNNI] = treeline_integer_linear,
     };
-    products[linear->kernel](linear, inputs, outputs, tokens, threads);
+    products[linear->kernel](linear, inputs, outputs, tokens, room);
+}
+
+void treeline_linear(const Linear *linear, const float *inputs, float *outputs, int64_t tokens, int64_t threads) {
+    void *room = malloc(treeline_room(linear, tokens));
+    #pragma omp parallel num_threads(threads)
+    treeline_team_linear(linear, inputs, outputs, tokens, room);
+    free(room);
 }
 #endif

@@ -65,38 +65,39 @@ static RoundedGroup round_group(const float *inputs, int64_t bits)
     return group;
 }
 
-void treeline_integer_linear(const Linear *linear, const float *inputs, float *outputs, int64_t tokens, int64_t threads)
+void treeline_integer_linear(const Linear *linear, const float *inputs, float *outputs, int64_t tokens, void *room)
 {
     int64_t size = linear->features_in, groups = size / GROUP, count = (linear->features_out + ROWS - 1) / ROWS;
     IntegerTile *multiply = TILES[linear->kernel];
-    RoundedGroup *rounded = malloc(tokens * groups * sizeof *rounded);
-#pragma omp parallel num_threads(threads)
-    {
-        float sums[TOKEN_BLOCK][ROWS] __attribute__((aligned(64)));
+    RoundedGroup *rounded = room;
+    float sums[TOKEN_BLOCK][ROWS] __attribute__((aligned(64)));
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < tokens * groups; i++)
-            rounded[i] = round_group(inputs + i * GROUP, linear->bits);
-#pragma omp for schedule(static) nowait
-        for (int64_t tile = 0; tile < count; tile++) {
-            const uint8_t *weights = linear->tiles + tile * groups * group_bytes(linear->bits);
-            int64_t first = tile * ROWS, left = linear->features_out - first, rows = left < ROWS ? left : ROWS;
-            for (int64_t start = 0; start < tokens; start += TOKEN_BLOCK) {
-                int64_t block = tokens - start < TOKEN_BLOCK ? tokens - start : TOKEN_BLOCK;
-                multiply(weights, linear->bits, groups, rounded + start * groups, block, sums);
-                for (int64_t t = 0; t < block; t++) {
-                    if (linear->bias)
-                        for (int64_t r = 0; r < rows; r++)
-                            sums[t][r] += linear->bias[first + r];
-                    memcpy(outputs + (start + t) * linear->features_out + first, sums[t], rows * sizeof(float));
-                }
+    for (int64_t i = 0; i < tokens * groups; i++)
+        rounded[i] = round_group(inputs + i * GROUP, linear->bits);
+#pragma omp for schedule(static)
+    for (int64_t tile = 0; tile < count; tile++) {
+        const uint8_t *weights = linear->tiles + tile * groups * group_bytes(linear->bits);
+        int64_t first = tile * ROWS, left = linear->features_out - first, rows = left < ROWS ? left : ROWS;
+        for (int64_t start = 0; start < tokens; start += TOKEN_BLOCK) {
+            int64_t block = tokens - start < TOKEN_BLOCK ? tokens - start : TOKEN_BLOCK;
+            multiply(weights, linear->bits, groups, rounded + start * groups, block, sums);
+            for (int64_t t = 0; t < block; t++) {
+                if (linear->bias)
+                    for (int64_t r = 0; r < rows; r++)
+                        sums[t][r] += linear->bias[first + r];
+                memcpy(outputs + (start + t) * linear->features_out + first, sums[t], rows * sizeof(float));
             }
         }
     }
-    free(rounded);
 }
 #else
-void treeline_integer_linear(const Linear *linear, const float *inputs, float *outputs, int64_t tokens, int64_t threads)
+void treeline_integer_linear(const Linear *linear, const float *inputs, float *outputs, int64_t tokens, void *room)
 {
     abort(); /* `treeline_runs` allows none of its kernels. */
 }
 #endif
+
+int64_t treeline_room(const Linear *linear, int64_t tokens)
+{
+    return tokens * linear->features_in / GROUP * sizeof(RoundedGroup);
+}

@@ -10,7 +10,7 @@ from torch import nn
 
 from lm.attention import AttentionOptions
 from lm.cpu.elementwise import TORCH, elementwise_for
-from lm.cpu.grouped_linear import GroupedLinear
+from lm.cpu.grouped_linear import GroupedLinear, Kernel
 from lm.cpu.native import library
 from tests.lm.cpu.test_elementwise import norm_layer
 from tests.lm.cpu.test_native_attention import SHAPES, make
@@ -48,7 +48,9 @@ def test_products_of_grouped_weights(name, rows, groups, tokens, bias):
     added = torch.randn(rows) if bias else None
     inputs = torch.randn(1, tokens, 32 * groups)
     exact = nn.functional.linear(inputs.double(), weight.floats().double(), None if added is None else added.double())
-    torch.testing.assert_close(GroupedLinear(weight, added)(inputs).double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        GroupedLinear(weight, added, Kernel.FLOAT32)(inputs).double(), exact, rtol=1e-5, atol=1e-5
+    )
 
 
 @few
