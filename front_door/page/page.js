@@ -230,5 +230,5 @@ byId("stop").onclick = () => running?.abort();
 byId("load").onchange = setLoad;
 byId("load").oninput = () => (byId("load-count").textContent = byId("load").value);
 byId("token").onchange = () => (byId("token-label").hidden = true);
-byId("prompt").onkeydown = (event) => event.key === "Enter" && event.ctrlKey && send();
+byId("prompt").addEventListener("keydown", (event) => event.ctrlKey && event.key === "Enter" && send());
 refresh();

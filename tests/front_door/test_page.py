@@ -74,6 +74,8 @@ def text(driver, selector):
 def test_an_answer_streams_with_a_tree_for_every_step():
     def scenario(driver, wait):
         wait(lambda: "fake" in text(driver, "#model"))
+        driver.find_element(By.ID, "prompt").clear()
+        driver.find_element(By.ID, "prompt").send_keys("hello there")
         driver.find_element(By.ID, "tokens").clear()
         driver.find_element(By.ID, "tokens").send_keys("12")
         Select(driver.find_element(By.ID, "second")).select_by_value("off")
@@ -82,7 +84,9 @@ def test_an_answer_streams_with_a_tree_for_every_step():
         fates = [count(driver, f".answer:first-of-type .node.{fate}") for fate in ("accepted", "rejected", "pruned")]
         return text(driver, ".answer pre"), count(driver, "svg"), fates, text(driver, "#verdict"), text(driver, "#live")
 
-    (answer, trees, fates, verdict, live), noise = on_page(scenario)
+    engine = FakeEngine()
+    (answer, trees, fates, verdict, live), noise = on_page(scenario, engine)
+    assert b"hello there" in bytes(engine.requests[0].prompt_token_ids)
     assert answer.split() == ["a0", "a1", "a2", "a3", "a4", "a5"]
     assert (trees, fates) == (12, [6, 12, 6])
     assert "same" in verdict
