@@ -38,7 +38,7 @@ class GrowingForest:
         self._max_depths = np.asarray([root.max_depth for root in roots])
         self._weights = np.asarray([root.sequence.weight for root in roots], np.float32)
         self._sampled = np.asarray([not root.sequence.sampling.greedy for root in roots])
-        self._penalised = any(root.sequence.sampling.repetition_penalty != 1.0 for root in roots)
+        self._penalised = any(root.sequence.sampling.penalises for root in roots)
         self._depth = 0
         # By tree: nodes, those of them that have children, the sum of their path probabilities.
         self._sizes, self._inner = np.zeros((2, len(roots)), np.intp)

@@ -181,5 +181,5 @@ def packed_nodes(runs: list[tuple[Session, NDArray[np.intp]]], frontier: Frontie
 def _sampling_row(root: Root, depth: int, path: list[int]) -> Row:
     """How the token below a node of this depth is chosen. `path`: draft tokens down to it."""
     params, tokens = root.sequence.sampling, root.session.tokens
-    history = np.asarray(tokens + path, np.int64) if params.repetition_penalty != 1.0 else None
-    return Row(params, len(tokens) + depth, history)
+    history = np.asarray(tokens + path, np.int64) if params.penalises else None
+    return Row(params, len(tokens) + depth, history, root.sequence.prompt_tokens)

@@ -35,7 +35,7 @@ class Frontier:
         tree_of: intp; index of each node's tree in the step.
         token_ids: int32.
         above: intp; place of each node's parent in the frontier before, 0 at depth 0.
-        paths: draft tokens down to each node, itself included; only if a request of the step penalises repetition.
+        paths: draft tokens down to each node, itself included; only if a request of the step has a penalty.
     """
 
     depth: int

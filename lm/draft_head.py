@@ -188,7 +188,7 @@ class DraftHead:
     @torch.inference_mode()
     def top_drafts(self, logits: Tensor, rows: list[Row], k: int) -> tuple[Tensor, Tensor]:
         """`lm.sampling.top_drafts` of `logits` [rows, draft_vocab_size], as the target's token ids."""
-        if all(row.params.greedy and row.params.repetition_penalty == 1.0 for row in rows):
+        if all(row.is_argmax for row in rows):
             columns, probs = top_drafts(logits, rows, min(k, len(self.draft_ids)))
             return self.draft_ids[columns], probs
         # Noise and penalties are keyed by the target's token ids.

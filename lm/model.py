@@ -251,7 +251,7 @@ def _max_context_tokens(config: PretrainedConfig) -> int:
 
 def _sampling(hf: PreTrainedModel) -> SamplingParams:
     config = getattr(hf, "generation_config", None)
-    names = ("temperature", "top_p", "top_k", "repetition_penalty")
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", "min_p")
     given = {name: value for name in names if (value := getattr(config, name, None)) is not None}
     if not getattr(config, "do_sample", False):
         given["temperature"] = 0.0

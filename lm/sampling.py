@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,19 +26,28 @@ class Row:
 
     Attributes:
         position: absolute index, in the whole sequence, of the token to be placed.
-        history: int64 [t], all tokens before it on this row's own path; only the repetition penalty reads it.
+        history: int64 [t], all tokens before it on this row's own path; only penalties read it.
+        prompt_tokens: how many of them, from the first, are the prompt's.
+        barred: ids of tokens that may not follow.
     """
 
     params: SamplingParams
     position: int
     history: Tensor | NDArray[np.int64] | None = None
+    prompt_tokens: int = 0
+    barred: Collection[int] = ()
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the token is that of the largest logit as it is."""
+        return self.params.is_argmax and not self.barred
 
 
 @torch.inference_mode()
 def choose_tokens(logits: Tensor, rows: list[Row]) -> Tensor:
     """The target's own token after each row: argmax(log p + g), g being position-keyed noise, 0 for greedy rows.
 
-    p is the row's distribution after repetition penalty, temperature, top-k and top-p, in this order.
+    p is the row's distribution as `SamplingParams` says, over the tokens that are not barred.
 
     Args:
         logits: [rows, vocab]; not changed.
@@ -83,14 +94,14 @@ def logprobs(logits: Tensor, chosen: list[int] | Tensor, top: int) -> tuple[Tens
 def _scores(logits: Tensor, rows: list[Row]) -> Tensor:
     """float32 [rows, vocab]: shaped log p (up to a constant per row) + g; -inf where p is 0."""
     scores = logits.float()
-    if all(row.params.is_argmax for row in rows):
+    if all(row.is_argmax for row in rows):
         return scores
     scores = scores.clone()
     if scores.device.type == "cuda":
         return scores_at_once(scores, rows)
+    _adjust(scores, rows)
     noise: dict[tuple[int, int], Tensor] = {}  # Nodes of one request at one depth share theirs.
     for row, row_scores in zip(rows, scores, strict=True):
-        _penalise(row_scores, row)
         params = row.params
         if params.greedy:
             continue
@@ -99,6 +110,8 @@ def _scores(logits: Tensor, rows: list[Row]) -> Tensor:
             _keep_top_k(row_scores, params.top_k)
         if params.top_p < 1.0:
             _keep_top_p(row_scores, params.top_p)
+        if params.min_p > 0.0:
+            _keep_min_p(row_scores, params.min_p)
         key = params.seed, row.position
         if key not in noise:
             noise[key] = gumbel_noise(*key, logits.shape[1], logits.device)
@@ -106,14 +119,48 @@ def _scores(logits: Tensor, rows: list[Row]) -> Tensor:
     return scores
 
 
-def _penalise(scores: Tensor, row: Row) -> None:
-    """CTRL's repetition penalty (Keskar et al., 2019): once per distinct token of the history."""
-    penalty = row.params.repetition_penalty
-    if penalty == 1.0 or row.history is None:
-        return
-    seen = torch.as_tensor(row.history, dtype=torch.int64, device=scores.device)
-    before = scores[seen]
-    scores[seen] = torch.where(before < 0, before * penalty, before / penalty)
+def _adjust(scores: Tensor, rows: list[Row]) -> None:
+    """Add biases, bar tokens and take penalties off: in place, all rows at once, without waiting for the device.
+
+    The repetition penalty is CTRL's (Keskar et al., 2019), the other two are OpenAI's.
+
+    Example: after the answer [7, 7, 5], frequency penalty 0.5 and presence penalty 1 lower logit 7 by 2 and 5 by 1.5.
+    """
+    added, repeated, counted = _Entries(scores), _Entries(scores), _Entries(scores)
+    for place, row in enumerate(rows):
+        params = row.params
+        if params.logit_bias or row.barred:
+            bias = {**params.logit_bias, **dict.fromkeys(row.barred, -np.inf)}
+            added.add(place, np.fromiter(bias, np.int64), np.fromiter(bias.values(), np.float32))
+        if row.history is not None and params.repetition_penalty != 1.0:
+            history = np.asarray(row.history, np.int64)
+            repeated.add(place, history, np.full(len(history), params.repetition_penalty))
+        if row.history is not None and params.counts_answer:
+            ids, counts = np.unique(np.asarray(row.history, np.int64)[row.prompt_tokens :], return_counts=True)
+            counted.add(place, ids, params.presence_penalty + params.frequency_penalty * counts)
+    added.apply(torch.add)
+    repeated.apply(lambda before, penalty: torch.where(before < 0, before * penalty, before / penalty))
+    counted.apply(torch.sub)
+
+
+class _Entries:
+    """A number for each of some entries (row, token id) of `scores` float32 [rows, vocab], which changes them."""
+
+    def __init__(self, scores: Tensor) -> None:
+        self._scores = scores
+        self._columns: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]] = []
+
+    def add(self, row: int, ids: NDArray[np.int64], values: NDArray[np.floating]) -> None:
+        known = ids < self._scores.shape[1]  # A draft model may have fewer tokens than the target.
+        if known.any():
+            self._columns.append((np.full(known.sum(), row), ids[known], values[known].astype(np.float32)))
+
+    def apply(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Set each entry to `change` of its score and its number."""
+        if self._columns:
+            columns = (np.concatenate(parts) for parts in zip(*self._columns, strict=True))
+            rows, ids, values = (upload(column, self._scores.device) for column in columns)
+            self._scores[rows, ids] = change(self._scores[rows, ids], values)
 
 
 def _keep_top_k(scores: Tensor, top_k: int) -> None:
@@ -134,6 +181,11 @@ def _keep_top_p(scores: Tensor, top_p: float) -> None:
     scores.masked_fill_(dropped, -torch.inf)
 
 
+def _keep_min_p(scores: Tensor, min_p: float) -> None:
+    """Drop tokens less likely than `min_p` times the most likely one."""
+    scores.masked_fill_(scores < scores.max() + math.log(min_p), -torch.inf)
+
+
 def scores_at_once(scores: Tensor, rows: list[Row]) -> Tensor:
     """What the loop over rows in `_scores` does, for all rows together and without waiting for the device.
 
@@ -141,20 +193,11 @@ def scores_at_once(scores: Tensor, rows: list[Row]) -> Tensor:
         scores: float32 [rows, vocab], changed in place.
     """
     device, vocab_size = scores.device, scores.shape[1]
+    _adjust(scores, rows)
 
     def column(values: list[int] | list[float], dtype: type[np.generic]) -> Tensor:
         return upload(np.asarray(values, dtype), device)
 
-    penalised = [i for i, row in enumerate(rows) if row.params.repetition_penalty != 1.0 and row.history is not None]
-    if penalised:
-        histories = [np.asarray(rows[i].history, np.int64) for i in penalised]
-        counts = [len(history) for history in histories]
-        owners = upload(np.repeat(np.asarray(penalised, np.int64), counts), device)
-        seen = upload(np.concatenate(histories), device)
-        penalties = np.asarray([rows[i].params.repetition_penalty for i in penalised], np.float32)
-        penalty = upload(np.repeat(penalties, counts), device)
-        before = scores[owners, seen]
-        scores[owners, seen] = torch.where(before < 0, before * penalty, before / penalty)
     sampled = [i for i, row in enumerate(rows) if not row.params.greedy]
     if not sampled:
         return scores
@@ -167,6 +210,9 @@ def scores_at_once(scores: Tensor, rows: list[Row]) -> Tensor:
     nuclei = [i for i, p in enumerate(params) if p.top_p < 1.0]
     if nuclei:
         _keep_top_p_of(shaped, column(nuclei, np.int64), column([params[i].top_p for i in nuclei], np.float64))
+    floors = [i for i, p in enumerate(params) if p.min_p > 0.0]
+    if floors:
+        _keep_min_p_of(shaped, column(floors, np.int64), column([params[i].min_p for i in floors], np.float32))
     keys = [(rows[i].params.seed, rows[i].position) for i in sampled]
     distinct = {key: place for place, key in enumerate(dict.fromkeys(keys))}
     noise = gumbel_noise_rows(list(distinct), vocab_size, device)
@@ -188,3 +234,9 @@ def _keep_top_p_of(scores: Tensor, rows: Tensor, top_p: Tensor) -> None:
     more_likely = best.double().cumsum(1) - best.double()
     dropped = torch.zeros_like(own, dtype=torch.bool).scatter_(1, ids, more_likely >= top_p[:, None])
     scores[rows] = own.masked_fill(dropped, -torch.inf)
+
+
+def _keep_min_p_of(scores: Tensor, rows: Tensor, min_p: Tensor) -> None:
+    """`_keep_min_p` of these rows."""
+    own = scores[rows]
+    scores[rows] = own.masked_fill(own < own.max(dim=1, keepdim=True).values + min_p.log()[:, None], -torch.inf)

@@ -50,6 +50,7 @@ class DraftSequence:
         token_ids: committed tokens from `start` to the end of the sequence, the last one being the tree's root. A
             drafter that holds `start` tokens or more drops what it holds from `start` on and appends these.
         sampling: lets the drafter propose under the same position-keyed noise as the target.
+        prompt_tokens: where the answer begins in the whole sequence; its penalties count from here on.
         policy: spelling understood by `planner.policies.parse_policy`.
         max_nodes: most draft nodes this request may still use in this step; 0 means only bring the cache up to date.
         max_depth: deepest node wanted: the draft model runs no more layers than that.
@@ -67,6 +68,7 @@ class DraftSequence:
     max_depth: int
     weight: float = 1.0
     features: NDArray[np.uint16] = field(default_factory=lambda: NO_FEATURES)
+    prompt_tokens: int = 0
 
     @property
     def length(self) -> int:
@@ -224,24 +226,18 @@ def reply_from_proto(message: pb.DraftResponse, request: DraftRequest, vocab_siz
 
 
 def _sequence_to_proto(sequence: DraftSequence) -> pb.DraftSequence:
-    sampling = sequence.sampling
     return pb.DraftSequence(
         session_id=sequence.session_id,
         start=sequence.start,
         token_ids=sequence.token_ids,
-        sampling=pb.DraftSampling(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            repetition_penalty=sampling.repetition_penalty,
-            seed=sampling.seed,
-        ),
+        sampling=pb.DraftSampling(**vars(sequence.sampling)),
         policy=sequence.policy,
         max_nodes=sequence.max_nodes,
         max_depth=sequence.max_depth,
         weight=sequence.weight,
         feature_rows=len(sequence.features),
         features=sequence.features.astype("<u2").tobytes(),
+        prompt_tokens=sequence.prompt_tokens,
     )
 
 
@@ -249,21 +245,37 @@ def _sequence_from_proto(message: pb.DraftSequence) -> DraftSequence:
     if not message.token_ids:
         raise ValueError(f"session {message.session_id}: no tokens")
     given = message.sampling
-    if (
-        not (0 <= given.temperature < math.inf and 0 < given.top_p <= 1 and 0 < given.repetition_penalty < math.inf)
-        or not 0 <= message.weight < math.inf
+    finite = (given.presence_penalty, given.frequency_penalty, *given.logit_bias.values())
+    if not (
+        0 <= given.temperature < math.inf
+        and 0 < given.top_p <= 1
+        and 0 <= given.min_p <= 1
+        and 0 < given.repetition_penalty < math.inf
+        and all(map(math.isfinite, finite))
+        and 0 <= message.weight < math.inf
     ):
         raise ValueError(f"session {message.session_id}: a sampling parameter or the weight is out of range")
     return DraftSequence(
         session_id=message.session_id,
         start=message.start,
         token_ids=list(message.token_ids),
-        sampling=SamplingParams(given.temperature, given.top_p, given.top_k, given.repetition_penalty, given.seed),
+        sampling=SamplingParams(
+            given.temperature,
+            given.top_p,
+            given.top_k,
+            given.repetition_penalty,
+            given.seed,
+            given.presence_penalty,
+            given.frequency_penalty,
+            given.min_p,
+            dict(given.logit_bias),
+        ),
         policy=message.policy,
         max_nodes=message.max_nodes,
         max_depth=message.max_depth,
         weight=message.weight,
         features=_features_from_proto(message),
+        prompt_tokens=message.prompt_tokens,
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the target's next-token distribution is shaped, in this order: repetition penalty, temperature, top-k, top-p.
+    """How the target's next-token distribution is shaped.
+
+    In this order: logit bias; repetition, frequency and presence penalty; temperature; top-k, top-p, min-p.
 
     Attributes:
         temperature: 0 means greedy.
@@ -16,6 +19,10 @@ class SamplingParams:
         repetition_penalty: > 0; 1 is none (as in CTRL: positive logits are divided by it, negative ones multiplied,
             for each token of the prompt and the output so far).
         seed: 64-bit key of the position-keyed noise.
+        presence_penalty, frequency_penalty: subtracted from the logits of the answer's tokens so far, once each, and
+            once for each time they occur; 0 is none.
+        min_p: drop tokens less likely than this times the most likely one; 0 drops none.
+        logit_bias: added to the logits of these token ids.
     """
 
     temperature: float = 0.0
@@ -23,6 +30,10 @@ class SamplingParams:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_p: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     @property
     def greedy(self) -> bool:
@@ -31,4 +42,14 @@ class SamplingParams:
     @property
     def is_argmax(self) -> bool:
         """Whether the token is that of the largest logit as it is."""
-        return self.greedy and self.repetition_penalty == 1.0
+        return self.greedy and not self.penalises and not self.logit_bias
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the tokens before the next one change its logits."""
+        return self.repetition_penalty != 1.0 or self.counts_answer
+
+    @property
+    def counts_answer(self) -> bool:
+        """Whether it matters how often a token occurs in the answer."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0

@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -30,22 +31,46 @@ PARAMS = [
     SamplingParams(temperature=1.0, top_p=1e-9, seed=7),
     SamplingParams(temperature=0.9, top_k=50, top_p=0.7, repetition_penalty=1.3, seed=8),
     SamplingParams(temperature=1.2, top_p=0.95, repetition_penalty=0.8, seed=9),
+    SamplingParams(presence_penalty=1.5, logit_bias={0: 4.0, 7: -100.0, 39: 2.5}),
+    SamplingParams(temperature=0.8, frequency_penalty=-0.5, min_p=0.1, seed=10),
+    SamplingParams(
+        temperature=1.1,
+        top_k=30,
+        top_p=0.9,
+        repetition_penalty=1.2,
+        presence_penalty=-0.4,
+        frequency_penalty=0.7,
+        min_p=0.05,
+        logit_bias={3: 1.0, 5: -2.0},
+        seed=11,
+    ),
 ]
 
 
 def shaped(logits: torch.Tensor, row: Row) -> torch.Tensor:
-    """float32 [vocab] by transformers' own processors, in the same order."""
+    """float32 [vocab]: OpenAI's penalties by their formula, the rest by transformers' own processors, in this order."""
     params, steps = row.params, LogitsProcessorList()
+    history = [0] if row.history is None else np.asarray(row.history).tolist()
+    logits = logits.clone()
+    for token, bias in params.logit_bias.items():
+        logits[token] += bias
+    logits[list(row.barred)] = -torch.inf
     if params.repetition_penalty != 1.0 and row.history is not None:
         steps.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    penalised = steps(torch.tensor([history]), logits[None])[0]
+    for token in set(history[row.prompt_tokens :]) if row.history is not None else ():
+        count = history[row.prompt_tokens :].count(token)
+        penalised[token] -= np.float32(params.presence_penalty + params.frequency_penalty * count)
+    steps = LogitsProcessorList()
     if params.temperature > 0:
         steps.append(TemperatureLogitsWarper(params.temperature))
     if params.top_k:
         steps.append(TopKLogitsWarper(params.top_k))
     if params.top_p < 1.0:
         steps.append(TopPLogitsWarper(params.top_p))
-    history = [0] if row.history is None else np.asarray(row.history).tolist()
-    return steps(torch.tensor([history]), logits[None].clone())[0]
+    if params.min_p > 0 and params.temperature > 0:
+        steps.append(MinPLogitsWarper(params.min_p))
+    return steps(torch.tensor([history]), penalised[None])[0]
 
 
 def reference_choice(logits: torch.Tensor, row: Row) -> int:
@@ -60,7 +85,9 @@ def random_rows(rng: np.random.Generator, count: int, vocab_size: int, scale: fl
     rows = []
     for index in range(count):
         history = rng.integers(0, vocab_size, rng.integers(1, 60))
-        rows.append(Row(PARAMS[index % len(PARAMS)], int(rng.integers(0, 5000)), history))
+        prompt_tokens = int(rng.integers(0, len(history) + 1))
+        barred = frozenset(rng.integers(0, vocab_size, 2).tolist() if index % 3 == 0 else ())
+        rows.append(Row(PARAMS[index % len(PARAMS)], int(rng.integers(0, 5000)), history, prompt_tokens, barred))
     return logits, rows
 
 
@@ -119,6 +146,11 @@ def test_the_first_of_equal_scores_is_chosen() -> None:
     rows = [Row(SamplingParams(), 1)] * 3
     assert choose_tokens(logits, rows).tolist() == [1, 0, 2]
     assert choose_tokens(logits[:, ::2], rows).tolist() == [1, 0, 1]
+
+
+def test_biases_of_tokens_that_a_draft_model_lacks_are_left_out() -> None:
+    params = SamplingParams(logit_bias={2: 5.0, 99: 100.0})
+    assert choose_tokens(torch.tensor([[1.0, 3.0, 0.0]]), [Row(params, 1)]).tolist() == [2]
 
 
 def test_history_may_be_a_tensor_an_array_or_nothing() -> None:

@@ -21,7 +21,7 @@ from treeline.forest import Forest
 from treeline.sampling import SamplingParams
 
 PLAN = builtin_plan(LimitsConfig())
-SAMPLING = SamplingParams(temperature=0.75, top_p=0.5, top_k=40, repetition_penalty=1.25, seed=2**64 - 1)
+SAMPLING = SamplingParams(0.75, 0.5, 40, 1.25, 2**64 - 1, 0.5, -0.25, 0.125, {7: 1.5, 49151: -2.0})
 SEQUENCE = DraftSequence(2**63, 5, [1, 2, 49151], SAMPLING, "eagle2:5,4,16", 16, 5, 2.0)
 TREE = Forest.of_tree([5, 6, 7], [-1, 0, -1], [0.5, 0.25, 0.125], [0, 0, 1])
 
@@ -110,6 +110,9 @@ def test_features_must_be_finite():
         {"top_p": math.nan},
         {"repetition_penalty": 0.0},
         {"repetition_penalty": math.nan},
+        {"presence_penalty": math.inf},
+        {"frequency_penalty": math.nan},
+        {"min_p": math.nan},
         {"weight": -1.0},
         {"weight": math.nan},
     ],

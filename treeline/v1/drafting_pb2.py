@@ -15,29 +15,33 @@ _sym_db = _symbol_database.Default()
 from treeline.v1 import planning_pb2 as treeline_dot_v1_dot_planning__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atreeline/v1/drafting.proto\x12\x0btreeline.v1\x1a\x1atreeline/v1/planning.proto\"l\n\rDraftSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x1a\n\x12repetition_penalty\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x06\"\xe7\x01\n\rDraftSequence\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.treeline.v1.DraftSampling\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12\x11\n\tmax_nodes\x18\x06 \x01(\r\x12\x11\n\tmax_depth\x18\x07 \x01(\r\x12\x0e\n\x06weight\x18\x08 \x01(\x01\x12\x14\n\x0c\x66\x65\x61ture_rows\x18\t \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\n \x01(\x0cJ\x04\x08\x0b\x10\x0c\"\x81\x01\n\x0c\x44raftRequest\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12-\n\tsequences\x18\x02 \x03(\x0b\x32\x1a.treeline.v1.DraftSequence\x12\x10\n\x08released\x18\x03 \x03(\x04\x12\x1f\n\x04plan\x18\x04 \x01(\x0b\x32\x11.treeline.v1.Plan\"p\n\x06\x46orest\x12\r\n\x05sizes\x18\x01 \x03(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x0f\n\x07parents\x18\x03 \x01(\x0c\x12\x13\n\x0b\x64raft_probs\x18\x04 \x01(\x0c\x12\r\n\x05ranks\x18\x05 \x01(\x0c\x12\x0f\n\x07sources\x18\x06 \x01(\x0c\"0\n\nHeldTokens\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\xc2\x01\n\rDraftResponse\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12#\n\x06\x66orest\x18\x02 \x01(\x0b\x32\x13.treeline.v1.Forest\x12%\n\x04held\x18\x03 \x03(\x0b\x32\x17.treeline.v1.HeldTokens\x12\x0f\n\x07\x64raft_s\x18\x04 \x01(\x01\x12\x13\n\x0blayer_nodes\x18\x05 \x03(\r\x12\x17\n\x0f\x63\x61tch_up_tokens\x18\x06 \x01(\r\x12\x0f\n\x07layer_s\x18\x08 \x03(\x01J\x04\x08\x07\x10\x08\"\x17\n\x15GetDrafterInfoRequest\"\xcb\x01\n\x16GetDrafterInfoResponse\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x19\n\x11vocabulary_sha256\x18\x03 \x01(\t\x12\x0f\n\x07layer_s\x18\x04 \x01(\x01\x12\x0e\n\x06node_s\x18\x05 \x01(\x01\x12\x15\n\rfeature_width\x18\x06 \x01(\r\x12\x16\n\x0e\x66\x65\x61ture_layers\x18\x07 \x03(\r\x12\x10\n\x08sessions\x18\x08 \x01(\r\x12\x0f\n\x07streams\x18\t \x01(\r2\xb0\x01\n\x0f\x44raftingService\x12\x42\n\x05\x44raft\x12\x19.treeline.v1.DraftRequest\x1a\x1a.treeline.v1.DraftResponse(\x01\x30\x01\x12Y\n\x0eGetDrafterInfo\x12\".treeline.v1.GetDrafterInfoRequest\x1a#.treeline.v1.GetDrafterInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atreeline/v1/drafting.proto\x12\x0btreeline.v1\x1a\x1atreeline/v1/planning.proto\"\xa1\x02\n\rDraftSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x1a\n\x12repetition_penalty\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x06\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12\r\n\x05min_p\x18\x08 \x01(\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).treeline.v1.DraftSampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xfe\x01\n\rDraftSequence\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.treeline.v1.DraftSampling\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12\x11\n\tmax_nodes\x18\x06 \x01(\r\x12\x11\n\tmax_depth\x18\x07 \x01(\r\x12\x0e\n\x06weight\x18\x08 \x01(\x01\x12\x14\n\x0c\x66\x65\x61ture_rows\x18\t \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\n \x01(\x0c\x12\x15\n\rprompt_tokens\x18\x0c \x01(\rJ\x04\x08\x0b\x10\x0c\"\x81\x01\n\x0c\x44raftRequest\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12-\n\tsequences\x18\x02 \x03(\x0b\x32\x1a.treeline.v1.DraftSequence\x12\x10\n\x08released\x18\x03 \x03(\x04\x12\x1f\n\x04plan\x18\x04 \x01(\x0b\x32\x11.treeline.v1.Plan\"p\n\x06\x46orest\x12\r\n\x05sizes\x18\x01 \x03(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x0f\n\x07parents\x18\x03 \x01(\x0c\x12\x13\n\x0b\x64raft_probs\x18\x04 \x01(\x0c\x12\r\n\x05ranks\x18\x05 \x01(\x0c\x12\x0f\n\x07sources\x18\x06 \x01(\x0c\"0\n\nHeldTokens\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\xc2\x01\n\rDraftResponse\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12#\n\x06\x66orest\x18\x02 \x01(\x0b\x32\x13.treeline.v1.Forest\x12%\n\x04held\x18\x03 \x03(\x0b\x32\x17.treeline.v1.HeldTokens\x12\x0f\n\x07\x64raft_s\x18\x04 \x01(\x01\x12\x13\n\x0blayer_nodes\x18\x05 \x03(\r\x12\x17\n\x0f\x63\x61tch_up_tokens\x18\x06 \x01(\r\x12\x0f\n\x07layer_s\x18\x08 \x03(\x01J\x04\x08\x07\x10\x08\"\x17\n\x15GetDrafterInfoRequest\"\xcb\x01\n\x16GetDrafterInfoResponse\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x19\n\x11vocabulary_sha256\x18\x03 \x01(\t\x12\x0f\n\x07layer_s\x18\x04 \x01(\x01\x12\x0e\n\x06node_s\x18\x05 \x01(\x01\x12\x15\n\rfeature_width\x18\x06 \x01(\r\x12\x16\n\x0e\x66\x65\x61ture_layers\x18\x07 \x03(\r\x12\x10\n\x08sessions\x18\x08 \x01(\r\x12\x0f\n\x07streams\x18\t \x01(\r2\xb0\x01\n\x0f\x44raftingService\x12\x42\n\x05\x44raft\x12\x19.treeline.v1.DraftRequest\x1a\x1a.treeline.v1.DraftResponse(\x01\x30\x01\x12Y\n\x0eGetDrafterInfo\x12\".treeline.v1.GetDrafterInfoRequest\x1a#.treeline.v1.GetDrafterInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'treeline.v1.drafting_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_DRAFTSAMPLING']._serialized_start=71
-  _globals['_DRAFTSAMPLING']._serialized_end=179
-  _globals['_DRAFTSEQUENCE']._serialized_start=182
-  _globals['_DRAFTSEQUENCE']._serialized_end=413
-  _globals['_DRAFTREQUEST']._serialized_start=416
-  _globals['_DRAFTREQUEST']._serialized_end=545
-  _globals['_FOREST']._serialized_start=547
-  _globals['_FOREST']._serialized_end=659
-  _globals['_HELDTOKENS']._serialized_start=661
-  _globals['_HELDTOKENS']._serialized_end=709
-  _globals['_DRAFTRESPONSE']._serialized_start=712
-  _globals['_DRAFTRESPONSE']._serialized_end=906
-  _globals['_GETDRAFTERINFOREQUEST']._serialized_start=908
-  _globals['_GETDRAFTERINFOREQUEST']._serialized_end=931
-  _globals['_GETDRAFTERINFORESPONSE']._serialized_start=934
-  _globals['_GETDRAFTERINFORESPONSE']._serialized_end=1137
-  _globals['_DRAFTINGSERVICE']._serialized_start=1140
-  _globals['_DRAFTINGSERVICE']._serialized_end=1316
+  _globals['_DRAFTSAMPLING_LOGITBIASENTRY']._options = None
+  _globals['_DRAFTSAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_DRAFTSAMPLING']._serialized_start=72
+  _globals['_DRAFTSAMPLING']._serialized_end=361
+  _globals['_DRAFTSAMPLING_LOGITBIASENTRY']._serialized_start=313
+  _globals['_DRAFTSAMPLING_LOGITBIASENTRY']._serialized_end=361
+  _globals['_DRAFTSEQUENCE']._serialized_start=364
+  _globals['_DRAFTSEQUENCE']._serialized_end=618
+  _globals['_DRAFTREQUEST']._serialized_start=621
+  _globals['_DRAFTREQUEST']._serialized_end=750
+  _globals['_FOREST']._serialized_start=752
+  _globals['_FOREST']._serialized_end=864
+  _globals['_HELDTOKENS']._serialized_start=866
+  _globals['_HELDTOKENS']._serialized_end=914
+  _globals['_DRAFTRESPONSE']._serialized_start=917
+  _globals['_DRAFTRESPONSE']._serialized_end=1111
+  _globals['_GETDRAFTERINFOREQUEST']._serialized_start=1113
+  _globals['_GETDRAFTERINFOREQUEST']._serialized_end=1136
+  _globals['_GETDRAFTERINFORESPONSE']._serialized_start=1139
+  _globals['_GETDRAFTERINFORESPONSE']._serialized_end=1342
+  _globals['_DRAFTINGSERVICE']._serialized_start=1345
+  _globals['_DRAFTINGSERVICE']._serialized_end=1521
 # @@protoc_insertion_point(module_scope)

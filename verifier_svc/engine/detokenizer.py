@@ -21,42 +21,61 @@ class Detokenizer:
     """The text of one answer, piece by piece. Feed every token once, in order.
 
     All pieces together are what decoding prompt and answer gives beyond the text of the prompt, up to a stop string.
+
+    Args:
+        include_stop: the text holds the stop string that ended it.
+        skip_special: special tokens are no part of the text.
+        min_tokens: the text of so many tokens is never looked at for stop strings.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), prompt: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...] = (),
+        prompt: Sequence[int] = (),
+        include_stop: bool = False,
+        skip_special: bool = True,
+        min_tokens: int = 0,
+    ) -> None:
         self._tokenizer = tokenizer
-        self._special = _special_ids(tokenizer)
-        self._stop = stop
+        self._skip_special = skip_special
+        self._special = _special_ids(tokenizer) if skip_special else frozenset[int]()
+        self._stop, self._include_stop = stop, include_stop
+        self._unlooked_tokens = min_tokens + 1
         self._held = ""
         self.matched_stop: str | None = None
         # A window of tokens that decodes like the whole text: those of `_shown`, and what came since.
         self._window = self._context(prompt)
-        self._shown = tokenizer.decode(self._window)
+        self._shown = self._decoded()
 
     def feed(self, token_id: int) -> str:
         """The text that is certain now. Sets `matched_stop`, after which no token may be fed."""
+        self._unlooked_tokens -= 1
         token = self._token(token_id)
         if token is None:
             return ""
         self._window.append(token_id)
         if BYTE_TOKEN.fullmatch(token):
             return ""
-        text = self._tokenizer.decode(self._window)
+        text = self._decoded()
         if text.endswith(UNKNOWN):
             return self._release(self._new(text[:-1]))
         piece = self._new(text)
         self._window = self._window[-1:]
-        self._shown = self._tokenizer.decode(self._window)
+        self._shown = self._decoded()
         return self._release(piece)
 
     def flush(self) -> str:
         """The text held back, once the request has ended for another reason than a stop string."""
         if self.matched_stop is not None:
             return ""
-        text = self._release(self._new(self._tokenizer.decode(self._window)))
+        text = self._release(self._new(self._decoded()))
         if self.matched_stop is None:
             text, self._held = text + self._held, ""
         return text
+
+    def _decoded(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip_special)
 
     def _context(self, prompt: Sequence[int]) -> list[int]:
         """The last tokens of the prompt, back to one that is no byte: a run of bytes decodes as a whole."""
@@ -81,12 +100,14 @@ class Detokenizer:
 
     def _release(self, piece: str) -> str:
         """Add `piece` to what is held, and let go of all that cannot become part of a stop string."""
+        if self._unlooked_tokens > 0:
+            return piece
         self._held += piece
         # The one that ends first, so that it does not matter how the text was cut into pieces.
         ends = [(at + len(stop), at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if ends:
-            _, cut, self.matched_stop = min(ends)
-            text, self._held = self._held[:cut], ""
+            end, start, self.matched_stop = min(ends)
+            text, self._held = self._held[: end if self._include_stop else start], ""
             return text
         cut = len(self._held) - max((_overlap(self._held, stop) for stop in self._stop), default=0)
         text, self._held = self._held[:cut], self._held[cut:]

@@ -93,12 +93,20 @@ class Engine:
             request,
             next(self._session_ids),
             parse_policy(request.policy),
-            Detokenizer(self.model.tokenizer.backend_tokenizer, request.stop, request.prompt_token_ids),
+            Detokenizer(
+                self.model.tokenizer.backend_tokenizer,
+                request.stop,
+                request.prompt_token_ids,
+                request.include_stop,
+                request.skip_special_tokens,
+                request.min_tokens,
+            ),
             list(request.prompt_token_ids),
             arrived_s=now - request.elapsed_s,
+            ending_token_ids=request.stop_token_ids.union(() if request.ignore_eos else self.model.eos_token_ids),
         )
         with _confined(sequence):
-            sequence.resume(now, self.model.eos_token_ids)
+            sequence.resume(now)
         if sequence.finish_reason is not None:
             return [Output(request.request_id, sequence.completion(now))]
         self.scheduler.add(sequence)
@@ -177,7 +185,7 @@ class Engine:
         if not sequences:
             return []
         forest = drafts.kept.spread(range(len(batch.decoding)), len(sequences))
-        if all(sequence.request.sampling.is_argmax for sequence in sequences):
+        if all(sequence.is_argmax for sequence in sequences):
             chosen = argmax(logits)
         else:
             chosen = choose_tokens(logits, _rows(sequences, forest))
@@ -206,7 +214,7 @@ class Engine:
                     sequence.first_token_s = now
                 if place < len(batch.decoding):
                     sequence.count_step(*nodes)
-                text, taken = sequence.accept(walk.tokens, self.model.eos_token_ids)
+                text, taken = sequence.accept(walk.tokens)
                 logprobs = token_logprobs(sequence, walk, taken, logits, first_row)
                 chunk = Chunk(text, walk.tokens[:taken], logprobs, waited_s=waited_s, first=first)
                 tree = explained_nodes(drafts, place, walk) if sequence.request.explain_tree else ()
@@ -247,11 +255,10 @@ def _rows(sequences: list[Sequence], forest: Forest) -> list[Row]:
     rows = []
     nodes = zip(forest.token_ids.tolist(), forest.parents.tolist(), strict=True)
     for sequence, size in zip(sequences, forest.sizes.tolist(), strict=True):
-        params, length = sequence.request.sampling, len(sequence.token_ids)
-        rows.append(Row(params, length, sequence.history([])))
+        rows.append(sequence.row([]))
         paths: list[list[int]] = []
         for token, parent in islice(nodes, size):
             path = [*(paths[parent] if parent != ROOT else []), token]
             paths.append(path)
-            rows.append(Row(params, length + len(path), sequence.history(path)))
+            rows.append(sequence.row(path))
     return rows

@@ -15,7 +15,10 @@ class GenerationRequest:
 
     Attributes:
         max_tokens: output tokens at most; prompt and output together fit the context.
-        stop: the text ends before the first of these.
+        stop: the text ends before the first of these, or behind it if it is to be included.
+        min_tokens: so many tokens come before any that ends the answer, and before stop strings are looked for.
+        include_stop: the text holds the stop string or stop token that ended it.
+        skip_special_tokens: special tokens are no part of the text.
         logprobs: None for no log-probabilities, else how many top tokens to give beside the chosen one.
         explain, explain_tree: add to each chunk why it came as it did; with every node of its tree.
         policy: spelling understood by `planner.policies.parse_policy`.
@@ -34,6 +37,9 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    include_stop: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     explain: bool = False
     explain_tree: bool = False

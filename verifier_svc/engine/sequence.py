@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lm.kv_cache import SequenceCache
+from lm.sampling import Row
 from planner.policies import Policy
 from verifier_svc.engine.detokenizer import Detokenizer
 from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, SpeculationTotals
@@ -25,6 +25,7 @@ class Sequence:
     Attributes:
         session_id: names this request to the drafter.
         token_ids: prompt and output; when decoding, the last one is the root and has no KV yet.
+        ending_token_ids: end-of-sequence and stop tokens that end it.
         cache: None while waiting.
         cached_tokens: of the prompt, that were taken from the prefix cache; no pass ran them, so that nobody has seen
             their hidden states.
@@ -38,6 +39,7 @@ class Sequence:
     detokenizer: Detokenizer
     token_ids: list[int]
     arrived_s: float
+    ending_token_ids: frozenset[int] = frozenset()
     cache: SequenceCache | None = None
     cached_tokens: int = 0
     is_remembered: bool = False
@@ -94,15 +96,15 @@ class Sequence:
         """What one of its tokens is worth now, among those of other requests."""
         return self.request.weight * self.urgency(now_s)
 
-    def resume(self, now_s: float, eos_token_ids: frozenset[int]) -> None:
+    def resume(self, now_s: float) -> None:
         """Take the tokens that were delivered before, whose text the client has; a no-op for a new request."""
         delivered = self.request.delivered_token_ids
         if delivered:
             self.first_token_s = self.arrived_s + self.request.time_to_first_token_s
             self.last_token_s = now_s
-            self.accept(list(delivered), eos_token_ids)
+            self.accept(list(delivered))
 
-    def accept(self, token_ids: list[int], eos_token_ids: frozenset[int]) -> tuple[str, int]:
+    def accept(self, token_ids: list[int]) -> tuple[str, int]:
         """Append tokens until one of them ends the request.
 
         Returns:
@@ -112,7 +114,9 @@ class Sequence:
         text = ""
         for taken, token_id in enumerate(token_ids, start=1):
             self.token_ids.append(token_id)
-            if token_id in request.stop_token_ids or (token_id in eos_token_ids and not request.ignore_eos):
+            if token_id in self.ending_token_ids:
+                if request.include_stop:
+                    text += self.detokenizer.feed(token_id)
                 self.finish_reason, self.matched_stop = FinishReason.STOP, token_id
             else:
                 text += self.detokenizer.feed(token_id)
@@ -158,11 +162,17 @@ class Sequence:
             target_met=now - first_token_s <= target_s * gaps if target_s is not None and gaps > 0 else None,
         )
 
-    def history(self, path: list[int]) -> NDArray[np.int64] | None:
-        """int64 [t]: all tokens before the next one, `path` being draft tokens; None if no penalty needs them."""
-        if self.request.sampling.repetition_penalty == 1.0:
-            return None
-        return np.asarray(self.token_ids + path, np.int64)
+    @property
+    def is_argmax(self) -> bool:
+        """Whether each of its next tokens is that of the largest logit as it is."""
+        return self.request.sampling.is_argmax and self.output_tokens >= self.request.min_tokens
+
+    def row(self, path: list[int]) -> Row:
+        """How the token that follows the draft tokens `path` is chosen."""
+        request, length = self.request, len(self.token_ids) + len(path)
+        history = np.asarray(self.token_ids + path, np.int64) if request.sampling.penalises else None
+        barred = self.ending_token_ids if length - self.prompt_tokens < request.min_tokens else ()
+        return Row(request.sampling, length, history, self.prompt_tokens, barred)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,11 @@ def completion_to_proto(completion: Completion, request: GenerationRequest) -> p
         finish_reason=_FINISH_REASONS[completion.finish_reason],
         stop_token_id=matched if isinstance(matched, int) else None,
         stop_string=matched if isinstance(matched, str) else None,
-        usage=pb.Usage(prompt_tokens=completion.prompt_tokens, completion_tokens=completion.completion_tokens),
+        usage=pb.Usage(
+            prompt_tokens=completion.prompt_tokens,
+            completion_tokens=completion.completion_tokens,
+            cached_prompt_tokens=completion.cached_tokens,
+        ),
         timings=pb.Timings(
             queue_s=completion.queue_s,
             time_to_first_token_s=completion.time_to_first_token_s,

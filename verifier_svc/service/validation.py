@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -21,8 +22,11 @@ DEFAULT_MAX_TOKENS = 256
 MAX_REQUEST_ID_CHARS, MAX_POLICY_CHARS = 128, 64
 MAX_STOP_TOKEN_IDS, MAX_PRIORITY = 256, 4
 MAX_ELAPSED_S = 7 * 86400
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
+GREEDY_BELOW, MAX_TEMPERATURE = 0.01, 100.0
+"""A colder temperature than the first differs from greedy only where two logits all but tie."""
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
+MAX_PENALTY, MAX_LOGIT_BIAS, MAX_LOGIT_BIASES = 2.0, 100.0, 300
+"""As in OpenAI's API."""
 MAX_VIOLATIONS = 16
 
 N = TypeVar("N", int, float)
@@ -68,6 +72,9 @@ def parse_generate(
         stop=_stop(check, request.stopping.stop, limits),
         stop_token_ids=frozenset(_token_ids(check, "stopping.stop_token_ids", request.stopping.stop_token_ids, info)),
         ignore_eos=request.stopping.ignore_eos,
+        min_tokens=_optional(check, request.stopping, "stopping.min_tokens", 0, limits.max_output_tokens) or 0,
+        include_stop=request.stopping.include_stop,
+        skip_special_tokens=request.output.skip_special_tokens or not request.output.HasField("skip_special_tokens"),
         logprobs=_optional(check, request.output, "output.logprobs", 0, limits.max_logprobs),
         explain=request.output.explain or request.output.explain_tree,
         explain_tree=request.output.explain_tree,
@@ -96,6 +103,11 @@ def parse_generate(
         f"has {len(request.stopping.stop_token_ids)} entries, at most {MAX_STOP_TOKEN_IDS} are allowed",
     )
     check.that(
+        checked.max_tokens < 1 or checked.min_tokens <= checked.max_tokens,
+        "stopping.min_tokens",
+        f"is {checked.min_tokens}, more than max_tokens, which is {checked.max_tokens}",
+    )
+    check.that(
         abs(request.priority) <= MAX_PRIORITY,
         "priority",
         f"is {request.priority}, must lie in [-{MAX_PRIORITY}, {MAX_PRIORITY}]",
@@ -121,7 +133,7 @@ def with_prompt(
     if request.max_tokens > room:
         problem = f"{length} prompt tokens leave room for {room} of {info.max_context_tokens}, not {request.max_tokens}"
         raise InvalidRequestError(FieldViolation("stopping.max_tokens", problem))
-    max_tokens = request.max_tokens or min(DEFAULT_MAX_TOKENS, limits.max_output_tokens, room)
+    max_tokens = request.max_tokens or min(max(DEFAULT_MAX_TOKENS, request.min_tokens), limits.max_output_tokens, room)
     delivered = len(request.delivered_token_ids)
     if delivered > max_tokens:
         problem = f"has {delivered} tokens, more than the {max_tokens} of the whole answer"
@@ -205,22 +217,38 @@ def _token_ids(check: _Checker, field: str, ids: Sequence[int], info: ServedMode
 def _sampling(check: _Checker, given: pb.SamplingParams, info: ServedModel) -> SamplingParams:
     sampling = pb.SamplingParams(**vars(info.sampling))
     sampling.MergeFrom(given)
-    temperature = sampling.temperature
-    check.that(
-        temperature == 0 or MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE,
-        "sampling.temperature",
-        f"is {temperature:g}, must be 0 (greedy) or lie in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]",
+
+    def within(name: str, low: float, high: float) -> float:
+        value: float = getattr(sampling, name)
+        check.that(low <= value <= high, f"sampling.{name}", f"is {value}, must lie in [{low}, {high}]")
+        return value
+
+    temperature = within("temperature", 0.0, MAX_TEMPERATURE)
+    top_p, top_k = sampling.top_p, sampling.top_k
+    check.that(0 < top_p <= 1, "sampling.top_p", f"is {top_p}, must lie in (0, 1]")
+    check.that(top_k >= -1, "sampling.top_k", f"is {top_k}, must be 0 or -1 (all tokens) or more")
+    return SamplingParams(
+        0.0 if temperature < GREEDY_BELOW else temperature,
+        top_p,
+        min(max(top_k, 0), info.vocab_size),
+        within("repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
+        sampling.seed,
+        within("presence_penalty", -MAX_PENALTY, MAX_PENALTY),
+        within("frequency_penalty", -MAX_PENALTY, MAX_PENALTY),
+        within("min_p", 0.0, 1.0),
+        _logit_bias(check, sampling.logit_bias, info),
     )
-    top_p = sampling.top_p
-    check.that(0 < top_p <= 1, "sampling.top_p", f"is {top_p:g}, must lie in (0, 1]")
-    check.that(sampling.top_k >= 0, "sampling.top_k", f"is {sampling.top_k}, must be 0 (all tokens) or more")
-    penalty = sampling.repetition_penalty
-    check.that(
-        MIN_REPETITION_PENALTY <= penalty <= MAX_REPETITION_PENALTY,
-        "sampling.repetition_penalty",
-        f"is {penalty:g}, must lie in [{MIN_REPETITION_PENALTY:g}, {MAX_REPETITION_PENALTY:g}]",
-    )
-    return SamplingParams(temperature, top_p, min(sampling.top_k, info.vocab_size), penalty, sampling.seed)
+
+
+def _logit_bias(check: _Checker, bias: Mapping[int, float], info: ServedModel) -> dict[int, float]:
+    problem = f"has {len(bias)} entries, at most {MAX_LOGIT_BIASES} are allowed"
+    check.that(len(bias) <= MAX_LOGIT_BIASES, "sampling.logit_bias", problem)
+    for token_id, value in islice(bias.items(), MAX_LOGIT_BIASES):
+        field = f"sampling.logit_bias[{token_id}]"
+        check.that(token_id < info.vocab_size, field, f"is outside the vocabulary of {info.vocab_size} tokens")
+        problem = f"is {value}, must lie in [{-MAX_LOGIT_BIAS}, {MAX_LOGIT_BIAS}]"
+        check.that(abs(value) <= MAX_LOGIT_BIAS, field, problem)
+    return dict(bias)
 
 
 def _stop(check: _Checker, stop: Sequence[str], limits: LimitsConfig) -> tuple[str, ...]:

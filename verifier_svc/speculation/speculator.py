@@ -200,6 +200,7 @@ class Speculator:
                     max_depth=max_depth,
                     weight=weights[session_id],
                     features=unsent,
+                    prompt_tokens=sequence.prompt_tokens,
                 )
             )
         return messages

@@ -126,6 +126,27 @@ def test_a_stop_string_never_leaks_not_even_in_part(stop):
     assert detokenizer.matched_stop == stop
 
 
+def test_special_tokens_are_text_where_asked_for():
+    tokenizer = TOKENIZERS["byte_level"]
+    ids = [tokenizer.token_to_id(token) for token in ("<s>", "a", "</s>")]
+    detokenizer = Detokenizer(tokenizer, skip_special=False)
+    assert "".join(map(detokenizer.feed, ids)) + detokenizer.flush() == "<s>a</s>"
+    assert "".join(map(Detokenizer(tokenizer).feed, ids)) == "a"
+
+
+def test_the_text_of_the_least_tokens_is_not_looked_at():
+    tokenizer = TOKENIZERS["byte_level"]
+    ids = [tokenizer.token_to_id(c) for c in "xyxyxy"]
+    for least, text in ((0, ""), (1, "xy"), (2, "xy"), (5, "xyxyxy")):
+        detokenizer = Detokenizer(tokenizer, ("xy",), min_tokens=least)
+        pieces = []
+        for token_id in ids:
+            pieces.append(detokenizer.feed(token_id))
+            if detokenizer.matched_stop:
+                break
+        assert "".join([*pieces, detokenizer.flush()]) == text
+
+
 def test_what_only_looked_like_a_stop_string_is_released():
     pieces, detokenizer = feed("aENaEND", "ENDED")
     assert "".join(pieces) == "aENaEND"

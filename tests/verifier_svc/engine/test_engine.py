@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -145,6 +147,8 @@ def test_padded_passes_write_the_same_text(model):
         SamplingParams(temperature=1.3, top_k=5, seed=2**63 + 11),
         SamplingParams(temperature=0.8, repetition_penalty=1.3, seed=9),
         SamplingParams(temperature=0.0, repetition_penalty=1.5),
+        SamplingParams(presence_penalty=1.0, frequency_penalty=0.4),
+        SamplingParams(temperature=0.9, frequency_penalty=-0.3, min_p=0.02, logit_bias={9: 3.0, 50: -4.0}, seed=10),
     ],
 )
 def test_the_same_seed_gives_the_same_text_under_every_policy(model, sampling):
@@ -210,6 +214,42 @@ def test_stop_tokens_end_a_request_inside_an_accepted_path(model):
         assert items[-1].finish_reason is FinishReason.STOP
         assert items[-1].matched_stop == stop
         assert_all_free(engine, drafter)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_ends_an_answer_before_its_least_tokens_under_any_policy(model, temperature):
+    (prompt,) = prompts(model, 1, seed=11)
+    sampling = SamplingParams(temperature=temperature, seed=2)
+    free = GenerationRequest("r", prompt, sampling, 40, ignore_eos=True, policy="off")
+    whole = tokens_of(run(engine_for(model, None), [free])["r"])
+    early = frozenset(whole[2:6])
+    request = replace(free, stop_token_ids=early, min_tokens=9)
+    plain = run(engine_for(model, None), [request])["r"]
+    answer = tokens_of(plain)
+    assert len(answer) > 9
+    assert not early & set(answer[:9])
+    for policy in POLICIES[1:]:
+        known = Known()
+        known.add(prompt, answer)
+        drafter = OracleDrafter(known, model.vocab_size, seed=3)
+        items = run(engine_for(model, drafter), [replace(request, policy=policy)])["r"]
+        assert tokens_of(items) == answer
+        assert items[-1].finish_reason == plain[-1].finish_reason
+
+
+def test_a_stop_string_is_kept_where_asked_for_and_not_looked_for_too_early(model):
+    (prompt,) = prompts(model, 1, seed=11)
+    free = GenerationRequest("r", prompt, SamplingParams(), 40, ignore_eos=True, policy="off")
+
+    def text_of(request: GenerationRequest) -> str:
+        items = run(engine_for(model, None), [request])["r"]
+        return "".join(item.text for item in items if isinstance(item, Chunk))
+
+    whole = text_of(free)
+    stop = whole[2:5]
+    assert text_of(replace(free, stop=(stop,))) == whole[: whole.index(stop)]
+    assert text_of(replace(free, stop=(stop,), include_stop=True)) == whole[: whole.index(stop) + len(stop)]
+    assert text_of(replace(free, stop=(stop,), min_tokens=39)) == whole
 
 
 def test_abort_frees_everything_at_once_waiting_or_running(model):

@@ -37,6 +37,7 @@ def joined(chunks: list[Chunk]) -> tuple[str, list[int], list]:
         SamplingParams(),
         SamplingParams(temperature=0.9, top_p=0.95, seed=5),
         SamplingParams(temperature=0.7, repetition_penalty=1.3, seed=6),
+        SamplingParams(temperature=0.7, presence_penalty=0.5, frequency_penalty=0.5, min_p=0.01, seed=7),
     ],
 )
 def test_text_logprobs_and_usage_continue_from_any_chunk(model, sampling):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -31,6 +34,15 @@ CASES = {
     "temperature": SamplingParams(temperature=2.0),
     "top-k": SamplingParams(temperature=2.5, top_k=6),
     "top-p": SamplingParams(temperature=2.5, top_p=0.8),
+    # Tokens of the answer become likelier, so that most trees hold tokens of their own path again.
+    "penalties": SamplingParams(
+        temperature=2.0,
+        repetition_penalty=1.1,
+        presence_penalty=-1.5,
+        frequency_penalty=-1.5,
+        min_p=0.02,
+        logit_bias={7: 2.0, 30: -1.0},
+    ),
 }
 
 
@@ -74,8 +86,17 @@ def reference(model: LanguageModel, tokens: list[int], params: SamplingParams) -
     """float64 [vocab]: the target's next-token distribution, computed the plain way."""
     model.hf.set_attn_implementation("eager")
     with torch.inference_mode():
-        logits = model.hf(torch.tensor([tokens])).logits[0, -1].double().numpy() / params.temperature
+        logits = model.hf(torch.tensor([tokens])).logits[0, -1].double().numpy()
     model.hf.set_attn_implementation("treeline")
+    for token, bias in params.logit_bias.items():
+        logits[token] += bias
+    for token in set(tokens):
+        logits[token] *= params.repetition_penalty ** -np.sign(logits[token])
+    for token in tokens[len(PROMPT) :]:
+        logits[token] -= params.frequency_penalty
+    for token in set(tokens[len(PROMPT) :]):
+        logits[token] -= params.presence_penalty
+    logits /= params.temperature
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()
     order = np.argsort(-probs)
@@ -85,25 +106,26 @@ def reference(model: LanguageModel, tokens: list[int], params: SamplingParams) -
     if params.top_p < 1:
         before = np.cumsum(probs[order]) - probs[order]
         kept[order[before >= params.top_p]] = False
+    kept[probs < params.min_p * probs.max()] = False
     probs[~kept] = 0
     return probs / probs.sum()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_tokens_follow_the_targets_distribution(model, case):
+def test_three_tokens_follow_the_targets_distribution(model, case):
     params = CASES[case]
     first = reference(model, PROMPT, params)
     firsts = np.argsort(-first)[:5].tolist()
     top = {(int(t),): np.argsort(-reference(model, [*PROMPT, int(t)], params))[:6].tolist() for t in range(260)}
     plan = builtin_plan(LIMITS)
     engine = Engine(model, LocalLink(LikelyDrafter(top)), lambda: plan, CONFIG)
-    pairs: list[tuple[int, int]] = []
+    answers: list[tuple[int, ...]] = []
     drawn: dict[str, list[int]] = {}
     started = accepted = 0
-    while len(pairs) < DRAWS:
+    while len(answers) < DRAWS:
         while started < DRAWS and len(engine.scheduler.running) + len(engine.scheduler.waiting) < 64:
-            sampling = SamplingParams(params.temperature, params.top_p, params.top_k, seed=started)
-            # Three tokens, so that the second one still has a tree before it.
+            sampling = replace(params, seed=started)
+            # The second token has a tree before it, whose nodes say what the third one is.
             engine.add(GenerationRequest(str(started), PROMPT, sampling, 3, ignore_eos=True, policy="eagle2:2,4,12"))
             started += 1
         for output in engine.step()[0]:
@@ -111,14 +133,13 @@ def test_two_tokens_follow_the_targets_distribution(model, case):
                 drawn.setdefault(output.request_id, []).extend(output.item.token_ids)
             else:
                 accepted += output.item.speculation.accepted_nodes
-                tokens = drawn.pop(output.request_id)
-                pairs.append((tokens[0], tokens[1]))
+                answers.append(tuple(drawn.pop(output.request_id)))
     assert accepted > DRAWS / 20, "hardly a node was accepted, so the trees tested nothing"
-    counts = np.bincount([a for a, _ in pairs], minlength=260)
-    assert p_value(counts, first) > 0.01
-    for token in firsts[:2]:
-        seconds = np.bincount([b for a, b in pairs if a == token], minlength=260)
-        assert p_value(seconds, reference(model, [*PROMPT, token], params)) > 0.01
+    pair = Counter(answer[:2] for answer in answers).most_common(1)[0][0]
+    for begun in ((), (firsts[0],), (firsts[1],), pair):
+        after = [answer[len(begun)] for answer in answers if answer[: len(begun)] == begun]
+        expected = reference(model, [*PROMPT, *begun], params)
+        assert p_value(np.bincount(after, minlength=260), expected) > 0.01
 
 
 def p_value(counts: np.ndarray, probs: np.ndarray) -> float:

@@ -243,7 +243,9 @@ def test_load_and_model_info():
     assert (load.price, load.plan_version, load.drafter_ready) == (1.5, 7, True)
     assert (info.model, info.vocab_size, info.max_context_tokens) == ("fake", 256, 1024)
     assert (info.default_policy, "eagle2:" in info.allowed_policies) == ("smart", True)
-    assert info.default_sampling == pb.SamplingParams(temperature=0, top_p=1, top_k=0, repetition_penalty=1)
+    assert info.default_sampling == pb.SamplingParams(
+        temperature=0, top_p=1, top_k=0, repetition_penalty=1, presence_penalty=0, frequency_penalty=0, min_p=0
+    )
 
 
 def test_health_and_reflection_are_on():

@@ -67,12 +67,21 @@ WRONG = [
     (sampling(temperature=-0.1), "sampling.temperature"),
     (sampling(temperature=math.nan), "sampling.temperature"),
     (sampling(temperature=math.inf), "sampling.temperature"),
-    (sampling(temperature=1e-9), "sampling.temperature"),
     (sampling(top_p=0.0), "sampling.top_p"),
     (sampling(top_p=1.01), "sampling.top_p"),
     (sampling(top_p=-1), "sampling.top_p"),
     (sampling(top_p=math.nan), "sampling.top_p"),
-    (sampling(top_k=-1), "sampling.top_k"),
+    (sampling(top_k=-2), "sampling.top_k"),
+    (sampling(presence_penalty=2.5), "sampling.presence_penalty"),
+    (sampling(frequency_penalty=math.nan), "sampling.frequency_penalty"),
+    (sampling(min_p=-0.1), "sampling.min_p"),
+    (sampling(min_p=1.5), "sampling.min_p"),
+    (sampling(logit_bias={100: 1.0}), "sampling.logit_bias[100]"),
+    (sampling(logit_bias={7: 101.0}), "sampling.logit_bias[7]"),
+    (sampling(logit_bias={7: math.nan}), "sampling.logit_bias[7]"),
+    (stopping(min_tokens=-1), "stopping.min_tokens"),
+    (stopping(min_tokens=33), "stopping.min_tokens"),
+    (stopping(min_tokens=5, max_tokens=4), "stopping.min_tokens"),
     (sampling(repetition_penalty=0.0), "sampling.repetition_penalty"),
     (sampling(repetition_penalty=-2), "sampling.repetition_penalty"),
     (sampling(repetition_penalty=math.inf), "sampling.repetition_penalty"),
@@ -156,6 +165,31 @@ def test_bounds_themselves_are_allowed():
     assert checked.sampling.top_k == INFO.vocab_size
     assert checked.sampling.seed == 2**64 - 1
     assert (checked.policy, checked.max_nodes, checked.max_depth, checked.logprobs) == ("chain:4", 0, 4, 0)
+
+
+def test_numbers_mean_what_people_mean_and_are_shown_as_given():
+    assert parse(**sampling(temperature=0.009, top_k=-1)).sampling == SamplingParams()
+    with pytest.raises(InvalidRequestError, match=r"top_p.*is 1\.0000001, "):
+        parse(**sampling(top_p=1.0000001))
+
+
+def test_every_bias_is_checked():
+    with pytest.raises(InvalidRequestError) as caught:
+        parse(**sampling(logit_bias=dict.fromkeys(range(99), 1.0) | {100: 1.0}))
+    assert [violation.field for violation in caught.value.violations] == ["sampling.logit_bias[100]"]
+    wide = replace(INFO, vocab_size=1000)
+    with pytest.raises(InvalidRequestError, match="301 entries"):
+        parse(wide, **sampling(logit_bias=dict.fromkeys(range(301), 1.0)))
+
+
+def test_text_options():
+    checked = parse(**stopping(min_tokens=3, include_stop=True), **output(skip_special_tokens=False))
+    assert (checked.min_tokens, checked.include_stop, checked.skip_special_tokens) == (3, True, False)
+    assert (parse().min_tokens, parse().include_stop, parse().skip_special_tokens) == (0, False, True)
+    long = LimitsConfig(max_output_tokens=1000)
+    request, roomy = pb.GenerateRequest(prompt="a", **stopping(min_tokens=400)), replace(INFO, max_context_tokens=2000)
+    checked, prompt = parse_generate(request, roomy, long, VERIFIER)
+    assert with_prompt(checked, prompt, [1], roomy, long).max_tokens == 400
 
 
 def test_other_models_are_not_found():
