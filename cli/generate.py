@@ -20,9 +20,27 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of the answer.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy, the default.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus mass, in (0, 1].")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens; 0 or -1 keeps all.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens rarer than this times the likeliest.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Over 1: repeat less of prompt and answer.")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="Taken off the logits of tokens used.")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="Taken off for each time they were used.")] = None,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="TOKEN_ID:BIAS", help="Added to a token's logit; may be repeated.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    stop_token_id: Annotated[list[int] | None, typer.Option(help="End at this token; may be repeated.")] = None,
+    include_stop: Annotated[bool, typer.Option("--include-stop", help="Show what ended the answer too.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
+    min_tokens: Annotated[int | None, typer.Option(help="Do not end before so many tokens.")] = None,
+    keep_special: Annotated[
+        bool, typer.Option("--keep-special-tokens", help="Show special tokens, such as the end of a turn.")
+    ] = False,
+    logprobs: Annotated[int | None, typer.Option(help="With --json: log-probabilities, and of so many others.")] = None,
+    priority: Annotated[int, typer.Option(help="Higher goes first; -4 to 4.")] = 0,
+    max_nodes: Annotated[int | None, typer.Option(help="Most draft nodes in any step.")] = None,
+    max_depth: Annotated[int | None, typer.Option(help="Deepest draft layer in any step.")] = None,
     policy: Annotated[str | None, typer.Option(help="off, chain:4, eagle2:5,4,16, smart-paper, smart, ...")] = None,
     target_ms: Annotated[
         float | None, typer.Option("--target-time-per-output-token-ms", help="Favour the answer while it is slower.")
@@ -54,8 +72,22 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=_biases(logit_bias or []),
             seed=seed,
             stop=stop or (),
+            stop_token_ids=stop_token_id or (),
+            include_stop=include_stop,
+            ignore_eos=ignore_eos,
+            min_tokens=min_tokens,
+            skip_special_tokens=not keep_special,
+            logprobs=logprobs,
+            priority=priority,
+            max_nodes=max_nodes,
+            max_depth=max_depth,
             policy=policy,
             target_time_per_output_token_ms=target_ms,
             explain=explain,
@@ -63,6 +95,14 @@ def generate(
         )
         show = show_json if as_json else show_steps if explain else show_text
         show(answer)
+
+
+def _biases(given: list[str]) -> dict[int, float]:
+    """From "token id:bias" each."""
+    try:
+        return {int(token_id): float(bias) for token_id, _, bias in (entry.partition(":") for entry in given)}
+    except ValueError:
+        raise typer.BadParameter(f"--logit-bias is TOKEN_ID:BIAS, as in 42:-5, not {' '.join(given)}") from None
 
 
 def show_text(answer: Iterator[pb.GenerateChunk | pb.GenerateComplete]) -> None:
@@ -78,7 +118,7 @@ def show_json(answer: Iterator[pb.GenerateChunk | pb.GenerateComplete]) -> None:
     """{"chunk": ...} lines, then one {"complete": ...} line, fields as in generation.proto."""
     for message in answer:
         kind = "chunk" if isinstance(message, pb.GenerateChunk) else "complete"
-        fields = MessageToDict(message, preserving_proto_field_name=True)
+        fields = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
         typer.echo(json.dumps({kind: fields}, ensure_ascii=False))
 
 

@@ -244,7 +244,8 @@ async def _answer(door: FrontDoor, dialect: Dialect, body: ChatBody | Completion
     if body.ignored:
         headers["x-treeline-ignored"] = ", ".join(body.ignored)
     info = await door.GetModelInfo(pb.GetModelInfoRequest(), HttpCall())
-    reply = Reply(dialect, request_id, info.model)
+    echoed = [request.prompt if isinstance(body, CompletionBody) and body.echo else "" for request in requests]
+    reply = Reply(dialect, request_id, info.model, echoed)
     if not body.stream:
         answers = await _unless_gone(call, asyncio.gather(*(_collected(door, request) for request in requests)))
         return JSONResponse(reply.whole(answers), headers=headers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,6 +11,9 @@ from treeline.v1 import generation_pb2 as pb
 
 MAX_CHOICES = 16
 """Most answers (`n`, times prompts) of one HTTP request: each one is a request of its own behind the front door."""
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 
 
 class StreamOptions(BaseModel):
@@ -29,17 +32,24 @@ class Body(BaseModel):
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Int64 | None = None
+    min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[TokenId, float] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
-    max_tokens: int | None = None
+    max_tokens: Int64 | None = None
+    min_tokens: Int64 | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] = []
+    stop_token_ids: list[TokenId] = []
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     ignore_eos: bool = False
-    priority: int = 0
+    priority: Int32 = 0
     policy: str | None = None
-    max_draft_nodes: int | None = None
-    max_draft_depth: int | None = None
+    max_draft_nodes: Int64 | None = None
+    max_draft_depth: Int64 | None = None
     explain: bool | Literal["tree"] = False
     target_time_per_output_token_ms: float | None = None
 
@@ -59,15 +69,25 @@ class Body(BaseModel):
                 temperature=self.temperature,
                 top_p=self.top_p,
                 top_k=self.top_k,
+                min_p=self.min_p,
                 repetition_penalty=self.repetition_penalty,
+                presence_penalty=self.presence_penalty,
+                frequency_penalty=self.frequency_penalty,
+                logit_bias=self.logit_bias,
             ),
             stopping=pb.StoppingParams(
                 max_tokens=self.max_tokens,
+                min_tokens=self.min_tokens,
                 stop=[self.stop] if isinstance(self.stop, str) else self.stop or [],
                 stop_token_ids=self.stop_token_ids,
+                include_stop=self.include_stop_str_in_output,
                 ignore_eos=self.ignore_eos,
             ),
-            output=pb.OutputOptions(explain=bool(self.explain), explain_tree=self.explain == "tree"),
+            output=pb.OutputOptions(
+                explain=bool(self.explain),
+                explain_tree=self.explain == "tree",
+                skip_special_tokens=self.skip_special_tokens,
+            ),
             speculation=pb.SpeculationOptions(
                 policy=self.policy, max_nodes=self.max_draft_nodes, max_depth=self.max_draft_depth
             ),
@@ -97,9 +117,9 @@ class ChatBody(Body):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Int64 | None = None
     logprobs: bool = False
-    top_logprobs: int | None = None
+    top_logprobs: Int64 | None = None
 
     def requests(self, request_id: str) -> list[pb.GenerateRequest]:
         """One generation request for each of the n answers."""
@@ -117,8 +137,9 @@ class ChatBody(Body):
 class CompletionBody(Body):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: int | None = None
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    logprobs: Int64 | None = None
+    echo: bool = False
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -132,12 +153,15 @@ class CompletionBody(Body):
         """n generation requests for each prompt, in the prompts' order.
 
         Raises:
-            InvalidRequestError: there are too many of them, or none.
+            InvalidRequestError: there are too many of them, or none; or what is to be echoed is unknown here.
         """
         prompts: list[Any] = list(self.prompts)
         if not 1 <= len(prompts) * self.n <= MAX_CHOICES:
             problem = f"{len(prompts)} prompts times n = {self.n}: 1 to {MAX_CHOICES} answers are possible"
             raise InvalidRequestError(FieldViolation("prompt", problem))
+        if self.echo and (self.logprobs is not None or not isinstance(prompts[0], str)):
+            problem = "needs prompts that are texts, and no logprobs: those of a prompt are not computed"
+            raise InvalidRequestError(FieldViolation("echo", problem))
         requests: list[pb.GenerateRequest] = []
         for prompt in prompts:
             for _ in range(self.n):

@@ -49,10 +49,14 @@ class CompletionDialect(Dialect):
 
 
 class Reply:
-    """The frame of one HTTP answer: its id, model and time."""
+    """The frame of one HTTP answer: its id, model and time.
 
-    def __init__(self, dialect: Dialect, request_id: str, model: str) -> None:
-        self._dialect = dialect
+    Args:
+        echoed: what the text of each choice begins with.
+    """
+
+    def __init__(self, dialect: Dialect, request_id: str, model: str, echoed: list[str]) -> None:
+        self._dialect, self._echoed = dialect, echoed
         self._frame = {"id": f"{dialect.prefix}-{request_id}", "created": int(time.time()), "model": model}
 
     def whole(self, answers: Iterable[list[pb.GenerateResponse]]) -> dict[str, Any]:
@@ -61,7 +65,7 @@ class Reply:
         for index, responses in enumerate(answers):
             chunks = [response.chunk for response in responses if response.HasField("chunk")]
             complete = responses[-1].complete
-            text = "".join(chunk.text for chunk in chunks)
+            text = self._echoed[index] + "".join(chunk.text for chunk in chunks)
             logprobs = [position for chunk in chunks for position in chunk.logprobs]
             choices.append({"index": index, **self._dialect.choice(text, logprobs), **_ending(complete)})
             completes.append(complete)
@@ -72,7 +76,8 @@ class Reply:
         """One response of the answer number `index` as a chunk; the last one has the finish reason."""
         if response.HasField("chunk"):
             chunk = response.chunk
-            choice = {**self._dialect.delta(chunk.text, list(chunk.logprobs), first), "finish_reason": None}
+            text = self._echoed[index] * first + chunk.text
+            choice = {**self._dialect.delta(text, list(chunk.logprobs), first), "finish_reason": None}
             extra = {"treeline": _step(chunk.speculation)} if chunk.HasField("speculation") else {}
         else:
             choice = {**self._dialect.delta("", [], first), **_ending(response.complete)}
@@ -91,7 +96,13 @@ def usage(completes: list[pb.GenerateComplete]) -> dict[str, Any]:
     """Tokens of all answers; a prompt that is answered n times counts once."""
     prompt = max((complete.usage.prompt_tokens for complete in completes), default=0)
     completion = sum(complete.usage.completion_tokens for complete in completes)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    cached = min((complete.usage.cached_prompt_tokens for complete in completes), default=0)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def _ending(complete: pb.GenerateComplete) -> dict[str, Any]:

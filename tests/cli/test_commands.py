@@ -35,7 +35,13 @@ def test_generate_streams_the_text(service):
 
 def test_generate_passes_every_option_on(service):
     engine, endpoint = service
-    options = "--max-tokens 4 --temperature 0.5 --top-p 0.9 --top-k 7 --seed 3 --stop x --stop yy --policy chain:2"
+    options = (
+        "--max-tokens 4 --temperature 0.5 --top-p 0.9 --top-k 7 --seed 3 --stop x --stop yy --policy chain:2 "
+        "--min-p 0.1 --repetition-penalty 1.2 --presence-penalty 0.5 --frequency-penalty -0.5 --logit-bias 65:5 "
+        "--logit-bias 7:-1.5 --stop-token-id 9 --include-stop --ignore-eos --min-tokens 2 --keep-special-tokens "
+        "--priority 1 --max-nodes 6 "
+        "--max-depth 3 --logprobs 0"
+    )
     result = treeline("generate", "hi", "--system", "be brief", *options.split(), "--server", endpoint)
     assert result.exit_code == 0, result.stderr
     request = engine.requests[0]
@@ -43,6 +49,11 @@ def test_generate_passes_every_option_on(service):
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.5, 0.9, 7, 3)
     assert (request.max_tokens, request.stop, request.policy) == (4, ("x", "yy"), "chain:2")
+    assert (sampling.min_p, sampling.repetition_penalty, sampling.logit_bias) == (0.1, 1.2, {65: 5.0, 7: -1.5})
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -0.5)
+    assert (request.stop_token_ids, request.include_stop, request.ignore_eos) == ({9}, True, True)
+    assert (request.min_tokens, request.skip_special_tokens, request.priority) == (2, False, 1)
+    assert (request.max_nodes, request.max_depth, request.logprobs) == (6, 3, 0)
 
 
 def test_raw_text_from_standard_input(service):
@@ -60,6 +71,17 @@ def test_json_lines(service):
     complete = messages[-1]["complete"]
     assert (complete["finish_reason"], complete["seed"]) == ("FINISH_REASON_LENGTH", "5")
     assert complete["usage"]["completion_tokens"] == 4
+    assert messages[0]["chunk"]["logprobs"] == []
+
+
+def test_json_keeps_zeros_and_a_bad_bias_is_named(service):
+    _, endpoint = service
+    ask = ["generate", "x", "--raw", "--json", "--seed", "0", "--max-tokens", "2", "--server", endpoint]
+    complete = json.loads(treeline(*ask).stdout.splitlines()[-1])["complete"]
+    assert (complete["seed"], complete["usage"]["cached_prompt_tokens"]) == ("0", 0)
+    wrong = treeline(*ask, "--logit-bias", "seven")
+    assert wrong.exit_code == 2
+    assert "TOKEN_ID:BIAS" in wrong.stderr
 
 
 def test_explain_shows_each_step_and_a_summary(service):

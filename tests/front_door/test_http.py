@@ -100,6 +100,73 @@ def test_completions_take_texts_and_token_ids(prompt):
     assert answer.choices[0].logprobs.tokens == ["A", "B"]
 
 
+def test_every_sampling_and_stopping_field_reaches_the_engine():
+    async def scenario(client, s):
+        answer = await client.chat.completions.create(
+            model="fake",
+            messages=HELLO,
+            max_tokens=6,
+            temperature=0.5,
+            presence_penalty=0.5,
+            frequency_penalty=-0.25,
+            logit_bias={"65": 5, "66": -100},
+            stop=["z"],
+            extra_body={
+                "min_p": 0.1,
+                "top_k": -1,
+                "repetition_penalty": 1.1,
+                "min_tokens": 4,
+                "stop_token_ids": [7],
+                "include_stop_str_in_output": True,
+                "skip_special_tokens": False,
+            },
+        )
+        return answer, s.engines[0].requests[0]
+
+    answer, request = with_client(scenario)
+    sampling = request.sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.min_p) == (0.5, -0.25, 0.1)
+    assert (sampling.top_k, sampling.repetition_penalty, sampling.logit_bias) == (0, 1.1, {65: 5.0, 66: -100.0})
+    assert (request.min_tokens, request.stop, request.stop_token_ids) == (4, ("z",), {7})
+    assert (request.include_stop, request.skip_special_tokens) == (True, False)
+    assert answer.usage.prompt_tokens_details.cached_tokens == answer.usage.prompt_tokens - 1
+
+
+def test_completions_echo_their_prompts():
+    async def scenario(client, s):
+        ask = {"model": "fake", "prompt": ["hi", "ho"], "max_tokens": 4, "echo": True}
+        whole = await client.completions.create(**ask)
+        streamed = ["", ""]
+        async for chunk in await client.completions.create(**ask, stream=True):
+            streamed[chunk.choices[0].index] += chunk.choices[0].text
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.completions.create(**ask | {"logprobs": 1})
+        return [choice.text for choice in whole.choices], streamed, caught.value.param
+
+    assert with_client(scenario) == (["hia0 a1 ", "hoa0 a1 "], ["hia0 a1 ", "hoa0 a1 "], "echo")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"logit_bias": {"-1": 1}}, "logit_bias.-1.[key]"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x.[key]"),
+        ({"logit_bias": {"256": 1}}, "sampling.logit_bias[256]"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+        ({"max_tokens": 2**70}, "max_tokens"),
+        ({"priority": 2**40}, "priority"),
+        ({"min_p": 2}, "sampling.min_p"),
+    ],
+)
+def test_numbers_of_no_sense_are_refused(fields, param):
+    async def scenario(client, s):
+        body = {"model": "fake", "messages": HELLO, **fields}
+        return await asyncio.to_thread(post, s.door.http.port, "/v1/chat/completions", body)
+
+    status, _, answer = with_client(scenario)
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
 def test_models_health_metrics_and_tokenize():
     async def scenario(client, s):
         models = [model.id async for model in client.models.list()]

@@ -96,7 +96,9 @@ class FakeEngine:
             steps = request.max_tokens // 2
             totals = SpeculationTotals(steps, drafted_nodes=4 * steps, verified_nodes=3 * steps, accepted_nodes=steps)
             prompt_tokens = len(request.prompt_token_ids)
-            yield Completion(reason, None, prompt_tokens, 2 * steps, 0.01, 0.02, 0.03, totals)
+            yield Completion(
+                reason, None, prompt_tokens, 2 * steps, 0.01, 0.02, 0.03, totals, cached_tokens=prompt_tokens - 1
+            )
         finally:
             self.open.discard(request.request_id)
 
