@@ -11,6 +11,7 @@ from functools import cached_property
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from treeline.bounds import Bounds, check_numbers
 from treeline.config import Config
 from treeline.rpc import Discover, connect
 from treeline.v1 import generation_pb2 as pb
@@ -22,7 +23,10 @@ POLL_INTERVAL_S = 0.5
 POLL_TIMEOUT_S = 2.0
 MAX_LATE_POLLS = 3
 """A verifier that answers late may only be short of CPU; one that is gone refuses at once."""
-
+MOST_LOAD: Bounds = dict.fromkeys(
+    ("num_requests_running", "num_requests_waiting", "max_requests_running", "max_requests_waiting"), (0, 1 << 20)
+)
+"""Counts of requests in a load report: those of a thousand verifiers still add up to 32 bits."""
 
 OnPoll = Callable[[int], Awaitable[None]]
 """Told after each round how many verifiers serve."""
@@ -64,13 +68,17 @@ class Verifier:
             if self.info is None:
                 self.info = await service.GetModelInfo(pb.GetModelInfoRequest(), timeout=POLL_TIMEOUT_S)
             in_flight = self.in_flight
-            self.load = await service.GetLoad(pb.GetLoadRequest(), timeout=POLL_TIMEOUT_S)
+            load = await service.GetLoad(pb.GetLoadRequest(), timeout=POLL_TIMEOUT_S)
+            check_numbers(load, MOST_LOAD)
+        except ValueError as error:
+            self._set_serving(False, f"a load report that makes no sense: {error}")
+            return
         except grpc.aio.AioRpcError as error:
             self.late_polls += 1
             if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED or self.late_polls >= MAX_LATE_POLLS:
                 self._set_serving(False, error.code().name)
             return
-        self.late_polls = 0
+        self.late_polls, self.load = 0, load
         self.others = max(0, self.load.num_requests_running + self.load.num_requests_waiting - in_flight)
         self._set_serving(status.status == health_pb2.HealthCheckResponse.SERVING, "draining")
 

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from treeline.bounds import check_numbers
 from treeline.forest import Forest, checked, forest_from_proto, forest_to_proto
 from treeline.plan import Plan
 from treeline.plan_wire import plan_from_proto, plan_to_proto
@@ -218,8 +219,8 @@ def reply_from_proto(message: pb.DraftResponse, request: DraftRequest, vocab_siz
     held = {one.session_id: one.tokens for one in message.held}
     if any(tokens >= lengths.get(session_id, 0) for session_id, tokens in held.items()):
         raise ValueError("a session is said to hold tokens that it was never given")
-    seconds = (message.draft_s, *message.layer_s)
-    if not all(0 <= s < math.inf for s in seconds) or max(len(message.layer_s), len(message.layer_nodes)) > MAX_LAYERS:
+    check_numbers(message, {})
+    if max(len(message.layer_s), len(message.layer_nodes)) > MAX_LAYERS:
         raise ValueError("statistics of drafting out of range")
     layers = DraftStats(message.draft_s, tuple(message.layer_nodes), message.catch_up_tokens, tuple(message.layer_s))
     return DraftReply(message.step_id, forest, held, layers, refused)

@@ -44,6 +44,7 @@ class VerifierMetrics:
         self._price = gauge("price_tokens_per_second", "Tokens per second of its cost that a node had to bring")
         self._goodput = gauge("expected_goodput_tokens_per_second", "Goodput expected of the last drafted step")
         self._plan_version = gauge("plan_version", "Version of the plan in force")
+        self.refused_plans = counter("plans_refused", "Plans that made no sense and were left out")
         self._drafter_ready = gauge("drafter_ready", "1 while drafting is possible")
         self._drafter_problem = gauge("drafter_problem", "1 while the target hardly ever agrees with the drafter")
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens run")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import fields
 
 import numpy as np
 
+from treeline.bounds import Bounds, check_numbers
 from treeline.plan import (
     DEPTHS,
     PROB_BINS,
@@ -23,6 +25,37 @@ from treeline.plan import (
 from treeline.v1 import planning_pb2 as pb
 
 _SAMPLED, _ACCEPTED = 1, 2
+_LEAST_S, _PROBABILITY = 1e-7, (0.0, 1.0)
+"""Seconds of any work at least; what is measured faster is no measurement, and its logarithm is far off."""
+_LEAST_PROMPT_RATIO = 1 / 32
+_MAX_CURVE_POINTS = 1024
+"""Of all curves of a profile together: the tracker keeps a covariance of their points, 8 MB by then. We measure 60."""
+_MAX_OUTCOMES = 1 << 18
+"""Nodes of one step: the largest batch (1024 requests) with the largest trees (256 nodes)."""
+_BOUNDS: Bounds = {
+    "unix_s": (0, 1e11),
+    "created_unix_s": (0, 1e11),
+    "lifetime_s": (0, math.inf),  # the built-in plan has no end
+    "age_s": (0, math.inf),  # of what was never measured
+    "verify_s": (_LEAST_S, 1e6),
+    "draft_s": (0, 1e6),
+    "step_s": (_LEAST_S, 1e6),
+    "seconds": (_LEAST_S, 1e6),
+    "verify_scale": (0.01, 100),
+    "prompt_ratio": (_LEAST_PROMPT_RATIO, 1 / _LEAST_PROMPT_RATIO),
+    "delta": (0, 200),
+    "rho": (0, 200),
+    "acceptance": _PROBABILITY,
+    "kappa": _PROBABILITY,
+    "draft_probs": _PROBABILITY,
+    "sequences": (1, 1024),  # limits.max_running_requests
+    "running": (0, 1024),
+    "tokens": (1, 1 << 19),  # twice the largest batch with the largest trees; sizes the arrays that curves are read to
+    "prefill_tokens": (0, 1 << 19),
+    "max_nodes": (0, 256),  # limits.max_tree_nodes
+    "max_depth": (0, 32),  # limits.max_tree_depth
+}
+"""Of every number that sizes an array, is divided by, or whose logarithm is taken."""
 _SCALARS = (
     "step_id",
     "unix_s",
@@ -82,7 +115,8 @@ def plan_to_proto(plan: Plan) -> pb.Plan:
 
 
 def plan_from_proto(message: pb.Plan) -> Plan:
-    """Raises ValueError if the calibration has another shape or there is no cost curve."""
+    """Raises ValueError if a number is out of range, the calibration has another shape or there is no cost curve."""
+    check_numbers(message, _BOUNDS)
     cost, calibration = message.cost, message.calibration
     paper = cost.paper
     if not cost.verify:
@@ -93,7 +127,7 @@ def plan_from_proto(message: pb.Plan) -> Plan:
         lifetime_s=message.lifetime_s,
         cost=CostModel(
             verify=_curves_from_proto(cost.verify),
-            verify_scale=cost.verify_scale,
+            verify_scale=cost.verify_scale or 1.0,
             draft_round_trip_s=cost.draft_round_trip_s,
             draft_sequence_s=cost.draft_sequence_s,
             draft_layer_s=cost.draft_layer_s,
@@ -131,7 +165,12 @@ def step_to_proto(record: StepRecord) -> pb.StepRecord:
 
 
 def step_from_proto(message: pb.StepRecord) -> StepRecord:
-    """Raises ValueError if the outcomes' columns differ in length."""
+    """Raises ValueError if a number is out of range, or the outcomes' columns differ in length."""
+    check_numbers(message, _BOUNDS)
+    if not message.step_s or message.prefill_tokens > message.tokens or message.sequences > message.tokens:
+        raise ValueError("a step without seconds, or with fewer tokens than sequences or prompt tokens")
+    if message.drafter_s and message.draft_s < _LEAST_S:
+        raise ValueError("the drafter worked in no time")
     outcomes = message.outcomes
     sources, depths, ranks, flags = (
         np.frombuffer(column, np.uint8)
@@ -140,6 +179,8 @@ def step_from_proto(message: pb.StepRecord) -> StepRecord:
     draft_probs = np.asarray(outcomes.draft_probs, np.float32)
     if len({len(sources), len(depths), len(ranks), len(flags), len(draft_probs)}) != 1:
         raise ValueError("outcome columns differ in length")
+    if len(sources) > _MAX_OUTCOMES or (sources >= SOURCES).any() or not depths.all():
+        raise ValueError("an outcome of no source or depth, or too many outcomes")
     return StepRecord(
         **{name: getattr(message, name) for name in _SCALARS},
         draft_layer_nodes=tuple(message.draft_layer_nodes),
@@ -156,7 +197,8 @@ def profile_to_proto(profile: VerifierProfile) -> pb.VerifierProfile:
 
 
 def profile_from_proto(message: pb.VerifierProfile) -> VerifierProfile:
-    """Raises ValueError if it holds no curve, or a malformed one."""
+    """Raises ValueError if it holds no curve, or a malformed one, or a number is out of range."""
+    check_numbers(message, _BOUNDS)
     if not message.verify:
         raise ValueError("a profile without a cost curve")
     return VerifierProfile(_curves_from_proto(message.verify), message.draft_layer_s, message.draft_node_s)
@@ -169,8 +211,12 @@ def _curves_to_proto(curves: tuple[CostCurve, ...]) -> list[pb.CostCurve]:
 def _curves_from_proto(messages: Iterable[pb.CostCurve]) -> tuple[CostCurve, ...]:
     curves = tuple(CostCurve(m.sequences, m.context_tokens, tuple(m.tokens), tuple(m.seconds)) for m in messages)
     for curve in curves:
-        if not curve.tokens or len(curve.tokens) != len(curve.seconds):
-            raise ValueError("a cost curve without points")
+        if not curve.sequences or not curve.tokens or len(curve.tokens) != len(curve.seconds):
+            raise ValueError("a cost curve without points or sequences")
+        if (np.diff(curve.tokens) <= 0).any() or (np.diff(curve.seconds) < 0).any():
+            raise ValueError("a cost curve that falls")
+    if sum(len(curve.tokens) for curve in curves) > _MAX_CURVE_POINTS:
+        raise ValueError(f"cost curves of more than {_MAX_CURVE_POINTS} points")
     return curves
 
 

@@ -38,8 +38,16 @@ class _Received:
 class PlanWatcher:
     """Keeps the newest plan at hand. Made on a running event loop; `plan` may be read from any thread."""
 
-    def __init__(self, discover: Discover, verifier_id: str, limits: LimitsConfig, internal: InternalConfig) -> None:
-        self._verifier_id = verifier_id
+    def __init__(
+        self,
+        discover: Discover,
+        verifier_id: str,
+        limits: LimitsConfig,
+        internal: InternalConfig,
+        on_refused: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_refused`: called for each plan that makes no sense; it is no plan."""
+        self._verifier_id, self._on_refused = verifier_id, on_refused
         self._builtin = builtin_plan(limits)
         self._received: _Received | None = None
         self._task = asyncio.create_task(_persist(discover, internal, self._watch), name="plan-watcher")
@@ -56,8 +64,17 @@ class PlanWatcher:
         await _cancel(self._task)
 
     async def _watch(self, stub: PlanningServiceStub) -> None:
+        problem = ""
         async for message in stub.WatchPlan(pb.WatchPlanRequest(verifier_id=self._verifier_id)):
-            plan = plan_from_proto(message.plan)
+            try:
+                plan = plan_from_proto(message.plan)
+            except ValueError as error:
+                self._on_refused()
+                if str(error) != problem:
+                    logger.warning("a plan that makes no sense is left out: %s", error)
+                problem = str(error)
+                continue
+            problem = ""
             self._received = _Received(plan, time.monotonic() + plan.lifetime_s)
 
 
@@ -103,18 +120,17 @@ async def _persist(
     discover: Discover, internal: InternalConfig, talk: Callable[[PlanningServiceStub], Awaitable[None]]
 ) -> None:
     """Talk to a planner; whenever that ends, find one again."""
-    told = False
+    last_problem = ""
     while True:
         try:
             for endpoint in await discover():
                 async with connect(endpoint, internal, MAX_MESSAGE_BYTES) as channel:
-                    told = False
                     await talk(PlanningServiceStub(channel))
         except Exception as error:  # discovery asks another system, which may fail in ways of its own
-            if not told:
-                why = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
-                logger.warning("no planner, going on without: %s", why)
-                told = True
+            problem = str(error.details() if isinstance(error, grpc.aio.AioRpcError) else error)
+            if problem != last_problem:
+                logger.warning("no planner, going on without: %s", problem)
+            last_problem = problem
         await asyncio.sleep(RETRY_S)
 
 

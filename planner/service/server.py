@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["PlanningService"].full_name
 LATENCY_INTERVAL_S = 1.0
 """Between queries of Prometheus; it scrapes every few seconds itself."""
+MAX_VERIFIERS, MAX_ID_CHARS = 1024, 256
+"""Each verifier costs memory and a plan a few times a second; ids are labels of metrics. Ours have 32 characters."""
 FORGET_S = 30.0
 """A verifier that has sent nothing for this long, not even the empty message of an idle one, is gone."""
 
@@ -129,9 +131,13 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
             now = time.monotonic()
             for verifier_id in [v for v, state in self._states.items() if now - state.last_heard_s > FORGET_S]:
                 self._forget(verifier_id)
-            for verifier_id, state in self._states.items():
-                self._plans[verifier_id] = plan = self._maker.make(state)
-                self._show(verifier_id, state, plan)
+            for verifier_id, state in list(self._states.items()):
+                try:
+                    self._plans[verifier_id] = plan = self._maker.make(state)
+                    self._show(verifier_id, state, plan)
+                except Exception:  # one verifier's records must not take the others' plans
+                    logger.exception("no plan can be made for verifier %s; it starts again", verifier_id)
+                    self._forget(verifier_id)
             async with self._changed:
                 self._changed.notify_all()
             await asyncio.sleep(self._config.interval_s)
@@ -157,6 +163,9 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
         if request.HasField("profile"):
             profile = profile_from_proto(request.profile)
             if verifier_id not in self._states:
+                urllib.parse.urlsplit(request.metrics_url)  # asked again at every round
+                if len(verifier_id) > MAX_ID_CHARS or len(self._states) >= MAX_VERIFIERS:
+                    raise ValueError("too long an id, or too many verifiers")
                 latency = Latency(self._config.signal_max_age_s)
                 self._states[verifier_id] = VerifierState(profile, request.metrics_url, latency)
         state = self._states.get(verifier_id)

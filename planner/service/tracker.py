@@ -107,7 +107,7 @@ class CostTracker:
 
     @property
     def _prompt_ratio(self) -> float:
-        return math.exp(self._verify.theta[PROMPTS])
+        return math.exp(np.clip(self._verify.theta[PROMPTS], -MAX_LOG_SCALE, MAX_LOG_SCALE))
 
     def _predict(self, sequences: int, context_tokens: int, tokens: float) -> tuple[float, NDArray[np.float64]]:
         """Verification seconds as corrected so far, and the gradient of their logarithm by the parameters."""

@@ -263,6 +263,27 @@ def test_a_verifier_that_no_longer_answers_loses_its_place(monkeypatch):
     with_front_door(scenario, FakeEngine())
 
 
+@pytest.mark.parametrize("nonsense", [{"tokens_per_s": float("nan")}, {"num_requests_running": 2**32 - 1}])
+def test_a_verifier_whose_load_report_makes_no_sense_gets_no_streams(monkeypatch, nonsense):
+    answer = GenerationServicer.GetLoad
+
+    async def spoilt(servicer, message, context):
+        load = await answer(servicer, message, context)
+        if servicer._engine.name == "a":
+            load.MergeFrom(pb.GetLoadResponse(**nonsense))
+        return load
+
+    monkeypatch.setattr(GenerationServicer, "GetLoad", spoilt)
+
+    async def scenario(s):
+        for _ in range(3):
+            await collect(s.stub.Generate(request()))
+        assert [len(engine.requests) for engine in s.engines] == [0, 3]
+        assert (await s.stub.GetLoad(pb.GetLoadRequest())).max_requests_running == CONFIG.limits.max_running_requests
+
+    with_front_door(scenario, FakeEngine("a"), FakeEngine("b"))
+
+
 def test_a_draining_verifier_gets_no_new_streams():
     async def scenario(s):
         await s.verifiers[0].health.enter_graceful_shutdown()

@@ -87,7 +87,7 @@ def test_a_bad_tree_costs_that_tree_and_is_counted():
     ],
 )
 def test_what_is_no_answer_to_the_request_is_refused(bad):
-    with pytest.raises(ValueError, match=r"trees|session|statistics"):
+    with pytest.raises(ValueError, match=r"trees|session|statistics|out of range"):
         received(bad)
 
 

@@ -72,10 +72,12 @@ class VerifierServer:
             ConfigError: the model cannot be served as configured, or a port is taken.
         """
         loop, verifier_id = asyncio.get_running_loop(), uuid.uuid4().hex
+        registry = CollectorRegistry()
+        metrics = VerifierMetrics(registry)
         with ThreadPoolExecutor(1, LOADER) as loader:
             model = await loop.run_in_executor(loader, LanguageModel.load, config.verifier.target)
             _check_limits(model, config)
-            watcher = PlanWatcher(planner, verifier_id, config.limits, config.internal)
+            watcher = PlanWatcher(planner, verifier_id, config.limits, config.internal, metrics.refused_plans.inc)
             link = GrpcLink(drafter, config, model.vocab_size, vocabulary_sha256(model.tokenizer))
             if model.passes.padded:
                 await wait_for_info(link, DRAFTER_WAIT_S)  # What it reads is captured with the passes.
@@ -84,8 +86,6 @@ class VerifierServer:
             await loop.run_in_executor(loader, warm_up, model, core.cache)
         info = await wait_for_info(link, DRAFTER_WAIT_S)
         profile = VerifierProfile(curves, info.layer_s if info else 0.0, info.node_s if info else 0.0)
-        registry = CollectorRegistry()
-        metrics = VerifierMetrics(registry)
         metrics_port = serve_metrics(registry, config.metrics)
         metrics_url = f"http://{reachable_host(config.metrics.host)}:{metrics_port}/metrics"
         reporter = StepReporter(planner, verifier_id, metrics_url, profile, config.internal)

@@ -25,7 +25,11 @@ from treeline.plan_wire import (
     step_to_proto,
 )
 from treeline.v1 import planning_pb2 as pb
-from treeline.v1.planning_pb2_grpc import PlanningServiceStub
+from treeline.v1.planning_pb2_grpc import (
+    PlanningServiceServicer,
+    PlanningServiceStub,
+    add_PlanningServiceServicer_to_server,
+)
 
 CONFIG = Config(planner=PlannerConfig(interval_s=0.05, plan_lifetime_s=0.6), metrics=MetricsConfig(base_port=0))
 PROFILE = VerifierProfile(linear_cost().verify, 0.004, 0.0002)
@@ -128,6 +132,63 @@ def test_a_plan_follows_a_profile_and_nonsense_is_refused():
             plan = (await stub.WatchPlan(pb.WatchPlanRequest(verifier_id="v1")).read()).plan
             assert plan.version > 0
             assert plan.price == pytest.approx(1 / 0.031, rel=0.01)
+        await planner.stop()
+
+    asyncio.run(scenario())
+
+
+class FakePlanner(PlanningServiceServicer):
+    """Sends the plans it is given, one after the other."""
+
+    def __init__(self, plans: list[pb.Plan]) -> None:
+        self.plans = plans
+
+    async def WatchPlan(self, request, context):
+        for plan in self.plans:
+            yield pb.WatchPlanResponse(plan=plan)
+        await asyncio.Event().wait()
+
+
+def test_a_plan_that_makes_no_sense_is_no_plan_and_counted(caplog):
+    good, bad = plan_to_proto(plan_with(linear_cost(), version=7)), plan_to_proto(plan_with(linear_cost(), version=8))
+    bad.cost.prompt_ratio = float("nan")
+
+    async def scenario() -> None:
+        server = grpc.aio.server()
+        add_PlanningServiceServicer_to_server(FakePlanner([bad, good, bad, bad]), server)
+        endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        place, refused = Place(), []
+        place.endpoints = [endpoint]
+        watcher = PlanWatcher(place, "v1", CONFIG.limits, CONFIG.internal, lambda: refused.append(1))
+        await eventually(lambda: len(refused) == 3)
+        assert watcher.plan.version == 7
+        assert sum("prompt_ratio" in line for line in caplog.messages) == 2, "once for each change"
+        await watcher.close()
+        await server.stop(None)
+
+    asyncio.run(scenario())
+
+
+def test_a_record_that_makes_no_sense_is_refused_and_changes_nothing():
+    async def scenario() -> None:
+        planner = await PlannerServer.start(CONFIG)
+        async with grpc.aio.insecure_channel(planner.endpoint) as channel:
+            stub = PlanningServiceStub(channel)
+            hello = pb.ReportStepsRequest(verifier_id="v1", metrics_url=NOWHERE, profile=profile_to_proto(PROFILE))
+            await stub.ReportSteps(iter([hello]))
+            for bad in (record(verify_s=float("nan")), record(tokens=0), record(outcomes=outcomes(np.ones(1), [1], 0))):
+                spoilt = pb.ReportStepsRequest(verifier_id="v1", steps=[step_to_proto(bad)])
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await stub.ReportSteps(iter([spoilt]))
+                assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            spoilt = pb.ReportStepsRequest(verifier_id="v2", metrics_url="http://[", profile=profile_to_proto(PROFILE))
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stub.ReportSteps(iter([spoilt]))
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            plan = (await stub.WatchPlan(pb.WatchPlanRequest(verifier_id="v1")).read()).plan
+            assert plan_from_proto(plan).cost.verify == PROFILE.verify
+        await planner.check()
         await planner.stop()
 
     asyncio.run(scenario())
