@@ -13,6 +13,7 @@ setup(
     install_requires=[
         f"treeline-client=={VERSION}",
         "accelerate>=1.10",
+        "aiohttp>=3.14",
         "fastapi>=0.115",
         "gguf>=0.19",
         "grpcio-health-checking>=1.85.1",

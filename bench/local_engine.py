@@ -39,7 +39,7 @@ class LocalPlanner:
     """
 
     def __init__(self, profile: VerifierProfile, config: Config, clock: Clock = time.perf_counter) -> None:
-        self._state = VerifierState(profile, "")
+        self._state = VerifierState(profile, "", clock)
         self._maker = PlanMaker(config.limits, config.planner)
         self._interval_s, self._clock = config.planner.interval_s, clock
         self._renew()

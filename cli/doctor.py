@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 import shutil
@@ -56,6 +57,8 @@ def examine(config: Config) -> Iterator[tuple[bool, str, str]]:
     ):
         yield _port(name, host, port)
     yield from _drafter(config.server)
+    if config.planner.prometheus_url:
+        yield asyncio.run(_prometheus(config.planner.prometheus_url))
 
 
 def _drafter(server: ServerConfig) -> Iterator[tuple[bool, str, str]]:
@@ -114,6 +117,18 @@ def _models() -> tuple[bool, str, str]:
     free_bytes = shutil.disk_usage(existing).free
     names = ", ".join(path.name for path in cached_models()) or "none yet"
     return free_bytes > CACHE_BYTES_NEEDED, "models", f"{names} in {folder} ({free_bytes / 1e9:.0f} GB free)"
+
+
+async def _prometheus(url: str) -> tuple[bool, str, str]:
+    from planner.service.latency import PrometheusError, measure_all  # slow to import, and rarely needed
+
+    try:
+        measured = await measure_all(url)
+    except PrometheusError as error:
+        return False, "prometheus", str(error)
+    if not measured:
+        return True, "prometheus", f"{url} answers, but has nothing of any verifier (deploy/prometheus has its rules)"
+    return True, "prometheus", f"{url} measures {', '.join(sorted(measured))}"
 
 
 def _port(name: str, host: str, port: int) -> tuple[bool, str, str]:

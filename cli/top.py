@@ -6,7 +6,7 @@ import time
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
@@ -28,12 +28,36 @@ def top(
         info = client.model_info()
         title = f"{info.model} at {server}"
         if once:
-            console.print(load_table(title, client.load()))
+            console.print(view(title, client))
             return
-        with Live(load_table(title, client.load()), console=console, auto_refresh=False) as live:
+        with Live(view(title, client), console=console, auto_refresh=False) as live:
             while True:
                 time.sleep(interval)
-                live.update(load_table(title, client.load()), refresh=True)
+                live.update(view(title, client), refresh=True)
+
+
+def view(title: str, client: TreelineClient) -> Group:
+    """The load of the service, and each verifier's plan."""
+    return Group(load_table(title, client.load()), *map(plan_table, client.plans()))
+
+
+def plan_table(plan: pb.VerifierPlan) -> Table:
+    table = Table(title=f"plan {plan.version}, {plan.age_s:.1f} s old", caption=plan.reason, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_row("price", f"{plan.price:.1f} tokens/s")
+    table.add_row("step budget", _ms(plan.step_budget_s) if plan.HasField("step_budget_s") else "none")
+    table.add_row("waiting costs", f"{plan.wait_factor:.1f}-fold")
+    for signal in plan.signals:
+        value = _ms(signal.value_s) if signal.HasField("value_s") else "nothing fresh"
+        asked = f", objective {_ms(signal.objective_s)}" if signal.HasField("objective_s") else ""
+        measured = f" ({signal.source}, {signal.age_s:.1f} s old)" if signal.HasField("value_s") else ""
+        table.add_row(signal.name.replace("_", " "), value + asked + measured)
+    return table
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms"
 
 
 def load_table(title: str, load: pb.GetLoadResponse) -> Table:

@@ -14,6 +14,7 @@ from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
 
 ABORT_TIMEOUT_S = 5.0
+PLAN_TIMEOUT_S = 2.0
 
 
 class FrontDoor(pb_grpc.GenerationServiceServicer):
@@ -45,6 +46,14 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
     async def GetLoad(self, request: pb.GetLoadRequest, context: Call) -> pb.GetLoadResponse:
         self._model_info()
         return total_load([verifier.load for verifier in self.pool.serving])
+
+    async def GetPlan(self, request: pb.GetPlanRequest, context: Call) -> pb.GetPlanResponse:
+        """Of every verifier that answers, in the order of their addresses."""
+        self._model_info()
+        serving = sorted(self.pool.serving, key=lambda verifier: verifier.endpoint)
+        calls = [verifier.stub.GetPlan(request, timeout=PLAN_TIMEOUT_S) for verifier in serving]
+        replies = await asyncio.gather(*calls, return_exceptions=True)
+        return pb.GetPlanResponse(plans=[p for r in replies if isinstance(r, pb.GetPlanResponse) for p in r.plans])
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Call) -> pb.GetModelInfoResponse:
         return self._model_info()

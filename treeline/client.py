@@ -149,6 +149,10 @@ class TreelineClient:
         """How busy the service is."""
         return self._call("GetLoad", pb.GetLoadRequest())
 
+    def plans(self) -> list[pb.VerifierPlan]:
+        """The plan in force at each verifier, and why it is as it is."""
+        return list(self._call("GetPlan", pb.GetPlanRequest()).plans)
+
     def model_info(self) -> pb.GetModelInfoResponse:
         """What is served."""
         return self._call("GetModelInfo", pb.GetModelInfoRequest())

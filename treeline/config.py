@@ -135,14 +135,22 @@ class DrafterConfig(Section):
         return self
 
 
+class ObjectivesConfig(Section):
+    """Latency that the planner holds where plain decoding can; without them it maximises tokens per second."""
+
+    inter_token_p95_ms: float | None = Field(default=None, gt=0, description="95th percentile between tokens")
+    time_to_first_token_p95_ms: float | None = Field(default=None, gt=0, description="95th percentile from arrival")
+
+
 class PlannerConfig(Section):
     resources: ResourcesConfig = ResourcesConfig(num_cpus=0.1)
     interval_s: float = Field(default=0.25, gt=0)
     plan_lifetime_s: float = Field(default=10.0, gt=0)
+    objectives: ObjectivesConfig = ObjectivesConfig()
     prometheus_url: str | None = Field(
-        default=None, description="query API; without it the services' own pages are read"
+        default=None, description="query API that measures latency; without it step records do"
     )
-    signal_max_age_s: float = Field(default=10.0, gt=0)
+    signal_max_age_s: float = Field(default=10.0, gt=0, description="older measurements of latency control nothing")
 
 
 class TlsConfig(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -105,6 +106,25 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Signal:
+    """A measurement that a plan rests on.
+
+    Attributes:
+        name: "inter_token_p95" or "time_to_first_token_p95".
+        value_s: None while nothing fresh was measured.
+        objective_s: what the operator asked for, if anything.
+        age_s: seconds since it was measured; infinite if it never was.
+        source: "prometheus" or "steps", the verifier's own step records.
+    """
+
+    name: str
+    value_s: float | None
+    objective_s: float | None
+    age_s: float
+    source: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """One published decision basis for one verifier and its drafter.
 
@@ -116,6 +136,9 @@ class Plan:
         max_nodes: most draft nodes per request.
         max_depth: deepest draft layer.
         reason: one line for people: why the plan is as it is.
+        step_budget_s: longest step that trees and prompt chunks may make; plain decoding is always allowed.
+        wait_factor: how many times its ordinary price a waiting request costs; at least 1.
+        signals: the measurements behind budget and factor.
     """
 
     version: int
@@ -127,6 +150,9 @@ class Plan:
     max_nodes: int
     max_depth: int
     reason: str = ""
+    step_budget_s: float = math.inf
+    wait_factor: float = 1.0
+    signals: tuple[Signal, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -182,6 +208,8 @@ class StepRecord:
         drafted_requests: requests that the drafter was asked to draft for.
         pass_how: how the verification pass ran: "replayed" (a captured CUDA graph), "eager" (the same, uncaptured), or
             "packed" (without padding; the only way on a CPU).
+        gaps: (seconds, tokens) per request that got tokens behind its first one: since when it waited, how many came.
+        first_token_s: per request that got its first token: seconds from its arrival.
     """
 
     step_id: int
@@ -211,6 +239,8 @@ class StepRecord:
     node_s: float = 0.0
     drafted_requests: int = 0
     pass_how: str = ""
+    gaps: tuple[tuple[float, int], ...] = ()
+    first_token_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

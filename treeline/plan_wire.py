@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import fields
 
@@ -19,9 +20,11 @@ from treeline.plan import (
     NodeOutcomes,
     PaperFit,
     Plan,
+    Signal,
     StepRecord,
     VerifierProfile,
 )
+from treeline.v1 import generation_pb2
 from treeline.v1 import planning_pb2 as pb
 
 _SAMPLED, _ACCEPTED = 1, 2
@@ -52,6 +55,7 @@ _BOUNDS: Bounds = {
     "running": (0, 1024),
     "tokens": (1, 1 << 19),  # twice the largest batch with the largest trees; sizes the arrays that curves are read to
     "prefill_tokens": (0, 1 << 19),
+    "gap_tokens": (1, 1 << 10),
     "max_nodes": (0, 256),  # limits.max_tree_nodes
     "max_depth": (0, 32),  # limits.max_tree_depth
 }
@@ -111,6 +115,9 @@ def plan_to_proto(plan: Plan) -> pb.Plan:
         max_nodes=plan.max_nodes,
         max_depth=plan.max_depth,
         reason=plan.reason,
+        step_budget_s=plan.step_budget_s if math.isfinite(plan.step_budget_s) else 0.0,
+        wait_factor=plan.wait_factor,
+        signals=_signals_to_proto(plan.signals),
     )
 
 
@@ -145,6 +152,9 @@ def plan_from_proto(message: pb.Plan) -> Plan:
         max_nodes=message.max_nodes,
         max_depth=message.max_depth,
         reason=message.reason,
+        step_budget_s=message.step_budget_s or math.inf,
+        wait_factor=message.wait_factor or 1.0,
+        signals=tuple(_signal_from_proto(signal) for signal in message.signals),
     )
 
 
@@ -154,6 +164,9 @@ def step_to_proto(record: StepRecord) -> pb.StepRecord:
     return pb.StepRecord(
         **{name: getattr(record, name) for name in _SCALARS},
         draft_layer_nodes=record.draft_layer_nodes,
+        gap_s=[seconds for seconds, _ in record.gaps],
+        gap_tokens=[tokens for _, tokens in record.gaps],
+        first_token_s=record.first_token_s,
         outcomes=pb.NodeOutcomes(
             sources=outcomes.sources.tobytes(),
             depths=outcomes.depths.tobytes(),
@@ -165,7 +178,7 @@ def step_to_proto(record: StepRecord) -> pb.StepRecord:
 
 
 def step_from_proto(message: pb.StepRecord) -> StepRecord:
-    """Raises ValueError if a number is out of range, or the outcomes' columns differ in length."""
+    """Raises ValueError if a number is out of range, or the outcomes' or gaps' columns differ in length."""
     check_numbers(message, _BOUNDS)
     if not message.step_s or message.prefill_tokens > message.tokens or message.sequences > message.tokens:
         raise ValueError("a step without seconds, or with fewer tokens than sequences or prompt tokens")
@@ -184,6 +197,8 @@ def step_from_proto(message: pb.StepRecord) -> StepRecord:
     return StepRecord(
         **{name: getattr(message, name) for name in _SCALARS},
         draft_layer_nodes=tuple(message.draft_layer_nodes),
+        gaps=tuple(zip(message.gap_s, message.gap_tokens, strict=True)),
+        first_token_s=tuple(message.first_token_s),
         outcomes=NodeOutcomes(sources, depths, ranks, (flags & _SAMPLED) > 0, draft_probs, (flags & _ACCEPTED) > 0),
     )
 
@@ -202,6 +217,35 @@ def profile_from_proto(message: pb.VerifierProfile) -> VerifierProfile:
     if not message.verify:
         raise ValueError("a profile without a cost curve")
     return VerifierProfile(_curves_from_proto(message.verify), message.draft_layer_s, message.draft_node_s)
+
+
+def plan_summary(plan: Plan) -> generation_pb2.VerifierPlan:
+    """What clients may see of a plan."""
+    return generation_pb2.VerifierPlan(
+        version=plan.version,
+        reason=plan.reason,
+        price=plan.price,
+        step_budget_s=plan.step_budget_s if math.isfinite(plan.step_budget_s) else None,
+        wait_factor=plan.wait_factor,
+        max_nodes=plan.max_nodes,
+        max_depth=plan.max_depth,
+        signals=_signals_to_proto(plan.signals),
+        age_s=time.time() - plan.created_unix_s if plan.version else 0.0,
+    )
+
+
+def _signals_to_proto(signals: Iterable[Signal]) -> list[generation_pb2.PlanSignal]:
+    return [generation_pb2.PlanSignal(**vars(signal)) for signal in signals]
+
+
+def _signal_from_proto(message: generation_pb2.PlanSignal) -> Signal:
+    return Signal(
+        message.name,
+        message.value_s if message.HasField("value_s") else None,
+        message.objective_s if message.HasField("objective_s") else None,
+        message.age_s,
+        message.source,
+    )
 
 
 def _curves_to_proto(curves: tuple[CostCurve, ...]) -> list[pb.CostCurve]:

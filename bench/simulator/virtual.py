@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from bench.simulator.acceptance import KINDS, AcceptanceLaw
 from lm.kv_cache import KVCache, LayerShape, SequenceCache
 from lm.packed import PackedSequence
+from lm.passes import Passes
 from planner.fast.cost import pass_s
 from treeline.plan import CostModel
 from treeline.tree import ROOT
@@ -105,6 +106,7 @@ class FakeModel:
 
     def __init__(self, text: FakeText, clock: VirtualClock) -> None:
         self._text, self._clock = text, clock
+        self.passes = Passes({None}, self.device)  # whose limits the engine asks for; none is run
         self._keys: WeakKeyDictionary[SequenceCache, int] = WeakKeyDictionary()
         vocabulary = {f"w{token}": token for token in range(VOCAB)}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))

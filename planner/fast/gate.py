@@ -89,7 +89,8 @@ class DraftGate:
         paid_s = draft_s + cost.draft_node_s * behind_tokens / CATCH_UP_STEPS
         scale = requests / self._requests
         nodes = np.arange(len(self._gains), dtype=np.float64) * scale
-        gain = float((scale * self._gains - prices.second * prices.added_s(nodes)).max())
+        nodes = nodes[nodes <= prices.nodes_within_budget(draft_s, prices.base_tokens)]
+        gain = float((scale * self._gains[: len(nodes)] - prices.second * prices.added_s(nodes)).max())
         gain -= prices.second * paid_s
         self._open = gain > (0.0 if self._open else START_MARGIN * prices.sequences)
         if self._open:

@@ -2,7 +2,8 @@
 
 A node u is worth it if w a(u) / dC(u) > price, price = R + mu Q (docs/planner.md). Path acceptance a(u) never grows
 along a path, so the best m nodes of the batch are the m with the largest w a(u), and they are closed under parents:
-looking at every prefix of one sorted list is exact for any cost curve.
+looking at every prefix of one sorted list is exact for any cost curve. A step budget forbids the longer prefixes, for
+passes never become shorter with more tokens; the bare roots are always allowed.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Pruning:
         kept: how many of these were chosen.
         next_gain: the largest gain that was left out; 0 if none was.
         next_s: seconds it would have added to the pass.
+        bounded: the step budget allowed no more nodes.
     """
 
     chosen: NDArray[np.bool_]
@@ -65,6 +67,7 @@ class Pruning:
     kept: int
     next_gain: float
     next_s: float
+    bounded: bool
 
     @property
     def node_s(self) -> float:
@@ -79,6 +82,8 @@ class Pruning:
             said += f", {fixed} more by fixed policies"
         if self.kept == self.offered:
             return said
+        if self.bounded:
+            return f"{said}; the step budget allows no more"
         brings = f"{self.next_gain / self.next_s:.0f} tok/s" if self.next_s > 0 else f"{self.next_gain:.2f} tokens"
         return f"{said}; the next would bring {brings}"
 
@@ -116,12 +121,14 @@ def prune_batch(
     expected[0] = float(requests.weights.sum()) + float(gains.sum()) - float(ranked.sum())
     expected[1:] = ranked
     expected.cumsum(out=expected)
+    most = min(len(ranked), prices.nodes_within_budget(draft_s, prices.base_tokens + fixed))
+    expected = expected[: most + 1]
     # R is what a step without prompts would reach; the seconds that a size adds are those of the real pass.
     first = prices.sequences + fixed
     own_s = prices.seconds[first : first + len(expected)] + prices.overhead_s + draft_s
     price = prices.price(float((expected / own_s).max()))
-    verify_s = prices.seconds[prices.base_tokens + fixed :][: len(expected)]
-    size = int((expected - price * verify_s).argmax())
+    verify_s = prices.seconds[prices.base_tokens + fixed :][: len(ranked) + 1]
+    size = int((expected - price * verify_s[: most + 1]).argmax())
     chosen = np.ones(len(gains), np.bool_)
     chosen[open_nodes] = _best(gains[open_nodes], ranked, size)
     left_out, best_s = size < len(ranked), verify_s.item(size)
@@ -136,6 +143,7 @@ def prune_batch(
         kept=size,
         next_gain=ranked.item(size) if left_out else 0.0,
         next_s=verify_s.item(size + 1) - best_s if left_out else 0.0,
+        bounded=size == most < len(ranked),
     )
 
 

@@ -5,6 +5,7 @@ Gate, lookup, rule and scheduler take these prices instead of reading the plan's
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,30 +24,44 @@ class StepPrices:
         sequences: B, the requests that decode.
         prompt_tokens: prompt tokens of the step, as decoded tokens of the same cost.
         waiting: Q, waiting requests that could start when the step ends.
+        wait_cost: what these and the prompts of the step lose while it runs, in decoding requests; Q by default.
         overhead_s: what a step takes besides drafting and the pass.
         seconds: float64 [n]; of a pass over 0 .. n - 1 tokens, roots, nodes and prompt tokens alike.
+        budget_s: longest step that draft nodes may make.
     """
 
     sequences: int
     prompt_tokens: int
     waiting: int
+    wait_cost: float
     overhead_s: float
     seconds: NDArray[np.float64]
+    budget_s: float = math.inf
 
     @classmethod
     def of(
-        cls, plan: Plan, sequences: int, context_tokens: int, waiting: int, max_nodes: int, prompt_tokens: int = 0
+        cls,
+        plan: Plan,
+        sequences: int,
+        context_tokens: int,
+        waiting: int,
+        max_nodes: int,
+        prompt_tokens: int = 0,
+        prompts: int = 0,
     ) -> StepPrices:
         """
         Args:
             context_tokens: mean committed tokens per sequence.
             max_nodes: most draft nodes of the whole step.
             prompt_tokens: prompt tokens of the step, as they are counted.
+            prompts: requests that these belong to.
         """
         prompt_tokens = as_decoded(plan.cost, prompt_tokens)
         most = sequences + prompt_tokens + max_nodes
         seconds = verify_seconds(plan.cost, max(1, sequences), context_tokens, most)
-        return cls(sequences, prompt_tokens, waiting, plan.cost.step_overhead_s, seconds)
+        wait_cost = waiting_cost(plan.wait_factor, waiting, prompts)
+        overhead_s = plan.cost.step_overhead_s
+        return cls(sequences, prompt_tokens, waiting, wait_cost, overhead_s, seconds, plan.step_budget_s)
 
     @property
     def base_tokens(self) -> int:
@@ -72,10 +87,15 @@ class StepPrices:
         return self.price(0.0)
 
     def price(self, goodput: float) -> float:
-        """R + mu Q: R is `goodput` or plain decoding's, whichever is higher, and each waiting request costs R / B."""
+        """R + mu Q: R is `goodput` or plain decoding's, whichever is higher; mu Q is R / B times `wait_cost`."""
         if not self.sequences:
             return 0.0
-        return max(goodput, self.sequences / self.plain_s) * (1 + self.waiting / self.sequences)
+        return max(goodput, self.sequences / self.plain_s) * (1 + self.wait_cost / self.sequences)
+
+    def nodes_within_budget(self, draft_s: float, base_tokens: int) -> int:
+        """Most draft nodes beyond `base_tokens` with which the step, after `draft_s` of drafting, keeps its budget."""
+        left_s = self.budget_s - draft_s - self.overhead_s
+        return max(0, int(self.seconds[base_tokens:].searchsorted(left_s, side="right")) - 1)
 
     def added_s(self, nodes: NDArray[np.float64]) -> NDArray[np.float64]:
         """float64, as `nodes`: seconds that so many draft nodes, fractions allowed, add to the pass."""
@@ -90,3 +110,12 @@ class StepPrices:
         added_s = self.seconds[self.base_tokens + 1 :] - self.undrafted_s
         gains = (margin + self.second * added_s) / np.arange(1, len(added_s) + 1)
         return float(gains.min(initial=np.inf))
+
+
+def waiting_cost(wait_factor: float, waiting: int, prompts: int) -> float:
+    """What waiting requests lose while a step runs, in decoding requests.
+
+    Ordinarily each of `waiting` counts as one, and the running `prompts` as none: their step is under way. A factor
+    above 1 says that first tokens come too late, and then both count.
+    """
+    return wait_factor * (waiting + prompts) - prompts

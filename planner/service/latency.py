@@ -1,90 +1,159 @@
-"""Measured latency from Prometheus. Every value has an age and is dropped when too old; nothing waits for one."""
+"""Measured latency of each verifier: from Prometheus, and from step records where it has nothing fresh."""
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import json
 import math
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import aiohttp
+import numpy as np
+
+from treeline.plan import StepRecord
 
 TIMEOUT_S = 1.0
-"""Of one query, however slowly its answer arrives: the signals' own interval."""
-WINDOW = "15s"
-"""Of a quantile: seven scrapes at the 2 s that deploy/prometheus sets, so that one or two may fail."""
+"""Of one query, however slowly its answer arrives: the interval between queries."""
+WINDOW_S = 5.0
+"""Of a quantile: five scrapes and five evaluations at the 1 s that deploy/prometheus sets, so that three may fail."""
+PAUSE_S = 1.0
+"""Without tokens for this long, a verifier is not busy: the interval of scrapes."""
 MAX_ANSWER_BYTES = 1 << 20
-"""An answer has one sample, a few hundred bytes; a server that sends a megabyte is not Prometheus."""
-_ITL = "treeline_inter_token_latency_seconds"
-_PHASE = "treeline_step_phase_seconds"
-_RUNNING = "treeline_num_requests_running"
+"""A replica takes some 200 bytes of an answer; a megabyte would be 5,000 of them."""
+QUERIES = {
+    "inter_token_p95": "treeline:inter_token_latency_seconds:p95",
+    "time_to_first_token_p95": "treeline:time_to_first_token_seconds:p95",
+    "verify_p50": "treeline:verify_seconds:p50",
+    "running": "treeline_num_requests_running",
+}
+"""One per signal, of all replicas at once; the first three are recording rules of deploy/prometheus/rules.yml."""
+PROMETHEUS, STEPS = "prometheus", "steps"
+
+Readings = dict[str, tuple[float, float]]
+"""Of each signal the value, and when it was measured."""
+
+
+class PrometheusError(Exception):
+    """A server that does not measure; the message says in which way."""
+
+
+class Reading(NamedTuple):
+    """A signal as of now. `value`: None if none is fresh."""
+
+    value: float | None
+    age_s: float
+    source: str
 
 
 class Latency:
-    """The newest measurements of one verifier: itl_p95_s and verify_p50_s (seconds), running (requests).
+    """The newest measurements of one verifier by source; times are seconds of the caller's clock."""
 
-    Used on the planner's event loop alone; `read_prometheus` may run elsewhere.
-    """
+    def __init__(self) -> None:
+        self._readings: dict[str, Readings] = {PROMETHEUS: {}, STEPS: {}}
 
-    def __init__(self, max_age_s: float) -> None:
-        self._max_age_s = max_age_s
-        self._values: dict[str, tuple[float, float]] = {}  # (value, when it was set)
+    def update(self, source: str, readings: Readings) -> None:
+        self._readings[source].update(readings)
 
-    def get(self, name: str) -> float | None:
-        """The value, or None if there is none that is fresh."""
-        return self._values[name][0] if self.age_s(name) <= self._max_age_s else None
-
-    def age_s(self, name: str) -> float:
-        """Seconds since the value was set; infinite if it never was."""
-        return time.monotonic() - self._values[name][1] if name in self._values else math.inf
-
-    def update(self, values: dict[str, float]) -> None:
-        now_s = time.monotonic()
-        self._values.update({name: (value, now_s) for name, value in values.items()})
+    def newest(self, name: str, now_s: float, max_age_s: float) -> Reading:
+        """Prometheus' value while it is fresh, else the step records'."""
+        oldest = Reading(None, math.inf, PROMETHEUS)
+        for source, readings in self._readings.items():
+            value, at_s = readings.get(name, (math.nan, -math.inf))
+            if now_s - at_s <= max_age_s:
+                return Reading(value, now_s - at_s, source)
+            oldest = min(oldest, Reading(None, now_s - at_s, source), key=lambda reading: reading.age_s)
+        return oldest
 
 
-def read_prometheus(url: str, instance: str) -> dict[str, float]:
-    """What a Prometheus server has measured of one verifier; blocks up to TIMEOUT_S per value.
+class StepQuantiles:
+    """The quantiles that Prometheus would give, from one verifier's own step records over the same seconds."""
 
-    Args:
-        instance: the verifier's metrics page as host:port.
+    def __init__(self) -> None:
+        self._steps: deque[tuple[float, StepRecord]] = deque()
+        self._busy_since_s = self._last_s = -math.inf
+
+    def observe(self, record: StepRecord, now_s: float) -> None:
+        if record.gaps or record.first_token_s:
+            self._steps.append((now_s, record))
+            if now_s - self._last_s > PAUSE_S:
+                self._busy_since_s = now_s
+            self._last_s = now_s
+
+    def busy(self, now_s: float) -> bool:
+        """Whether tokens have come for two windows without a pause: Prometheus must have seen them."""
+        return now_s - self._last_s < PAUSE_S and now_s - self._busy_since_s > 2 * WINDOW_S
+
+    def quantiles(self, now_s: float) -> Readings:
+        """The 95th percentiles over the last WINDOW_S, each measured when its newest value came.
+
+        `inter_token_p95` counts every token: the tokens of a step waited an equal share. `step_p95` is what their steps
+        took, so that the two compare.
+        """
+        while self._steps and now_s - self._steps[0][0] > WINDOW_S:
+            self._steps.popleft()
+        found: Readings = {}
+        gaps = np.asarray([(*gap, at_s, r.step_s) for at_s, r in self._steps for gap in r.gaps])
+        if len(gaps):
+            seconds, tokens, times_s, steps_s = gaps.T
+            found["inter_token_p95"] = _p95(seconds / tokens, tokens), float(times_s[-1])
+            found["step_p95"] = _p95(steps_s, tokens), float(times_s[-1])
+        firsts = np.asarray([(first_s, at_s) for at_s, r in self._steps for first_s in r.first_token_s])
+        if len(firsts):
+            found["time_to_first_token_p95"] = _p95(firsts[:, 0], np.ones(len(firsts))), float(firsts[-1, 1])
+        return found
+
+
+def _p95(values: np.ndarray, weights: np.ndarray) -> float:
+    order = values.argsort()
+    reached = weights[order].cumsum()
+    return float(values[order][reached.searchsorted(0.95 * reached[-1])])
+
+
+async def read_prometheus(session: aiohttp.ClientSession, url: str) -> dict[str, dict[str, float]]:
+    """Every fresh signal of every replica, by its metrics page as host:port; takes TIMEOUT_S at most.
+
+    A value that is not a number (nothing was observed) is left out.
 
     Raises:
-        OSError: it cannot be reached or does not answer in time.
-        ValueError: it answers something else.
+        PrometheusError: the server is dead, slow, says something else, or says what no measurement can be.
     """
-    where = f'instance="{instance}"'
-    verify = f'{where},phase="verify"'
-    queries = {
-        "itl_p95_s": f"histogram_quantile(0.95, sum by (le) (rate({_ITL}_bucket{{{where}}}[{WINDOW}])))",
-        "verify_p50_s": f"histogram_quantile(0.5, sum by (le) (rate({_PHASE}_bucket{{{verify}}}[{WINDOW}])))",
-        "running": f"{_RUNNING}{{{where}}}",
-    }
-    found = {name: _query(url, query) for name, query in queries.items()}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _query(url: str, query: str) -> float | None:
-    answer = json.loads(_get(f"{url.rstrip('/')}/api/v1/query?{urllib.parse.urlencode({'query': query})}"))
     try:
-        results = answer["data"]["result"]
-        value = float(results[0]["value"][1]) if results else math.nan
-    except (KeyError, IndexError, TypeError):
-        raise ValueError(f"not an answer of the Prometheus query API: {str(answer)[:100]}") from None
-    return value if math.isfinite(value) else None
+        async with asyncio.timeout(TIMEOUT_S):
+            answers = await asyncio.gather(*(_query(session, url, query) for query in QUERIES.values()))
+    except TimeoutError:
+        raise PrometheusError(f"{url} did not answer in {TIMEOUT_S:g} s") from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise PrometheusError(f"{url} cannot be reached ({type(error).__name__})") from None
+    found: dict[str, dict[str, float]] = {}
+    for name, answer in zip(QUERIES, answers, strict=True):
+        for instance, value in answer:
+            if value < 0 or math.isinf(value):
+                raise PrometheusError(f"{url} gives an impossible {name}")
+            if not math.isnan(value):
+                found.setdefault(instance, {})[name] = value
+    return found
 
 
-def _get(url: str) -> bytes:
-    deadline_s, body = time.monotonic() + TIMEOUT_S, b""
+async def measure_all(url: str) -> dict[str, dict[str, float]]:
+    """`read_prometheus` once, by itself."""
+    async with aiohttp.ClientSession() as session:
+        return await read_prometheus(session, url)
+
+
+async def _query(session: aiohttp.ClientSession, url: str, query: str) -> Iterable[tuple[str, float]]:
+    """(host:port, value) of each series that the query finds."""
+    body = b""
+    async with session.get(f"{url.rstrip('/')}/api/v1/query", params={"query": query}) as response:
+        async for chunk in response.content.iter_any():
+            body += chunk
+            if len(body) > MAX_ANSWER_BYTES:
+                raise PrometheusError(f"{url} does not end its answer")
+        if response.status != 200:
+            raise PrometheusError(f"{url} answers {response.status}")
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
-            while len(body) < MAX_ANSWER_BYTES and (chunk := response.read1()):
-                body += chunk
-                if time.monotonic() > deadline_s:
-                    raise TimeoutError(f"{url} did not answer in {TIMEOUT_S} s")
-        return body
-    except urllib.error.HTTPError as error:
-        raise ValueError(f"{url} answered {error.code}") from None
-    except http.client.HTTPException as error:
-        raise ValueError(f"{url} does not speak HTTP: {type(error).__name__}") from None
+        series: list[dict[str, Any]] = json.loads(body)["data"]["result"]
+        return [(one["metric"]["instance"], float(one["value"][1])) for one in series]
+    except (ValueError, LookupError, TypeError):
+        raise PrometheusError(f"{url} does not answer as Prometheus does") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 
@@ -13,10 +14,12 @@ from numpy.typing import NDArray
 
 from planner.fast.acceptance import Calibrator
 from planner.fast.cost import cheapest_slopes_s, verify_seconds
-from planner.service.latency import Latency
+from planner.fast.step_prices import waiting_cost
+from planner.service.latency import Latency, StepQuantiles
+from planner.service.objectives import FIRST_TOKEN, INTER_TOKEN, Control, Seen, regulate
 from planner.service.tracker import CostTracker
 from treeline.config import LimitsConfig, PlannerConfig
-from treeline.plan import CostModel, Plan, StepRecord, VerifierProfile
+from treeline.plan import CostModel, Plan, Signal, StepRecord, VerifierProfile
 
 GOODPUT_MEMORY_S = 0.4
 """Goodput forgets with this time constant: a step of the load is forgotten to 1 % within 2 s."""
@@ -32,12 +35,15 @@ QUIET_S = 2.0
 class VerifierState:
     """All that the planner knows of one verifier."""
 
-    def __init__(self, profile: VerifierProfile, metrics_url: str, latency: Latency | None = None) -> None:
-        """`latency`: what Prometheus measures, if it does."""
+    def __init__(self, profile: VerifierProfile, metrics_url: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.tracker = CostTracker(profile)
         self.calibrator = Calibrator()
         self.metrics_url = metrics_url
-        self.latency = latency or Latency(0.0)
+        self.latency = Latency()
+        self.control = Control()
+        self.planned_s = clock()
+        self.clock = clock
+        self._steps = StepQuantiles()
         self.last_heard_s = time.monotonic()
         self.price = 0.0
         self.last: StepRecord | None = None
@@ -45,12 +51,22 @@ class VerifierState:
 
     def observe(self, record: StepRecord) -> None:
         """Learn from one step."""
+        self._steps.observe(record, self.clock())
         self.tracker.observe(record)
         self.calibrator.update(record.outcomes)
         if record.sequences:
             self.last = record
             if not record.prefill_tokens:
                 self._work.append(record)
+
+    def measure(self) -> None:
+        """Take the quantiles of recent step records in."""
+        self.latency.update("steps", self._steps.quantiles(self.clock()))
+
+    @property
+    def busy(self) -> bool:
+        """Whether tokens have come for so long that any working measurement knows of them."""
+        return self._steps.busy(self.clock())
 
     def goodput(self) -> float:
         """Tokens per second of step time over the last moments of work: R as it was realised; 0 before any work."""
@@ -103,15 +119,19 @@ class PlanMaker:
 
     def make(self, state: VerifierState) -> Plan:
         """The plan for one verifier, as of now."""
-        _use_latency(state)
+        state.measure()
+        signals = self._signals(state)
+        _use_latency(state, self._config.signal_max_age_s)
         cost, last = state.tracker.model(), state.last
         sequences = last.sequences if last else 1
         context_tokens = last.context_tokens // sequences if last else 0
-        plain_s = float(verify_seconds(cost, sequences, context_tokens, sequences)[sequences])
+        plain_s = float(verify_seconds(cost, sequences, context_tokens, sequences)[sequences]) + cost.step_overhead_s
         # R is what this batch can reach, and it can always decode plainly.
-        goodput = max(state.goodput(), sequences / (plain_s + cost.step_overhead_s))
+        goodput = max(state.goodput(), sequences / plain_s)
         startable = min(last.waiting, last.free_slots) if last else 0
-        price = state.settle(goodput * (1 + startable / sequences))
+        prompts = max(0, last.running - sequences) if last else 0
+        control = self._regulate(state, signals, plain_s, prompts + last.waiting if last else 0)
+        price = state.settle(goodput * (1 + waiting_cost(control.wait_factor, startable, prompts) / sequences))
         published = replace(cost, node_s=state.node_s(cost))
         published.readings.update(cost.readings)  # of the same curves
         published.curve_readings.update(cost.curve_readings)
@@ -124,26 +144,69 @@ class PlanMaker:
             price=price,
             max_nodes=self._limits.max_tree_nodes,
             max_depth=min(MAX_DEPTH, self._limits.max_tree_depth),
-            reason=_reason(price, goodput, sequences, last, state.latency),
+            reason="; ".join([_reason(price, goodput, sequences, last), *_latency_reasons(control, signals, plain_s)]),
+            step_budget_s=control.step_budget_s,
+            wait_factor=control.wait_factor,
+            signals=signals,
         )
 
+    def _signals(self, state: VerifierState) -> tuple[Signal, ...]:
+        """The measured quantiles, each with its objective; values too old are left out."""
+        objectives = self._config.objectives
+        found = []
+        for name, objective_ms in (
+            (INTER_TOKEN, objectives.inter_token_p95_ms),
+            (FIRST_TOKEN, objectives.time_to_first_token_p95_ms),
+        ):
+            reading = state.latency.newest(name, state.clock(), self._config.signal_max_age_s)
+            objective_s = None if objective_ms is None else objective_ms / 1000
+            found.append(Signal(name, reading.value, objective_s, reading.age_s, reading.source))
+        return tuple(found)
 
-def _use_latency(state: VerifierState) -> None:
+    def _regulate(self, state: VerifierState, signals: tuple[Signal, ...], plain_s: float, delayed: int) -> Control:
+        now_s, max_age_s = state.clock(), self._config.signal_max_age_s
+        step = state.latency.newest("step_p95", now_s, max_age_s)
+        seen = Seen(signals[0].value_s, signals[1].value_s, step.value, plain_s, delayed)
+        # A pause of the planner is no reason for a leap.
+        elapsed_s, state.planned_s = min(1.0, now_s - state.planned_s), now_s
+        state.control = regulate(self._config.objectives, seen, state.control, elapsed_s)
+        return state.control
+
+
+def _use_latency(state: VerifierState, max_age_s: float) -> None:
     """Requests run, but no records come: let the measured verification latency correct the cost model."""
-    measured_s, last = state.latency.get("verify_p50_s"), state.last
+    now_s, last = state.clock(), state.last
+    measured_s = state.latency.newest("verify_p50", now_s, max_age_s).value
     if measured_s is None or last is None or time.time() - last.unix_s < QUIET_S:
         return
-    if state.latency.get("running") and last.predicted_verify_s:
+    if state.latency.newest("running", now_s, max_age_s).value and last.predicted_verify_s:
         state.tracker.rescale(max(0.5, min(2.0, measured_s / last.predicted_verify_s)) ** 0.1)
 
 
-def _reason(price: float, goodput: float, sequences: int, last: StepRecord | None, measured: Latency) -> str:
+def _reason(price: float, goodput: float, sequences: int, last: StepRecord | None) -> str:
     if last is None:
         return f"from the device profile alone: {goodput:.0f} tok/s plain"
-    parts = [f"{goodput:.0f} tok/s lately at batch {sequences}"]
+    said = f"{goodput:.0f} tok/s lately at batch {sequences}"
     if price > goodput:
-        parts.append(f"{last.waiting} waiting raise the price to {price:.0f}")
-    latency = measured.get("itl_p95_s")
-    if latency is not None:
-        parts.append(f"inter-token p95 {1000 * latency:.0f} ms")
-    return ", ".join(parts)
+        said += f", {last.waiting} waiting raise the price to {price:.0f}"
+    return said
+
+
+def _latency_reasons(control: Control, signals: tuple[Signal, ...], plain_s: float) -> list[str]:
+    """What the objectives do to the plan, one phrase each; nothing for an objective that is not set."""
+    said = []
+    for signal in signals:
+        if signal.objective_s is None:
+            continue
+        what = f"{signal.name.replace('_', ' ')} of {1000 * signal.objective_s:.0f} ms"
+        if signal.value_s is None:
+            said.append(f"{what} asked for, nothing fresh measured")
+        elif signal.name in control.unreachable:
+            said.append(f"{what} out of reach: {1000 * signal.value_s:.0f} ms, a plain step {1000 * plain_s:.0f} ms")
+        else:
+            said.append(f"{what} asked for, {1000 * signal.value_s:.0f} ms by {signal.source}")
+    if control.step_budget_s < math.inf:
+        said.append(f"steps up to {1000 * control.step_budget_s:.0f} ms")
+    if control.wait_factor > 1:
+        said.append(f"waiting costs {control.wait_factor:.1f}-fold")
+    return said

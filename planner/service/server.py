@@ -9,13 +9,15 @@ import time
 import urllib.parse
 from collections.abc import AsyncIterator
 
+import aiohttp
 import grpc
 from grpc_health.v1 import health
 from prometheus_client import CollectorRegistry
 
 from planner.service.client import MAX_MESSAGE_BYTES
-from planner.service.latency import Latency, read_prometheus
+from planner.service.latency import PROMETHEUS, PrometheusError, read_prometheus
 from planner.service.loop import PlanMaker, VerifierState
+from planner.service.objectives import INTER_TOKEN
 from treeline.config import Config, PlannerConfig
 from treeline.metrics import PlannerMetrics, serve_metrics
 from treeline.plan import Plan
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["PlanningService"].full_name
 LATENCY_INTERVAL_S = 1.0
-"""Between queries of Prometheus; it scrapes every few seconds itself."""
+"""Between queries of Prometheus: as often as deploy/prometheus has it scrape."""
 MAX_VERIFIERS, MAX_ID_CHARS = 1024, 256
 """Each verifier costs memory and a plan a few times a second; ids are labels of metrics. Ours have 32 characters."""
 FORGET_S = 30.0
@@ -143,19 +145,34 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
             await asyncio.sleep(self._config.interval_s)
 
     async def read_latency(self) -> None:
-        """Ask Prometheus for every verifier's latency; no verifier waits for another's answer."""
-        while url := self._config.prometheus_url:
-            await asyncio.gather(*(self._read_latency(url, state) for state in self._states.values()))
-            await asyncio.sleep(LATENCY_INTERVAL_S)
-        await asyncio.Event().wait()  # nothing to read, and a task that ends is a failure
+        """Ask Prometheus for the latency of all verifiers, again and again."""
+        url, known = self._config.prometheus_url, ""
+        if url is None:
+            await asyncio.Event().wait()  # nothing to read, and a task that ends is a failure
+            return
+        async with aiohttp.ClientSession() as session:
+            while True:
+                problem = await self._read_latency(session, url)
+                if problem != known:
+                    logger.warning("Prometheus: %s", problem or f"{url} measures again")
+                known = problem
+                self._metrics.prometheus_up.set(not problem)
+                await asyncio.sleep(LATENCY_INTERVAL_S)
 
-    async def _read_latency(self, url: str, state: VerifierState) -> None:
-        instance = urllib.parse.urlsplit(state.metrics_url).netloc
+    async def _read_latency(self, session: aiohttp.ClientSession, url: str) -> str:
+        """Take in what Prometheus knows; returns what is wrong with it."""
         try:
-            # A thread asks; what it finds is taken in here, on the event loop.
-            state.latency.update(await asyncio.to_thread(read_prometheus, url, instance))
-        except (OSError, ValueError) as error:
-            logger.debug("no latency of %s: %s", instance, error)
+            found = await read_prometheus(session, url)
+        except PrometheusError as error:
+            return str(error)
+        unmeasured = False
+        for state in self._states.values():
+            values = found.get(urllib.parse.urlsplit(state.metrics_url).netloc, {})
+            state.latency.update(PROMETHEUS, {name: (value, state.clock()) for name, value in values.items()})
+            unmeasured |= INTER_TOKEN not in values and state.busy
+        if unmeasured:
+            return f"{url} has nothing of a verifier that works: is it a target, and are our recording rules loaded?"
+        return ""
 
     def _take(self, request: pb.ReportStepsRequest) -> int:
         """Take in one message of a verifier; raises ValueError for one that makes no sense."""
@@ -166,8 +183,7 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
                 urllib.parse.urlsplit(request.metrics_url)  # asked again at every round
                 if len(verifier_id) > MAX_ID_CHARS or len(self._states) >= MAX_VERIFIERS:
                     raise ValueError("too long an id, or too many verifiers")
-                latency = Latency(self._config.signal_max_age_s)
-                self._states[verifier_id] = VerifierState(profile, request.metrics_url, latency)
+                self._states[verifier_id] = VerifierState(profile, request.metrics_url)
         state = self._states.get(verifier_id)
         if state is None:
             raise ValueError("steps before the profile")
@@ -192,5 +208,9 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
         for quantile, error in zip(("0.5", "0.95"), state.tracker.error(), strict=True):
             metrics.cost_error.labels(verifier_id, quantile).set(error)
         metrics.calibration_error.labels(verifier_id).set(state.calibrator.ece())
-        for signal in ("itl_p95_s", "verify_p50_s"):
-            metrics.signal_age_seconds.labels(verifier_id, signal).set(state.latency.age_s(signal))
+        metrics.step_budget.labels(verifier_id).set(plan.step_budget_s)
+        metrics.wait_factor.labels(verifier_id).set(plan.wait_factor)
+        for signal in plan.signals:
+            metrics.signal_age_seconds.labels(verifier_id, signal.name).set(signal.age_s)
+            out_of_reach = signal.name in state.control.unreachable
+            metrics.objective_unreachable.labels(verifier_id, signal.name).set(out_of_reach)

@@ -156,6 +156,9 @@ def test_top_shows_the_load(service):
     assert "fake" in result.stdout
     assert "0 of 16" in result.stdout
     assert "8 of 64" in result.stdout
+    assert "50 ms" in result.stdout
+    assert "30 ms, objective 40 ms (steps, 1.0 s old)" in result.stdout
+    assert "nothing fresh" in result.stdout
 
 
 def test_config_prints_defaults_that_load_again(tmp_path):

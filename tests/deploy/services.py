@@ -74,10 +74,19 @@ class Services:
         self.drafter.layer_seconds.observe(0.004)
 
     def _plan(self) -> None:
-        for gauge in ("plan_version", "price", "max_nodes", "verify_scale", "calibration_error"):
+        for gauge in (
+            "plan_version",
+            "price",
+            "max_nodes",
+            "verify_scale",
+            "calibration_error",
+            "step_budget",
+            "wait_factor",
+        ):
             getattr(self.planner, gauge).labels("v").set(1)
         for quantile in ("0.5", "0.95"):
             self.planner.cost_error.labels("v", quantile).set(0.1)
-        self.planner.signal_age_seconds.labels("v", "itl_p95_s").set(1)
+        self.planner.signal_age_seconds.labels("v", "inter_token_p95").set(1)
+        self.planner.objective_unreachable.labels("v", "inter_token_p95").set(0)
         self.planner.steps.labels("v").inc()
         self.planner.plans.labels("v").inc()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import socket
@@ -21,6 +22,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from deploy.run import write_targets
+from planner.service import latency
 from tests.deploy.services import Services
 from treeline.config import MetricsConfig
 from treeline.metrics import serve_metrics
@@ -28,9 +30,12 @@ from treeline.metrics import serve_metrics
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/treeline.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
-RULES = yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())["groups"][0]["rules"]
+RULES, RECORDING_RULES = (
+    group["rules"] for group in yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())["groups"]
+)
 QUERIES = {f"{panel['title']} {target['refId']}": target["expr"] for panel in PANELS for target in panel["targets"]}
 ALERTS = {rule["alert"]: rule["expr"] for rule in RULES}
+RECORDS = {rule["record"]: rule["expr"] for rule in RECORDING_RULES}
 TARGET_LABELS = {"instance", "job", "service"}
 """What Prometheus and the targets file put on every series."""
 RATE_INTERVAL = "10s"
@@ -87,7 +92,14 @@ def unknown(query: str, shown: dict[str, dict[str, set[str]]]) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("query", [*QUERIES.values(), *ALERTS.values()], ids=[*QUERIES, *ALERTS])
+def test_the_planner_asks_for_what_is_recorded_or_shown(shown):
+    assert {query for query in latency.QUERIES.values() if query not in shown} == set(RECORDS)
+    assert all(f"[{latency.WINDOW_S:g}s]" in expr for expr in RECORDS.values())
+
+
+@pytest.mark.parametrize(
+    "query", [*QUERIES.values(), *ALERTS.values(), *RECORDS.values()], ids=[*QUERIES, *ALERTS, *RECORDS]
+)
 def test_queries_name_only_what_the_services_show(query, shown):
     assert unknown(query, shown) == []
 
@@ -177,7 +189,7 @@ def test_promtool_accepts_the_configuration(prometheus_folder):
         ["promtool", "check", "config", prometheus_folder / "prometheus.yml"], capture_output=True, text=True
     )
     assert checked.returncode == 0, checked.stderr
-    assert f"{len(RULES)} rules found" in checked.stdout
+    assert f"{len(RULES) + len(RECORDS)} rules found" in checked.stdout
 
 
 class Api:
@@ -228,7 +240,8 @@ def test_a_real_prometheus_answers_every_query(prometheus_folder):
             time.sleep(0.5)
         answers = {name: api.query(substituted(query)) for name, query in QUERIES.items()}
         firing = {alert for alert, query in ALERTS.items() if api.query(query)}
-        (group,) = api.get("rules")["groups"]
+        groups = api.get("rules")["groups"]
+        measured = asyncio.run(latency.measure_all(f"http://127.0.0.1:{port}"))
     finally:
         process.terminate()
         process.wait(10)
@@ -238,4 +251,6 @@ def test_a_real_prometheus_answers_every_query(prometheus_folder):
     depths = {answer["metric"]["position"]: float(answer["value"][1]) for answer in answers["Acceptance by depth A"]}
     assert depths == pytest.approx({"0": 1.0, "1": 0.5})
     assert firing == {"TreelineQueueFull"}  # the only thing wrong with the traffic above
-    assert {rule["name"] for rule in group["rules"]} == ALERTS.keys()
+    assert {rule["name"] for group in groups for rule in group["rules"]} == ALERTS.keys() | RECORDS.keys()
+    assert measured[target].keys() == latency.QUERIES.keys()
+    assert measured[target]["inter_token_p95"] == pytest.approx(0.07 / 3, rel=0.15)  # a bucket is as wide

@@ -336,6 +336,13 @@ def test_aborts_go_to_all_and_load_adds_up():
     assert (aborted, reasons) == (2, [pb.FINISH_REASON_ABORTED] * 2)
 
 
+def test_plans_of_all_verifiers_are_shown():
+    async def scenario(s):
+        return (await s.stub.GetPlan(pb.GetPlanRequest())).plans
+
+    assert [plan.version for plan in with_front_door(scenario, FakeEngine(), FakeEngine())] == [7, 7]
+
+
 def test_model_info_tokenize_and_reflection():
     async def scenario(s):
         info = await s.stub.GetModelInfo(pb.GetModelInfoRequest())

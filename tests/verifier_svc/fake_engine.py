@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import grpc
 from jinja2 import TemplateError
 
-from treeline.config import Config
+from planner.fast.builtin_plan import builtin_plan
+from treeline.config import Config, LimitsConfig
 from treeline.errors import QueueFullError
 from treeline.interceptors import SERVICE, CallInterceptor
+from treeline.plan import Signal
 from treeline.rpc import add_standard_services, bind, new_server
 from treeline.v1 import generation_pb2_grpc as pb_grpc
 from verifier_svc.engine.request import (
@@ -130,6 +133,16 @@ def _explanation(request: GenerationRequest) -> StepExplanation | None:
     return StepExplanation(4, 3, 1, 1.5, 7, 2, 8, 0.001, 0.002, 0.004, "paid", tree)
 
 
+PLAN = replace(
+    builtin_plan(LimitsConfig()),
+    version=7,
+    price=1.5,
+    reason="because",
+    step_budget_s=0.05,
+    signals=(Signal("inter_token_p95", 0.03, 0.04, 1.0, "steps"), Signal("x", None, None, math.inf, "prometheus")),
+)
+
+
 @dataclass
 class FakeVerifier:
     """A listening one."""
@@ -146,7 +159,7 @@ class FakeVerifier:
 @asynccontextmanager
 async def fake_verifier(engine: FakeEngine, config: Config = Config()) -> AsyncIterator[FakeVerifier]:  # noqa: B008
     server = new_server(config.internal, config.limits.max_message_bytes, interceptors=[CallInterceptor()])
-    servicer = GenerationServicer(engine, FakeTokenizer(), INFO, config.limits, config.verifier)
+    servicer = GenerationServicer(engine, FakeTokenizer(), INFO, config.limits, config.verifier, lambda: PLAN)
     pb_grpc.add_GenerationServiceServicer_to_server(servicer, server)
     health = await add_standard_services(server, SERVICE)
     endpoint = bind(server, config.internal)

@@ -339,6 +339,52 @@ class GetLoadResponse(_message.Message):
     drafter_problem: str
     def __init__(self, num_requests_running: _Optional[int] = ..., num_requests_waiting: _Optional[int] = ..., max_requests_running: _Optional[int] = ..., max_requests_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., mean_accepted_length: _Optional[float] = ..., mean_tree_nodes: _Optional[float] = ..., plan_version: _Optional[int] = ..., price: _Optional[float] = ..., drafter_ready: bool = ..., drafter_problem: _Optional[str] = ...) -> None: ...
 
+class GetPlanRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PlanSignal(_message.Message):
+    __slots__ = ("name", "value_s", "objective_s", "age_s", "source")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_S_FIELD_NUMBER: _ClassVar[int]
+    OBJECTIVE_S_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    value_s: float
+    objective_s: float
+    age_s: float
+    source: str
+    def __init__(self, name: _Optional[str] = ..., value_s: _Optional[float] = ..., objective_s: _Optional[float] = ..., age_s: _Optional[float] = ..., source: _Optional[str] = ...) -> None: ...
+
+class VerifierPlan(_message.Message):
+    __slots__ = ("version", "reason", "price", "step_budget_s", "wait_factor", "max_nodes", "max_depth", "signals", "age_s")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PRICE_FIELD_NUMBER: _ClassVar[int]
+    STEP_BUDGET_S_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    MAX_NODES_FIELD_NUMBER: _ClassVar[int]
+    MAX_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    SIGNALS_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    reason: str
+    price: float
+    step_budget_s: float
+    wait_factor: float
+    max_nodes: int
+    max_depth: int
+    signals: _containers.RepeatedCompositeFieldContainer[PlanSignal]
+    age_s: float
+    def __init__(self, version: _Optional[int] = ..., reason: _Optional[str] = ..., price: _Optional[float] = ..., step_budget_s: _Optional[float] = ..., wait_factor: _Optional[float] = ..., max_nodes: _Optional[int] = ..., max_depth: _Optional[int] = ..., signals: _Optional[_Iterable[_Union[PlanSignal, _Mapping]]] = ..., age_s: _Optional[float] = ...) -> None: ...
+
+class GetPlanResponse(_message.Message):
+    __slots__ = ("plans",)
+    PLANS_FIELD_NUMBER: _ClassVar[int]
+    plans: _containers.RepeatedCompositeFieldContainer[VerifierPlan]
+    def __init__(self, plans: _Optional[_Iterable[_Union[VerifierPlan, _Mapping]]] = ...) -> None: ...
+
 class GetModelInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -30,6 +30,11 @@ class GenerationServiceStub(object):
                 request_serializer=treeline_dot_v1_dot_generation__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=treeline_dot_v1_dot_generation__pb2.GetLoadResponse.FromString,
                 )
+        self.GetPlan = channel.unary_unary(
+                '/treeline.v1.GenerationService/GetPlan',
+                request_serializer=treeline_dot_v1_dot_generation__pb2.GetPlanRequest.SerializeToString,
+                response_deserializer=treeline_dot_v1_dot_generation__pb2.GetPlanResponse.FromString,
+                )
         self.GetModelInfo = channel.unary_unary(
                 '/treeline.v1.GenerationService/GetModelInfo',
                 request_serializer=treeline_dot_v1_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
@@ -67,6 +72,13 @@ class GenerationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetPlan(self, request, context):
+        """The plan in force at each verifier, and why it is as it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModelInfo(self, request, context):
         """What is served, and its limits.
         """
@@ -98,6 +110,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=treeline_dot_v1_dot_generation__pb2.GetLoadRequest.FromString,
                     response_serializer=treeline_dot_v1_dot_generation__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'GetPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPlan,
+                    request_deserializer=treeline_dot_v1_dot_generation__pb2.GetPlanRequest.FromString,
+                    response_serializer=treeline_dot_v1_dot_generation__pb2.GetPlanResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
@@ -168,6 +185,23 @@ class GenerationService(object):
         return grpc.experimental.unary_unary(request, target, '/treeline.v1.GenerationService/GetLoad',
             treeline_dot_v1_dot_generation__pb2.GetLoadRequest.SerializeToString,
             treeline_dot_v1_dot_generation__pb2.GetLoadResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def GetPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/treeline.v1.GenerationService/GetPlan',
+            treeline_dot_v1_dot_generation__pb2.GetPlanRequest.SerializeToString,
+            treeline_dot_v1_dot_generation__pb2.GetPlanResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

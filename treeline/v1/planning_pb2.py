@@ -12,39 +12,40 @@ from google.protobuf.internal import builder as _builder
 _sym_db = _symbol_database.Default()
 
 
+from treeline.v1 import generation_pb2 as treeline_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atreeline/v1/planning.proto\x12\x0btreeline.v1\"W\n\tCostCurve\x12\x11\n\tsequences\x18\x01 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x0f\n\x07seconds\x18\x04 \x03(\x01\"I\n\x08PaperFit\x12\x10\n\x08lambda_s\x18\x01 \x01(\x01\x12\x0f\n\x07gamma_s\x18\x02 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x03 \x01(\x01\x12\x0b\n\x03rho\x18\x04 \x01(\x01\"\x91\x02\n\tCostModel\x12&\n\x06verify\x18\x01 \x03(\x0b\x32\x16.treeline.v1.CostCurve\x12\x14\n\x0cverify_scale\x18\x02 \x01(\x01\x12\x1a\n\x12\x64raft_round_trip_s\x18\x03 \x01(\x01\x12\x15\n\rdraft_layer_s\x18\x04 \x01(\x01\x12\x14\n\x0c\x64raft_node_s\x18\x05 \x01(\x01\x12\x17\n\x0fstep_overhead_s\x18\x06 \x01(\x01\x12$\n\x05paper\x18\x07 \x01(\x0b\x32\x15.treeline.v1.PaperFit\x12\x18\n\x10\x64raft_sequence_s\x18\x08 \x01(\x01\x12\x0e\n\x06node_s\x18\t \x01(\x01\x12\x14\n\x0cprompt_ratio\x18\n \x01(\x01\"0\n\x0b\x43\x61libration\x12\x12\n\nacceptance\x18\x01 \x03(\x02\x12\r\n\x05kappa\x18\x02 \x03(\x02\"\xdd\x01\n\x04Plan\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x16\n\x0e\x63reated_unix_s\x18\x02 \x01(\x01\x12\x12\n\nlifetime_s\x18\x03 \x01(\x01\x12$\n\x04\x63ost\x18\x04 \x01(\x0b\x32\x16.treeline.v1.CostModel\x12-\n\x0b\x63\x61libration\x18\x05 \x01(\x0b\x32\x18.treeline.v1.Calibration\x12\r\n\x05price\x18\x06 \x01(\x01\x12\x11\n\tmax_nodes\x18\x07 \x01(\r\x12\x11\n\tmax_depth\x18\x08 \x01(\r\x12\x0e\n\x06reason\x18\t \x01(\t\"b\n\x0cNodeOutcomes\x12\x0f\n\x07sources\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64\x65pths\x18\x02 \x01(\x0c\x12\r\n\x05ranks\x18\x03 \x01(\x0c\x12\r\n\x05\x66lags\x18\x04 \x01(\x0c\x12\x13\n\x0b\x64raft_probs\x18\x05 \x03(\x02\"\xca\x04\n\nStepRecord\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x0e\n\x06unix_s\x18\x02 \x01(\x01\x12\x14\n\x0cplan_version\x18\x03 \x01(\x04\x12\x11\n\tsequences\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x07 \x01(\r\x12\x15\n\rdrafted_nodes\x18\x08 \x01(\r\x12\x16\n\x0everified_nodes\x18\t \x01(\r\x12\x16\n\x0e\x61\x63\x63\x65pted_nodes\x18\n \x01(\r\x12\x16\n\x0e\x65mitted_tokens\x18\x0b \x01(\r\x12\x0f\n\x07running\x18\x0c \x01(\r\x12\x0f\n\x07waiting\x18\r \x01(\r\x12\x12\n\nfree_slots\x18\x0e \x01(\r\x12\x0f\n\x07\x64raft_s\x18\x0f \x01(\x01\x12\x11\n\tdrafter_s\x18\x10 \x01(\x01\x12\x19\n\x11\x64raft_layer_nodes\x18\x11 \x03(\r\x12\x10\n\x08verify_s\x18\x12 \x01(\x01\x12\x1a\n\x12predicted_verify_s\x18\x13 \x01(\x01\x12\x0e\n\x06step_s\x18\x14 \x01(\x01\x12\x0f\n\x07goodput\x18\x15 \x01(\x01\x12+\n\x08outcomes\x18\x16 \x01(\x0b\x32\x19.treeline.v1.NodeOutcomes\x12\r\n\x05price\x18\x17 \x01(\x01\x12\x17\n\x0f\x63\x61tch_up_tokens\x18\x18 \x01(\r\x12\x0e\n\x06node_s\x18\x19 \x01(\x01\x12\x18\n\x10\x64rafted_requests\x18\x1a \x01(\r\x12\x10\n\x08pass_how\x18\x1b \x01(\t\"f\n\x0fVerifierProfile\x12&\n\x06verify\x18\x01 \x03(\x0b\x32\x16.treeline.v1.CostCurve\x12\x15\n\rdraft_layer_s\x18\x02 \x01(\x01\x12\x14\n\x0c\x64raft_node_s\x18\x03 \x01(\x01\"\'\n\x10WatchPlanRequest\x12\x13\n\x0bverifier_id\x18\x01 \x01(\t\"4\n\x11WatchPlanResponse\x12\x1f\n\x04plan\x18\x01 \x01(\x0b\x32\x11.treeline.v1.Plan\"\x95\x01\n\x12ReportStepsRequest\x12\x13\n\x0bverifier_id\x18\x01 \x01(\t\x12\x13\n\x0bmetrics_url\x18\x02 \x01(\t\x12-\n\x07profile\x18\x03 \x01(\x0b\x32\x1c.treeline.v1.VerifierProfile\x12&\n\x05steps\x18\x04 \x03(\x0b\x32\x17.treeline.v1.StepRecord\"$\n\x13ReportStepsResponse\x12\r\n\x05steps\x18\x01 \x01(\x04\x32\xb3\x01\n\x0fPlanningService\x12L\n\tWatchPlan\x12\x1d.treeline.v1.WatchPlanRequest\x1a\x1e.treeline.v1.WatchPlanResponse0\x01\x12R\n\x0bReportSteps\x12\x1f.treeline.v1.ReportStepsRequest\x1a .treeline.v1.ReportStepsResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atreeline/v1/planning.proto\x12\x0btreeline.v1\x1a\x1ctreeline/v1/generation.proto\"W\n\tCostCurve\x12\x11\n\tsequences\x18\x01 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x0f\n\x07seconds\x18\x04 \x03(\x01\"I\n\x08PaperFit\x12\x10\n\x08lambda_s\x18\x01 \x01(\x01\x12\x0f\n\x07gamma_s\x18\x02 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x03 \x01(\x01\x12\x0b\n\x03rho\x18\x04 \x01(\x01\"\x91\x02\n\tCostModel\x12&\n\x06verify\x18\x01 \x03(\x0b\x32\x16.treeline.v1.CostCurve\x12\x14\n\x0cverify_scale\x18\x02 \x01(\x01\x12\x1a\n\x12\x64raft_round_trip_s\x18\x03 \x01(\x01\x12\x15\n\rdraft_layer_s\x18\x04 \x01(\x01\x12\x14\n\x0c\x64raft_node_s\x18\x05 \x01(\x01\x12\x17\n\x0fstep_overhead_s\x18\x06 \x01(\x01\x12$\n\x05paper\x18\x07 \x01(\x0b\x32\x15.treeline.v1.PaperFit\x12\x18\n\x10\x64raft_sequence_s\x18\x08 \x01(\x01\x12\x0e\n\x06node_s\x18\t \x01(\x01\x12\x14\n\x0cprompt_ratio\x18\n \x01(\x01\"0\n\x0b\x43\x61libration\x12\x12\n\nacceptance\x18\x01 \x03(\x02\x12\r\n\x05kappa\x18\x02 \x03(\x02\"\xb3\x02\n\x04Plan\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x16\n\x0e\x63reated_unix_s\x18\x02 \x01(\x01\x12\x12\n\nlifetime_s\x18\x03 \x01(\x01\x12$\n\x04\x63ost\x18\x04 \x01(\x0b\x32\x16.treeline.v1.CostModel\x12-\n\x0b\x63\x61libration\x18\x05 \x01(\x0b\x32\x18.treeline.v1.Calibration\x12\r\n\x05price\x18\x06 \x01(\x01\x12\x11\n\tmax_nodes\x18\x07 \x01(\r\x12\x11\n\tmax_depth\x18\x08 \x01(\r\x12\x0e\n\x06reason\x18\t \x01(\t\x12\x15\n\rstep_budget_s\x18\n \x01(\x01\x12\x13\n\x0bwait_factor\x18\x0b \x01(\x01\x12(\n\x07signals\x18\x0c \x03(\x0b\x32\x17.treeline.v1.PlanSignal\"b\n\x0cNodeOutcomes\x12\x0f\n\x07sources\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64\x65pths\x18\x02 \x01(\x0c\x12\r\n\x05ranks\x18\x03 \x01(\x0c\x12\r\n\x05\x66lags\x18\x04 \x01(\x0c\x12\x13\n\x0b\x64raft_probs\x18\x05 \x03(\x02\"\x84\x05\n\nStepRecord\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x0e\n\x06unix_s\x18\x02 \x01(\x01\x12\x14\n\x0cplan_version\x18\x03 \x01(\x04\x12\x11\n\tsequences\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x07 \x01(\r\x12\x15\n\rdrafted_nodes\x18\x08 \x01(\r\x12\x16\n\x0everified_nodes\x18\t \x01(\r\x12\x16\n\x0e\x61\x63\x63\x65pted_nodes\x18\n \x01(\r\x12\x16\n\x0e\x65mitted_tokens\x18\x0b \x01(\r\x12\x0f\n\x07running\x18\x0c \x01(\r\x12\x0f\n\x07waiting\x18\r \x01(\r\x12\x12\n\nfree_slots\x18\x0e \x01(\r\x12\x0f\n\x07\x64raft_s\x18\x0f \x01(\x01\x12\x11\n\tdrafter_s\x18\x10 \x01(\x01\x12\x19\n\x11\x64raft_layer_nodes\x18\x11 \x03(\r\x12\x10\n\x08verify_s\x18\x12 \x01(\x01\x12\x1a\n\x12predicted_verify_s\x18\x13 \x01(\x01\x12\x0e\n\x06step_s\x18\x14 \x01(\x01\x12\x0f\n\x07goodput\x18\x15 \x01(\x01\x12+\n\x08outcomes\x18\x16 \x01(\x0b\x32\x19.treeline.v1.NodeOutcomes\x12\r\n\x05price\x18\x17 \x01(\x01\x12\x17\n\x0f\x63\x61tch_up_tokens\x18\x18 \x01(\r\x12\x0e\n\x06node_s\x18\x19 \x01(\x01\x12\x18\n\x10\x64rafted_requests\x18\x1a \x01(\r\x12\x10\n\x08pass_how\x18\x1b \x01(\t\x12\r\n\x05gap_s\x18\x1c \x03(\x02\x12\x12\n\ngap_tokens\x18\x1d \x03(\r\x12\x15\n\rfirst_token_s\x18\x1e \x03(\x02\"f\n\x0fVerifierProfile\x12&\n\x06verify\x18\x01 \x03(\x0b\x32\x16.treeline.v1.CostCurve\x12\x15\n\rdraft_layer_s\x18\x02 \x01(\x01\x12\x14\n\x0c\x64raft_node_s\x18\x03 \x01(\x01\"\'\n\x10WatchPlanRequest\x12\x13\n\x0bverifier_id\x18\x01 \x01(\t\"4\n\x11WatchPlanResponse\x12\x1f\n\x04plan\x18\x01 \x01(\x0b\x32\x11.treeline.v1.Plan\"\x95\x01\n\x12ReportStepsRequest\x12\x13\n\x0bverifier_id\x18\x01 \x01(\t\x12\x13\n\x0bmetrics_url\x18\x02 \x01(\t\x12-\n\x07profile\x18\x03 \x01(\x0b\x32\x1c.treeline.v1.VerifierProfile\x12&\n\x05steps\x18\x04 \x03(\x0b\x32\x17.treeline.v1.StepRecord\"$\n\x13ReportStepsResponse\x12\r\n\x05steps\x18\x01 \x01(\x04\x32\xb3\x01\n\x0fPlanningService\x12L\n\tWatchPlan\x12\x1d.treeline.v1.WatchPlanRequest\x1a\x1e.treeline.v1.WatchPlanResponse0\x01\x12R\n\x0bReportSteps\x12\x1f.treeline.v1.ReportStepsRequest\x1a .treeline.v1.ReportStepsResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'treeline.v1.planning_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_COSTCURVE']._serialized_start=43
-  _globals['_COSTCURVE']._serialized_end=130
-  _globals['_PAPERFIT']._serialized_start=132
-  _globals['_PAPERFIT']._serialized_end=205
-  _globals['_COSTMODEL']._serialized_start=208
-  _globals['_COSTMODEL']._serialized_end=481
-  _globals['_CALIBRATION']._serialized_start=483
-  _globals['_CALIBRATION']._serialized_end=531
-  _globals['_PLAN']._serialized_start=534
-  _globals['_PLAN']._serialized_end=755
-  _globals['_NODEOUTCOMES']._serialized_start=757
-  _globals['_NODEOUTCOMES']._serialized_end=855
-  _globals['_STEPRECORD']._serialized_start=858
-  _globals['_STEPRECORD']._serialized_end=1444
-  _globals['_VERIFIERPROFILE']._serialized_start=1446
-  _globals['_VERIFIERPROFILE']._serialized_end=1548
-  _globals['_WATCHPLANREQUEST']._serialized_start=1550
-  _globals['_WATCHPLANREQUEST']._serialized_end=1589
-  _globals['_WATCHPLANRESPONSE']._serialized_start=1591
-  _globals['_WATCHPLANRESPONSE']._serialized_end=1643
-  _globals['_REPORTSTEPSREQUEST']._serialized_start=1646
-  _globals['_REPORTSTEPSREQUEST']._serialized_end=1795
-  _globals['_REPORTSTEPSRESPONSE']._serialized_start=1797
-  _globals['_REPORTSTEPSRESPONSE']._serialized_end=1833
-  _globals['_PLANNINGSERVICE']._serialized_start=1836
-  _globals['_PLANNINGSERVICE']._serialized_end=2015
+  _globals['_COSTCURVE']._serialized_start=73
+  _globals['_COSTCURVE']._serialized_end=160
+  _globals['_PAPERFIT']._serialized_start=162
+  _globals['_PAPERFIT']._serialized_end=235
+  _globals['_COSTMODEL']._serialized_start=238
+  _globals['_COSTMODEL']._serialized_end=511
+  _globals['_CALIBRATION']._serialized_start=513
+  _globals['_CALIBRATION']._serialized_end=561
+  _globals['_PLAN']._serialized_start=564
+  _globals['_PLAN']._serialized_end=871
+  _globals['_NODEOUTCOMES']._serialized_start=873
+  _globals['_NODEOUTCOMES']._serialized_end=971
+  _globals['_STEPRECORD']._serialized_start=974
+  _globals['_STEPRECORD']._serialized_end=1618
+  _globals['_VERIFIERPROFILE']._serialized_start=1620
+  _globals['_VERIFIERPROFILE']._serialized_end=1722
+  _globals['_WATCHPLANREQUEST']._serialized_start=1724
+  _globals['_WATCHPLANREQUEST']._serialized_end=1763
+  _globals['_WATCHPLANRESPONSE']._serialized_start=1765
+  _globals['_WATCHPLANRESPONSE']._serialized_end=1817
+  _globals['_REPORTSTEPSREQUEST']._serialized_start=1820
+  _globals['_REPORTSTEPSREQUEST']._serialized_end=1969
+  _globals['_REPORTSTEPSRESPONSE']._serialized_start=1971
+  _globals['_REPORTSTEPSRESPONSE']._serialized_end=2007
+  _globals['_PLANNINGSERVICE']._serialized_start=2010
+  _globals['_PLANNINGSERVICE']._serialized_end=2189
 # @@protoc_insertion_point(module_scope)

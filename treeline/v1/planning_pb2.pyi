@@ -1,3 +1,4 @@
+from treeline.v1 import generation_pb2 as _generation_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -62,7 +63,7 @@ class Calibration(_message.Message):
     def __init__(self, acceptance: _Optional[_Iterable[float]] = ..., kappa: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("version", "created_unix_s", "lifetime_s", "cost", "calibration", "price", "max_nodes", "max_depth", "reason")
+    __slots__ = ("version", "created_unix_s", "lifetime_s", "cost", "calibration", "price", "max_nodes", "max_depth", "reason", "step_budget_s", "wait_factor", "signals")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CREATED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     LIFETIME_S_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +73,9 @@ class Plan(_message.Message):
     MAX_NODES_FIELD_NUMBER: _ClassVar[int]
     MAX_DEPTH_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    STEP_BUDGET_S_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    SIGNALS_FIELD_NUMBER: _ClassVar[int]
     version: int
     created_unix_s: float
     lifetime_s: float
@@ -81,7 +85,10 @@ class Plan(_message.Message):
     max_nodes: int
     max_depth: int
     reason: str
-    def __init__(self, version: _Optional[int] = ..., created_unix_s: _Optional[float] = ..., lifetime_s: _Optional[float] = ..., cost: _Optional[_Union[CostModel, _Mapping]] = ..., calibration: _Optional[_Union[Calibration, _Mapping]] = ..., price: _Optional[float] = ..., max_nodes: _Optional[int] = ..., max_depth: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    step_budget_s: float
+    wait_factor: float
+    signals: _containers.RepeatedCompositeFieldContainer[_generation_pb2.PlanSignal]
+    def __init__(self, version: _Optional[int] = ..., created_unix_s: _Optional[float] = ..., lifetime_s: _Optional[float] = ..., cost: _Optional[_Union[CostModel, _Mapping]] = ..., calibration: _Optional[_Union[Calibration, _Mapping]] = ..., price: _Optional[float] = ..., max_nodes: _Optional[int] = ..., max_depth: _Optional[int] = ..., reason: _Optional[str] = ..., step_budget_s: _Optional[float] = ..., wait_factor: _Optional[float] = ..., signals: _Optional[_Iterable[_Union[_generation_pb2.PlanSignal, _Mapping]]] = ...) -> None: ...
 
 class NodeOutcomes(_message.Message):
     __slots__ = ("sources", "depths", "ranks", "flags", "draft_probs")
@@ -98,7 +105,7 @@ class NodeOutcomes(_message.Message):
     def __init__(self, sources: _Optional[bytes] = ..., depths: _Optional[bytes] = ..., ranks: _Optional[bytes] = ..., flags: _Optional[bytes] = ..., draft_probs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StepRecord(_message.Message):
-    __slots__ = ("step_id", "unix_s", "plan_version", "sequences", "tokens", "prefill_tokens", "context_tokens", "drafted_nodes", "verified_nodes", "accepted_nodes", "emitted_tokens", "running", "waiting", "free_slots", "draft_s", "drafter_s", "draft_layer_nodes", "verify_s", "predicted_verify_s", "step_s", "goodput", "outcomes", "price", "catch_up_tokens", "node_s", "drafted_requests", "pass_how")
+    __slots__ = ("step_id", "unix_s", "plan_version", "sequences", "tokens", "prefill_tokens", "context_tokens", "drafted_nodes", "verified_nodes", "accepted_nodes", "emitted_tokens", "running", "waiting", "free_slots", "draft_s", "drafter_s", "draft_layer_nodes", "verify_s", "predicted_verify_s", "step_s", "goodput", "outcomes", "price", "catch_up_tokens", "node_s", "drafted_requests", "pass_how", "gap_s", "gap_tokens", "first_token_s")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     UNIX_S_FIELD_NUMBER: _ClassVar[int]
     PLAN_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +133,9 @@ class StepRecord(_message.Message):
     NODE_S_FIELD_NUMBER: _ClassVar[int]
     DRAFTED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     PASS_HOW_FIELD_NUMBER: _ClassVar[int]
+    GAP_S_FIELD_NUMBER: _ClassVar[int]
+    GAP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     unix_s: float
     plan_version: int
@@ -153,7 +163,10 @@ class StepRecord(_message.Message):
     node_s: float
     drafted_requests: int
     pass_how: str
-    def __init__(self, step_id: _Optional[int] = ..., unix_s: _Optional[float] = ..., plan_version: _Optional[int] = ..., sequences: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., drafted_nodes: _Optional[int] = ..., verified_nodes: _Optional[int] = ..., accepted_nodes: _Optional[int] = ..., emitted_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_slots: _Optional[int] = ..., draft_s: _Optional[float] = ..., drafter_s: _Optional[float] = ..., draft_layer_nodes: _Optional[_Iterable[int]] = ..., verify_s: _Optional[float] = ..., predicted_verify_s: _Optional[float] = ..., step_s: _Optional[float] = ..., goodput: _Optional[float] = ..., outcomes: _Optional[_Union[NodeOutcomes, _Mapping]] = ..., price: _Optional[float] = ..., catch_up_tokens: _Optional[int] = ..., node_s: _Optional[float] = ..., drafted_requests: _Optional[int] = ..., pass_how: _Optional[str] = ...) -> None: ...
+    gap_s: _containers.RepeatedScalarFieldContainer[float]
+    gap_tokens: _containers.RepeatedScalarFieldContainer[int]
+    first_token_s: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, step_id: _Optional[int] = ..., unix_s: _Optional[float] = ..., plan_version: _Optional[int] = ..., sequences: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., drafted_nodes: _Optional[int] = ..., verified_nodes: _Optional[int] = ..., accepted_nodes: _Optional[int] = ..., emitted_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_slots: _Optional[int] = ..., draft_s: _Optional[float] = ..., drafter_s: _Optional[float] = ..., draft_layer_nodes: _Optional[_Iterable[int]] = ..., verify_s: _Optional[float] = ..., predicted_verify_s: _Optional[float] = ..., step_s: _Optional[float] = ..., goodput: _Optional[float] = ..., outcomes: _Optional[_Union[NodeOutcomes, _Mapping]] = ..., price: _Optional[float] = ..., catch_up_tokens: _Optional[int] = ..., node_s: _Optional[float] = ..., drafted_requests: _Optional[int] = ..., pass_how: _Optional[str] = ..., gap_s: _Optional[_Iterable[float]] = ..., gap_tokens: _Optional[_Iterable[int]] = ..., first_token_s: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class VerifierProfile(_message.Message):
     __slots__ = ("verify", "draft_layer_s", "draft_node_s")

@@ -158,6 +158,7 @@ class Engine:
             plan=plan,
             scheduler=self.scheduler,
             context_tokens=context_tokens,
+            chunks=[advance.chunk for advance in advances],
             verify_s=verified_s - drafted_s,
             pass_how=self.model.passes.how,
             step_s=finished_s - started_s,

@@ -128,11 +128,12 @@ class Scheduler:
             waiting=self.free_slots,
             max_nodes=len(decoding) * self._limits.max_tree_nodes,
             prompt_tokens=sum([tokens for _, tokens in prefilling]),
+            prompts=len(prefilling),
         )
         return Batch(decoding, prefilling, finished_prompts, prices)
 
     def _prompt_budget(self, decoding: list[Sequence], prompts: list[Sequence], plan: Plan) -> int:
-        """Most prompt tokens of this step: what MAX_STRETCH allows by the plan's costs.
+        """Most prompt tokens of this step: what MAX_STRETCH and the step budget allow by the plan's costs.
 
         The whole chunk where nothing decodes, and under the built-in plan, whose costs are a guess.
         """
@@ -143,7 +144,8 @@ class Scheduler:
         plain = StepPrices.of(plan, roots, context_tokens, waiting=0, max_nodes=0)
         # Most tokens of the pass are the first prompt's, and see as much context as it has by now.
         beside_prompt = StepPrices.of(plan, roots, max(context_tokens, prompts[0].kv.length), 0, 0, most)
-        longest_s = MAX_STRETCH * max(1.0, len(prompts) / roots) * plain.undrafted_s
+        longest_s = MAX_STRETCH * max(1.0, len(prompts) / roots) * plan.wait_factor * plain.undrafted_s
+        longest_s = min(longest_s, plan.step_budget_s - plan.cost.step_overhead_s)
         fitting = int(np.searchsorted(beside_prompt.seconds[roots:], longest_s, side="right")) - 1
         return min(most, max(int(fitting / plan.cost.prompt_ratio), LEAST_CHUNK_TOKENS))
 

@@ -9,7 +9,7 @@ import torch
 
 from lm.sampling import logprobs
 from treeline.plan import NodeOutcomes, Plan, StepRecord
-from verifier_svc.engine.request import ExplainedNode, NodeFate, StepExplanation, TokenLogprobs
+from verifier_svc.engine.request import Chunk, ExplainedNode, NodeFate, StepExplanation, TokenLogprobs
 from verifier_svc.engine.scheduler import Batch, Scheduler
 from verifier_svc.engine.sequence import Sequence
 from verifier_svc.engine.walk import Walk, observed
@@ -24,6 +24,7 @@ def step_record(
     plan: Plan,
     scheduler: Scheduler,
     context_tokens: int,
+    chunks: list[Chunk],
     verify_s: float,
     step_s: float,
     pass_how: str,
@@ -63,6 +64,8 @@ def step_record(
         catch_up_tokens=drafts.stats.catch_up_tokens,
         drafted_requests=len(drafts.sessions),
         pass_how=pass_how,
+        gaps=tuple([(c.waited_s, len(c.token_ids)) for c in chunks if not c.first and c.token_ids]),
+        first_token_s=tuple([c.waited_s for c in chunks if c.first]),
     )
 
 

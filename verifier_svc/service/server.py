@@ -103,7 +103,9 @@ class VerifierServer:
             lambda output: _observe_output(metrics, output),
         )
         server = new_server(config.internal, limits.max_message_bytes, interceptors=[CallInterceptor()])
-        servicer = GenerationServicer(engine, model.tokenizer, _served(model, config), limits, config.verifier)
+        servicer = GenerationServicer(
+            engine, model.tokenizer, _served(model, config), limits, config.verifier, lambda: watcher.plan
+        )
         add_GenerationServiceServicer_to_server(servicer, server)
         health_servicer = await add_standard_services(server, SERVICE)
         endpoint = bind(server, config.internal)

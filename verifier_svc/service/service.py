@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Protocol
@@ -13,6 +13,8 @@ import grpc
 import treeline
 from treeline.config import LimitsConfig, VerifierConfig
 from treeline.errors import RequestBrokenError
+from treeline.plan import Plan
+from treeline.plan_wire import plan_summary
 from treeline.request import identify, identity
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
@@ -57,8 +59,10 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         info: ServedModel,
         limits: LimitsConfig,
         verifier: VerifierConfig,
+        plan: Callable[[], Plan],
     ) -> None:
-        self._engine, self._tokenizer, self._info = engine, tokenizer, info
+        """`plan`: gives the plan in force."""
+        self._engine, self._tokenizer, self._info, self._plan = engine, tokenizer, info, plan
         self._limits, self._verifier = limits, verifier
         # One thread: long prompts must not hold up the streams, nor take every core.
         self._tokenising = ThreadPoolExecutor(1, "tokenise")
@@ -88,6 +92,9 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             max_requests_waiting=self._limits.max_waiting_requests,
             **vars(self._engine.load()),
         )
+
+    async def GetPlan(self, request: pb.GetPlanRequest, context: grpc.aio.ServicerContext) -> pb.GetPlanResponse:
+        return pb.GetPlanResponse(plans=[plan_summary(self._plan())])
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from itertools import product
 from zlib import crc32
 
@@ -64,7 +65,8 @@ def test_the_rule_equals_brute_force_over_all_closed_forests(shape, instances):
             for count in [int(random.integers(1, 4))]
             for _ in range(count)
         ]
-        plan = plan_with(CostModel((curve(random, shape),), step_overhead_s=0.001))
+        budget_s = math.inf if random.random() < 0.5 else float(random.uniform(0.01, 0.05))
+        plan = plan_with(CostModel((curve(random, shape),), step_overhead_s=0.001), step_budget_s=budget_s)
         prompt_tokens, waiting = int(random.integers(0, 5)), int(random.integers(0, 3))
         check_against_brute_force(candidates, plan, 0.002, prompt_tokens, waiting)
 
@@ -84,6 +86,8 @@ def check_against_brute_force(
             for c, s, kept in zip(candidates, scores, forest, strict=True)
         )
         forests.append((base + gain, base_tokens + sum(map(len, forest))))
+    fewest = min(tokens for _, tokens in forests)  # what decodes plainly is allowed whatever it takes
+    forests = [(g, tokens) for g, tokens in forests if tokens == fewest or seconds[tokens] <= plan.step_budget_s]
     # Prompts are run whatever is decoded: a second is worth what it is worth without them.
     plain_s = float(verify_seconds(plan.cost, len(candidates), 64, 64)[len(candidates)]) + 0.001
     drafted = max(gain / seconds[tokens - prompt_tokens] for gain, tokens in forests)
@@ -99,6 +103,7 @@ def check_against_brute_force(
         kept_nodes += int(keep.sum())
         if not candidate.policy.priced:
             assert keep.all()
+    assert base_tokens + kept_nodes == fewest or seconds[base_tokens + kept_nodes] <= plan.step_budget_s
     value = kept_gain - price * seconds[base_tokens + kept_nodes]
     assert value == pytest.approx(best_value, rel=1e-5, abs=1e-5)
     assert pruning.expected_tokens == pytest.approx(kept_gain, rel=1e-5)

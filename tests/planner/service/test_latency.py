@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import socketserver
 import threading
@@ -15,35 +16,33 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
+from cli.doctor import examine
 from planner.service import latency as latency_module
 from planner.service import server as server_module
-from planner.service.latency import Latency, read_prometheus
+from planner.service.latency import PROMETHEUS, QUERIES, STEPS, Latency, PrometheusError, StepQuantiles, measure_all
 from planner.service.loop import PlanMaker, VerifierState
 from planner.service.server import PlannerServer
 from tests.planner.builders import linear_cost, record
-from treeline.config import Config, LimitsConfig, MetricsConfig, PlannerConfig
+from treeline.config import Config, LimitsConfig, MetricsConfig, ObjectivesConfig, PlannerConfig
 from treeline.metrics import serve_metrics
-from treeline.plan import VerifierProfile
-from treeline.plan_wire import profile_to_proto
+from treeline.plan import Plan, VerifierProfile
+from treeline.plan_wire import plan_from_proto, profile_to_proto, step_to_proto
 from treeline.v1 import planning_pb2 as pb
 from treeline.v1.planning_pb2_grpc import PlanningServiceStub
 
+VALUES = {"inter_token_p95": "0.12", "time_to_first_token_p95": "NaN", "running": "3"}
+
 
 class PrometheusApi(BaseHTTPRequestHandler):
-    """Answers instant queries as Prometheus does, by a word in the query."""
+    """Answers instant queries as Prometheus does: the values of two replicas."""
 
     def do_GET(self) -> None:
-        parsed = urllib.parse.urlsplit(self.path)
-        query = urllib.parse.parse_qs(parsed.query)["query"][0]
+        query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)["query"][0]
         self.server.queries.append(query)  # type: ignore[attr-defined]
-        if "(0.95" in query:
-            result = [{"metric": {}, "value": [1.0, "0.12"]}]
-        elif "phase" in query:
-            result = [{"metric": {}, "value": [1.0, "NaN"]}]
-        elif "running" in query:
-            result = [{"metric": {}, "value": [1.0, "3"]}]
-        else:
-            result = []
+        (name,) = (name for name, known in QUERIES.items() if known == query)
+        value = self.server.values.get(name)  # type: ignore[attr-defined]
+        instances = ("host:9400", "host:9401") if value else ()
+        result = [{"metric": {"instance": instance}, "value": [1.0, value]} for instance in instances]
         body = json.dumps({"status": "success", "data": {"resultType": "vector", "result": result}}).encode()
         self.send_response(200)
         self.end_headers()
@@ -56,59 +55,122 @@ class PrometheusApi(BaseHTTPRequestHandler):
 @pytest.fixture
 def prometheus() -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), PrometheusApi)
-    server.queries = []  # type: ignore[attr-defined]
+    server.queries, server.values = [], dict(VALUES)  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
 
 
-def test_latency_comes_from_the_query_api_for_this_verifier_alone(prometheus):
-    found = read_prometheus(f"http://127.0.0.1:{prometheus.server_port}", "host:9400")
-    assert found == {"itl_p95_s": 0.12, "running": 3}, "NaN means that nothing was measured"
-    assert all('instance="host:9400"' in query for query in prometheus.queries)
+def url_of(server: ThreadingHTTPServer) -> str:
+    return f"http://127.0.0.1:{server.server_port}"
 
 
-def test_stale_values_are_dropped():
-    latency = Latency(max_age_s=0.05)
-    latency.update({"itl_p95_s": 0.1})
-    assert latency.get("itl_p95_s") == 0.1
-    time.sleep(0.1)
-    assert latency.get("itl_p95_s") is None
-    assert latency.age_s("itl_p95_s") > 0.05
+def test_one_query_per_signal_measures_all_replicas(prometheus):
+    found = asyncio.run(measure_all(url_of(prometheus)))
+    assert found == {host: {"inter_token_p95": 0.12, "running": 3} for host in ("host:9400", "host:9401")}
+    assert sorted(prometheus.queries) == sorted(QUERIES.values())
 
 
-def test_the_planner_takes_measurements_in_on_its_event_loop_alone(prometheus, monkeypatch):
-    """A thread waits for Prometheus; another one must not write what plans are made from."""
-    taken: list[int] = []
-    monkeypatch.setattr(Latency, "update", lambda self, values: taken.append(threading.get_ident()))
-    monkeypatch.setattr(server_module, "LATENCY_INTERVAL_S", 0.02)
-
-    async def scenario() -> None:
-        planner = PlannerConfig(prometheus_url=f"http://127.0.0.1:{prometheus.server_port}")
-        running = await PlannerServer.start(Config(planner=planner, metrics=MetricsConfig(base_port=0)))
-        profile = profile_to_proto(VerifierProfile(linear_cost().verify))
-        hello = pb.ReportStepsRequest(verifier_id="v1", metrics_url="http://host:9400/metrics", profile=profile)
-        async with grpc.aio.insecure_channel(running.endpoint) as channel:
-            await PlanningServiceStub(channel).ReportSteps(iter([hello]))
-        deadline_s = time.monotonic() + 5
-        while not taken and time.monotonic() < deadline_s:
-            await asyncio.sleep(0.01)
-        await running.stop()
-
-    asyncio.run(scenario())
-    assert {*taken} == {threading.get_ident()}
+def test_prometheus_counts_while_it_is_fresh_and_step_records_after_that():
+    latency = Latency()
+    latency.update(PROMETHEUS, {"inter_token_p95": (0.1, 100.0)})
+    latency.update(STEPS, {"inter_token_p95": (0.2, 105.0)})
+    assert latency.newest("inter_token_p95", 106.0, 10.0) == (0.1, 6.0, PROMETHEUS)
+    assert latency.newest("inter_token_p95", 111.0, 10.0) == (0.2, 6.0, STEPS)
+    assert latency.newest("inter_token_p95", 116.0, 10.0).value is None
+    assert latency.newest("running", 116.0, 10.0).value is None
 
 
-def test_a_server_that_is_not_there_is_an_error_at_once():
-    with pytest.raises(OSError, match="refused"):
-        read_prometheus("http://127.0.0.1:9", "x")
+def test_step_records_give_the_quantiles_of_the_last_seconds_by_token():
+    steps = StepQuantiles()
+    steps.observe(record(gaps=((9.0, 1),), step_s=9.0), 100.0)
+    # 94 tokens after 10 ms each, 6 after 50 ms each.
+    steps.observe(record(gaps=((0.94, 94),), step_s=0.01, first_token_s=(0.3, 0.4)), 104.0)
+    steps.observe(record(gaps=((0.1, 2),) * 3, step_s=0.05), 105.5)
+    assert steps.quantiles(106.0) == {
+        "inter_token_p95": (pytest.approx(0.05), 105.5),
+        "step_p95": (0.05, 105.5),
+        "time_to_first_token_p95": (0.4, 104.0),
+    }
+    assert steps.quantiles(120.0) == {}
 
 
-def test_a_server_that_is_no_prometheus_is_an_error():
+def problem_of(url: str) -> str:
+    with pytest.raises(PrometheusError) as caught:
+        asyncio.run(measure_all(url))
+    return str(caught.value)
+
+
+def test_a_server_that_is_not_there_is_named_by_doctor_too():
+    assert "cannot be reached" in problem_of("http://127.0.0.1:9")
+    config = Config(planner=PlannerConfig(prometheus_url="http://127.0.0.1:9"))
+    fine, _, said = next(found for found in examine(config) if found[1] == "prometheus")
+    assert not fine
+    assert "cannot be reached" in said
+
+
+def test_a_server_that_is_no_prometheus_is_named():
     registry = CollectorRegistry()
     port = serve_metrics(registry, MetricsConfig(base_port=0))
-    with pytest.raises(ValueError):  # noqa: PT011 - from the JSON parser, or from us
-        read_prometheus(f"http://127.0.0.1:{port}", "x")
+    assert "does not answer as Prometheus does" in problem_of(f"http://127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("value", ["-1", "Infinity", "-Infinity"])
+def test_an_impossible_value_is_named(prometheus, value):
+    prometheus.values["inter_token_p95"] = value
+    assert "impossible inter_token_p95" in problem_of(url_of(prometheus))
+
+
+def busy_plans(url: str, seconds: float, during: Callable[[list[Plan]], None]) -> list[Plan]:
+    """The plans of a verifier that works while a planner asks `url`; `during` is called after each of them."""
+
+    async def scenario() -> list[Plan]:
+        objectives = ObjectivesConfig(inter_token_p95_ms=100)
+        planner = PlannerConfig(prometheus_url=url, interval_s=0.05, signal_max_age_s=0.3, objectives=objectives)
+        running = await PlannerServer.start(Config(planner=planner, metrics=MetricsConfig(base_port=0)))
+        profile, plans = profile_to_proto(VerifierProfile(linear_cost().verify)), list[Plan]()
+
+        async def reports():
+            yield pb.ReportStepsRequest(verifier_id="v", metrics_url="http://host:9400/metrics", profile=profile)
+            while True:
+                await asyncio.sleep(0.02)
+                step = step_to_proto(record(unix_s=time.time(), gaps=((0.05, 1),), step_s=0.05))
+                yield pb.ReportStepsRequest(verifier_id="v", steps=[step])
+
+        async with grpc.aio.insecure_channel(running.endpoint) as channel:
+            stub = PlanningServiceStub(channel)
+            call = asyncio.create_task(stub.ReportSteps(reports()).wait_for_connection())
+            until_s = time.monotonic() + seconds
+            async for message in stub.WatchPlan(pb.WatchPlanRequest(verifier_id="v")):
+                plans.append(plan_from_proto(message.plan))
+                during(plans)
+                if time.monotonic() > until_s:
+                    break
+            call.cancel()
+        await running.stop()
+        return plans
+
+    return asyncio.run(scenario())
+
+
+def test_plans_follow_prometheus_and_fall_back_to_step_records_and_say_so_once(prometheus, monkeypatch, caplog):
+    monkeypatch.setattr(server_module, "LATENCY_INTERVAL_S", 0.05)
+    monkeypatch.setattr(latency_module, "WINDOW_S", 0.2)
+    gone = time.monotonic() + 1.5
+
+    def during(plans: list[Plan]) -> None:
+        if time.monotonic() > gone:
+            prometheus.values.clear()
+
+    with caplog.at_level(logging.WARNING, "planner.service.server"):
+        plans = busy_plans(url_of(prometheus), 3.5, during)
+    sources = [plan.signals[0].source for plan in plans if plan.signals[0].value_s is not None]
+    assert sources.index("prometheus") < len(sources) - 1
+    assert sources[-1] == "steps"
+    over = [plan for plan in plans if plan.signals[0].source == "prometheus" and plan.step_budget_s < 1]
+    assert over, "120 ms between tokens are above the objective of 100"
+    assert plans[-1].signals[0].value_s == pytest.approx(0.05)
+    assert len([r for r in caplog.records if "has nothing of a verifier that works" in r.message]) == 1
 
 
 @contextmanager
@@ -143,8 +205,8 @@ def dripping(connection: socket.socket) -> None:
 @pytest.mark.parametrize("answer", [silent, dripping])
 def test_a_slow_server_is_given_up(monkeypatch, answer):
     monkeypatch.setattr(latency_module, "TIMEOUT_S", 0.2)
-    with answering(answer) as url, pytest.raises(OSError, match=r"timed out|did not answer"):
-        read_prometheus(url, "x")
+    with answering(answer) as url:
+        assert "did not answer in 0.2 s" in problem_of(url)
 
 
 NONSENSE = [
@@ -162,30 +224,20 @@ NONSENSE = [
 
 
 @pytest.mark.parametrize("sent", NONSENSE)
-def test_nonsense_is_one_of_two_errors(sent):
-    with (
-        answering(lambda connection: connection.sendall(sent)) as url,
-        pytest.raises((OSError, ValueError)),
-    ):
-        read_prometheus(url, "x")
-
-
-@pytest.mark.parametrize("value", ["Infinity", "-Infinity", "NaN"])
-def test_what_is_no_number_is_no_measurement(value):
-    sent = b'HTTP/1.0 200 OK\r\n\r\n{"data": {"result": [{"value": [1, "%s"]}]}}' % value.encode()
+def test_nonsense_is_named(sent):
     with answering(lambda connection: connection.sendall(sent)) as url:
-        assert read_prometheus(url, "x") == {}
+        problem_of(url)
 
 
 def test_measured_latency_stands_in_for_missing_records_within_bounds():
     """Records have stopped, requests still run, and verification is said to take a thousand times as long."""
     maker = PlanMaker(LimitsConfig(), PlannerConfig())
-    state = VerifierState(VerifierProfile(linear_cost().verify), "", Latency(10))
+    now_s = 1000.0
+    state = VerifierState(VerifierProfile(linear_cost().verify), "", lambda: now_s)
     state.observe(record(unix_s=time.time() - 60, predicted_verify_s=0.031))
     before = maker.make(state).cost.verify_scale
-    state.latency.update({"verify_p50_s": 31.0, "running": 1.0})
+    state.latency.update(PROMETHEUS, {"verify_p50": (31.0, now_s), "running": (1.0, now_s)})
     after = maker.make(state).cost.verify_scale
     assert before < after < 1.1 * before
-    state.latency = Latency(0.0)
-    state.latency.update({"verify_p50_s": 31.0, "running": 1.0})
-    assert maker.make(state).cost.verify_scale == after
+    now_s += 20
+    assert maker.make(state).cost.verify_scale == after, "what is stale counts no more"

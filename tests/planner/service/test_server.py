@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from planner.service.client import PlanWatcher, StepReporter
 from planner.service.server import PlannerServer
 from tests.planner.builders import linear_cost, outcomes, plan_with, record
 from treeline.config import Config, MetricsConfig, PlannerConfig
-from treeline.plan import PaperFit, VerifierProfile
+from treeline.plan import PaperFit, Signal, VerifierProfile
 from treeline.plan_wire import (
     plan_from_proto,
     plan_to_proto,
@@ -38,15 +39,22 @@ NOWHERE = "http://127.0.0.1:9/metrics"
 
 def test_plans_survive_the_wire():
     cost = replace(linear_cost(), verify_scale=1.5, paper=PaperFit(0.1, 0.2, 0.3, 0.4), draft_layer_s=0.01)
-    plan = plan_with(cost, price=61.5, version=7, reason="because")
+    signals = (Signal("inter_token_p95", 0.03, 0.04, 1.5, "steps"), Signal("x", None, None, math.inf, "prometheus"))
+    plan = plan_with(
+        cost, price=61.5, version=7, reason="because", step_budget_s=0.05, wait_factor=1.5, signals=signals
+    )
     back = plan_from_proto(pb.Plan.FromString(plan_to_proto(plan).SerializeToString()))
     np.testing.assert_array_equal(back.calibration.acceptance, plan.calibration.acceptance)
     np.testing.assert_array_equal(back.calibration.kappa, plan.calibration.kappa)
     assert replace(back, calibration=plan.calibration) == plan
+    assert plan_from_proto(plan_to_proto(plan_with(cost))).step_budget_s == math.inf
 
 
 def test_records_survive_the_wire():
-    sent = record(draft_layer_nodes=(1, 4), price=3.5, outcomes=outcomes(np.asarray([0.25, 0.5]), [True, False], 2))
+    told = {"gaps": ((0.25, 3), (0.5, 1)), "first_token_s": (1.5,)}
+    sent = record(
+        draft_layer_nodes=(1, 4), price=3.5, **told, outcomes=outcomes(np.asarray([0.25, 0.5]), [True, False], 2)
+    )
     back = step_from_proto(pb.StepRecord.FromString(step_to_proto(sent).SerializeToString()))
     for name, column in vars(sent.outcomes).items():
         np.testing.assert_array_equal(getattr(back.outcomes, name), column)

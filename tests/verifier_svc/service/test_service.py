@@ -248,6 +248,18 @@ def test_load_and_model_info():
     )
 
 
+def test_the_plan_in_force_is_shown_with_its_signals():
+    async def scenario(channel, engine):
+        return (await pb_grpc.GenerationServiceStub(channel).GetPlan(pb.GetPlanRequest())).plans
+
+    (plan,) = with_verifier(scenario)
+    assert (plan.version, plan.price, plan.reason, plan.step_budget_s) == (7, 1.5, "because", 0.05)
+    measured, missing = plan.signals
+    assert (measured.value_s, measured.objective_s, measured.source) == (0.03, 0.04, "steps")
+    assert not missing.HasField("value_s")
+    assert not missing.HasField("objective_s")
+
+
 def test_health_and_reflection_are_on():
     async def scenario(channel, engine):
         check = health_pb2_grpc.HealthStub(channel).Check
