@@ -20,6 +20,7 @@ setup(
         "grpcio-reflection>=1.85.1",
         "grpcio-status>=1.85.1",
         "jinja2>=3.1",
+        "llguidance>=1.9,<2",
         "matplotlib>=3.10",
         "numpy>=2",
         "prometheus-client>=0.26",

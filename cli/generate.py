@@ -41,6 +41,9 @@ def generate(
     priority: Annotated[int, typer.Option(help="Higher goes first; -4 to 4.")] = 0,
     max_nodes: Annotated[int | None, typer.Option(help="Most draft nodes in any step.")] = None,
     max_depth: Annotated[int | None, typer.Option(help="Deepest draft layer in any step.")] = None,
+    json_schema: Annotated[str | None, typer.Option(help="A JSON Schema that the answer must satisfy.")] = None,
+    regex: Annotated[str | None, typer.Option(help="A regular expression that the answer must match.")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="A text that the answer may be; repeat for others.")] = None,
     policy: Annotated[str | None, typer.Option(help="off, chain:4, eagle2:5,4,16, smart-paper, smart, ...")] = None,
     target_ms: Annotated[
         float | None, typer.Option("--target-time-per-output-token-ms", help="Favour the answer while it is slower.")
@@ -86,6 +89,7 @@ def generate(
             skip_special_tokens=not keep_special,
             logprobs=logprobs,
             priority=priority,
+            grammar=_grammar(json_schema, regex, choice),
             max_nodes=max_nodes,
             max_depth=max_depth,
             policy=policy,
@@ -95,6 +99,13 @@ def generate(
         )
         show = show_json if as_json else show_steps if explain else show_text
         show(answer)
+
+
+def _grammar(json_schema: str | None, regex: str | None, choice: list[str] | None) -> pb.Grammar | None:
+    if sum(map(bool, (json_schema, regex, choice))) > 1:
+        raise typer.BadParameter("give one of --json-schema, --regex and --choice")
+    choices = pb.Choice(texts=choice) if choice else None
+    return pb.Grammar(json_schema=json_schema, regex=regex, choice=choices) if json_schema or regex or choice else None
 
 
 def _biases(given: list[str]) -> dict[int, float]:

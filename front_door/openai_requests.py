@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +19,24 @@ Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
+
+
+class JsonSchema(BaseModel):
+    definition: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's field; `json` is a schema, `grammar` is in Lark's notation."""
+
+    definition: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
 
 
 class Body(BaseModel):
@@ -47,6 +66,8 @@ class Body(BaseModel):
     skip_special_tokens: bool = True
     ignore_eos: bool = False
     priority: Int32 = 0
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     policy: str | None = None
     max_draft_nodes: Int64 | None = None
     max_draft_depth: Int64 | None = None
@@ -58,12 +79,32 @@ class Body(BaseModel):
         """Names of given fields that have no effect."""
         return sorted(self.model_extra or ())
 
+    @property
+    def grammar(self) -> pb.Grammar | None:
+        """What the answer must match, if anything."""
+        wanted, asked = self.response_format, self.structured_outputs
+        if asked is not None:
+            if len(asked.model_fields_set) != 1:
+                problem = "give one of json, regex, choice and grammar"
+                raise InvalidRequestError(FieldViolation("structured_outputs", problem))
+            schema = asked.definition if isinstance(asked.definition, str | None) else json.dumps(asked.definition)
+            choice = None if asked.choice is None else pb.Choice(texts=asked.choice)
+            return pb.Grammar(json_schema=schema, regex=asked.regex, choice=choice, lark=asked.grammar)
+        if wanted is None or wanted.type == "text":
+            return None
+        if wanted.type == "json_object":
+            return pb.Grammar(json_schema='{"type": "object"}')
+        if wanted.json_schema is None:
+            raise InvalidRequestError(FieldViolation("response_format.json_schema", "is missing"))
+        return pb.Grammar(json_schema=json.dumps(wanted.json_schema.definition))
+
     def common(self, request_id: str, index: int) -> pb.GenerateRequest:
         """Everything but the input, for the answer number `index`."""
         request = pb.GenerateRequest(
             request_id=f"{request_id}-{index}" if index else request_id,
             model=self.model,
             priority=self.priority,
+            grammar=self.grammar,
             target_time_per_output_token_ms=self.target_time_per_output_token_ms,
             sampling=pb.SamplingParams(
                 temperature=self.temperature,

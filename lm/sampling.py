@@ -29,6 +29,7 @@ class Row:
         history: int64 [t], all tokens before it on this row's own path; only penalties read it.
         prompt_tokens: how many of them, from the first, are the prompt's.
         barred: ids of tokens that may not follow.
+        allowed: bool [vocab], the tokens that may follow; None for all.
     """
 
     params: SamplingParams
@@ -36,11 +37,12 @@ class Row:
     history: Tensor | NDArray[np.int64] | None = None
     prompt_tokens: int = 0
     barred: Collection[int] = ()
+    allowed: NDArray[np.bool_] | None = None
 
     @property
     def is_argmax(self) -> bool:
         """Whether the token is that of the largest logit as it is."""
-        return self.params.is_argmax and not self.barred
+        return self.params.is_argmax and not self.barred and self.allowed is None
 
 
 @torch.inference_mode()
@@ -138,6 +140,11 @@ def _adjust(scores: Tensor, rows: list[Row]) -> None:
         if row.history is not None and params.counts_answer:
             ids, counts = np.unique(np.asarray(row.history, np.int64)[row.prompt_tokens :], return_counts=True)
             counted.add(place, ids, params.presence_penalty + params.frequency_penalty * counts)
+    bound = [place for place, row in enumerate(rows) if row.allowed is not None]
+    if bound:
+        places = upload(np.asarray(bound, np.int64), scores.device)
+        forbidden = upload(~np.stack([np.asarray(rows[place].allowed) for place in bound]), scores.device)
+        scores[places] = scores[places].masked_fill(forbidden, -torch.inf)
     added.apply(torch.add)
     repeated.apply(lambda before, penalty: torch.where(before < 0, before * penalty, before / penalty))
     counted.apply(torch.sub)

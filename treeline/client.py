@@ -86,6 +86,7 @@ class TreelineClient:
         min_tokens: int | None = None,
         skip_special_tokens: bool = True,
         logprobs: int | None = None,
+        grammar: pb.Grammar | None = None,
         explain: bool = False,
         policy: str | None = None,
         max_nodes: int | None = None,
@@ -137,6 +138,7 @@ class TreelineClient:
             output=pb.OutputOptions(logprobs=logprobs, explain=explain, skip_special_tokens=skip_special_tokens),
             speculation=pb.SpeculationOptions(policy=policy, max_nodes=max_nodes, max_depth=max_depth),
             priority=priority,
+            grammar=grammar,
             target_time_per_output_token_ms=target_time_per_output_token_ms,
         )
         return self._stream(request, timeout_s)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,6 +105,15 @@ class Forest:
         for jump in self.jumps[:-1]:  # every round doubles the distance that is looked up the path
             depths += depths[jump]
         return depths[1:]
+
+    def paths(self) -> Iterator[list[list[int]]]:
+        """Of each tree, the token ids down to each of its nodes, that node's included."""
+        nodes = zip(self.token_ids.tolist(), self.parents.tolist(), strict=True)
+        for size in self.sizes.tolist():
+            paths: list[list[int]] = []
+            for token, parent in islice(nodes, size):
+                paths.append([*(paths[parent] if parent != ROOT else []), token])
+            yield paths
 
     def path_products(self, factors: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32 [n]: the product of `factors` [n] over each node's path, itself included."""

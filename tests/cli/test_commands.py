@@ -40,7 +40,7 @@ def test_generate_passes_every_option_on(service):
         "--min-p 0.1 --repetition-penalty 1.2 --presence-penalty 0.5 --frequency-penalty -0.5 --logit-bias 65:5 "
         "--logit-bias 7:-1.5 --stop-token-id 9 --include-stop --ignore-eos --min-tokens 2 --keep-special-tokens "
         "--priority 1 --max-nodes 6 "
-        "--max-depth 3 --logprobs 0"
+        "--max-depth 3 --logprobs 0 --regex [0-9]+"
     )
     result = treeline("generate", "hi", "--system", "be brief", *options.split(), "--server", endpoint)
     assert result.exit_code == 0, result.stderr
@@ -54,6 +54,7 @@ def test_generate_passes_every_option_on(service):
     assert (request.stop_token_ids, request.include_stop, request.ignore_eos) == ({9}, True, True)
     assert (request.min_tokens, request.skip_special_tokens, request.priority) == (2, False, 1)
     assert (request.max_nodes, request.max_depth, request.logprobs) == (6, 3, 0)
+    assert request.grammar is not None
 
 
 def test_raw_text_from_standard_input(service):

@@ -167,6 +167,41 @@ def test_numbers_of_no_sense_are_refused(fields, param):
     assert (status, answer["error"]["param"]) == (400, param)
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, None),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}}, None),
+        ({"extra_body": {"structured_outputs": {"regex": "[0-9]+"}}}, None),
+        ({"extra_body": {"structured_outputs": {"choice": ["yes", "no"]}}}, None),
+        ({"extra_body": {"structured_outputs": {"json": SCHEMA}}}, None),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no-such"}}}},
+            "grammar.json_schema",
+        ),
+        ({"extra_body": {"structured_outputs": {"regex": "("}}}, "grammar.regex"),
+        ({"extra_body": {"structured_outputs": {}}}, "structured_outputs"),
+        ({"extra_body": {"structured_outputs": {"regex": "a", "choice": ["b"]}}}, "structured_outputs"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ],
+)
+def test_grammars_reach_the_engine_and_wrong_ones_are_named(fields, error):
+    async def scenario(client, s):
+        ask = client.chat.completions.create(model="fake", messages=HELLO, max_tokens=2, **fields)
+        if error is None:
+            await ask
+            return s.engines[0].requests[0].grammar is not None
+        with pytest.raises(openai.BadRequestError) as caught:
+            await ask
+        return caught.value.param
+
+    assert with_client(scenario) == (error or "text" not in str(fields))
+
+
 def test_models_health_metrics_and_tokenize():
     async def scenario(client, s):
         models = [model.id async for model in client.models.list()]

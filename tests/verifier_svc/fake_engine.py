@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import grpc
 from jinja2 import TemplateError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from planner.fast.builtin_plan import builtin_plan
 from treeline.config import Config, LimitsConfig
@@ -42,6 +43,9 @@ class FakeTokenizer:
 
     def __init__(self) -> None:
         self.added_tokens_decoder: dict[int, object] = {}
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        self.backend_tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+        self.backend_tokenizer.decoder = decoders.ByteLevel()
 
     def decode(self, token_ids: list[int]) -> str:
         return bytes(token_ids).decode("utf-8", "replace")

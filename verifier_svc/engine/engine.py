@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count, islice
+from itertools import count
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -103,6 +103,7 @@ class Engine:
             ),
             list(request.prompt_token_ids),
             arrived_s=now - request.elapsed_s,
+            grammar=request.grammar.begin() if request.grammar else None,
             ending_token_ids=request.stop_token_ids.union(() if request.ignore_eos else self.model.eos_token_ids),
         )
         with _confined(sequence):
@@ -253,13 +254,5 @@ def _confined(sequence: Sequence) -> Iterator[None]:
 
 def _rows(sequences: list[Sequence], forest: Forest) -> list[Row]:
     """Each root's row, then its nodes': what is drawn there is the token that follows it."""
-    rows = []
-    nodes = zip(forest.token_ids.tolist(), forest.parents.tolist(), strict=True)
-    for sequence, size in zip(sequences, forest.sizes.tolist(), strict=True):
-        rows.append(sequence.row([]))
-        paths: list[list[int]] = []
-        for token, parent in islice(nodes, size):
-            path = [*(paths[parent] if parent != ROOT else []), token]
-            paths.append(path)
-            rows.append(sequence.row(path))
-    return rows
+    trees = zip(sequences, forest.paths(), strict=True)
+    return [sequence.row(path) for sequence, paths in trees for path in ([], *paths)]

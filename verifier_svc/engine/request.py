@@ -7,6 +7,7 @@ from enum import Enum, StrEnum
 from typing import NamedTuple
 
 from treeline.sampling import SamplingParams
+from verifier_svc.engine.grammar import Grammar
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class GenerationRequest:
         min_tokens: so many tokens come before any that ends the answer, and before stop strings are looked for.
         include_stop: the text holds the stop string or stop token that ended it.
         skip_special_tokens: special tokens are no part of the text.
+        grammar: what the whole answer must match.
         logprobs: None for no log-probabilities, else how many top tokens to give beside the chosen one.
         explain, explain_tree: add to each chunk why it came as it did; with every node of its tree.
         policy: spelling understood by `planner.policies.parse_policy`.
@@ -40,6 +42,7 @@ class GenerationRequest:
     min_tokens: int = 0
     include_stop: bool = False
     skip_special_tokens: bool = True
+    grammar: Grammar | None = None
     logprobs: int | None = None
     explain: bool = False
     explain_tree: bool = False

@@ -10,6 +10,7 @@ from lm.kv_cache import SequenceCache
 from lm.sampling import Row
 from planner.policies import Policy
 from verifier_svc.engine.detokenizer import Detokenizer
+from verifier_svc.engine.grammar import GrammarState
 from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, SpeculationTotals
 
 TOKENS_PER_DOUBLING = 4.0
@@ -26,6 +27,7 @@ class Sequence:
         session_id: names this request to the drafter.
         token_ids: prompt and output; when decoding, the last one is the root and has no KV yet.
         ending_token_ids: end-of-sequence and stop tokens that end it.
+        grammar: where the answer stands in its grammar.
         cache: None while waiting.
         cached_tokens: of the prompt, that were taken from the prefix cache; no pass ran them, so that nobody has seen
             their hidden states.
@@ -40,6 +42,7 @@ class Sequence:
     token_ids: list[int]
     arrived_s: float
     ending_token_ids: frozenset[int] = frozenset()
+    grammar: GrammarState | None = None
     cache: SequenceCache | None = None
     cached_tokens: int = 0
     is_remembered: bool = False
@@ -119,9 +122,13 @@ class Sequence:
                     text += self.detokenizer.feed(token_id)
                 self.finish_reason, self.matched_stop = FinishReason.STOP, token_id
             else:
+                if self.grammar is not None:
+                    self.grammar.take(token_id)
                 text += self.detokenizer.feed(token_id)
                 if self.detokenizer.matched_stop is not None:
                     self.finish_reason, self.matched_stop = FinishReason.STOP, self.detokenizer.matched_stop
+                elif self.grammar is not None and self.grammar.ended:
+                    self.finish_reason = FinishReason.STOP
                 elif self.remaining_tokens == 0:
                     self.finish_reason = FinishReason.LENGTH
             if self.finish_reason is not None:
@@ -165,14 +172,16 @@ class Sequence:
     @property
     def is_argmax(self) -> bool:
         """Whether each of its next tokens is that of the largest logit as it is."""
-        return self.request.sampling.is_argmax and self.output_tokens >= self.request.min_tokens
+        is_free = self.grammar is None and self.output_tokens >= self.request.min_tokens
+        return is_free and self.request.sampling.is_argmax
 
     def row(self, path: list[int]) -> Row:
         """How the token that follows the draft tokens `path` is chosen."""
         request, length = self.request, len(self.token_ids) + len(path)
         history = np.asarray(self.token_ids + path, np.int64) if request.sampling.penalises else None
         barred = self.ending_token_ids if length - self.prompt_tokens < request.min_tokens else ()
-        return Row(request.sampling, length, history, self.prompt_tokens, barred)
+        allowed = None if self.grammar is None else self.grammar.allowed(path)
+        return Row(request.sampling, length, history, self.prompt_tokens, barred, allowed)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import grpc
@@ -18,8 +19,10 @@ from treeline.plan_wire import plan_summary
 from treeline.request import identify, identity
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
+from verifier_svc.engine.grammar import Grammar
 from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, Load, NodeFate
 from verifier_svc.service.chat import Prompt, token_ids_of
+from verifier_svc.service.grammars import GrammarCompiler
 from verifier_svc.service.validation import ServedModel, parse_generate, parse_tokenize, with_prompt
 
 if TYPE_CHECKING:
@@ -66,12 +69,15 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         self._limits, self._verifier = limits, verifier
         # One thread: long prompts must not hold up the streams, nor take every core.
         self._tokenising = ThreadPoolExecutor(1, "tokenise")
+        self._compile, self._compiling = GrammarCompiler(tokenizer, info), ThreadPoolExecutor(1, "grammar")
 
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         identify(request)
         checked, prompt = parse_generate(request, self._info, self._limits, self._verifier)
+        grammar = await self._compiled(request.grammar) if request.HasField("grammar") else None
+        checked = replace(checked, grammar=grammar)
         generation = with_prompt(checked, prompt, await self._token_ids(prompt), self._info, self._limits)
         await context.send_initial_metadata(identity(request))
         async with aclosing(self._engine.generate(generation)) as outputs:  # type: ignore[type-var]
@@ -115,6 +121,9 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
         return pb.TokenizeResponse(token_ids=await self._token_ids(parse_tokenize(request, self._info)))
+
+    async def _compiled(self, grammar: pb.Grammar) -> Grammar:
+        return await asyncio.get_running_loop().run_in_executor(self._compiling, self._compile, grammar)
 
     async def _token_ids(self, prompt: Prompt) -> list[int]:
         return await asyncio.get_running_loop().run_in_executor(self._tokenising, token_ids_of, prompt, self._tokenizer)

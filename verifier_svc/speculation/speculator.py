@@ -238,6 +238,7 @@ class Speculator:
             np.asarray([not s.request.sampling.greedy for s in batch.decoding]),
             np.asarray([s.policy.priced for s in batch.decoding]),
         )
+        forest = _obeying(batch.decoding, forest)
         pruning = prune_batch(forest, requests, plan.calibration, batch.prices, draft_s)
         return Drafts(
             kept=forest.select(pruning.chosen),
@@ -299,3 +300,12 @@ class Speculator:
         gain = drafts.pruning.expected_tokens - len(decoding)
         pays = gain - drafts.pruning.price * (drafts.predicted_verify_s - prices.undrafted_s) > margin
         return drafts if pays or not must_pay else none
+
+
+def _obeying(sequences: list[Sequence], forest: Forest) -> Forest:
+    """The forest without what a request's grammar forbids: it could not be accepted."""
+    if all(sequence.grammar is None for sequence in sequences):
+        return forest
+    trees = zip(sequences, forest.paths(), strict=True)
+    keep = [s.grammar is None or s.grammar.allows(path) for s, paths in trees for path in paths]
+    return forest.select(np.asarray(keep, np.bool_))
