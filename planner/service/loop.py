@@ -130,7 +130,8 @@ class PlanMaker:
         goodput = max(state.goodput(), sequences / plain_s)
         startable = min(last.waiting, last.free_slots) if last else 0
         prompts = max(0, last.running - sequences) if last else 0
-        control = self._regulate(state, signals, plain_s, prompts + last.waiting if last else 0)
+        delayed = prompts + last.waiting if last else 0
+        control = self._regulate(state, signals, plain_s, delayed)
         price = state.settle(goodput * (1 + waiting_cost(control.wait_factor, startable, prompts) / sequences))
         published = replace(cost, node_s=state.node_s(cost))
         published.readings.update(cost.readings)  # of the same curves
@@ -144,7 +145,9 @@ class PlanMaker:
             price=price,
             max_nodes=self._limits.max_tree_nodes,
             max_depth=min(MAX_DEPTH, self._limits.max_tree_depth),
-            reason="; ".join([_reason(price, goodput, sequences, last), *_latency_reasons(control, signals, plain_s)]),
+            reason="; ".join(
+                [_reason(price, goodput, sequences, last, delayed), *_latency_reasons(control, signals, plain_s)]
+            ),
             step_budget_s=control.step_budget_s,
             wait_factor=control.wait_factor,
             signals=signals,
@@ -183,12 +186,12 @@ def _use_latency(state: VerifierState, max_age_s: float) -> None:
         state.tracker.rescale(max(0.5, min(2.0, measured_s / last.predicted_verify_s)) ** 0.1)
 
 
-def _reason(price: float, goodput: float, sequences: int, last: StepRecord | None) -> str:
+def _reason(price: float, goodput: float, sequences: int, last: StepRecord | None, delayed: int) -> str:
     if last is None:
         return f"from the device profile alone: {goodput:.0f} tok/s plain"
     said = f"{goodput:.0f} tok/s lately at batch {sequences}"
     if price > goodput:
-        said += f", {last.waiting} waiting raise the price to {price:.0f}"
+        said += f", {delayed} waiting raise the price to {price:.0f}"
     return said
 
 

@@ -179,16 +179,7 @@ def test_bad_input_gets_one_line(options, problem):
 CHAINS = ("chain:2", "chain:4")
 
 
-@pytest.mark.parametrize(
-    "streams",
-    [
-        1,
-        8,
-        # A closed gate stays closed: its drafter has not read the prompts, so that a first draft for all brings little.
-        pytest.param(32, marks=pytest.mark.xfail(strict=True, reason="0.48 x chain:4: the gate does not open")),
-        pytest.param(64, marks=pytest.mark.xfail(strict=True, reason="0.62 x chain:4: the gate does not open")),
-    ],
-)
+@pytest.mark.parametrize("streams", [1, 8, 32, 64])
 def test_smart_is_never_slower_than_plain_decoding_or_the_best_chain(streams):
     """The project's bar, on the curves of an 8B model on an H100."""
     guarded = Scenario(preset("llama-8b@h100"), EAGLE3_LIKE, steps=300)

@@ -56,6 +56,13 @@ def test_waiting_requests_make_drafting_dearer():
     assert drafts(gate_that_saw(WORTHY), cost, waiting=8) == 0
 
 
+def test_drafting_that_the_step_budget_has_no_room_for_is_left_out():
+    """A plain pass takes 30.5 ms, drafting at least 12 ms."""
+    for budget_s, requests in ((0.05, 1), (0.04, 0)):
+        prices = prices_of(plan_with(IDLE, step_budget_s=budget_s), 1)
+        assert gate_that_saw(WORTHY).decide(1, prices, IDLE, 0.0).requests == requests
+
+
 def test_a_model_that_has_much_to_catch_up_must_bring_more():
     cost = replace(IDLE, draft_node_s=0.0001)
     assert drafts(gate_that_saw(WORTHY), cost, behind_tokens=8) == 1

@@ -74,6 +74,15 @@ def test_a_chunk_of_cheaper_tokens_is_longer(model):
     assert chunks(model, plan_of(1.5, prompt_ratio=0.5), streams=4)[0] == CHUNK, "but no longer than configured"
 
 
+def test_a_chunk_keeps_the_step_budget_and_grows_with_what_waiting_costs(model):
+    line = (6.0 - 1.0) / 60
+    assert chunks(model, replace(plan_of(6.0), step_budget_s=2.0), streams=4)[0] == int(4 + 1.0 / line) - 4
+    assert chunks(model, replace(plan_of(6.0), step_budget_s=0.1), streams=4)[0] == LEAST_CHUNK_TOKENS
+    late = replace(plan_of(6.0), wait_factor=1.5)
+    assert chunks(model, late, streams=4)[0] == int(4 + (1.5 * MAX_STRETCH - 1) / line) - 4
+    assert chunks(model, replace(late, step_budget_s=2.0), streams=4)[0] == int(4 + 1.0 / line) - 4
+
+
 def test_few_who_decode_wait_longer_for_many_prompts(model):
     line = (41.0 - 1.0) / 60
     bearable = int(4 + (3 * MAX_STRETCH - 1) / line) - 1
