@@ -23,6 +23,7 @@ from bench.simulator.acceptance import KINDS, AcceptanceLaw
 from lm.kv_cache import KVCache, LayerShape, SequenceCache
 from lm.packed import PackedSequence
 from lm.passes import Passes
+from lm.passes import Passes
 from planner.fast.cost import pass_s
 from treeline.plan import CostModel
 from treeline.tree import ROOT
@@ -108,6 +109,7 @@ class FakeModel:
         self._text, self._clock = text, clock
         self.passes = Passes({None}, self.device)  # whose limits the engine asks for; none is run
         self._keys: WeakKeyDictionary[SequenceCache, int] = WeakKeyDictionary()
+        self.passes = Passes({None}, self.device)
         vocabulary = {f"w{token}": token for token in range(VOCAB)}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
