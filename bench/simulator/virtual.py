@@ -23,7 +23,6 @@ from bench.simulator.acceptance import KINDS, AcceptanceLaw
 from lm.kv_cache import KVCache, LayerShape, SequenceCache
 from lm.packed import PackedSequence
 from lm.passes import Passes
-from lm.passes import Passes
 from planner.fast.cost import pass_s
 from treeline.plan import CostModel
 from treeline.tree import ROOT
