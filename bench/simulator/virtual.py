@@ -108,7 +108,6 @@ class FakeModel:
         self._text, self._clock = text, clock
         self.passes = Passes({None}, self.device)  # whose limits the engine asks for; none is run
         self._keys: WeakKeyDictionary[SequenceCache, int] = WeakKeyDictionary()
-        self.passes = Passes({None}, self.device)
         vocabulary = {f"w{token}": token for token in range(VOCAB)}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
