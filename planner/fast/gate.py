@@ -17,7 +17,7 @@ WINDOW_REQUESTS = 32
 texts, more would make it slow to notice that texts have become easy."""
 START_MARGIN = 0.02
 """A closed gate opens when drafting gains this share of plain decoding's tokens: a change of policy that moves
-throughput by less cannot be told from noise in our sweeps (docs/benchmarks.md), so it must not flap."""
+throughput by less cannot be told from noise in our sweeps (bench/README.md), so it must not flap."""
 PROBE_SHARE = 0.01
 """Most of the working time that probes may take while the gate is closed: half of START_MARGIN."""
 PROBE_REQUESTS = 2

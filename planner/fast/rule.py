@@ -1,6 +1,6 @@
 """The rule: which nodes of a whole batch are worth verifying, and whether another layer is worth drafting.
 
-A node u is worth it if w a(u) / dC(u) > price, price = R + mu Q (docs/planner.md). Path acceptance a(u) never grows
+A node u is worth it if w a(u) / dC(u) > price, price = R + mu Q (docs/the-rule.md). Path acceptance a(u) never grows
 along a path, so the best m nodes of the batch are the m with the largest w a(u), and they are closed under parents:
 looking at every prefix of one sorted list is exact for any cost curve. A step budget forbids the longer prefixes, for
 passes never become shorter with more tokens; the bare roots are always allowed.

@@ -23,11 +23,11 @@ ERROR_STEPS = 200
 """Steps whose prediction errors are reported: their 95th percentile rests on ten."""
 NOISE, MEMORY = 0.05, 0.9995
 """Of verification: scatter between equal steps, as a ratio, and the share of what was learnt that is kept per step.
-With them a drift of the whole device is learnt in 12 to 18 steps beside two busy processes (docs/benchmarks.md)."""
+With them a drift of the whole device is learnt in 12 to 18 steps beside two busy processes (bench/README.md)."""
 SCALE_DEVIATION, POINT_DEVIATION, CONTEXT_DEVIATION, PROMPT_DEVIATION = 0.5, 0.15, 0.5, 0.25
 """How far the device, one point of the profile, the context's part and a prompt token's cost may drift, as logarithms
 of ratios. A busy neighbour halves a device's speed (0.7); the shape of its curve hardly changes; a prompt token costs
-0.6 to 1.0 of a decoded one (docs/planner.md)."""
+0.6 to 1.0 of a decoded one (docs/decisions.md)."""
 MAX_LOG_SCALE = 3.0
 """A correction beyond e^3 = 20 times is a broken clock or profile."""
 SCALE, CONTEXT, PROMPTS, POINTS = range(4)

@@ -28,7 +28,7 @@ PATIENCE, PATIENCE_FLOOR_S = 4.0, 0.01
 noise), so only a drafter that is stuck is given up; a step without a draft loses no more than its gain."""
 LOOKUP_MARGIN = 0.02
 """Share of plain decoding's tokens that looked-up nodes must bring: to walk and commit trees takes 0.3 to 0.7 ms of a
-step (docs/planner.md), 1 to 2 % of a CPU's."""
+step (docs/decisions.md), 1 to 2 % of a CPU's."""
 
 
 @dataclass(frozen=True)
