@@ -20,6 +20,8 @@ WINDOW_S = 5.0
 """Of a quantile: five scrapes and five evaluations at the 1 s that deploy/prometheus sets, so that three may fail."""
 PAUSE_S = 1.0
 """Without tokens for this long, a verifier is not busy: the interval of scrapes."""
+LATE_S = 3.0
+"""Three queries without an answer. An older value would be set against what steps take now, and mislead the budget."""
 MAX_ANSWER_BYTES = 1 << 20
 """A replica takes some 200 bytes of an answer; a megabyte would be 5,000 of them."""
 QUERIES = {
@@ -57,14 +59,14 @@ class Latency:
         self._readings[source].update(readings)
 
     def newest(self, name: str, now_s: float, max_age_s: float) -> Reading:
-        """Prometheus' value while it is fresh, else the step records'."""
-        oldest = Reading(None, math.inf, PROMETHEUS)
+        """Prometheus' value unless it is late, then the newest of any source; no value if that is too old."""
+        found = []
         for source, readings in self._readings.items():
             value, at_s = readings.get(name, (math.nan, -math.inf))
-            if now_s - at_s <= max_age_s:
-                return Reading(value, now_s - at_s, source)
-            oldest = min(oldest, Reading(None, now_s - at_s, source), key=lambda reading: reading.age_s)
-        return oldest
+            age_s = now_s - at_s
+            found.append(Reading(value if age_s <= max_age_s else None, age_s, source))
+        measured = found[0]
+        return measured if measured.age_s <= LATE_S else min(found, key=lambda reading: reading.age_s)
 
 
 class StepQuantiles:

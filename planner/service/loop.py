@@ -190,7 +190,7 @@ def _reason(price: float, goodput: float, sequences: int, last: StepRecord | Non
     if last is None:
         return f"from the device profile alone: {goodput:.0f} tok/s plain"
     said = f"{goodput:.0f} tok/s lately at batch {sequences}"
-    if price > goodput:
+    if delayed and price > goodput:
         said += f", {delayed} waiting raise the price to {price:.0f}"
     return said
 

@@ -75,8 +75,8 @@ def test_prometheus_counts_while_it_is_fresh_and_step_records_after_that():
     latency = Latency()
     latency.update(PROMETHEUS, {"inter_token_p95": (0.1, 100.0)})
     latency.update(STEPS, {"inter_token_p95": (0.2, 105.0)})
-    assert latency.newest("inter_token_p95", 106.0, 10.0) == (0.1, 6.0, PROMETHEUS)
-    assert latency.newest("inter_token_p95", 111.0, 10.0) == (0.2, 6.0, STEPS)
+    assert latency.newest("inter_token_p95", 103.0, 10.0) == (0.1, 3.0, PROMETHEUS)
+    assert latency.newest("inter_token_p95", 106.0, 10.0) == (0.2, 1.0, STEPS)
     assert latency.newest("inter_token_p95", 116.0, 10.0).value is None
     assert latency.newest("running", 116.0, 10.0).value is None
 
@@ -156,6 +156,7 @@ def busy_plans(url: str, seconds: float, during: Callable[[list[Plan]], None]) -
 def test_plans_follow_prometheus_and_fall_back_to_step_records_and_say_so_once(prometheus, monkeypatch, caplog):
     monkeypatch.setattr(server_module, "LATENCY_INTERVAL_S", 0.05)
     monkeypatch.setattr(latency_module, "WINDOW_S", 0.2)
+    monkeypatch.setattr(latency_module, "LATE_S", 0.3)
     gone = time.monotonic() + 1.5
 
     def during(plans: list[Plan]) -> None:
