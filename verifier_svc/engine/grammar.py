@@ -16,6 +16,13 @@ class Grammar(NamedTuple):
     matcher: LLMatcher
     vocab_size: int
 
+    def warm_up(self) -> str:
+        """Build what the first mask needs, so that the engine need not; returns why that is too much, or nothing."""
+        first = int(_mask(self.matcher, self.vocab_size).argmax())
+        probe = self.matcher.deep_copy()  # An error shows only when a token is taken.
+        probe.consume_token(first)
+        return probe.get_error()
+
     def begin(self) -> GrammarState:
         """Where an answer's first token stands."""
         return GrammarState(self.matcher.deep_copy(), self.vocab_size)
@@ -51,6 +58,10 @@ class GrammarState:
         if path:
             matcher = matcher.deep_copy()
             matcher.consume_tokens(path)
-        words = np.zeros((1, -(-self._vocab_size // 32)), np.int32)
-        fill_next_token_bitmask(matcher, words)
-        return np.unpackbits(words.view(np.uint8)[0], bitorder="little")[: self._vocab_size].astype(np.bool_)
+        return _mask(matcher, self._vocab_size)
+
+
+def _mask(matcher: LLMatcher, vocab_size: int) -> NDArray[np.bool_]:
+    words = np.zeros((1, -(-vocab_size // 32)), np.int32)
+    fill_next_token_bitmask(matcher, words)
+    return np.unpackbits(words.view(np.uint8)[0], bitorder="little")[:vocab_size].astype(np.bool_)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from treeline.errors import FieldViolation, InvalidRequestError
 from treeline.v1 import generation_pb2 as pb
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 MAX_GRAMMAR_CHARS = 65536
 MAX_PROBLEM_CHARS = 300
 CACHED_GRAMMARS = 64
+LIMITS = LLParserLimits(initial_lexer_fuel=250_000, max_lexer_states=25_000, verbose_errors=False)
+"""A grammar compiles within about half a second, and its states take at most 50 MB (2 kB each)."""
 
 
 class GrammarCompiler:
@@ -50,10 +52,12 @@ class GrammarCompiler:
             grammar = _SPELLINGS[kind](text)
         except ValueError as error:
             raise InvalidRequestError(FieldViolation(field, str(error)[:MAX_PROBLEM_CHARS])) from None
-        problem = LLMatcher.validate_grammar(grammar, self._tokenizer)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+        compiled = Grammar(matcher, self._info.vocab_size)
+        problem = matcher.get_error() or compiled.warm_up()
         if problem:
             raise InvalidRequestError(FieldViolation(field, problem[:MAX_PROBLEM_CHARS]))
-        return Grammar(LLMatcher(self._tokenizer, grammar, log_level=0), self._info.vocab_size)
+        return compiled
 
 
 _SPELLINGS: dict[str, Callable[[str], str]] = {

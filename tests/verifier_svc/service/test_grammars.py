@@ -21,6 +21,7 @@ def compiler() -> GrammarCompiler:
         (pb.Grammar(regex=""), "grammar.regex"),
         (pb.Grammar(regex="a(b"), "grammar.regex"),
         (pb.Grammar(regex="a" * (MAX_GRAMMAR_CHARS + 1)), "grammar.regex"),
+        (pb.Grammar(regex="(a{1000}){1000}{1000}"), "grammar.regex"),  # small to write, and too large to build
         (pb.Grammar(lark="start: foo"), "grammar.lark"),
         (pb.Grammar(choice=pb.Choice()), "grammar.choice"),
     ],
