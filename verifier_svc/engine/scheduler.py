@@ -20,6 +20,9 @@ MAX_STRETCH = 2.25
 """A pass with prompt chunks may take this many times as long as one without: the decoding requests wait for it. Their
 gaps are to stay below three usual ones, and single passes take up to a third longer than the curve says. Where
 more prompts wait than requests decode, the pass may be longer in proportion."""
+AGEING_S = 5.0
+"""A request that has waited this long counts as one priority higher: nobody who comes 8 * 5 = 40 s later, of whatever
+priority (-4 to 4), is admitted before it. Ten times the usual start of an answer, so that priorities keep their use."""
 LEAST_CHUNK_TOKENS = 8
 """A prompt advances by at least this many tokens a step, however much they cost: on a CPU a pass over 8 tokens takes
 little longer than over 1 (bench step)."""
@@ -79,10 +82,12 @@ class Scheduler:
         self._clock = clock
 
     def add(self, sequence: Sequence) -> None:
-        """Queue behind all of the same or higher priority; a resumed request, which has waited before, goes first."""
+        """Queue by priority and time waited; a resumed request, which has waited before, goes before its equals."""
 
-        def rank(one: Sequence) -> tuple[int, bool]:
-            return one.request.priority, bool(one.request.delivered_token_ids)
+        def rank(one: Sequence) -> float:
+            # All who wait rise at the same pace, so that their order never changes.
+            request, queued_s = one.request, one.arrived_s + one.request.elapsed_s
+            return request.priority + 0.5 * bool(request.delivered_token_ids) - queued_s / AGEING_S
 
         place = len(self.waiting)
         while place and rank(self.waiting[place - 1]) < rank(sequence):

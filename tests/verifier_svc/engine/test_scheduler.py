@@ -14,7 +14,7 @@ from treeline.plan import CostCurve, CostModel, Plan
 from treeline.sampling import SamplingParams
 from verifier_svc.engine.engine import Engine
 from verifier_svc.engine.request import GenerationRequest
-from verifier_svc.engine.scheduler import LEAST_CHUNK_TOKENS, MAX_STRETCH
+from verifier_svc.engine.scheduler import AGEING_S, LEAST_CHUNK_TOKENS, MAX_STRETCH
 
 LIMITS = LimitsConfig(max_running_requests=8, max_context_tokens=256, max_tree_nodes=0)
 CHUNK, BLOCK, LONG = 64, 4, 150
@@ -102,3 +102,25 @@ def test_a_prompt_always_gets_on_by_a_few_tokens(model):
 )
 def test_elsewhere_chunks_are_as_long_as_configured(model, streams, plan):
     assert chunks(model, plan, streams) == [CHUNK, CHUNK, LONG - 2 * CHUNK]
+
+
+def test_the_lowest_priority_starts_in_time_under_permanent_load_of_the_highest(model):
+    """Twice a second a request of the highest priority comes, and one request of all may start."""
+    now_s = 0.0
+    engine = Engine(model, None, lambda: plan_of(1.5), Config(limits=LIMITS), clock=lambda: now_s)
+    waiting = engine.scheduler.waiting
+
+    def add(name: str, priority: int) -> None:
+        engine.add(GenerationRequest(name, [5], SamplingParams(), 4, policy="off", priority=priority))
+
+    for index in range(4):
+        add(f"before {index}", 4)
+    add("lowest", -4)
+    order = []
+    while "lowest" not in order:
+        now_s += 0.5
+        add(f"at {now_s}", 4)
+        order.append(waiting.pop(0).request.request_id)
+        assert now_s < 60
+    assert now_s >= 30, "priorities count for a while"
+    assert not [name for name in order if name.startswith("at") and float(name[3:]) > 8 * AGEING_S]
