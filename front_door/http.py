@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import uuid
 from collections.abc import AsyncIterator
@@ -29,7 +28,7 @@ from front_door.openai_responses import ChatDialect, CompletionDialect, Dialect,
 from front_door.service import FrontDoor
 from treeline.config import ServerConfig
 from treeline.errors import ConfigError, InvalidRequestError, TreelineError
-from treeline.rpc import read_tokens
+from treeline.rpc import TokenFile
 from treeline.status import RETRY_DELAY_S, code_of, from_rpc_error
 from treeline.v1 import generation_pb2 as pb
 
@@ -77,7 +76,7 @@ class HttpServer:
         cls, config: ServerConfig, max_body_bytes: int, door: FrontDoor, registry: CollectorRegistry
     ) -> HttpServer:
         """Raises ConfigError if the port is taken, or a certificate or token file cannot be read."""
-        tokens = read_tokens(config.token_file) if config.token_file else []
+        tokens = TokenFile(config.token_file) if config.token_file else None
         app = create_app(door, registry, tokens, max_body_bytes)
         settings = uvicorn.Config(
             app,
@@ -122,9 +121,8 @@ class _Server(uvicorn.Server):
 class Guard:
     """Asks for a bearer token and bounds the body, before anything is parsed."""
 
-    def __init__(self, app: ASGIApp, tokens: list[str], max_body_bytes: int) -> None:
-        self._app, self._max_body_bytes = app, max_body_bytes
-        self._tokens = [token.encode() for token in tokens]
+    def __init__(self, app: ASGIApp, tokens: TokenFile | None, max_body_bytes: int) -> None:
+        self._app, self._tokens, self._max_body_bytes = app, tokens, max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -132,7 +130,7 @@ class Guard:
         headers = Headers(scope=scope)
         path = scope["path"]
         is_open = path in OPEN_PATHS or path.startswith("/page/")
-        if not (is_open or self._knows(headers.get("authorization", ""))):
+        if not (is_open or self._tokens is None or self._tokens.accepts(headers.get("authorization", ""))):
             return await error_response(HTTPStatus.UNAUTHORIZED, "a valid bearer token is needed")(scope, receive, send)
         size = 0
 
@@ -147,13 +145,8 @@ class Guard:
 
         await self._app(scope, bounded, send)
 
-    def _knows(self, authorization: str) -> bool:
-        scheme, _, token = authorization.partition(" ")
-        shown = token.strip().encode() if scheme.lower() == "bearer" else b""
-        return not self._tokens or any(hmac.compare_digest(shown, known) for known in self._tokens)
 
-
-def create_app(door: FrontDoor, registry: CollectorRegistry, tokens: list[str], max_body_bytes: int) -> FastAPI:
+def create_app(door: FrontDoor, registry: CollectorRegistry, tokens: TokenFile | None, max_body_bytes: int) -> FastAPI:
     """The HTTP application. With `tokens`, all but `OPEN_PATHS` ask for one of them as a bearer token."""
     app = FastAPI(title="Treeline", docs_url=None, redoc_url=None)
     app.add_middleware(Guard, tokens=tokens, max_body_bytes=max_body_bytes)

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from front_door.http import HttpServer
 from front_door.routing import VerifierPool
 from front_door.service import FrontDoor
+from front_door.streams import MAX_SILENT, MAX_WATCHES, StreamLimits
 from treeline.config import Config
 from treeline.interceptors import SERVICE, CallInterceptor
 from treeline.metrics import FrontDoorMetrics, serve_metrics
@@ -56,8 +57,8 @@ class FrontDoorServer:
         server = new_server(
             config.server,
             config.limits.max_message_bytes,
-            interceptors=[CallInterceptor(metrics)],
-            max_concurrent_rpcs=generating * config.verifier.resources.replicas + EXTRA_RPCS,
+            interceptors=[StreamLimits(), CallInterceptor(metrics)],
+            max_concurrent_rpcs=generating * config.verifier.resources.replicas + EXTRA_RPCS + MAX_SILENT + MAX_WATCHES,
         )
         health_servicer = await add_standard_services(server, SERVICE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -49,7 +50,7 @@ def connect(endpoint: str, internal: InternalConfig, max_message_bytes: int) -> 
         ConfigError: a certificate or token file cannot be read.
     """
     options = [*client_options(max_message_bytes), ("grpc.enable_http_proxy", 0)]
-    interceptors = bearer_interceptors(read_tokens(internal.token_file)[0]) if internal.token_file else None
+    interceptors = bearer_interceptors(TokenFile(internal.token_file)) if internal.token_file else None
     if internal.tls is None:
         return grpc.aio.insecure_channel(endpoint, options, interceptors=interceptors)
     credentials = grpc.ssl_channel_credentials(_read(internal.tls.certificate))
@@ -70,7 +71,7 @@ def new_server(
     Raises:
         ConfigError: the token file cannot be read or holds no token.
     """
-    guards = [TokenInterceptor(read_tokens(access.token_file))] if access.token_file else []
+    guards = [TokenInterceptor(TokenFile(access.token_file))] if access.token_file else []
     options = [
         *message_limits(max_message_bytes),
         *_KEEPALIVE,
@@ -140,11 +141,42 @@ def read_tokens(path: Path) -> list[str]:
     return tokens
 
 
+class TokenFile:
+    """The bearer tokens of a file, read again when it has changed; while it can't be read, the last ones hold."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError if the file cannot be read or holds no token."""
+        self._path = path
+        self._stamp, self._tokens = self._seen(), read_tokens(path)
+
+    @property
+    def tokens(self) -> list[str]:
+        if (stamp := self._seen()) != self._stamp:
+            self._stamp = stamp
+            with contextlib.suppress(ConfigError):
+                self._tokens = read_tokens(self._path)
+        return self._tokens
+
+    def accepts(self, authorization: str) -> bool:
+        """Whether the value of an "authorization" header shows one of the tokens."""
+        scheme, _, token = authorization.partition(" ")
+        shown = token.strip().encode() if scheme.lower() == "bearer" else b""
+        # Every token is compared, so that the time taken says nothing about which one came close.
+        return sum(hmac.compare_digest(shown, known.encode()) for known in self.tokens) > 0
+
+    def _seen(self) -> tuple[int, int, int] | None:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+
 class TokenInterceptor(grpc.aio.ServerInterceptor):
     """Refuses calls without one of the accepted bearer tokens (UNAUTHENTICATED), health checks excepted."""
 
-    def __init__(self, tokens: Sequence[str]) -> None:
-        self._expected = [f"Bearer {token}".encode() for token in tokens]
+    def __init__(self, tokens: TokenFile) -> None:
+        self._tokens = tokens
 
     async def intercept_service(self, continuation: Callable, handler_call_details: grpc.HandlerCallDetails) -> Any:
         details = handler_call_details
@@ -154,9 +186,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 
     def _accepts(self, metadata: Sequence[tuple[str, str | bytes]]) -> bool:
         given = next((value for key, value in metadata if key == "authorization"), "")
-        given = given.encode() if isinstance(given, str) else given
-        # Every token is compared, so that the time taken says nothing about which one came close.
-        return sum(hmac.compare_digest(given, expected) for expected in self._expected) > 0
+        return self._tokens.accepts(given if isinstance(given, str) else given.decode("latin-1"))
 
 
 async def _refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
@@ -164,21 +194,21 @@ async def _refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
 
 
 class _Bearer:
-    """Shows a bearer token on every call of a channel."""
+    """Shows the first token of a file on every call of a channel."""
 
-    def __init__(self, token: str) -> None:
-        self._value = f"Bearer {token}"
+    def __init__(self, tokens: TokenFile) -> None:
+        self._tokens = tokens
 
     async def _intercept(self, continuation: Callable, client_call_details: Any, request: Any) -> Any:
         metadata = grpc.aio.Metadata(*(client_call_details.metadata or ()))
-        metadata["authorization"] = self._value
+        metadata["authorization"] = f"Bearer {self._tokens.tokens[0]}"
         return await continuation(client_call_details._replace(metadata=metadata), request)
 
     intercept_unary_unary = intercept_unary_stream = _intercept
     intercept_stream_unary = intercept_stream_stream = _intercept
 
 
-def bearer_interceptors(token: str) -> list[grpc.aio.ClientInterceptor]:
+def bearer_interceptors(tokens: TokenFile) -> list[grpc.aio.ClientInterceptor]:
     """One `_Bearer` for each kind of call: grpc.aio files an interceptor under the first kind it is an instance of."""
     kinds = (
         grpc.aio.UnaryUnaryClientInterceptor,
@@ -186,7 +216,7 @@ def bearer_interceptors(token: str) -> list[grpc.aio.ClientInterceptor]:
         grpc.aio.StreamUnaryClientInterceptor,
         grpc.aio.StreamStreamClientInterceptor,
     )
-    return [type("Bearer", (_Bearer, kind), {})(token) for kind in kinds]
+    return [type("Bearer", (_Bearer, kind), {})(tokens) for kind in kinds]
 
 
 def _server_credentials(tls: TlsConfig) -> grpc.ServerCredentials:

@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from front_door.server import FrontDoorServer
+from front_door.streams import MAX_SILENT, MAX_WATCHES
 from tests.verifier_svc.fake_engine import FakeEngine, FakeVerifier, fake_verifier, until
 from tests.verifier_svc.service.test_service import collect, details, failure, request
 from treeline.config import Config, InternalConfig, LimitsConfig, MetricsConfig, ServerConfig, TlsConfig
@@ -131,6 +132,25 @@ def test_what_only_the_verifier_can_see_comes_back_with_details():
     error = with_front_door(scenario, FakeEngine())
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert details(error, BadRequest).field_violations[0].field == "prompt"
+
+
+def test_a_huge_text_is_refused_before_it_is_tokenised(monkeypatch):
+    async def scenario(s):
+        prompt = "a b " * 975_000
+        for call in (s.stub.Generate(request(prompt=prompt)), s.stub.Tokenize(pb.TokenizeRequest(prompt=prompt))):
+            error = await failure(call)
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "3900000 characters" in error.details()
+        longer = await failure(s.stub.Tokenize(pb.TokenizeRequest(prompt="a" * 1025)))
+        assert longer.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "has 1025 tokens" in longer.details()
+
+    def tokenise(prompt, tokenizer):
+        assert len(prompt) < 2000, "tokenised all the same"
+        return list(prompt.encode())
+
+    monkeypatch.setattr("verifier_svc.service.service.token_ids_of", tokenise)
+    with_front_door(scenario, FakeEngine())
 
 
 @pytest.mark.parametrize("method", ["Generate", "Tokenize", "Abort"])
@@ -411,6 +431,40 @@ def test_tls_and_tokens_outside_and_inside(tmp_path):
     credentials = grpc.ssl_channel_credentials(certificate.read_bytes())
     got = with_front_door(scenario, FakeEngine(), config=config, credentials=credentials)
     assert got == (3, [grpc.StatusCode.UNAUTHENTICATED] * 3, SERVING)
+
+
+def test_streams_that_ask_for_nothing_shut_nobody_out():
+    """A stranger opens as many as he likes, with a message and without."""
+
+    async def scenario(s):
+        watch = health_pb2_grpc.HealthStub(s.channel).Watch
+        silent = s.channel.stream_stream("/treeline.v1.GenerationService/Generate")
+        opened = [watch(health_pb2.HealthCheckRequest()) for _ in range(336)]
+        for _ in range(2):
+            opened += [silent() for _ in range(300)]
+            await asyncio.gather(*(call.wait_for_connection() for call in opened[-300:]))
+        started_s = asyncio.get_running_loop().time()
+        await collect(s.stub.Generate(request()))
+        assert await s.health() == SERVING
+        assert asyncio.get_running_loop().time() - started_s < 5, "1 s where nothing else runs"
+        codes = [await call.code() for call in opened if call.done()]
+        assert set(codes) == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert len(codes) >= 336 - MAX_WATCHES + 600 - MAX_SILENT
+        for call in opened:
+            call.cancel()
+        await collect(s.stub.Generate(request()))
+
+    with_front_door(scenario, FakeEngine())
+
+
+def test_a_call_that_stays_silent_ends(monkeypatch):
+    monkeypatch.setattr("front_door.streams.MESSAGE_TIMEOUT_S", 0.1)
+
+    async def scenario(s):
+        call = s.channel.stream_stream("/treeline.v1.GenerationService/Generate")()
+        return await call.code()
+
+    assert with_front_door(scenario, FakeEngine()) is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def test_the_front_door_is_light():

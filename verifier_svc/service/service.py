@@ -13,7 +13,7 @@ import grpc
 
 import treeline
 from treeline.config import LimitsConfig, VerifierConfig
-from treeline.errors import RequestBrokenError
+from treeline.errors import FieldViolation, InvalidRequestError, RequestBrokenError
 from treeline.plan import Plan
 from treeline.plan_wire import plan_summary
 from treeline.request import identify, identity
@@ -28,6 +28,8 @@ from verifier_svc.service.validation import ServedModel, parse_generate, parse_t
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+TOKENISING_THREADS = 2
+"""A long prompt must not hold up the streams or all other prompts, nor may prompts take every core."""
 _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -67,8 +69,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         """`plan`: gives the plan in force."""
         self._engine, self._tokenizer, self._info, self._plan = engine, tokenizer, info, plan
         self._limits, self._verifier = limits, verifier
-        # One thread: long prompts must not hold up the streams, nor take every core.
-        self._tokenising = ThreadPoolExecutor(1, "tokenise")
+        self._tokenising = ThreadPoolExecutor(TOKENISING_THREADS, "tokenise")
         self._compile, self._compiling = GrammarCompiler(tokenizer, info), ThreadPoolExecutor(1, "grammar")
 
     async def Generate(
@@ -120,7 +121,11 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
-        return pb.TokenizeResponse(token_ids=await self._token_ids(parse_tokenize(request, self._info)))
+        token_ids, most = await self._token_ids(parse_tokenize(request, self._info)), self._info.max_context_tokens
+        if len(token_ids) > most:
+            problem = f"has {len(token_ids)} tokens, more than the {most} of the context"
+            raise InvalidRequestError(FieldViolation("input", problem))
+        return pb.TokenizeResponse(token_ids=token_ids)
 
     async def _compiled(self, grammar: pb.Grammar) -> Grammar:
         return await asyncio.get_running_loop().run_in_executor(self._compiling, self._compile, grammar)

@@ -21,6 +21,8 @@ from verifier_svc.service.chat import ROLES, ChatMessages, Prompt
 DEFAULT_MAX_TOKENS = 256
 MAX_REQUEST_ID_CHARS, MAX_POLICY_CHARS = 128, 64
 MAX_STOP_TOKEN_IDS, MAX_PRIORITY = 256, 4
+CHARACTERS_PER_TOKEN = 32
+"""On average of a whole prompt at most. Prose has 4 to 5; only runs of one character, such as spaces, come near."""
 MAX_ELAPSED_S = 7 * 86400
 GREEDY_BELOW, MAX_TEMPERATURE = 0.01, 100.0
 """A colder temperature than the first differs from greedy only where two logits all but tie."""
@@ -182,6 +184,7 @@ def _prompt(check: _Checker, request: pb.GenerateRequest | pb.TokenizeRequest, i
     kind = request.WhichOneof("input")
     if kind == "prompt":
         check.that(bool(request.prompt), "prompt", "is empty")
+        _check_characters(check, "prompt", len(request.prompt), info)
         return request.prompt
     if kind == "chat":
         return _chat(check, request.chat.messages, info)
@@ -198,12 +201,20 @@ def _prompt(check: _Checker, request: pb.GenerateRequest | pb.TokenizeRequest, i
 def _chat(check: _Checker, messages: Sequence[pb.ChatMessage], info: ServedModel) -> ChatMessages:
     check.that(info.has_chat_template, "chat", f"model {info.name!r} has no chat template; send a prompt")
     check.that(len(messages) > 0, "chat.messages", "is empty")
+    _check_characters(check, "chat.messages", sum(len(message.content) for message in messages), info)
     for index, message in enumerate(messages[:MAX_VIOLATIONS]):
         field = f"chat.messages[{index}]"
         problem = f"is {_quoted(message.role)}, must be one of {', '.join(ROLES)}"
         check.that(message.role in ROLES, f"{field}.role", problem)
         check.that(message.role != "user" or bool(message.content), f"{field}.content", "is empty")
     return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _check_characters(check: _Checker, field: str, characters: int, info: ServedModel) -> None:
+    """Refuse what cannot fit the context before a tokeniser works on it for seconds."""
+    most = info.max_context_tokens * CHARACTERS_PER_TOKEN
+    problem = f"has {characters} characters; {info.max_context_tokens} tokens are taken to hold {most} at most"
+    check.that(characters <= most, field, problem)
 
 
 def _token_ids(check: _Checker, field: str, ids: Sequence[int], info: ServedModel) -> list[int]:
