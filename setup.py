@@ -24,6 +24,7 @@ setup(
         "matplotlib>=3.10",
         "numpy>=2",
         "prometheus-client>=0.26",
+        "psutil>=7",
         "pydantic>=2.14",
         "pyyaml>=6",
         "ray[serve]>=2.60,<2.61",

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from deploy.run import write_targets
+from deploy.running import write_targets
 from planner.service import latency
 from tests.deploy.services import Services
 from treeline.config import MetricsConfig

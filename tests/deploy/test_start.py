@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -31,6 +36,7 @@ def serve(folder: Path, config: dict) -> subprocess.Popen:
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(folder)},
         stderr=subprocess.PIPE,
         text=True,
+        process_group=0,
     )
 
 
@@ -61,6 +67,74 @@ def test_folders_named_like_our_packages_do_not_matter(target, tmp_path):
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
+
+
+@dataclass
+class Serving:
+    """A running `treeline serve`, and the processes it has started."""
+
+    process: subprocess.Popen
+    started: list[psutil.Process]
+    targets_file: Path
+
+    def raylet(self) -> psutil.Process:
+        return next(one for one in self.started if one.name() == "raylet")
+
+    def check_nothing_is_left(self) -> None:
+        _, alive = psutil.wait_procs(self.started, timeout=3)
+        assert not alive
+        assert not self.targets_file.exists()
+
+
+@pytest.fixture
+def serving(target, tmp_path) -> Iterator[Serving]:
+    process = serve(tmp_path, plain(target, tmp_path))
+    started: list[psutil.Process] = []
+    try:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "serving at" in line:
+                break
+        assert "serving at" in lines[-1], lines
+        time.sleep(5)  # for it to have looked once at what runs, and to have written its targets file
+        started += psutil.Process(process.pid).children(recursive=True)
+        yield Serving(process, started, tmp_path / "targets.json")
+    finally:
+        for one in (*started, psutil.Process(process.pid) if process.poll() is None else None):
+            if one is not None and one.is_running():
+                one.kill()
+
+
+def test_a_dead_raylet_ends_the_service_with_a_reason(serving):
+    serving.raylet().kill()
+    killed_s = time.monotonic()
+    _, errors = serving.process.communicate(timeout=60)
+    assert serving.process.returncode == 1
+    assert time.monotonic() - killed_s < 30
+    assert "treeline: Ray's raylet has ended; logs: " in errors
+    assert "Traceback" not in errors
+    serving.check_nothing_is_left()
+
+
+def test_sigterm_ends_the_service_cleanly(serving):
+    serving.process.send_signal(signal.SIGTERM)
+    assert serving.process.wait(30) == 0
+    serving.check_nothing_is_left()
+
+
+def test_sigterm_to_the_whole_group_ends_the_service_too(serving):
+    os.killpg(serving.process.pid, signal.SIGTERM)
+    assert serving.process.wait(30) == 0
+    serving.check_nothing_is_left()
+
+
+def test_a_second_interrupt_ends_the_service_at_once(serving):
+    serving.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    serving.process.send_signal(signal.SIGINT)
+    assert serving.process.wait(10) in (0, 130)  # 0: it had ended already
+    serving.check_nothing_is_left()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""The processes of the Ray that this process has started: whether they live, and their end."""
+
+from __future__ import annotations
+
+import contextlib
+
+import psutil
+import ray
+
+VITAL = ("gcs_server", "raylet")
+"""Without either of them no replica is replaced any more."""
+KILL_TIMEOUT_S = 3.0
+
+
+class RayProcesses:
+    """Empty for a cluster that was joined: its processes belong to others."""
+
+    def __init__(self) -> None:
+        kinds = ray._private.worker._global_node.all_processes  # type: ignore[attr-defined]
+        self._parts = [(kind, info.process) for kind, infos in kinds.items() for info in infos]
+        self._seen: set[psutil.Process] = set()
+
+    def ended(self) -> str:
+        """The vital process that has ended, by name; empty while all live."""
+        return next((kind for kind, process in self._parts if kind in VITAL and process.poll() is not None), "")
+
+    def look(self) -> None:
+        """Remember which processes there are: those of a dead raylet can't be found any more."""
+        for _, process in self._parts:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                part = psutil.Process(process.pid)
+                self._seen |= {part, *part.children(recursive=True)}
+
+    def kill(self) -> None:
+        """End all of them, at once."""
+        self.look()
+        for _, process in self._parts:  # first, as the raylet would replace its workers
+            process.kill()
+        for one in list(self._seen):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        psutil.wait_procs(self._seen, timeout=KILL_TIMEOUT_S)
