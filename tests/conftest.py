@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+import tests.lm.interpreter  # noqa: F401  # before any test imports Triton's kernels
+
 MAY_BE_SKIPPED_IN_CI = re.compile(
     "no CUDA device|this machine has a CUDA device"
     "|no vectors of 16|one core"  # the processor

@@ -110,13 +110,15 @@ def test_only_wanted_rows_come_back(padded: LanguageModel, prompt: int) -> None:
     torch.testing.assert_close(logits, reference_logits(padded.hf, texts[0])[-1:], **CLOSE)
 
 
-def test_what_does_not_fit_is_packed(padded: LanguageModel) -> None:
+def test_a_batch_that_does_not_fit_one_pass_runs_as_several(padded: LanguageModel) -> None:
     tokens = random_tokens(np.random.default_rng(3), BUCKETS[-1] - 52)
     cache = padded.new_cache(2048, 16)
+    before = padded.passes.counts["eager"]
     sequences = [cache.allocate(len(tokens)) for _ in range(2)]
     logits = padded.forward([PackedSequence(s, tokens, None, "last") for s in sequences], cache)
     torch.testing.assert_close(logits, reference_logits(padded.hf, tokens)[-1:].expand(2, -1), **CLOSE)
-    assert padded.passes.how == "packed"
+    assert padded.passes.how == "eager"
+    assert padded.passes.counts["eager"] - before == 2
 
 
 def test_outputs_are_not_overwritten_by_the_next_pass(padded: LanguageModel) -> None:

@@ -110,10 +110,10 @@ def test_every_tree_of_a_batch_gets_its_own_and_stays_within_its_allowance():
         texts = [random.integers(0, 4, random.integers(1, 40)).tolist() for _ in range(count)]
         trees = []
         for _ in texts:
-            n = int(random.integers(0, 8))
-            rows = {(int(random.integers(-1, i)) if i else -1, int(random.integers(4))) for i in range(n)}
-            rows = sorted(row for row in rows if row[0] < len(rows))
-            rows = [(p, t) for i, (p, t) in enumerate(rows) if p < i]
+            rows: list[tuple[int, int]] = []
+            for _ in range(int(random.integers(0, 8))):
+                row = int(random.integers(-1, len(rows))), int(random.integers(4))
+                rows += [row] if row not in rows else []
             trees.append(Forest.of_tree([t for _, t in rows], [p for p, _ in rows], [0.4] * len(rows)))
         forest = grafted(trees, texts, nodes=5, depth=6)
         sizes = np.asarray([len(tree) for tree in trees])
