@@ -78,6 +78,7 @@ def run(config: Config, *, block: bool, report: Callable[[str], None] = lambda p
     secret = None if secured is config else secured.internal.token_file
     app = RunningApp(endpoint, config.metrics.targets_file, secret)
     if block:
+        app.stop_on_signals()  # before anybody is told that it serves, and may stop it
         print(f"serving at {app.endpoint}; Ctrl-C stops", file=sys.stderr, flush=True)
         problem = app.wait()
         print(f"treeline: {problem}; logs: {logs}" if problem else "stopping ...", file=sys.stderr, flush=True)

@@ -45,13 +45,13 @@ class RunningApp:
         for watch in (self._keep_targets, self._keep_status):
             threading.Thread(target=watch, name=watch.__name__, daemon=True).start()
 
-    def wait(self) -> str:
-        """Until SIGINT or SIGTERM, or until the application can't come back by itself: returns why, else nothing.
-
-        A second signal ends everything at once.
-        """
+    def stop_on_signals(self) -> None:
+        """Let SIGINT and SIGTERM end `wait`. A second one ends everything at once."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
+
+    def wait(self) -> str:
+        """Until a signal, or until the application can't come back by itself: returns why, else nothing."""
         while not self._stopping.wait(CHECK_INTERVAL_S):
             self._silent_checks += 1
             if ended := self._ray.ended():

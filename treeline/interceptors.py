@@ -19,6 +19,8 @@ from treeline.v1 import generation_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
+DEADLINE_SLACK_S = 0.02
+"""A call that is cancelled this shortly before its deadline has met its deadline: timers fire a little early."""
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 _PREFIX = f"/{SERVICE}/"
 
@@ -87,7 +89,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return await answer()
         except asyncio.CancelledError:
             left_s = context.time_remaining()
-            out_of_time = left_s is not None and left_s <= 0
+            out_of_time = left_s is not None and left_s <= DEADLINE_SLACK_S
             code = grpc.StatusCode.DEADLINE_EXCEEDED if out_of_time else grpc.StatusCode.CANCELLED
             raise
         except TreelineError as error:
