@@ -240,7 +240,7 @@ async def _answer(door: FrontDoor, dialect: Dialect, body: ChatBody | Completion
     echoed = [request.prompt if isinstance(body, CompletionBody) and body.echo else "" for request in requests]
     reply = Reply(dialect, request_id, info.model, echoed)
     if not body.stream:
-        answers = await _unless_gone(call, asyncio.gather(*(_collected(door, request) for request in requests)))
+        answers = await _unless_gone(call, asyncio.ensure_future(_collected(door, requests)))
         return JSONResponse(reply.whole(answers), headers=headers)
     merged = _merged(door, requests)
     first = await anext(merged)  # what is refused at once is refused with its own status
@@ -260,9 +260,13 @@ async def _unless_gone(call: Request, work: asyncio.Future[Any]) -> Any:
         work.cancel()
 
 
-async def _collected(door: FrontDoor, request: pb.GenerateRequest) -> list[pb.GenerateResponse]:
-    async with aclosing(door.Generate(request, HttpCall())) as responses:  # type: ignore[type-var]
-        return [response async for response in responses]
+async def _collected(door: FrontDoor, requests: list[pb.GenerateRequest]) -> list[list[pb.GenerateResponse]]:
+    """All responses of each request. If one fails, all of them end."""
+    answers: list[list[pb.GenerateResponse]] = [[] for _ in requests]
+    async with aclosing(_merged(door, requests)) as responses:  # type: ignore[type-var]
+        async for index, response in responses:
+            answers[index].append(response)
+    return answers
 
 
 Indexed = tuple[int, pb.GenerateResponse]

@@ -267,6 +267,21 @@ def test_a_client_that_hangs_up_ends_its_requests(stream):
     assert with_client(scenario, FakeEngine(step_s=0.02)) == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_is_refused_ends_its_siblings(stream):
+    async def scenario(client, s):
+        async def ask():
+            options = {"max_tokens": 1000, "n": 2, "stream": stream}
+            answer = await client.chat.completions.create(model="fake", messages=HELLO, **options)
+            return [chunk async for chunk in answer]
+
+        with pytest.raises(openai.APIError):
+            await ask()
+        await until(lambda: not s.engines[0].open, timeout_s=1)
+
+    with_client(scenario, FakeEngine(step_s=0.02, capacity=1))
+
+
 def test_an_error_in_mid_stream_is_an_event():
     async def scenario(client, s):
         stream = await client.chat.completions.create(model="fake", messages=HELLO, max_tokens=8, stream=True)
