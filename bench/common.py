@@ -14,7 +14,7 @@ from lm.device import processor_name
 from treeline.errors import ConfigError
 
 OWN_PROMPTS = Path(__file__).parent / "prompts.jsonl"
-VERSIONS_OF = ("treeline", "torch", "transformers", "ray", "grpcio")
+VERSIONS_OF = ("treeline-serve", "torch", "transformers", "ray", "grpcio")
 
 
 @dataclass(frozen=True)
