@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from planner.fast.cost import pass_s, verify_seconds
 from planner.policies import Layer, Policy
-from planner.policies.base import MAX_CHILDREN, MAX_DEPTH, MAX_NODES, Growth, places_by_score
+from planner.policies.base import MAX_CHILDREN, Growth, places_by_score
 from planner.policies.parse import bounded, register
+from treeline.config import MAX_TREE_DEPTH, MAX_TREE_NODES
 from treeline.plan import CostModel, Plan
 
 MAX_LENGTH = 8
@@ -236,12 +237,12 @@ def _opt_tree(parameters: list[str]) -> Policy:
     nodes, depth, *threshold = parameters
     if len(threshold) > 1 or (threshold and not 0 <= float(threshold[0]) < 1):
         raise ValueError
-    return OptTree(bounded(nodes, MAX_NODES), bounded(depth, MAX_DEPTH), *map(float, threshold))
+    return OptTree(bounded(nodes, MAX_TREE_NODES), bounded(depth, MAX_TREE_DEPTH), *map(float, threshold))
 
 
 def _sequoia(parameters: list[str]) -> Policy:
     nodes, depth = parameters
-    return Sequoia(bounded(nodes, MAX_NODES), bounded(depth, MAX_DEPTH))
+    return Sequoia(bounded(nodes, MAX_TREE_NODES), bounded(depth, MAX_TREE_DEPTH))
 
 
 register("sequoia", "NODES,DEPTH", _sequoia)

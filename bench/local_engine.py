@@ -16,8 +16,9 @@ from lm.store import vocabulary_sha256
 from planner.service.loop import PlanMaker, VerifierState
 from treeline.config import Config
 from treeline.drafting import DraftLink
-from treeline.plan import CostCurve, StepRecord, VerifierProfile
+from treeline.plan import CostCurve, VerifierProfile
 from treeline.sampling import SamplingParams
+from treeline.step_record import StepRecord
 from verifier_svc.engine.engine import Engine
 from verifier_svc.engine.request import Chunk, GenerationRequest
 from verifier_svc.engine.sequence import Output

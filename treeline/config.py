@@ -20,6 +20,9 @@ SPIN_COUNT = "30000"
 """`GOMP_SPINCOUNT` of every process that runs a model, unless the environment has one: how long idle OpenMP threads
 keep their core. About a millisecond: from one matrix product to the next, but not while another process works."""
 
+MAX_RUNNING_REQUESTS, MAX_TREE_NODES, MAX_TREE_DEPTH = 1024, 256, 32
+"""What `limits` may be set to. They bound the numbers of messages between services, and the sizes of arrays."""
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -71,12 +74,12 @@ class ModelConfig(Section):
 class LimitsConfig(Section):
     """Nothing is unbounded."""
 
-    max_running_requests: int = Field(default=16, ge=1, le=1024)
+    max_running_requests: int = Field(default=16, ge=1, le=MAX_RUNNING_REQUESTS)
     max_waiting_requests: int = Field(default=64, ge=0)
     max_context_tokens: int = Field(default=2048, ge=16, description="prompt and output together")
     max_output_tokens: int = Field(default=1024, ge=1)
-    max_tree_nodes: int = Field(default=64, ge=0, le=256, description="per request and step")
-    max_tree_depth: int = Field(default=8, ge=0, le=32)
+    max_tree_nodes: int = Field(default=64, ge=0, le=MAX_TREE_NODES, description="per request and step")
+    max_tree_depth: int = Field(default=8, ge=0, le=MAX_TREE_DEPTH)
     max_stop_strings: int = Field(default=16, ge=0)
     max_stop_string_chars: int = Field(default=256, ge=1)
     max_logprobs: int = Field(default=20, ge=0)

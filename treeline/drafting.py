@@ -14,15 +14,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from treeline.bounds import check_numbers
+from treeline.config import MAX_TREE_DEPTH
 from treeline.forest import Forest, checked, forest_from_proto, forest_to_proto
-from treeline.plan import Plan
-from treeline.plan_wire import plan_from_proto, plan_to_proto
+from treeline.messages import check_numbers, from_message, to_message
+from treeline.plan import Plan, plan_from_proto, plan_to_proto
 from treeline.sampling import SamplingParams
 from treeline.v1 import drafting_pb2 as pb
 
-MAX_LAYERS = 64
-"""Most layers whose cost an answer may report; trees are at most 32 deep (`limits.max_tree_depth`)."""
 _EXPONENT = np.uint16(0x7F80)
 """Of bfloat16: all ones stand for infinity or NaN."""
 NO_FEATURES = np.zeros((0, 0), np.uint16)
@@ -190,15 +188,12 @@ def request_from_proto(message: pb.DraftRequest, plan: Plan | None = None) -> Dr
 
 
 def reply_to_proto(reply: DraftReply) -> pb.DraftResponse:
-    stats = reply.stats
-    return pb.DraftResponse(
+    return to_message(
+        reply.stats,
+        pb.DraftResponse,
         step_id=reply.step_id,
         forest=forest_to_proto(reply.forest),
         held=[pb.HeldTokens(session_id=session_id, tokens=tokens) for session_id, tokens in reply.held.items()],
-        draft_s=stats.draft_s,
-        layer_nodes=stats.layer_nodes,
-        catch_up_tokens=stats.catch_up_tokens,
-        layer_s=stats.layer_s,
     )
 
 
@@ -220,25 +215,18 @@ def reply_from_proto(message: pb.DraftResponse, request: DraftRequest, vocab_siz
     if any(tokens >= lengths.get(session_id, 0) for session_id, tokens in held.items()):
         raise ValueError("a session is said to hold tokens that it was never given")
     check_numbers(message, {})
-    if max(len(message.layer_s), len(message.layer_nodes)) > MAX_LAYERS:
+    if max(len(message.layer_s), len(message.layer_nodes)) > MAX_TREE_DEPTH:
         raise ValueError("statistics of drafting out of range")
-    layers = DraftStats(message.draft_s, tuple(message.layer_nodes), message.catch_up_tokens, tuple(message.layer_s))
-    return DraftReply(message.step_id, forest, held, layers, refused)
+    return DraftReply(message.step_id, forest, held, from_message(message, DraftStats), refused)
 
 
 def _sequence_to_proto(sequence: DraftSequence) -> pb.DraftSequence:
-    return pb.DraftSequence(
-        session_id=sequence.session_id,
-        start=sequence.start,
-        token_ids=sequence.token_ids,
-        sampling=pb.DraftSampling(**vars(sequence.sampling)),
-        policy=sequence.policy,
-        max_nodes=sequence.max_nodes,
-        max_depth=sequence.max_depth,
-        weight=sequence.weight,
+    return to_message(
+        sequence,
+        pb.DraftSequence,
+        sampling=to_message(sequence.sampling, pb.DraftSampling),
         feature_rows=len(sequence.features),
         features=sequence.features.astype("<u2").tobytes(),
-        prompt_tokens=sequence.prompt_tokens,
     )
 
 
@@ -253,30 +241,15 @@ def _sequence_from_proto(message: pb.DraftSequence) -> DraftSequence:
         and 0 <= given.min_p <= 1
         and 0 < given.repetition_penalty < math.inf
         and all(map(math.isfinite, finite))
-        and 0 <= message.weight < math.inf
+        and 0 < message.weight < math.inf
     ):
         raise ValueError(f"session {message.session_id}: a sampling parameter or the weight is out of range")
-    return DraftSequence(
-        session_id=message.session_id,
-        start=message.start,
+    return from_message(
+        message,
+        DraftSequence,
         token_ids=list(message.token_ids),
-        sampling=SamplingParams(
-            given.temperature,
-            given.top_p,
-            given.top_k,
-            given.repetition_penalty,
-            given.seed,
-            given.presence_penalty,
-            given.frequency_penalty,
-            given.min_p,
-            dict(given.logit_bias),
-        ),
-        policy=message.policy,
-        max_nodes=message.max_nodes,
-        max_depth=message.max_depth,
-        weight=message.weight,
+        sampling=from_message(given, SamplingParams),
         features=_features_from_proto(message),
-        prompt_tokens=message.prompt_tokens,
     )
 
 

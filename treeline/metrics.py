@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from treeline.config import MetricsConfig
 from treeline.errors import ConfigError
-from treeline.plan import StepRecord
+from treeline.step_record import StepRecord
 
 PREFIX = "treeline"
 PORTS_TRIED = 64

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+
+from treeline.config import MAX_RUNNING_REQUESTS, MAX_TREE_DEPTH, MAX_TREE_NODES
+from treeline.messages import Bounds, check_numbers, from_message, to_message
+from treeline.v1 import generation_pb2
+from treeline.v1 import planning_pb2 as pb
 
 SOURCES = 3
 DEPTHS = 8
@@ -156,94 +163,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class NodeOutcomes:
-    """Verified nodes whose parent was accepted: the only ones whose acceptance was observed. Columns of equal length.
-
-    Attributes:
-        sources, depths, ranks: uint8 [k].
-        sampled, accepted: bool [k].
-        draft_probs: float32 [k].
-    """
-
-    sources: NDArray[np.uint8]
-    depths: NDArray[np.uint8]
-    ranks: NDArray[np.uint8]
-    sampled: NDArray[np.bool_]
-    draft_probs: NDArray[np.float32]
-    accepted: NDArray[np.bool_]
-
-    @staticmethod
-    def empty() -> NodeOutcomes:
-        return _NO_OUTCOMES
-
-
-_BYTES, _BOOLS = np.zeros(0, np.uint8), np.zeros(0, np.bool_)
-_NO_OUTCOMES = NodeOutcomes(_BYTES, _BYTES, _BYTES, _BOOLS, np.zeros(0, np.float32), _BOOLS)
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one engine step did and cost; the planner learns from nothing else.
-
-    Attributes:
-        sequences: decoding requests verified in the step.
-        tokens: tokens of the verification pass, prefill included.
-        prefill_tokens: prompt tokens among them.
-        context_tokens: committed tokens of all sequences together.
-        drafted_nodes, verified_nodes, accepted_nodes: draft nodes at each stage, over the batch.
-        emitted_tokens: tokens given to requests.
-        running, waiting: requests when the step began.
-        free_slots: sequences that could still be admitted (slots and blocks).
-        draft_s: seconds that drafting took in all: messages, waiting for the drafter, pruning.
-        drafter_s: seconds the drafter itself worked.
-        draft_layer_nodes: nodes run per layer of the draft model.
-        verify_s: seconds of the verification pass and sampling.
-        predicted_verify_s: what the plan's cost model said of this pass before it ran.
-        step_s: seconds of the whole step.
-        goodput: weighted tokens per second this step was expected to bring at the chosen size, 0 if undrafted.
-        price: R + mu * Q of this step, tokens per second, 0 if undrafted.
-        node_s: worth of the best node that was drafted and not verified, as seconds at the price; 0 if there was none.
-        catch_up_tokens: what the drafter ran to bring its cache up to date; where they are many, the step does not
-            teach draft costs.
-        drafted_requests: requests that the drafter was asked to draft for.
-        pass_how: how the verification pass ran: "replayed" (a captured CUDA graph), "eager" (the same, uncaptured), or
-            "packed" (without padding; the only way on a CPU).
-        gaps: (seconds, tokens) per request that got tokens behind its first one: since when it waited, how many came.
-        first_token_s: per request that got its first token: seconds from its arrival.
-    """
-
-    step_id: int
-    unix_s: float
-    plan_version: int
-    sequences: int
-    tokens: int
-    prefill_tokens: int
-    context_tokens: int
-    drafted_nodes: int
-    verified_nodes: int
-    accepted_nodes: int
-    emitted_tokens: int
-    running: int
-    waiting: int
-    free_slots: int
-    draft_s: float
-    drafter_s: float
-    draft_layer_nodes: tuple[int, ...]
-    verify_s: float
-    predicted_verify_s: float
-    step_s: float
-    goodput: float
-    price: float
-    outcomes: NodeOutcomes = field(default_factory=NodeOutcomes.empty)
-    catch_up_tokens: int = 0
-    node_s: float = 0.0
-    drafted_requests: int = 0
-    pass_how: str = ""
-    gaps: tuple[tuple[float, int], ...] = ()
-    first_token_s: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
 class VerifierProfile:
     """Measured at start, before the first request: what passes of several sizes take on this device.
 
@@ -255,3 +174,116 @@ class VerifierProfile:
     verify: tuple[CostCurve, ...]
     draft_layer_s: float = 0.0
     draft_node_s: float = 0.0
+
+
+MAX_PASS_TOKENS = 2 * MAX_RUNNING_REQUESTS * MAX_TREE_NODES
+"""Tokens of one pass: twice the largest batch with the largest trees. It sizes the arrays that curves are read into."""
+MIN_SECONDS = 1e-7
+"""Anything measured faster was not measured: its logarithm would be far off."""
+MAX_CURVE_POINTS = 1024
+"""Points of all curves of a profile together: the tracker's covariance of them takes 8 MB. A real profile has 60."""
+_MAX_PROMPT_RATIO = 32.0
+"""A prompt token and a decoded one differ by less: 0.6 to 1.0 was measured (docs/decisions.md)."""
+_BOUNDS: Bounds = {
+    "created_unix_s": (0, 1e11),
+    "lifetime_s": (0, math.inf),  # the built-in plan has no end
+    "step_budget_s": (0, math.inf),  # there may be none
+    "age_s": (0, math.inf),  # of what was never measured
+    "seconds": (MIN_SECONDS, 1e6),
+    "verify_scale": (0.01, 100),
+    "prompt_ratio": (1 / _MAX_PROMPT_RATIO, _MAX_PROMPT_RATIO),
+    "delta": (0, 200),
+    "rho": (0, 200),
+    "acceptance": (0, 1),
+    "kappa": (0, 1),
+    "sequences": (1, MAX_RUNNING_REQUESTS),
+    "tokens": (1, MAX_PASS_TOKENS),
+    "max_nodes": (0, MAX_TREE_NODES),
+    "max_depth": (0, MAX_TREE_DEPTH),
+}
+"""Bounds of every number that sizes an array, divides, or whose logarithm is taken."""
+
+
+def plan_to_proto(plan: Plan) -> pb.Plan:
+    paper = plan.cost.paper
+    return to_message(
+        plan,
+        pb.Plan,
+        cost=to_message(
+            plan.cost,
+            pb.CostModel,
+            verify=_curves_to_proto(plan.cost.verify),
+            paper=to_message(paper, pb.PaperFit) if paper else None,
+        ),
+        calibration=pb.Calibration(
+            acceptance=plan.calibration.acceptance.ravel().tolist(),
+            kappa=plan.calibration.kappa.ravel().tolist(),
+        ),
+        signals=_signals_to_proto(plan.signals),
+    )
+
+
+def plan_from_proto(message: pb.Plan) -> Plan:
+    """Raises ValueError if a number is out of range, the calibration has another shape or there is no cost curve."""
+    check_numbers(message, _BOUNDS)
+    cost, calibration = message.cost, message.calibration
+    if not cost.verify:
+        raise ValueError("a plan without a cost curve")
+    return from_message(
+        message,
+        Plan,
+        cost=from_message(
+            cost,
+            CostModel,
+            verify=_curves_from_proto(cost.verify),
+            paper=from_message(cost.paper, PaperFit) if cost.HasField("paper") else None,
+        ),
+        calibration=Calibration(
+            np.asarray(calibration.acceptance, np.float32).reshape(SOURCES, 2, DEPTHS, PROB_BINS),
+            np.asarray(calibration.kappa, np.float32).reshape(2, DEPTHS),
+        ),
+        signals=tuple(from_message(signal, Signal) for signal in message.signals),
+    )
+
+
+def profile_to_proto(profile: VerifierProfile) -> pb.VerifierProfile:
+    return to_message(profile, pb.VerifierProfile, verify=_curves_to_proto(profile.verify))
+
+
+def profile_from_proto(message: pb.VerifierProfile) -> VerifierProfile:
+    """Raises ValueError if there is no curve, a curve is malformed or a number is out of range."""
+    check_numbers(message, _BOUNDS)
+    if not message.verify:
+        raise ValueError("a profile without a cost curve")
+    return from_message(message, VerifierProfile, verify=_curves_from_proto(message.verify))
+
+
+def plan_summary(plan: Plan) -> generation_pb2.VerifierPlan:
+    """The part of a plan that clients may see."""
+    return to_message(
+        plan,
+        generation_pb2.VerifierPlan,
+        step_budget_s=plan.step_budget_s if math.isfinite(plan.step_budget_s) else None,
+        signals=_signals_to_proto(plan.signals),
+        age_s=time.time() - plan.created_unix_s if plan.version else 0.0,
+    )
+
+
+def _signals_to_proto(signals: Iterable[Signal]) -> list[generation_pb2.PlanSignal]:
+    return [to_message(signal, generation_pb2.PlanSignal) for signal in signals]
+
+
+def _curves_to_proto(curves: Iterable[CostCurve]) -> list[pb.CostCurve]:
+    return [to_message(curve, pb.CostCurve) for curve in curves]
+
+
+def _curves_from_proto(messages: Iterable[pb.CostCurve]) -> tuple[CostCurve, ...]:
+    curves = tuple(from_message(message, CostCurve) for message in messages)
+    for curve in curves:
+        if not curve.sequences or not curve.tokens or len(curve.tokens) != len(curve.seconds):
+            raise ValueError("a cost curve without points or sequences")
+        if (np.diff(curve.tokens) <= 0).any() or (np.diff(curve.seconds) < 0).any():
+            raise ValueError("a cost curve that falls")
+    if sum(len(curve.tokens) for curve in curves) > MAX_CURVE_POINTS:
+        raise ValueError(f"cost curves of more than {MAX_CURVE_POINTS} points")
+    return curves

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from treeline.plan import DEPTHS, PROB_BINS, SOURCES, Calibration, NodeOutcomes
+from treeline.plan import DEPTHS, PROB_BINS, SOURCES, Calibration
+from treeline.step_record import NodeOutcomes
 
 DECAY = 0.99
 """Share of the evidence kept per update: half of it is 70 steps old, 2 to 4 s of decoding on a CPU."""

@@ -8,8 +8,7 @@ from planner.fast.acceptance import prior
 from treeline.config import LimitsConfig
 from treeline.plan import CostCurve, CostModel, Plan
 
-MAX_NODES = 8
-MAX_DEPTH = 4
+BUILTIN_NODES, BUILTIN_DEPTH = 8, 4
 """Nodes and layers of a request's tree: with its root it fits the tokens that are nearly free."""
 FLAT_UP_TO_TOKENS = 8
 """Tokens that a memory-bound pass takes at little more than the cost of one: 8 on a CPU (bench step), more on GPUs."""
@@ -33,7 +32,7 @@ def builtin_plan(limits: LimitsConfig) -> Plan:
         cost=CostModel(verify=(CostCurve(1, 64, tokens, seconds),)),
         calibration=prior(),
         price=0.0,
-        max_nodes=min(MAX_NODES, limits.max_tree_nodes),
-        max_depth=min(MAX_DEPTH, limits.max_tree_depth),
+        max_nodes=min(BUILTIN_NODES, limits.max_tree_nodes),
+        max_depth=min(BUILTIN_DEPTH, limits.max_tree_depth),
         reason="built in: no plan has been received",
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from planner.policies.base import MAX_CHILDREN, MAX_DEPTH, MAX_NODES, Policy
+from planner.policies.base import MAX_CHILDREN, Policy
 from planner.policies.fixed import Chain, Eagle2, Off, Static
 from planner.policies.smart import Smart, SmartPaper
+from treeline.config import MAX_TREE_DEPTH, MAX_TREE_NODES
 from treeline.errors import ConfigError
 
 _KNOWN: dict[str, tuple[str, Callable[[list[str]], Policy]]] = {}
@@ -36,7 +37,7 @@ def parse_policy(spec: str) -> Policy:
         except (ValueError, TypeError):
             pass
     raise ValueError(
-        f"unknown policy '{spec}': one of {spellings()} (depth to {MAX_DEPTH}, children to {MAX_CHILDREN})"
+        f"unknown policy '{spec}': one of {spellings()} (depth to {MAX_TREE_DEPTH}, children to {MAX_CHILDREN})"
     )
 
 
@@ -68,17 +69,17 @@ def bounded(value: str, most: int) -> int:
 def _static(parameters: list[str]) -> Policy:
     (shape,) = parameters
     branching = tuple(bounded(part, MAX_CHILDREN) for part in shape.split("-"))
-    if len(branching) > MAX_DEPTH:
+    if len(branching) > MAX_TREE_DEPTH:
         raise ValueError
     return Static(branching)
 
 
 def _eagle2(parameters: list[str]) -> Policy:
     depth, topk, nodes = parameters
-    return Eagle2(bounded(depth, MAX_DEPTH), bounded(topk, MAX_CHILDREN), bounded(nodes, MAX_NODES))
+    return Eagle2(bounded(depth, MAX_TREE_DEPTH), bounded(topk, MAX_CHILDREN), bounded(nodes, MAX_TREE_NODES))
 
 
-register("chain", "K", lambda parameters: Chain(*[bounded(k, MAX_DEPTH) for k in parameters]))
+register("chain", "K", lambda parameters: Chain(*[bounded(k, MAX_TREE_DEPTH) for k in parameters]))
 register("static", "B1-B2-...", _static)
 register("eagle2", "DEPTH,TOPK,NODES", _eagle2)
 register("off", "", lambda _: Off())

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.fast.cost import paper_layer_s, plain_decode_s
-from planner.policies.base import MAX_DEPTH, Growth, Layer, places_by_score
+from planner.policies.base import Growth, Layer, places_by_score
+from treeline.config import MAX_TREE_DEPTH
 from treeline.plan import DEPTHS, PaperFit, Plan
 
 SMART_CHILDREN = 6
@@ -50,7 +51,7 @@ class Smart(Growth):
     """Treeline's rule: keep what might be worth its price; the verifier decides over the whole batch."""
 
     spec = "smart"
-    max_depth = MAX_DEPTH
+    max_depth = MAX_TREE_DEPTH
     max_children = SMART_CHILDREN
     priced = True
 

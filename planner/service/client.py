@@ -14,9 +14,9 @@ import grpc
 
 from planner.fast.builtin_plan import builtin_plan
 from treeline.config import InternalConfig, LimitsConfig
-from treeline.plan import Plan, StepRecord, VerifierProfile
-from treeline.plan_wire import plan_from_proto, profile_to_proto, step_to_proto
+from treeline.plan import Plan, VerifierProfile, plan_from_proto, profile_to_proto
 from treeline.rpc import Discover, connect
+from treeline.step_record import StepRecord, step_to_proto
 from treeline.v1 import planning_pb2 as pb
 from treeline.v1.planning_pb2_grpc import PlanningServiceStub
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import aiohttp
 import numpy as np
 
-from treeline.plan import StepRecord
+from treeline.step_record import StepRecord
 
 TIMEOUT_S = 1.0
 """Of one query, however slowly its answer arrives: the interval between queries."""

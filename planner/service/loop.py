@@ -19,7 +19,8 @@ from planner.service.latency import Latency, StepQuantiles
 from planner.service.objectives import FIRST_TOKEN, INTER_TOKEN, Control, Seen, regulate
 from planner.service.tracker import CostTracker
 from treeline.config import LimitsConfig, PlannerConfig
-from treeline.plan import CostModel, Plan, Signal, StepRecord, VerifierProfile
+from treeline.plan import CostModel, Plan, Signal, VerifierProfile
+from treeline.step_record import StepRecord
 
 GOODPUT_MEMORY_S = 0.4
 """Goodput forgets with this time constant: a step of the load is forgotten to 1 % within 2 s."""
@@ -144,7 +145,7 @@ class PlanMaker:
             calibration=state.calibrator.calibration(),
             price=price,
             max_nodes=self._limits.max_tree_nodes,
-            max_depth=min(MAX_DEPTH, self._limits.max_tree_depth),
+            max_depth=self._limits.max_tree_depth,
             reason="; ".join(
                 [_reason(price, goodput, sequences, last, delayed), *_latency_reasons(control, signals, plain_s)]
             ),

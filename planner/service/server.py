@@ -20,9 +20,9 @@ from planner.service.loop import PlanMaker, VerifierState
 from planner.service.objectives import INTER_TOKEN
 from treeline.config import Config, PlannerConfig
 from treeline.metrics import PlannerMetrics, serve_metrics
-from treeline.plan import Plan
-from treeline.plan_wire import plan_to_proto, profile_from_proto, step_from_proto
+from treeline.plan import Plan, plan_to_proto, profile_from_proto
 from treeline.rpc import add_standard_services, bind, new_server
+from treeline.step_record import step_from_proto
 from treeline.v1 import planning_pb2 as pb
 from treeline.v1 import planning_pb2_grpc as pb_grpc
 

@@ -15,7 +15,8 @@ from scipy.optimize import isotonic_regression, least_squares
 
 from planner.fast.cost import catches_up, context_token_s, curve_seconds, curve_weights
 from planner.service.rls import RecursiveLeastSquares
-from treeline.plan import CostCurve, CostModel, PaperFit, StepRecord, VerifierProfile
+from treeline.plan import CostCurve, CostModel, PaperFit, VerifierProfile
+from treeline.step_record import StepRecord
 
 OVERHEAD_STEPS = 15
 """Steps whose median is the step's overhead: seven pauses among them move nothing."""

@@ -14,7 +14,7 @@ from drafter_svc.head_proposer import HeadProposer
 from lm.model import LanguageModel
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from tests.lm.tiny_head import FEATURE_LAYERS, reference_logits, target_features, tiny_draft_ids, tiny_head
-from treeline.plan import NodeOutcomes
+from treeline.step_record import NodeOutcomes
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from lm.model import LanguageModel
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from treeline.config import Config, LimitsConfig, ModelConfig, VerifierConfig
 from treeline.errors import ConfigError
-from treeline.plan import CostCurve, StepRecord
+from treeline.plan import CostCurve
+from treeline.step_record import StepRecord
 
 PROMPTS = [[1, 2, 3], [10, 20, 30, 40], [7], [90, 80]]
 TOKENS = 120

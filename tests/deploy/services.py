@@ -8,7 +8,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 
 from treeline.metrics import DrafterMetrics, FrontDoorMetrics, PlannerMetrics, VerifierMetrics
-from treeline.plan import NodeOutcomes, StepRecord
+from treeline.step_record import NodeOutcomes, StepRecord
 
 
 @dataclass

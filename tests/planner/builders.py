@@ -12,7 +12,8 @@ from planner.fast.rule import Pruning, Requests, prune_batch
 from planner.fast.step_prices import StepPrices
 from planner.policies import Policy
 from treeline.forest import Forest
-from treeline.plan import CostCurve, CostModel, NodeOutcomes, Plan, StepRecord
+from treeline.plan import CostCurve, CostModel, Plan
+from treeline.step_record import NodeOutcomes, StepRecord
 
 
 def plan_with(cost: CostModel, price: float = 0.0, **changes: object) -> Plan:

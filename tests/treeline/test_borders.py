@@ -28,16 +28,17 @@ from treeline.drafting import (
     request_to_proto,
 )
 from treeline.forest import Forest
-from treeline.plan import PaperFit, Plan, StepRecord, VerifierProfile
-from treeline.plan_wire import (
+from treeline.plan import (
+    PaperFit,
+    Plan,
+    VerifierProfile,
     plan_from_proto,
     plan_to_proto,
     profile_from_proto,
     profile_to_proto,
-    step_from_proto,
-    step_to_proto,
 )
 from treeline.sampling import SamplingParams
+from treeline.step_record import StepRecord, step_from_proto, step_to_proto
 from treeline.v1 import drafting_pb2
 
 CONFIG = Config()

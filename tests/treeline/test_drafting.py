@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from planner.fast.builtin_plan import builtin_plan
-from treeline.config import LimitsConfig
+from treeline.config import MAX_TREE_DEPTH, LimitsConfig
 from treeline.drafting import (
-    MAX_LAYERS,
     DraftReply,
     DraftRequest,
     DraftSequence,
@@ -83,7 +82,7 @@ def test_a_bad_tree_costs_that_tree_and_is_counted():
         DraftReply(9, Forest.empty(2), stats=DraftStats(math.nan)),
         DraftReply(9, Forest.empty(2), stats=DraftStats(-1.0)),
         DraftReply(9, Forest.empty(2), stats=DraftStats(0.0, (), 0, (math.inf,))),
-        DraftReply(9, Forest.empty(2), stats=DraftStats(0.0, (1,) * (MAX_LAYERS + 1))),
+        DraftReply(9, Forest.empty(2), stats=DraftStats(0.0, (1,) * (MAX_TREE_DEPTH + 1))),
     ],
 )
 def test_what_is_no_answer_to_the_request_is_refused(bad):

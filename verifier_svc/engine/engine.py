@@ -21,7 +21,8 @@ from treeline.config import Config
 from treeline.drafting import DraftLink
 from treeline.errors import FieldViolation, InvalidRequestError
 from treeline.forest import Forest
-from treeline.plan import Plan, StepRecord
+from treeline.plan import Plan
+from treeline.step_record import StepRecord
 from treeline.tree import ROOT
 from verifier_svc.engine.detokenizer import Detokenizer
 from verifier_svc.engine.request import Chunk, ExplainedNode, FinishReason, GenerationRequest

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from lm.sampling import logprobs
-from treeline.plan import NodeOutcomes, Plan, StepRecord
+from treeline.plan import Plan
+from treeline.step_record import NodeOutcomes, StepRecord
 from verifier_svc.engine.request import Chunk, ExplainedNode, NodeFate, StepExplanation, TokenLogprobs
 from verifier_svc.engine.scheduler import Batch, Scheduler
 from verifier_svc.engine.sequence import Sequence

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeline.forest import Forest
-from treeline.plan import NodeOutcomes
+from treeline.step_record import NodeOutcomes
 
 
 @dataclass(frozen=True)

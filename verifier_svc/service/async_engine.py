@@ -19,7 +19,7 @@ from treeline.errors import (
     TreelineError,
     UnavailableError,
 )
-from treeline.plan import StepRecord
+from treeline.step_record import StepRecord
 from verifier_svc.engine.engine import Engine
 from verifier_svc.engine.request import Chunk, Completion, GenerationRequest, Load
 from verifier_svc.engine.sequence import Output

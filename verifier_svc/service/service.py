@@ -14,8 +14,7 @@ import grpc
 import treeline
 from treeline.config import LimitsConfig, VerifierConfig
 from treeline.errors import FieldViolation, InvalidRequestError, RequestBrokenError
-from treeline.plan import Plan
-from treeline.plan_wire import plan_summary
+from treeline.plan import Plan, plan_summary
 from treeline.request import identify, identity
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc

@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from treeline.plan import NodeOutcomes
+from treeline.step_record import NodeOutcomes
 from treeline.tree import Source
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import pytest
 
 from planner.fast.acceptance import Calibrator, accepts, prior, prob_bins
 from tests.planner.builders import outcomes
-from treeline.plan import NodeOutcomes
+from treeline.step_record import NodeOutcomes
 
 
 def test_before_anything_was_seen_the_drafter_is_believed():

@@ -16,15 +16,16 @@ from planner.service.client import PlanWatcher, StepReporter
 from planner.service.server import PlannerServer
 from tests.planner.builders import linear_cost, outcomes, plan_with, record
 from treeline.config import Config, MetricsConfig, PlannerConfig
-from treeline.plan import PaperFit, Signal, VerifierProfile
-from treeline.plan_wire import (
+from treeline.plan import (
+    PaperFit,
+    Signal,
+    VerifierProfile,
     plan_from_proto,
     plan_to_proto,
     profile_from_proto,
     profile_to_proto,
-    step_from_proto,
-    step_to_proto,
 )
+from treeline.step_record import step_from_proto, step_to_proto
 from treeline.v1 import planning_pb2 as pb
 from treeline.v1.planning_pb2_grpc import (
     PlanningServiceServicer,

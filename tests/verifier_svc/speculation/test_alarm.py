@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 
-from treeline.plan import NodeOutcomes
+from treeline.step_record import NodeOutcomes
 from treeline.tree import Source
 from verifier_svc.speculation.alarm import AcceptanceAlarm
 

@@ -1,0 +1,161 @@
+"""What an engine step did and cost: the only thing that the planner learns from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treeline.config import MAX_RUNNING_REQUESTS, MAX_TREE_NODES
+from treeline.messages import Bounds, check_numbers, from_message, to_message
+from treeline.plan import MAX_PASS_TOKENS, MIN_SECONDS, SOURCES
+from treeline.v1 import planning_pb2 as pb
+
+
+@dataclass(frozen=True)
+class NodeOutcomes:
+    """Verified nodes whose parent was accepted: the only ones whose acceptance was observed. Columns of equal length.
+
+    Attributes:
+        sources, depths, ranks: uint8 [k].
+        sampled, accepted: bool [k].
+        draft_probs: float32 [k].
+    """
+
+    sources: NDArray[np.uint8]
+    depths: NDArray[np.uint8]
+    ranks: NDArray[np.uint8]
+    sampled: NDArray[np.bool_]
+    draft_probs: NDArray[np.float32]
+    accepted: NDArray[np.bool_]
+
+    @staticmethod
+    def empty() -> NodeOutcomes:
+        return _NO_OUTCOMES
+
+
+_BYTES, _BOOLS = np.zeros(0, np.uint8), np.zeros(0, np.bool_)
+_NO_OUTCOMES = NodeOutcomes(_BYTES, _BYTES, _BYTES, _BOOLS, np.zeros(0, np.float32), _BOOLS)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one engine step did and cost; the planner learns from nothing else.
+
+    Attributes:
+        sequences: decoding requests verified in the step.
+        tokens: tokens of the verification pass, prefill included.
+        prefill_tokens: prompt tokens among them.
+        context_tokens: committed tokens of all sequences together.
+        drafted_nodes, verified_nodes, accepted_nodes: draft nodes at each stage, over the batch.
+        emitted_tokens: tokens given to requests.
+        running, waiting: requests when the step began.
+        free_slots: sequences that could still be admitted (slots and blocks).
+        draft_s: seconds that drafting took in all: messages, waiting for the drafter, pruning.
+        drafter_s: seconds the drafter itself worked.
+        draft_layer_nodes: nodes run per layer of the draft model.
+        verify_s: seconds of the verification pass and sampling.
+        predicted_verify_s: what the plan's cost model said of this pass before it ran.
+        step_s: seconds of the whole step.
+        goodput: weighted tokens per second this step was expected to bring at the chosen size, 0 if undrafted.
+        price: R + mu * Q of this step, tokens per second, 0 if undrafted.
+        node_s: worth of the best node that was drafted and not verified, as seconds at the price; 0 if there was none.
+        catch_up_tokens: what the drafter ran to bring its cache up to date; where they are many, the step does not
+            teach draft costs.
+        drafted_requests: requests that the drafter was asked to draft for.
+        pass_how: how the verification pass ran: "replayed" (a captured CUDA graph), "eager" (the same, uncaptured), or
+            "packed" (without padding; the only way on a CPU).
+        gaps: (seconds, tokens) per request that got tokens behind its first one: since when it waited, how many came.
+        first_token_s: per request that got its first token: seconds from its arrival.
+    """
+
+    step_id: int
+    unix_s: float
+    plan_version: int
+    sequences: int
+    tokens: int
+    prefill_tokens: int
+    context_tokens: int
+    drafted_nodes: int
+    verified_nodes: int
+    accepted_nodes: int
+    emitted_tokens: int
+    running: int
+    waiting: int
+    free_slots: int
+    draft_s: float
+    drafter_s: float
+    draft_layer_nodes: tuple[int, ...]
+    verify_s: float
+    predicted_verify_s: float
+    step_s: float
+    goodput: float
+    price: float
+    outcomes: NodeOutcomes = field(default_factory=NodeOutcomes.empty)
+    catch_up_tokens: int = 0
+    node_s: float = 0.0
+    drafted_requests: int = 0
+    pass_how: str = ""
+    gaps: tuple[tuple[float, int], ...] = ()
+    first_token_s: tuple[float, ...] = ()
+
+
+_SAMPLED, _ACCEPTED = 1, 2
+"""Bits of the wire's `flags`."""
+_MAX_OUTCOMES = MAX_RUNNING_REQUESTS * MAX_TREE_NODES
+_BOUNDS: Bounds = {
+    "unix_s": (0, 1e11),
+    "verify_s": (MIN_SECONDS, 1e6),
+    "step_s": (MIN_SECONDS, 1e6),
+    "draft_probs": (0, 1),
+    "sequences": (1, MAX_RUNNING_REQUESTS),
+    "running": (0, MAX_RUNNING_REQUESTS),
+    "tokens": (1, MAX_PASS_TOKENS),
+    "prefill_tokens": (0, MAX_PASS_TOKENS),
+    "gap_tokens": (1, 1 << 10),
+}
+"""Bounds of every number that sizes an array, divides, or whose logarithm is taken."""
+
+
+def step_to_proto(record: StepRecord) -> pb.StepRecord:
+    outcomes = record.outcomes
+    flags = outcomes.sampled * np.uint8(_SAMPLED) | outcomes.accepted * np.uint8(_ACCEPTED)
+    return to_message(
+        record,
+        pb.StepRecord,
+        gap_s=[seconds for seconds, _ in record.gaps],
+        gap_tokens=[tokens for _, tokens in record.gaps],
+        outcomes=pb.NodeOutcomes(
+            sources=outcomes.sources.tobytes(),
+            depths=outcomes.depths.tobytes(),
+            ranks=outcomes.ranks.tobytes(),
+            flags=flags.astype(np.uint8).tobytes(),
+            draft_probs=outcomes.draft_probs.tolist(),
+        ),
+    )
+
+
+def step_from_proto(message: pb.StepRecord) -> StepRecord:
+    """Raises ValueError if a number is out of range, or the outcomes' or gaps' columns differ in length."""
+    check_numbers(message, _BOUNDS)
+    if not message.step_s or message.prefill_tokens > message.tokens or message.sequences > message.tokens:
+        raise ValueError("a step without seconds, or with fewer tokens than sequences or prompt tokens")
+    if message.drafter_s and message.draft_s < MIN_SECONDS:
+        raise ValueError("the drafter worked in no time")
+    outcomes = message.outcomes
+    sources, depths, ranks, flags = (
+        np.frombuffer(column, np.uint8)
+        for column in (outcomes.sources, outcomes.depths, outcomes.ranks, outcomes.flags)
+    )
+    draft_probs = np.asarray(outcomes.draft_probs, np.float32)
+    if len({len(sources), len(depths), len(ranks), len(flags), len(draft_probs)}) != 1:
+        raise ValueError("outcome columns differ in length")
+    if len(sources) > _MAX_OUTCOMES or (sources >= SOURCES).any() or not depths.all():
+        raise ValueError("an outcome of no source or depth, or too many outcomes")
+    return from_message(
+        message,
+        StepRecord,
+        gaps=tuple(zip(message.gap_s, message.gap_tokens, strict=True)),
+        outcomes=NodeOutcomes(sources, depths, ranks, (flags & _SAMPLED) > 0, draft_probs, (flags & _ACCEPTED) > 0),
+    )
