@@ -15,7 +15,7 @@ import numpy as np
 from drafter_svc.proposer import Children, Frontier, Root
 from drafter_svc.sessions import Key, Session, SessionMemory
 from treeline.errors import ConfigError
-from treeline.tree import Source
+from treeline.forest import Source
 
 LEAST_PROB = 1e-3
 

@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from treeline.config import SPIN_COUNT, Config, ResourcesConfig
-from treeline.rpc import Discover, reachable_host
+from treeline.rpc.channels import Discover, reachable_host
 
 APP = "treeline"
 DISCOVERY_TIMEOUT_S = 5.0

@@ -14,9 +14,8 @@ from planner.fast.rule import Frontier as Priced
 from planner.fast.rule import another_layer
 from planner.policies import Layer
 from planner.policies.base import places_by_score
-from treeline.forest import COLUMNS, Forest
+from treeline.forest import COLUMNS, ROOT, Forest, Source
 from treeline.plan import Plan
-from treeline.tree import ROOT, Source
 
 MIN_PROB = np.finfo(np.float32).tiny
 

@@ -16,7 +16,7 @@ from drafter_svc.sessions import Key, Session, SessionMemory
 from lm.kv_cache import KVCache, SequenceCache
 from lm.packed import PackedSequence
 from lm.sampling import Row
-from treeline.tree import ROOT, Source
+from treeline.forest import ROOT, Source
 
 PROFILE_NODES = 16
 PROFILE_CONTEXT_TOKENS = 128

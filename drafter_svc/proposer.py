@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from drafter_svc.sessions import Session, SessionMemory
 from planner.policies import Policy
 from treeline.drafting import DraftSequence
-from treeline.tree import Source
+from treeline.forest import Source
 
 
 class Root(NamedTuple):

@@ -20,7 +20,7 @@ from planner.policies import parse_policy
 from treeline.config import DEFAULT_MODEL, Config, LimitsConfig
 from treeline.drafting import DraftReply, DraftRequest, reply_to_proto, request_from_proto
 from treeline.metrics import DrafterMetrics, serve_metrics
-from treeline.rpc import add_standard_services, bind, new_server
+from treeline.rpc.channels import add_standard_services, bind, new_server
 from treeline.v1 import drafting_pb2 as pb
 from treeline.v1 import drafting_pb2_grpc as pb_grpc
 

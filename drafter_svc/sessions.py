@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lm.kv_cache import KVCache, SequenceCache
 from treeline.drafting import NO_FEATURES, DraftSequence
-from treeline.tree import ROOT
+from treeline.forest import ROOT
 
 GROWTH_TOKENS = 256
 """Room for new tokens when KV is reserved for a session, at least: an answer's worth, so that few sessions move."""

@@ -28,8 +28,8 @@ from front_door.openai_responses import ChatDialect, CompletionDialect, Dialect,
 from front_door.service import FrontDoor
 from treeline.config import ServerConfig
 from treeline.errors import ConfigError, InvalidRequestError, TreelineError
-from treeline.rpc import TokenFile
-from treeline.status import RETRY_DELAY_S, code_of, from_rpc_error
+from treeline.rpc.channels import TokenFile
+from treeline.rpc.status import RETRY_DELAY_S, code_of, from_rpc_error
 from treeline.v1 import generation_pb2 as pb
 
 PAGE = Path(__file__).parent / "page"

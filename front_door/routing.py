@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from treeline.config import Config
 from treeline.messages import Bounds, check_numbers
-from treeline.rpc import Discover, connect
+from treeline.rpc.channels import Discover, connect
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
 

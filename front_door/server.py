@@ -13,9 +13,9 @@ from front_door.routing import VerifierPool
 from front_door.service import FrontDoor
 from front_door.streams import MAX_SILENT, MAX_WATCHES, StreamLimits
 from treeline.config import Config
-from treeline.interceptors import SERVICE, CallInterceptor
 from treeline.metrics import FrontDoorMetrics, serve_metrics
-from treeline.rpc import Discover, add_standard_services, bind, new_server
+from treeline.rpc.channels import Discover, add_standard_services, bind, new_server
+from treeline.rpc.interceptors import SERVICE, CallInterceptor
 from treeline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 
 EXTRA_RPCS = 256

@@ -13,7 +13,7 @@ import grpc
 from front_door.routing import Verifier, VerifierPool
 from treeline.errors import DrainingError, StreamLostError, UnavailableError
 from treeline.request import REQUEST_ID
-from treeline.status import is_lost, reason_of
+from treeline.rpc.status import is_lost, reason_of
 from treeline.v1 import generation_pb2 as pb
 
 logger = logging.getLogger(__name__)

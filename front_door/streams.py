@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from treeline.interceptors import SERVICE
+from treeline.rpc.interceptors import SERVICE
 
 MAX_SILENT = 256
 """Calls whose message has not come yet. For each one more the oldest gives way: an honest client's message comes with

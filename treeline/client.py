@@ -12,8 +12,8 @@ import grpc
 
 from treeline.errors import ConfigError, StreamLostError, UnavailableError
 from treeline.request import identify
-from treeline.rpc import client_options
-from treeline.status import from_rpc_error, is_lost
+from treeline.rpc.channels import client_options
+from treeline.rpc.status import from_rpc_error, is_lost
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1.generation_pb2_grpc import GenerationServiceStub
 

@@ -1,4 +1,4 @@
-"""Errors a caller can act on. Each maps to one gRPC status code at the border (see `treeline/status.py`)."""
+"""Errors a caller can act on. Each maps to one gRPC status code at the border (see `treeline/rpc/status.py`)."""
 
 from __future__ import annotations
 

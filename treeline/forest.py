@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeline.tree import ROOT, Source
 from treeline.v1 import drafting_pb2 as pb
+
+ROOT = -1
+"""Parent index of a node that continues the last committed token."""
+
+
+class Source(IntEnum):
+    """Who proposed a node. Acceptance is calibrated per source."""
+
+    MODEL = 0
+    NGRAM = 1
+    SYNTHETIC = 2
 
 
 @dataclass(frozen=True)

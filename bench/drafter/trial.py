@@ -25,10 +25,9 @@ from planner.policies import parse_policy
 from planner.policies.base import places_by_score
 from treeline.config import LimitsConfig
 from treeline.drafting import NO_FEATURES, DraftRequest, DraftSequence
-from treeline.forest import Forest
+from treeline.forest import ROOT, Forest
 from treeline.sampling import SamplingParams
 from treeline.step_record import NodeOutcomes
-from treeline.tree import ROOT
 from verifier_svc.engine.walk import Walk, concatenate, observed, target_walks
 from verifier_svc.speculation.hidden_states import WINDOW_TOKENS
 from verifier_svc.speculation.prompt_lookup import Allowance, PromptLookup

@@ -24,8 +24,8 @@ from lm.kv_cache import KVCache, LayerShape, SequenceCache
 from lm.packed import PackedSequence
 from lm.passes import Passes
 from planner.fast.cost import pass_s
+from treeline.forest import ROOT
 from treeline.plan import CostModel
-from treeline.tree import ROOT
 
 VOCAB = 128
 """Small, for logits are made for every node; large beside the ranks that a drafter proposes."""

@@ -18,8 +18,8 @@ from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from lm.sampling import Row, choose_tokens
 from lm.store import progress_bars, resolve_model
+from treeline.forest import ROOT
 from treeline.sampling import SamplingParams
-from treeline.tree import ROOT
 
 BLOCK_TOKENS = 16
 

@@ -15,7 +15,7 @@ import grpc
 from planner.fast.builtin_plan import builtin_plan
 from treeline.config import InternalConfig, LimitsConfig
 from treeline.plan import Plan, VerifierProfile, plan_from_proto, profile_to_proto
-from treeline.rpc import Discover, connect
+from treeline.rpc.channels import Discover, connect
 from treeline.step_record import StepRecord, step_to_proto
 from treeline.v1 import planning_pb2 as pb
 from treeline.v1.planning_pb2_grpc import PlanningServiceStub

@@ -21,7 +21,7 @@ from planner.service.objectives import INTER_TOKEN
 from treeline.config import Config, PlannerConfig
 from treeline.metrics import PlannerMetrics, serve_metrics
 from treeline.plan import Plan, plan_to_proto, profile_from_proto
-from treeline.rpc import add_standard_services, bind, new_server
+from treeline.rpc.channels import add_standard_services, bind, new_server
 from treeline.step_record import step_from_proto
 from treeline.v1 import planning_pb2 as pb
 from treeline.v1 import planning_pb2_grpc as pb_grpc

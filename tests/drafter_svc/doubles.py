@@ -13,10 +13,9 @@ from lm.model import LanguageModel
 from planner.policies import parse_policy
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from treeline.drafting import DraftReply, DraftRequest, DraftSequence
-from treeline.forest import Forest
+from treeline.forest import Forest, Source
 from treeline.plan import DEPTHS, PROB_BINS, SOURCES, Calibration, CostCurve, CostModel, PaperFit, Plan
 from treeline.sampling import SamplingParams
-from treeline.tree import Source
 
 GREEDY = SamplingParams()
 PAPER = PaperFit(lambda_s=0.0, gamma_s=0.03, delta=1.0, rho=0.1)

@@ -21,9 +21,8 @@ from tests.lm.tiny_head import (
 from treeline.config import DrafterConfig, LimitsConfig, ModelConfig
 from treeline.drafting import NO_FEATURES, DraftRequest, DraftSequence
 from treeline.errors import ConfigError
-from treeline.forest import Forest
+from treeline.forest import ROOT, Forest
 from treeline.sampling import SamplingParams
-from treeline.tree import ROOT
 
 MAX_NODES = 24
 TOKENS = [3, 70, 12, 199, 5, 41, 70, 12]

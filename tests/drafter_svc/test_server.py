@@ -18,7 +18,7 @@ from treeline.drafting import DraftReply, DraftRequest, DraftSequence, reply_fro
 from treeline.errors import ConfigError
 from treeline.forest import Forest
 from treeline.plan import Plan
-from treeline.rpc import connect
+from treeline.rpc.channels import connect
 from treeline.v1 import drafting_pb2 as pb
 from treeline.v1.drafting_pb2_grpc import DraftingServiceStub
 

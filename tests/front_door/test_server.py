@@ -15,7 +15,7 @@ from front_door.streams import MAX_SILENT, MAX_WATCHES
 from tests.verifier_svc.fake_engine import FakeEngine, FakeVerifier, fake_verifier, until
 from tests.verifier_svc.service.test_service import collect, details, failure, request
 from treeline.config import Config, InternalConfig, LimitsConfig, MetricsConfig, ServerConfig, TlsConfig
-from treeline.interceptors import SERVICE
+from treeline.rpc.interceptors import SERVICE
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
 from verifier_svc.service.service import GenerationServicer

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from tests.planner.builders import random_tree
-from treeline.forest import COLUMNS, Forest, checked, forest_from_proto, forest_to_proto
-from treeline.tree import ROOT, Source
+from treeline.forest import COLUMNS, ROOT, Forest, Source, checked, forest_from_proto, forest_to_proto
 from treeline.v1 import drafting_pb2 as pb
 
 #        root

@@ -8,7 +8,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from treeline.config import InternalConfig, TlsConfig
 from treeline.errors import ConfigError
-from treeline.rpc import TokenFile, bind, connect, new_server, read_tokens
+from treeline.rpc.channels import TokenFile, bind, connect, new_server, read_tokens
 
 METHODS = ("UnaryUnary", "UnaryStream", "StreamUnary", "StreamStream")
 

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from treeline.drafting import DraftReply, DraftRequest, FeatureSpec
-from treeline.forest import Forest
-from treeline.tree import ROOT
+from treeline.forest import ROOT, Forest
 
 
 class OracleDrafter:

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from planner.fast.builtin_plan import builtin_plan
 from treeline.config import Config, LimitsConfig
 from treeline.errors import QueueFullError
-from treeline.interceptors import SERVICE, CallInterceptor
 from treeline.plan import Signal
-from treeline.rpc import add_standard_services, bind, new_server
+from treeline.rpc.channels import add_standard_services, bind, new_server
+from treeline.rpc.interceptors import SERVICE, CallInterceptor
 from treeline.v1 import generation_pb2_grpc as pb_grpc
 from verifier_svc.engine.request import (
     Chunk,

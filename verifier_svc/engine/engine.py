@@ -20,10 +20,9 @@ from planner.policies import parse_policy
 from treeline.config import Config
 from treeline.drafting import DraftLink
 from treeline.errors import FieldViolation, InvalidRequestError
-from treeline.forest import Forest
+from treeline.forest import ROOT, Forest
 from treeline.plan import Plan
 from treeline.step_record import StepRecord
-from treeline.tree import ROOT
 from verifier_svc.engine.detokenizer import Detokenizer
 from verifier_svc.engine.request import Chunk, ExplainedNode, FinishReason, GenerationRequest
 from verifier_svc.engine.scheduler import Batch, Scheduler

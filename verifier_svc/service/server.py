@@ -16,10 +16,10 @@ from lm.store import vocabulary_sha256
 from planner.service.client import PlanWatcher, StepReporter
 from treeline.config import Config
 from treeline.errors import ConfigError
-from treeline.interceptors import SERVICE, CallInterceptor
 from treeline.metrics import VerifierMetrics, serve_metrics
 from treeline.plan import VerifierProfile
-from treeline.rpc import Discover, add_standard_services, bind, new_server, reachable_host
+from treeline.rpc.channels import Discover, add_standard_services, bind, new_server, reachable_host
+from treeline.rpc.interceptors import SERVICE, CallInterceptor
 from treeline.step_record import StepRecord
 from treeline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from verifier_svc.engine.engine import Engine

@@ -6,8 +6,8 @@ import logging
 
 import numpy as np
 
+from treeline.forest import Source
 from treeline.step_record import NodeOutcomes
-from treeline.tree import Source
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from treeline.drafting import (
 )
 from treeline.errors import ConfigError
 from treeline.plan import Plan
-from treeline.rpc import Discover, connect
+from treeline.rpc.channels import Discover, connect
 from treeline.v1 import drafting_pb2 as pb
 from treeline.v1.drafting_pb2_grpc import DraftingServiceStub
 

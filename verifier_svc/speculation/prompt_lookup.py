@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.fast.acceptance import accepts
-from treeline.forest import Forest
+from treeline.forest import ROOT, Forest, Source
 from treeline.plan import DEPTHS, Calibration
-from treeline.tree import ROOT, Source
 
 GRAM = 2
 """Tokens that must have stood together before: of one token alone the continuation is rarely right."""

@@ -15,9 +15,8 @@ from planner.fast.gate import Decision, DraftGate, Offer
 from planner.fast.rule import Pruning, Requests, prune_batch
 from treeline.config import LimitsConfig
 from treeline.drafting import DraftLink, DraftReply, DraftRequest, DraftSequence, DraftStats
-from treeline.forest import Forest
+from treeline.forest import Forest, Source
 from treeline.plan import Plan
-from treeline.tree import Source
 from verifier_svc.engine.scheduler import Batch, Scheduler
 from verifier_svc.engine.sequence import Sequence, weights_of
 from verifier_svc.speculation.hidden_states import HiddenStates

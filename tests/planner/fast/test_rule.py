@@ -12,9 +12,8 @@ from planner.fast.cost import verify_seconds
 from planner.fast.rule import MAX_ACCEPTANCE, Frontier, another_layer
 from planner.policies import parse_policy
 from tests.planner.builders import Drafted, linear_cost, plan_with, prices_of, prune, random_tree
-from treeline.forest import Forest
+from treeline.forest import ROOT, Forest
 from treeline.plan import CostCurve, CostModel
-from treeline.tree import ROOT
 
 SMART, CHAIN = parse_policy("smart"), parse_policy("chain:4")
 SHAPES = ("convex", "staircase", "non-monotone")

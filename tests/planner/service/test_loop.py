@@ -11,9 +11,8 @@ from planner.policies.smart import SPARE
 from planner.service.loop import DEAD_BAND, PlanMaker, VerifierState
 from tests.planner.builders import Drafted, prune, record
 from treeline.config import LimitsConfig, PlannerConfig
-from treeline.forest import Forest
+from treeline.forest import ROOT, Forest
 from treeline.plan import CostCurve, CostModel, Plan, VerifierProfile
-from treeline.tree import ROOT
 
 SMART = parse_policy("smart")
 INTERVAL_S = 0.25

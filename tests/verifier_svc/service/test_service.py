@@ -10,7 +10,7 @@ from grpc_status import rpc_status
 
 from tests.verifier_svc.fake_engine import FakeEngine, fake_verifier, until
 from treeline.config import Config, LimitsConfig
-from treeline.interceptors import SERVICE
+from treeline.rpc.interceptors import SERVICE
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
 from verifier_svc.engine.request import FinishReason

@@ -4,8 +4,8 @@ import logging
 
 import numpy as np
 
+from treeline.forest import Source
 from treeline.step_record import NodeOutcomes
-from treeline.tree import Source
 from verifier_svc.speculation.alarm import AcceptanceAlarm
 
 

@@ -15,7 +15,7 @@ from planner.fast.builtin_plan import builtin_plan
 from treeline.config import Config, VerifierConfig
 from treeline.drafting import DraftRequest, DraftSequence
 from treeline.forest import Forest, forest_to_proto
-from treeline.rpc import bind, new_server
+from treeline.rpc.channels import bind, new_server
 from treeline.sampling import SamplingParams
 from treeline.v1 import drafting_pb2 as pb
 from treeline.v1.drafting_pb2_grpc import DraftingServiceServicer, add_DraftingServiceServicer_to_server

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from planner.fast.acceptance import prior
-from treeline.forest import Forest, checked
-from treeline.tree import ROOT, Source
+from treeline.forest import ROOT, Forest, Source, checked
 from verifier_svc.speculation.prompt_lookup import Allowance, PromptLookup
 
 PRIOR = prior()

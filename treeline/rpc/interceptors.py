@@ -14,7 +14,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from treeline.errors import FieldViolation, InvalidRequestError, RequestBrokenError, TreelineError
-from treeline.status import abort_as, abort_with, code_of
+from treeline.rpc.status import abort_as, abort_with, code_of
 from treeline.v1 import generation_pb2 as pb
 
 logger = logging.getLogger(__name__)
