@@ -45,7 +45,7 @@ class GrowingForest:
         # By node.
         self._scores, self._path_probs, self._probs = np.ones((3, 1), np.float32)
         self._tree_of, self._above = np.zeros((2, 1), np.intp)
-        self._token_ids, self._ranks = np.zeros(1, np.int32), np.zeros(1, np.uint8)
+        self._token_ids = np.zeros(1, np.int32)
         # The frontier asked for last: each one's node and tree.
         self._asked_trees = np.flatnonzero(self._max_depths)
         self._asked = np.zeros(len(self._asked_trees), np.intp)
@@ -139,7 +139,6 @@ class GrowingForest:
             self._token_ids[nodes],
             indices[self._above[nodes]],
             np.clip(self._probs[nodes], MIN_PROB, 1.0),
-            self._ranks[nodes],
             np.full(len(nodes), self._source),
         )
 
@@ -159,7 +158,6 @@ class GrowingForest:
         self._above = np.concatenate([self._above, above])
         self._token_ids = np.concatenate([self._token_ids, new.token_ids[kept]])
         self._probs = np.concatenate([self._probs, new.probs[kept]])
-        self._ranks = np.concatenate([self._ranks, new.ranks[kept]])
 
     def _path(self, node: int) -> list[int]:
         """Tokens from a child of the root down to `node`."""

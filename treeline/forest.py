@@ -41,7 +41,6 @@ class Forest:
         parents: int32 [n]; index of the parent within the same tree, or ROOT.
         draft_probs: float32 [n]; the drafter's own probability of the node given its parent, in (0, 1]. For a sampled
             request this is the softmax of the noise-perturbed logits.
-        ranks: uint8 [n]; 0 for the first choice under this parent.
         sources: uint8 [n]; values of Source.
     """
 
@@ -49,7 +48,6 @@ class Forest:
     token_ids: NDArray[np.int32]
     parents: NDArray[np.int32]
     draft_probs: NDArray[np.float32]
-    ranks: NDArray[np.uint8]
     sources: NDArray[np.uint8]
 
     def __len__(self) -> int:
@@ -66,12 +64,11 @@ class Forest:
         token_ids: Sequence[int],
         parents: Sequence[int],
         draft_probs: Sequence[float] | None = None,
-        ranks: Sequence[int] | None = None,
         source: Source = Source.MODEL,
     ) -> Forest:
-        """One tree, from plain sequences; probabilities default to 1, ranks to 0."""
+        """One tree, from plain sequences; probabilities default to 1."""
         n = len(token_ids)
-        columns = (token_ids, parents, draft_probs or [1.0] * n, ranks or [0] * n, [source] * n)
+        columns = (token_ids, parents, draft_probs or [1.0] * n, [source] * n)
         return Forest(
             np.asarray([n], np.intp),
             *(np.asarray(column, dtype) for column, dtype in zip(columns, COLUMNS.values(), strict=True)),
@@ -164,7 +161,7 @@ class Forest:
         # Kept nodes and the root up to the parent, less the trees before: 2 + its new index; 1 at most for a root.
         places = rooted.cumsum()[above] - (sizes.cumsum() - sizes)[tree_of]
         parents = np.maximum(places - 2, ROOT).astype(np.int32)
-        columns = (getattr(self, name)[kept] for name in ("draft_probs", "ranks", "sources"))
+        columns = (getattr(self, name)[kept] for name in ("draft_probs", "sources"))
         return Forest(sizes, self.token_ids[kept], parents, *columns)
 
     def without(self, bad: NDArray[np.bool_]) -> tuple[Forest, int]:
@@ -180,7 +177,6 @@ COLUMNS: dict[str, type] = {
     "token_ids": np.int32,
     "parents": np.int32,
     "draft_probs": np.float32,
-    "ranks": np.uint8,
     "sources": np.uint8,
 }
 

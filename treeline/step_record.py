@@ -18,14 +18,15 @@ class NodeOutcomes:
     """Verified nodes whose parent was accepted: the only ones whose acceptance was observed. Columns of equal length.
 
     Attributes:
-        sources, depths, ranks: uint8 [k].
+        sources, depths: uint8 [k].
+        first: bool [k]; whether the node is its parent's first verified child: the drafter's likeliest one.
         sampled, accepted: bool [k].
         draft_probs: float32 [k].
     """
 
     sources: NDArray[np.uint8]
     depths: NDArray[np.uint8]
-    ranks: NDArray[np.uint8]
+    first: NDArray[np.bool_]
     sampled: NDArray[np.bool_]
     draft_probs: NDArray[np.float32]
     accepted: NDArray[np.bool_]
@@ -36,7 +37,7 @@ class NodeOutcomes:
 
 
 _BYTES, _BOOLS = np.zeros(0, np.uint8), np.zeros(0, np.bool_)
-_NO_OUTCOMES = NodeOutcomes(_BYTES, _BYTES, _BYTES, _BOOLS, np.zeros(0, np.float32), _BOOLS)
+_NO_OUTCOMES = NodeOutcomes(_BYTES, _BYTES, _BOOLS, _BOOLS, np.zeros(0, np.float32), _BOOLS)
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class StepRecord:
     first_token_s: tuple[float, ...] = ()
 
 
-_SAMPLED, _ACCEPTED = 1, 2
+_SAMPLED, _ACCEPTED, _FIRST = 1, 2, 4
 """Bits of the wire's `flags`."""
 _MAX_OUTCOMES = MAX_RUNNING_REQUESTS * MAX_TREE_NODES
 _BOUNDS: Bounds = {
@@ -120,7 +121,7 @@ _BOUNDS: Bounds = {
 
 def step_to_proto(record: StepRecord) -> pb.StepRecord:
     outcomes = record.outcomes
-    flags = outcomes.sampled * np.uint8(_SAMPLED) | outcomes.accepted * np.uint8(_ACCEPTED)
+    flags = outcomes.sampled * _SAMPLED | outcomes.accepted * _ACCEPTED | outcomes.first * _FIRST
     return to_message(
         record,
         pb.StepRecord,
@@ -129,7 +130,6 @@ def step_to_proto(record: StepRecord) -> pb.StepRecord:
         outcomes=pb.NodeOutcomes(
             sources=outcomes.sources.tobytes(),
             depths=outcomes.depths.tobytes(),
-            ranks=outcomes.ranks.tobytes(),
             flags=flags.astype(np.uint8).tobytes(),
             draft_probs=outcomes.draft_probs.tolist(),
         ),
@@ -144,18 +144,17 @@ def step_from_proto(message: pb.StepRecord) -> StepRecord:
     if message.drafter_s and message.draft_s < MIN_SECONDS:
         raise ValueError("the drafter worked in no time")
     outcomes = message.outcomes
-    sources, depths, ranks, flags = (
-        np.frombuffer(column, np.uint8)
-        for column in (outcomes.sources, outcomes.depths, outcomes.ranks, outcomes.flags)
-    )
+    columns = (outcomes.sources, outcomes.depths, outcomes.flags)
+    sources, depths, flags = (np.frombuffer(column, np.uint8) for column in columns)
     draft_probs = np.asarray(outcomes.draft_probs, np.float32)
-    if len({len(sources), len(depths), len(ranks), len(flags), len(draft_probs)}) != 1:
+    if len({len(sources), len(depths), len(flags), len(draft_probs)}) != 1:
         raise ValueError("outcome columns differ in length")
     if len(sources) > _MAX_OUTCOMES or (sources >= SOURCES).any() or not depths.all():
         raise ValueError("an outcome of no source or depth, or too many outcomes")
+    sampled, accepted, first = ((flags & bit) > 0 for bit in (_SAMPLED, _ACCEPTED, _FIRST))
     return from_message(
         message,
         StepRecord,
         gaps=tuple(zip(message.gap_s, message.gap_tokens, strict=True)),
-        outcomes=NodeOutcomes(sources, depths, ranks, (flags & _SAMPLED) > 0, draft_probs, (flags & _ACCEPTED) > 0),
+        outcomes=NodeOutcomes(sources, depths, first, sampled, draft_probs, accepted),
     )

@@ -63,7 +63,6 @@ class Tally:
         positions, top1, top4: positions drafted, and those whose next token was first, or among four.
         steps, emitted: of the walk through the answers, by name of POLICIES.
         reached, continued: parents reached at each depth, and those with an accepted child, in trees of 16.
-        ranks: accepted children by rank, in trees of 16.
         outcomes: of every child of a reached node, in trees of 16.
     """
 
@@ -74,7 +73,6 @@ class Tally:
     emitted: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     reached: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     continued: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    ranks: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     outcomes: list[NodeOutcomes] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
@@ -85,9 +83,6 @@ class Tally:
             "accepted_length": {name: self.emitted[name] / max(1, self.steps[name]) for name in POLICIES},
             "acceptance_by_depth": {
                 str(depth): self.continued[depth] / reached for depth, reached in sorted(self.reached.items())
-            },
-            "accepted_by_rank": {
-                str(rank): count / max(1, sum(self.ranks.values())) for rank, count in sorted(self.ranks.items())
             },
             **reliability(self.outcomes),
         }
@@ -228,8 +223,6 @@ def _count(tally: Tally, tree: Forest, walk: Walk, outcomes: NodeOutcomes) -> No
     for depth in set(outcomes.depths.tolist()):
         tally.reached[depth] += 1
         tally.continued[depth] += depth <= deepest
-    for node in walk.accepted:
-        tally.ranks[int(tree.ranks[node])] += 1
     tally.outcomes.append(outcomes)
 
 

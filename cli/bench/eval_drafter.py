@@ -28,7 +28,7 @@ def eval_drafter(
 ) -> None:
     """Measure a drafter on the target's own greedy answers.
 
-    Acceptance by depth and rank, reliability of its probabilities, accepted lengths of a chain of 5 and a tree of 16
+    Acceptance by depth, reliability of its probabilities, accepted lengths of a chain of 5 and a tree of 16
     nodes, the cost of its passes, and the speed-up that follows. A merged drafter is tried in its parts as well.
     """
     from bench.common import OWN_PROMPTS, load_prompts, write_report

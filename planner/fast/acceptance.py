@@ -80,8 +80,8 @@ class Calibrator:
             counts *= DECAY
         np.add.at(self._seen.ravel(), cells, 1.0)
         np.add.at(self._accepted.ravel(), cells, accepted)
-        # Siblings share one reached parent: the one of rank 0 stands for it.
-        np.add.at(self._parents.ravel(), depths, (outcomes.ranks == 0).astype(np.float64))
+        # Siblings share one parent: its first child counts it.
+        np.add.at(self._parents.ravel(), depths, outcomes.first.astype(np.float64))
         np.add.at(self._continued.ravel(), depths, accepted)
         bins = prob_bins(predicted)
         np.add.at(self._reliability[0], bins, predicted.astype(np.float64))

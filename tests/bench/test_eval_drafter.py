@@ -34,7 +34,6 @@ def test_a_text_that_repeats_is_drafted_to_the_end():
     assert summary["top1"] == summary["top4"] == 1.0
     assert summary["accepted_length"]["chain:5"] > 5
     assert summary["acceptance_by_depth"]["1"] == 1.0
-    assert summary["accepted_by_rank"] == {"0": 1.0}
     assert trial.tallies["loop"].summary() == summary
 
 
@@ -76,7 +75,7 @@ def test_reliability_counts_what_was_accepted_at_each_probability():
     probs = np.array([0.05, 0.05, 0.95, 0.95], np.float32)
     accepted = np.array([False, True, True, True])
     zeros = np.zeros(4, np.uint8)
-    result = reliability([NodeOutcomes(zeros, zeros + 1, zeros, accepted & False, probs, accepted)])
+    result = reliability([NodeOutcomes(zeros, zeros + 1, accepted | True, accepted & False, probs, accepted)])
     assert [row["accepted"] for row in result["reliability"]] == [0.5, 1.0]
     assert result["ece"] == pytest.approx((0.45 + 0.05) / 2)
 

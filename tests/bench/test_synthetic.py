@@ -75,7 +75,7 @@ def test_acceptance_is_what_was_asked_for_by_depth_and_rank(model, answers):
     reached, accepted = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
     for record in records:
         outcomes = record.outcomes
-        places = list(zip(outcomes.depths.tolist(), outcomes.ranks.tolist(), strict=True))
+        places = list(zip(outcomes.depths.tolist(), (~outcomes.first).astype(int).tolist(), strict=True))
         reached.update(places)
         accepted.update(place for place, hit in zip(places, outcomes.accepted, strict=True) if hit)
     for place, wanted in {(1, 0): 0.6, (1, 1): 0.2, (2, 0): 0.3, (2, 1): 0.4}.items():

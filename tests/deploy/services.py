@@ -31,7 +31,7 @@ class Services:
             self.front_door.handled("Generate", code, 0.5)
 
     def _verify(self) -> None:
-        columns = (np.zeros(3, np.uint8), np.array([1, 2, 2], np.uint8), np.zeros(3, np.uint8))
+        columns = (np.zeros(3, np.uint8), np.array([1, 2, 2], np.uint8), np.ones(3, bool))
         outcomes = NodeOutcomes(*columns, np.zeros(3, bool), np.ones(3, np.float32), np.array([True, True, False]))
         step = StepRecord(
             step_id=1,

@@ -60,13 +60,14 @@ def bits(hf, tokens: list[int]) -> np.ndarray:
 
 
 def check(hf, tree: Forest, tokens: list[int], first: int = 1) -> None:
-    """Every node is the head's own choice of its rank below its parent, with the head's own probability."""
+    """Every node is the head's own choice of its place below its parent, with the head's own probability."""
     assert len(tree)
     paths: list[list[int]] = []
-    for token, parent, prob, rank in zip(tree.token_ids, tree.parents, tree.draft_probs, tree.ranks, strict=True):
+    parents = tree.parents.tolist()
+    for node, (token, parent, prob) in enumerate(zip(tree.token_ids, parents, tree.draft_probs, strict=True)):
         above = paths[parent] if parent != ROOT else []
         probs = torch.softmax(reference_logits(hf, tokens, above, first), dim=-1)
-        column = int(probs.sort(descending=True, stable=True).indices[rank])
+        column = int(probs.sort(descending=True, stable=True).indices[parents[:node].count(parent)])
         assert token == tiny_draft_ids()[column]
         assert prob == pytest.approx(float(probs[column]), rel=1e-3)
         paths.append([*above, int(token)])

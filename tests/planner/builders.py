@@ -71,7 +71,7 @@ def outcomes(draft_probs: np.ndarray, accepted: np.ndarray, depth: int = 1) -> N
     return NodeOutcomes(
         np.zeros(n, np.uint8),
         np.full(n, depth, np.uint8),
-        np.zeros(n, np.uint8),
+        np.ones(n, np.bool_),
         np.zeros(n, np.bool_),
         np.asarray(draft_probs, np.float32),
         np.asarray(accepted, np.bool_),

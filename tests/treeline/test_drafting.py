@@ -22,7 +22,7 @@ from treeline.sampling import SamplingParams
 PLAN = builtin_plan(LimitsConfig())
 SAMPLING = SamplingParams(0.75, 0.5, 40, 1.25, 2**64 - 1, 0.5, -0.25, 0.125, {7: 1.5, 49151: -2.0})
 SEQUENCE = DraftSequence(2**63, 5, [1, 2, 49151], SAMPLING, "eagle2:5,4,16", 16, 5, 2.0)
-TREE = Forest.of_tree([5, 6, 7], [-1, 0, -1], [0.5, 0.25, 0.125], [0, 0, 1])
+TREE = Forest.of_tree([5, 6, 7], [-1, 0, -1], [0.5, 0.25, 0.125])
 
 
 def over_the_wire(message):

@@ -14,7 +14,7 @@ from treeline.v1 import drafting_pb2 as pb
 #        root
 #       5    7
 #      6 8    5
-TREE = Forest.of_tree([5, 7, 6, 8, 5], [-1, -1, 0, 0, 1], [0.5, 0.3, 0.5, 0.2, 0.9], [0, 1, 0, 1, 0])
+TREE = Forest.of_tree([5, 7, 6, 8, 5], [-1, -1, 0, 0, 1], [0.5, 0.3, 0.5, 0.2, 0.9])
 
 
 def forests(count: int) -> list[Forest]:
@@ -24,7 +24,6 @@ def forests(count: int) -> list[Forest]:
     for _ in range(count):
         forest = Forest.join([random_tree(random, 12) for _ in range(int(random.integers(1, 6)))])
         forest.sources[:] = random.choice([Source.MODEL, Source.NGRAM], len(forest))
-        forest.ranks[:] = random.integers(0, 4, len(forest))
         made.append(forest)
     return made
 
@@ -125,7 +124,7 @@ def test_a_tree_beyond_its_allowance_is_refused():
     assert (got.sizes.tolist(), refused) == ([0, 5, 3, 0], 2)
 
 
-@pytest.mark.parametrize("cut", ["token_ids", "parents", "draft_probs", "ranks", "sources"])
+@pytest.mark.parametrize("cut", ["token_ids", "parents", "draft_probs", "sources"])
 def test_columns_of_different_lengths_are_no_forest(cut):
     message = forest_to_proto(TREE)
     setattr(message, cut, getattr(message, cut)[:-1])

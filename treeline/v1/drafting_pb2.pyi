@@ -74,20 +74,18 @@ class DraftRequest(_message.Message):
     def __init__(self, step_id: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[DraftSequence, _Mapping]]] = ..., released: _Optional[_Iterable[int]] = ..., plan: _Optional[_Union[_planning_pb2.Plan, _Mapping]] = ...) -> None: ...
 
 class Forest(_message.Message):
-    __slots__ = ("sizes", "token_ids", "parents", "draft_probs", "ranks", "sources")
+    __slots__ = ("sizes", "token_ids", "parents", "draft_probs", "sources")
     SIZES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PARENTS_FIELD_NUMBER: _ClassVar[int]
     DRAFT_PROBS_FIELD_NUMBER: _ClassVar[int]
-    RANKS_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
     sizes: _containers.RepeatedScalarFieldContainer[int]
     token_ids: bytes
     parents: bytes
     draft_probs: bytes
-    ranks: bytes
     sources: bytes
-    def __init__(self, sizes: _Optional[_Iterable[int]] = ..., token_ids: _Optional[bytes] = ..., parents: _Optional[bytes] = ..., draft_probs: _Optional[bytes] = ..., ranks: _Optional[bytes] = ..., sources: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, sizes: _Optional[_Iterable[int]] = ..., token_ids: _Optional[bytes] = ..., parents: _Optional[bytes] = ..., draft_probs: _Optional[bytes] = ..., sources: _Optional[bytes] = ...) -> None: ...
 
 class HeldTokens(_message.Message):
     __slots__ = ("session_id", "tokens")

@@ -91,18 +91,16 @@ class Plan(_message.Message):
     def __init__(self, version: _Optional[int] = ..., created_unix_s: _Optional[float] = ..., lifetime_s: _Optional[float] = ..., cost: _Optional[_Union[CostModel, _Mapping]] = ..., calibration: _Optional[_Union[Calibration, _Mapping]] = ..., price: _Optional[float] = ..., max_nodes: _Optional[int] = ..., max_depth: _Optional[int] = ..., reason: _Optional[str] = ..., step_budget_s: _Optional[float] = ..., wait_factor: _Optional[float] = ..., signals: _Optional[_Iterable[_Union[_generation_pb2.PlanSignal, _Mapping]]] = ...) -> None: ...
 
 class NodeOutcomes(_message.Message):
-    __slots__ = ("sources", "depths", "ranks", "flags", "draft_probs")
+    __slots__ = ("sources", "depths", "flags", "draft_probs")
     SOURCES_FIELD_NUMBER: _ClassVar[int]
     DEPTHS_FIELD_NUMBER: _ClassVar[int]
-    RANKS_FIELD_NUMBER: _ClassVar[int]
     FLAGS_FIELD_NUMBER: _ClassVar[int]
     DRAFT_PROBS_FIELD_NUMBER: _ClassVar[int]
     sources: bytes
     depths: bytes
-    ranks: bytes
     flags: bytes
     draft_probs: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, sources: _Optional[bytes] = ..., depths: _Optional[bytes] = ..., ranks: _Optional[bytes] = ..., flags: _Optional[bytes] = ..., draft_probs: _Optional[_Iterable[float]] = ...) -> None: ...
+    def __init__(self, sources: _Optional[bytes] = ..., depths: _Optional[bytes] = ..., flags: _Optional[bytes] = ..., draft_probs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StepRecord(_message.Message):
     __slots__ = ("step_id", "unix_s", "plan_version", "sequences", "tokens", "prefill_tokens", "context_tokens", "drafted_nodes", "verified_nodes", "accepted_nodes", "emitted_tokens", "running", "waiting", "free_slots", "draft_s", "drafter_s", "draft_layer_nodes", "verify_s", "predicted_verify_s", "step_s", "goodput", "outcomes", "price", "catch_up_tokens", "node_s", "drafted_requests", "pass_how", "gap_s", "gap_tokens", "first_token_s")

@@ -68,11 +68,15 @@ def observed(forest: Forest, chosen: NDArray[np.bool_], walks: list[Walk], sampl
     accepted = np.zeros(1 + len(chosen), np.bool_)  # roots first, as in `forest.jumps`
     accepted[0] = True
     accepted[1 + kept[np.asarray(places, np.intp)]] = True
-    reached = (chosen & accepted[forest.jumps[0][1:]]).nonzero()[0]
+    above = forest.jumps[0][1:]
+    reached = (chosen & accepted[above]).nonzero()[0]
+    parents = np.where(above[reached] > 0, above[reached], -1 - forest.tree_of[reached])  # roots differ by tree
+    first = np.zeros(len(reached), np.bool_)
+    first[np.unique(parents, return_index=True)[1]] = True
     return NodeOutcomes(
         sources=forest.sources[reached],
         depths=forest.depths[reached].astype(np.uint8),
-        ranks=forest.ranks[reached],
+        first=first,
         sampled=np.asarray(sampled, np.bool_)[forest.tree_of[reached]],
         draft_probs=forest.draft_probs[reached],
         accepted=accepted[1:][reached],
@@ -82,5 +86,5 @@ def observed(forest: Forest, chosen: NDArray[np.bool_], walks: list[Walk], sampl
 def concatenate(outcomes: list[NodeOutcomes]) -> NodeOutcomes:
     if not outcomes:
         return NodeOutcomes.empty()
-    names = ("sources", "depths", "ranks", "sampled", "draft_probs", "accepted")
+    names = ("sources", "depths", "first", "sampled", "draft_probs", "accepted")
     return NodeOutcomes(*(np.concatenate([getattr(o, name) for o in outcomes]) for name in names))

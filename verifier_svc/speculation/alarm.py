@@ -33,7 +33,7 @@ class AcceptanceAlarm:
 
     def observe(self, outcomes: NodeOutcomes) -> None:
         """The nodes that one step verified."""
-        first = (outcomes.sources == Source.MODEL) & (outcomes.ranks == 0)
+        first = (outcomes.sources == Source.MODEL) & outcomes.first
         count = int(first.sum())
         if not count:
             return

@@ -75,7 +75,7 @@ class PromptLookup:
         of_new = np.repeat([graft.tree for graft in grafts], [len(graft.token_ids) for graft in grafts])
         trees = np.concatenate([forest.tree_of, of_new])
         order = np.argsort(trees, kind="stable")
-        own_columns: tuple[NDArray, ...] = (forest.token_ids, forest.parents, probs, forest.ranks, sources)
+        own_columns: tuple[NDArray, ...] = (forest.token_ids, forest.parents, probs, sources)
         columns = (
             np.concatenate([own, np.asarray([value for column in new for value in column], own.dtype)])[order]
             for own, new in zip(own_columns, zip(*(graft.columns for graft in grafts), strict=True), strict=True)
@@ -128,7 +128,7 @@ class _Graft:
     """What one text adds to one tree.
 
     Attributes:
-        token_ids, parents, draft_probs, ranks: columns of the new nodes.
+        token_ids, parents, draft_probs: columns of the new nodes.
         overruled: new probability by node of the tree, for nodes that the text is surer of than the draft model.
     """
 
@@ -144,25 +144,17 @@ class _Graft:
     ) -> None:
         """`worth`: calibrated acceptance of the tree's own `nodes`. `accepts`: see `PromptLookup._table`."""
         self.tree, self.first = tree, nodes.start
-        self.token_ids, self.parents, self.draft_probs, self.ranks = (
-            list[int](),
-            list[int](),
-            list[float](),
-            list[int](),
-        )
+        self.token_ids, self.parents, self.draft_probs = list[int](), list[int](), list[float]()
         self.overruled: dict[int, float] = {}
         self._text, self._allowance, self._worth, self._accepts = text, allowance, worth, accepts
         self._tokens, self._above = forest.token_ids[nodes].tolist(), forest.parents[nodes].tolist()
         self._depths = forest.depths[nodes].tolist()
         self._child = dict(zip(zip(self._above, self._tokens, strict=True), range(len(self._tokens)), strict=True))
-        self._children = dict[int, int]()
-        for parent in self._above:
-            self._children[parent] = self._children.get(parent, 0) + 1
 
     @property
-    def columns(self) -> tuple[list[int], list[int], list[float], list[int], list[int]]:
+    def columns(self) -> tuple[list[int], list[int], list[float], list[int]]:
         """Of the new nodes, in the order of the forest's."""
-        return self.token_ids, self.parents, self.draft_probs, self.ranks, [Source.NGRAM] * len(self.token_ids)
+        return self.token_ids, self.parents, self.draft_probs, [Source.NGRAM] * len(self.token_ids)
 
     def grow(self) -> bool:
         """Whether the text had anything to add."""
@@ -191,9 +183,6 @@ class _Graft:
                 self.token_ids.append(token)
                 self.parents.append(node)
                 self.draft_probs.append(PROBS[agreed])
-                rank = self._children.get(node, 0)
-                self._children[node] = rank + 1
-                self.ranks.append(rank)
             elif at < own:
                 worth = self._accepts[min(depth + step + 1, DEPTHS)][agreed]
                 if worth > self._worth[at]:

@@ -64,7 +64,7 @@ def test_kappa_is_how_often_a_reached_node_goes_on():
         n = NodeOutcomes(
             np.zeros(2, np.uint8),
             np.ones(2, np.uint8),
-            np.asarray([0, 1], np.uint8),
+            np.asarray([True, False]),
             np.zeros(2, np.bool_),
             np.asarray([0.6, 0.3], np.float32),
             np.asarray([step % 2 == 0, False]),

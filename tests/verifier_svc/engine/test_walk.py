@@ -6,7 +6,7 @@ from verifier_svc.engine.walk import Walk, concatenate, observed, target_walks
 #        root
 #       5    7
 #      6 8    5
-TREE = Forest.of_tree([5, 7, 6, 8, 5], [-1, -1, 0, 0, 1], [0.6, 0.3, 0.5, 0.2, 0.9], [0, 1, 0, 1, 0])
+TREE = Forest.of_tree([5, 7, 6, 8, 5], [-1, -1, 0, 0, 1], [0.6, 0.3, 0.5, 0.2, 0.9])
 
 
 def walk(own_tokens: list[int]) -> Walk:
@@ -34,6 +34,7 @@ def test_only_children_of_reached_nodes_are_observed():
     outcomes = observed(TREE, np.ones(5, np.bool_), [walk([5, 8, 1, 2, 9, 3])], [True])
     assert outcomes.accepted.tolist() == [True, False, False, True]
     assert outcomes.depths.tolist() == [1, 1, 2, 2]
+    assert outcomes.first.tolist() == [True, False, True, False]
     np.testing.assert_allclose(outcomes.draft_probs, [0.6, 0.3, 0.5, 0.2])
     assert outcomes.sampled.all()
 

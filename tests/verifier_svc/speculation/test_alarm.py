@@ -9,12 +9,12 @@ from treeline.step_record import NodeOutcomes
 from verifier_svc.speculation.alarm import AcceptanceAlarm
 
 
-def outcomes(accepted: float, confidence: float, *, rank: int = 0, source: int = Source.MODEL) -> NodeOutcomes:
+def outcomes(accepted: float, confidence: float, *, first: bool = True, source: int = Source.MODEL) -> NodeOutcomes:
     """Twenty nodes of one step."""
     took = np.arange(20) < 20 * accepted
     column = np.ones(20, np.uint8)
     probs = np.full(20, confidence, np.float32)
-    return NodeOutcomes(source * column, column, rank * column, np.zeros(20, np.bool_), probs, took)
+    return NodeOutcomes(source * column, column, np.full(20, first), np.zeros(20, np.bool_), probs, took)
 
 
 def after(steps: int, *args: float, **kwargs: int) -> str:
@@ -40,9 +40,9 @@ def test_a_random_head_is_named_though_it_is_not_sure_of_itself():
     assert after(8, 0.0, 0.02)
 
 
-def test_little_evidence_other_ranks_and_lookups_say_nothing():
+def test_little_evidence_other_choices_and_lookups_say_nothing():
     assert not after(3, 0.0, 0.6)
-    assert not after(50, 0.0, 0.6, rank=1)
+    assert not after(50, 0.0, 0.6, first=False)
     assert not after(50, 0.0, 0.6, source=Source.NGRAM)
 
 
