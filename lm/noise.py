@@ -6,10 +6,7 @@ integers are exact everywhere; the logarithms are taken in float64 and rounded o
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-
-from lm.device import upload
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
@@ -26,28 +23,17 @@ def gumbel_noise(seed: int, position: int, vocab_size: int, device: torch.device
         seed: any integer; its lower 64 bits count.
         position: absolute index, in the whole sequence, of the token to be placed.
     """
-    return _gumbel(_signed(_key(seed, position)), vocab_size, torch.device(device))
-
-
-def gumbel_noise_rows(keys: list[tuple[int, int]], vocab_size: int, device: torch.device) -> torch.Tensor:
-    """`gumbel_noise` of each (seed, position) at once: float32 [keys, vocab_size], the same numbers."""
-    own = upload(np.asarray([_signed(_key(*key)) for key in keys], np.int64), device)
-    return _gumbel(own[:, None], vocab_size, device)
-
-
-def _gumbel(key: int | torch.Tensor, vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Noise of one key, or of each of int64 [keys, 1]."""
     counters = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=device)
-    state = counters * _signed(_GAMMA) + key
+    state = counters * _signed(_GAMMA) + signed_key(seed, position)
     state = (state ^ _shifted(state, 30)) * _signed(_FACTORS[0])
     state = (state ^ _shifted(state, 27)) * _signed(_FACTORS[1])
     uniform = (_shifted(state ^ _shifted(state, 31), 32).double() + 0.5) * 2.0**-32
     return uniform.neg_().log1p_().neg_().log_().neg_().float()
 
 
-def _key(seed: int, position: int) -> int:
-    """64 bits mixed from seed and position."""
-    return _finalise(_finalise(seed & _MASK) + (position + 1) * _GAMMA & _MASK)
+def signed_key(seed: int, position: int) -> int:
+    """What the counters of this seed and position start from, as an int64."""
+    return _signed(_finalise(_finalise(seed & _MASK) + (position + 1) * _GAMMA & _MASK))
 
 
 def _finalise(state: int) -> int:

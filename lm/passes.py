@@ -37,6 +37,7 @@ class Passes:
             compiled.
         required: a pass that can't be captured at the start is an error.
         how: how the last pass ran.
+        largest: int64 [rows], the token of the largest logit of each row of the last pass; None if it was packed.
         counts: of all passes so far, by how they ran.
     """
 
@@ -46,6 +47,7 @@ class Passes:
         """As `StaticPasses`."""
         self.padded, self.required = device.type == "cuda", required
         self.how: How = "packed"
+        self.largest: Tensor | None = None
         self.counts: Counter[How] = Counter()
         self._windows, self._device, self._states = windows, device, states
         self._static: WeakKeyDictionary[KVCache, StaticPasses] = WeakKeyDictionary()
@@ -66,11 +68,15 @@ class Passes:
         Raises:
             ValueError: a sequence has no new token, no room for them, or parents that are not a tree.
         """
-        parts, first = [], 0
+        parts, largest, first = [], [], 0
         for group in _groups(sequences) if self.padded else [sequences]:
             stop = first + sum(len(sequence.token_ids) for sequence in group)
             parts.append(self._run_group(body, group, cache, None if states is None else states[first:stop]))
+            largest.append(self.largest)
             first = stop
+        if len(parts) > 1:
+            told = [ids for ids in largest if ids is not None]
+            self.largest = torch.cat(told) if len(told) == len(parts) else None
         return parts[0] if len(parts) == 1 else tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
 
     def forget_captured(self) -> None:
@@ -113,7 +119,8 @@ class Passes:
         if outputs is None:
             columns = (upload(column, self._device) for column in (batch.token_ids, batch.positions, batch.rows))
             token_ids, positions, rows = columns
-            outputs, self.how = body(token_ids, positions, states, rows, attention_for(batch, cache)), "packed"
+            outputs = body(token_ids, positions, states, rows, attention_for(batch, cache))
+            self.largest, self.how = None, "packed"
         self.counts[self.how] += 1
         for sequence in sequences:
             sequence.cache.scratch += len(sequence.token_ids)
@@ -125,7 +132,7 @@ class Passes:
         try:
             if cache not in self._static:
                 self._static[cache] = StaticPasses(cache, self._windows, self._states)
-            outputs, self.how = self._static[cache].run(body, batch, states)
+            outputs, self.largest, self.how = self._static[cache].run(body, batch, states)
             return outputs
         except torch.OutOfMemoryError as error:
             logger.warning("a pass of %d tokens is packed: %s", len(batch.token_ids), one_line(error))

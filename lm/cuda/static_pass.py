@@ -53,16 +53,18 @@ class StaticPasses:
             and all(len(span.depths) <= WORDS * WORD_BITS for span in batch.spans)
         )
 
-    def run(self, body: Body, batch: PackedBatch, states: Tensor | None = None) -> tuple[Outputs, How]:
-        """What the body gives for `batch`, as tensors of their own: logits of its rows, the rest by token."""
+    def run(self, body: Body, batch: PackedBatch, states: Tensor | None = None) -> tuple[Outputs, Tensor, How]:
+        """What the body gives for `batch`, as tensors of their own: logits of its rows, the rest by token; and the
+        token of the largest logit of each row, int64 [rows], which is chosen within the captured pass."""
         tokens, wanted = len(batch.token_ids), len(batch.rows)
         size = bucket(tokens)
         rows = next(rows for rows in row_counts(size) if rows >= wanted)
         upload_into(self._fill(batch, size), self._indices)
         if states is not None and self._states is not None:
             self._states[:tokens] = states
-        (logits, *others), how = self.graphs.run((size, rows), lambda: self._pass(body, size, rows))
-        return (logits[:wanted].clone(), *(other[:tokens].clone() for other in others)), how
+        (largest, logits, *others), how = self.graphs.run((size, rows), lambda: self._pass(body, size, rows))
+        outputs = logits[:wanted].clone(), *(other[:tokens].clone() for other in others)
+        return outputs, largest[:wanted].clone(), how
 
     def _layout(self, size: int) -> Layout:
         return Layout.of(size, len(self._windows))
@@ -83,7 +85,8 @@ class StaticPasses:
         batch = PaddedBatch(columns[1], slots, by_window, sequences, sections[4], queries)
         context = PaddedAttention(batch, self._keys, self._values, self._block_tokens)
         states = None if self._states is None else self._states[:size]
-        return body(token_ids, positions, states, wanted[:rows], context)
+        outputs = body(token_ids, positions, states, wanted[:rows], context)
+        return outputs[0].argmax(dim=-1), *outputs
 
     def _fill(self, batch: PackedBatch, size: int) -> NDArray[np.int32]:
         """A batch's indices, padded: the sections of its `Layout`, then the table of blocks."""

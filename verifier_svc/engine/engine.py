@@ -188,7 +188,8 @@ class Engine:
             return []
         forest = drafts.kept.spread(range(len(batch.decoding)), len(sequences))
         if all(sequence.is_argmax for sequence in sequences):
-            chosen = argmax(logits)
+            largest = self.model.passes.largest
+            chosen = argmax(logits) if largest is None else largest
         else:
             chosen = choose_tokens(logits, _rows(sequences, forest))
         return target_walks(forest, chosen.tolist())  # The step waits for the device here, and nowhere else.

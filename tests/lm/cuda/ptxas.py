@@ -19,10 +19,13 @@ from triton.compiler import ASTSource, CompiledKernel
 from lm.cuda.attention import kernel_constants
 from lm.cuda.attention_kernels import attend_split, combine_splits
 from lm.cuda.elementwise_kernels import gate_rows, norm_rows, rotate_and_store
+from lm.cuda.sampling import CUT_BLOCK, DRAW_BLOCK
+from lm.cuda.sampling_kernels import find_cuts, perturb_rows
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {"mixed": "fp32", "sums": "fp32", "words": "i32", "positions": "i32", "table": "i32", "sequences": "i32"}
-POINTERS |= {"queries": "i32", "turns": "fp32", "slots": "i64"}
+POINTERS |= {"queries": "i32", "turns": "fp32", "slots": "i64", "logits": "fp32", "fields": "fp64", "top_ks": "i32"}
+POINTERS |= {"cuts": "i32", "seeds": "i64"}
 """Element types of pointers; others point to numbers of the model's type."""
 ALIGNED = ("_ptr", "_stride")
 
@@ -44,7 +47,7 @@ def main() -> None:
                 compiled = _compiled(kernel, dtype, constants, architecture)
                 print(json.dumps({"name": name, "architecture": architecture, **_use(compiled)}), flush=True)
     for architecture in (80, 89, 90):
-        for kernel, constants in _elementwise().items():
+        for kernel, constants in (_elementwise() | _sampling()).items():
             compiled = _compiled(kernel, "bf16", constants, architecture)
             print(json.dumps({"name": "layer", "architecture": architecture, **_use(compiled)}), flush=True)
 
@@ -56,6 +59,14 @@ def _elementwise() -> dict[Any, dict[str, Any]]:
         norm_rows: {"SIZE": 4096, "PAD": 4096, "ADDS": True, **run},
         gate_rows: {"SIZE": 14336, "BLOCK": 1024, **run},
         rotate_and_store: {"QUERIES": 32, "KEYS": 8, "DIM": 128, "PAD": 64, **run, "num_warps": 1},
+    }
+
+
+def _sampling() -> dict[Any, dict[str, Any]]:
+    """Whose vocabulary is no constant."""
+    return {
+        find_cuts: {"BLOCK": CUT_BLOCK, "num_warps": 16, "num_stages": 2},
+        perturb_rows: {"CUTS": True, "BLOCK": DRAW_BLOCK, "num_warps": 4, "num_stages": 2},
     }
 
 

@@ -65,6 +65,7 @@ def test_padded_equals_packed_and_no_padding_is_seen(padded: LanguageModel, size
     for tensor in (*cache.keys, *cache.values):
         tensor[~held] = 1e4
     torch.testing.assert_close(padded.forward(packed, cache), expected, **CLOSE)
+    assert torch.equal(padded.passes.largest, expected.argmax(-1))
     assert all(tensor.isfinite().all() for tensor in (*cache.keys, *cache.values))
 
 
@@ -119,6 +120,7 @@ def test_a_batch_that_does_not_fit_one_pass_runs_as_several(padded: LanguageMode
     torch.testing.assert_close(logits, reference_logits(padded.hf, tokens)[-1:].expand(2, -1), **CLOSE)
     assert padded.passes.how == "eager"
     assert padded.passes.counts["eager"] - before == 2
+    assert torch.equal(padded.passes.largest, logits.argmax(-1)), "one part behind the other"
 
 
 def test_outputs_are_not_overwritten_by_the_next_pass(padded: LanguageModel) -> None:
