@@ -58,7 +58,12 @@ class SequenceCache:
     _slots: NDArray[np.int64] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.table = np.asarray(self.blocks, np.int32)
+        self.place(self.blocks)
+
+    def place(self, blocks: list[int]) -> None:
+        """Lie in these blocks from now on; what is committed stays where it is."""
+        self.blocks = blocks
+        self.table = np.asarray(blocks, np.int32)
         first_slots = self.table.astype(np.int64) * self.block_tokens
         self._slots = (first_slots[:, None] + np.arange(self.block_tokens)).ravel()
 
@@ -168,20 +173,44 @@ class KVCache:
     def used_blocks(self) -> int:
         return self.total_blocks - self.free_blocks
 
-    def allocate(self, tokens: int, prefix: list[int] | None = None) -> SequenceCache | None:
+    def blocks_for(self, tokens: int) -> int:
+        """How many blocks hold `tokens` entries."""
+        return -(-tokens // self.block_tokens)
+
+    def allocate(self, tokens: int, prefix: list[int] | None = None, headroom: int = 0) -> SequenceCache | None:
         """Reserve blocks for `tokens` entries; None if they are not free.
 
         Args:
             prefix: first tokens of the sequence; full blocks that hold them already are shared, and are committed.
+            headroom: blocks that must be free afterwards.
         """
         shared = self._index.match(prefix or [])
-        needed = -(-tokens // self.block_tokens) - len(shared)
+        needed = self.blocks_for(tokens) - len(shared)
         self._users[shared] += 1  # First, lest they be taken for something else.
-        if needed > self.free_blocks:
+        if needed + headroom > self.free_blocks:
             self._users[shared] -= 1
             return None
         known = len(shared) * self.block_tokens
         return SequenceCache(shared + self._take(needed), self.block_tokens, known, shared_tokens=known)
+
+    def extend(self, sequence: SequenceCache, tokens: int) -> bool:
+        """Let `sequence` hold `tokens` entries; False, and nothing changes, if the blocks for them are not free."""
+        needed = self.blocks_for(tokens) - len(sequence.blocks)
+        if needed <= 0:
+            return True
+        if needed > self.free_blocks:
+            return False
+        sequence.place(sequence.blocks + self._take(needed, after=sequence.blocks[-1] if sequence.blocks else -1))
+        return True
+
+    def shrink(self, sequence: SequenceCache, tokens: int) -> None:
+        """Give back the blocks behind the first `tokens` entries, which hold all that is committed; without scratch."""
+        kept = self.blocks_for(max(tokens, sequence.length))
+        spare = sequence.blocks[kept:]
+        if spare:  # Nobody shares them and no prefix is known by them: nothing is committed there.
+            self._users[spare] -= 1
+            self._blank.add(spare)
+            sequence.place(sequence.blocks[:kept])
 
     def remember(self, sequence: SequenceCache, token_ids: list[int]) -> None:
         """Let others share the full blocks of these committed tokens, which are the sequence's first."""
@@ -197,14 +226,17 @@ class KVCache:
             self._index.touch(block)
         sequence.__init__([], self.block_tokens)  # type: ignore[misc]
 
-    def _take(self, needed: int) -> list[int]:
-        """So many free blocks, the longest unused ones of what is remembered only if there are no others."""
+    def _take(self, needed: int, after: int = -1) -> list[int]:
+        """So many free blocks, the longest unused ones of what is remembered only if there are no others.
+
+        Those that follow block `after` come first: attention reads a run at once.
+        """
         unused = (block for block in self._index.oldest_first() if not self._users[block])
         forgotten = list(islice(unused, max(0, needed - len(self._blank))))
         for block in forgotten:
             self._index.forget(block)
         self._blank.add(forgotten)
-        blocks = self._blank.take(needed)
+        blocks = self._blank.take(needed, after)
         self._users[blocks] = 1
         return blocks
 

@@ -67,6 +67,7 @@ class VerifierMetrics:
             ("position",),
         )
         self._steps = counter("steps", "Engine steps")
+        self._preemptions = counter("num_preemptions", "Requests that lost their KV blocks to others and began again")
         self._passes = counter("passes", "Verification passes, by how they ran: replayed, eager, packed", ("how",))
         self._phase = histogram("step_phase_seconds", "Seconds of a step by phase", _PHASE_BUCKETS, ("phase",))
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token", _TTFT_BUCKETS)
@@ -90,6 +91,7 @@ class VerifierMetrics:
     def observe_step(self, record: StepRecord) -> None:
         """One engine step."""
         self._steps.inc()
+        self._preemptions.inc(record.preempted)
         self._passes.labels(record.pass_how).inc()
         self._plan_version.set(record.plan_version)
         self._prompt_tokens.inc(record.prefill_tokens)

@@ -69,6 +69,7 @@ class StepRecord:
             "packed" (without padding; the only way on a CPU).
         gaps: (seconds, tokens) per request that got tokens behind its first one: since when it waited, how many came.
         first_token_s: per request that got its first token: seconds from its arrival.
+        preempted: requests that gave their KV blocks to others, and wait to be computed again.
     """
 
     step_id: int
@@ -100,6 +101,7 @@ class StepRecord:
     pass_how: str = ""
     gaps: tuple[tuple[float, int], ...] = ()
     first_token_s: tuple[float, ...] = ()
+    preempted: int = 0
 
 
 _SAMPLED, _ACCEPTED, _FIRST = 1, 2, 4

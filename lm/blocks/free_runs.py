@@ -28,8 +28,9 @@ class FreeRuns:
             if end > first:
                 self._merge(ordered[first], ordered[end - 1] + 1)
 
-    def take(self, needed: int) -> list[int]:
-        """So many free blocks: of the shortest run that holds them all, else of the longest runs.
+    def take(self, needed: int, after: int = -1) -> list[int]:
+        """So many free blocks: first those that follow block `after`, then of the shortest run that holds them all,
+        else of the longest runs.
 
         Raises:
             ValueError: there are not so many.
@@ -37,15 +38,22 @@ class FreeRuns:
         if needed > self._count:
             raise ValueError(f"{needed} blocks are wanted, {self._count} are free")
         taken: list[int] = []
+        place = bisect_left(self._runs, (after + 1, 0))
+        if after >= 0 and place < len(self._runs) and self._runs[place][0] == after + 1:
+            taken += self._cut(*self._runs[place], needed)
         while len(taken) < needed:
             missing = needed - len(taken)
             fitting = bisect_left(self._by_length, (missing, -1))
             length, start = self._by_length[min(fitting, len(self._by_length) - 1)]
-            self._remove(start, start + length)
-            kept = min(length, missing)
-            taken += range(start, start + kept)
-            self._insert(start + kept, start + length)
+            taken += self._cut(start, start + length, missing)
         return taken
+
+    def _cut(self, start: int, stop: int, most: int) -> range:
+        """Takes up to `most` blocks from the beginning of a run."""
+        end = min(stop, start + most)
+        self._remove(start, stop)
+        self._insert(end, stop)
+        return range(start, end)
 
     def _merge(self, start: int, stop: int) -> None:
         place = bisect_left(self._runs, (start, stop))

@@ -81,8 +81,18 @@ def test_random_use_never_leaks_and_never_shares(seed: int) -> None:
     cache = new_cache(tokens=120, block_tokens=int(rng.integers(1, 7)))
     alive: list[SequenceCache] = []
     for _ in range(400):
-        if alive and rng.random() < 0.45:
+        choice = rng.random()
+        if alive and choice < 0.35:
             cache.free(alive.pop(int(rng.integers(len(alive)))))
+        elif alive and choice < 0.6:
+            sequence, tokens = alive[int(rng.integers(len(alive)))], int(rng.integers(0, 60))
+            first, free = list(sequence.blocks), cache.free_blocks
+            assert cache.extend(sequence, tokens) == (-(-tokens // cache.block_tokens) - len(first) <= free)
+            assert sequence.blocks[: len(first)] == first
+        elif alive and choice < 0.7:
+            sequence, tokens = alive[int(rng.integers(len(alive)))], int(rng.integers(0, 40))
+            cache.shrink(sequence, tokens)
+            assert sequence.capacity <= -(-tokens // cache.block_tokens) * cache.block_tokens
         else:
             tokens, free = int(rng.integers(0, 40)), cache.free_blocks
             sequence = cache.allocate(tokens)
@@ -96,6 +106,23 @@ def test_random_use_never_leaks_and_never_shares(seed: int) -> None:
         cache.free(sequence)
     assert cache.used_blocks == 0
     assert allocated(cache, cache.total_blocks * cache.block_tokens).runs(0, 1) == [slice(0, 1)]
+
+
+def test_a_sequence_grows_in_place_where_it_can_and_keeps_what_it_committed() -> None:
+    cache = new_cache(tokens=40)
+    first, second = allocated(cache, 4), allocated(cache, 4)
+    fill(cache, second, 4)
+    cache.commit([(second, [0, 1, 2, 3])])
+    assert cache.extend(second, 10)
+    assert second.blocks == [1, 2, 3]
+    assert cache.extend(first, 8)
+    assert first.blocks == [0, 4]
+    cache.shrink(second, 0)
+    assert second.blocks == [1], "what is committed stays"
+    assert held(cache, second, 1) == [100, 101, 102, 103]
+    assert not cache.extend(second, 4 * 9)
+    assert second.blocks == [1]
+    assert cache.free_blocks == 7
 
 
 def test_freeing_twice_is_harmless_and_a_freed_sequence_holds_nothing() -> None:

@@ -115,9 +115,10 @@ class Engine:
 
     def check_fits(self, request: GenerationRequest) -> None:
         """Raise InvalidRequestError if the KV cache could never hold this request."""
-        needed, held = self.scheduler.reservation_tokens(request), self.cache.total_blocks * self.cache.block_tokens
+        needed = len(request.prompt_token_ids) + request.max_tokens
+        held = self.cache.total_blocks * self.cache.block_tokens
         if needed > held:
-            problem = f"needs {needed} KV cache tokens (prompt, max_tokens and tree); the cache holds {held}"
+            problem = f"needs {needed} KV cache tokens (prompt and max_tokens); the cache holds {held}"
             raise InvalidRequestError(FieldViolation("stopping.max_tokens", problem))
 
     def abort(self, request_ids: Iterable[str]) -> list[Output]:
@@ -137,6 +138,8 @@ class Engine:
         started_s = self._clock()
         plan = self.plan()
         batch = self.scheduler.schedule(plan)
+        for sequence in batch.preempted:
+            self._draft_anew(sequence)
         if batch.sequences == 0:
             self.speculator.release(plan)
             return [], None
@@ -235,6 +238,11 @@ class Engine:
                 outputs.append(Output(sequence.request.request_id, whole))
         ended = [sequence for sequence in self.scheduler.running if sequence.finish_reason is not None]
         return outputs + [self._finish(sequence) for sequence in ended]
+
+    def _draft_anew(self, sequence: Sequence) -> None:
+        """To the drafter, what is computed again is another request."""
+        self.speculator.forget(sequence)
+        sequence.session_id, sequence.drafter_tokens = next(self._session_ids), 0
 
     def _finish(self, sequence: Sequence) -> Output:
         """End a sequence and free all it holds."""

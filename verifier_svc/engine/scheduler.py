@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lm.kv_cache import KVCache
+from lm.kv_cache import KVCache, SequenceCache
 from planner.fast.step_prices import StepPrices
-from planner.policies import parse_policy
 from treeline.config import LimitsConfig
 from treeline.plan import Plan
-from verifier_svc.engine.request import FinishReason, GenerationRequest
+from verifier_svc.engine.request import FinishReason
 from verifier_svc.engine.sequence import Sequence
 
 MAX_STRETCH = 2.25
@@ -36,12 +35,14 @@ class Batch:
         decoding: sequences whose root is to be verified, with a tree or without.
         prefilling: (sequence, tokens) chunks of prompts.
         finished_prompts: those of `prefilling` whose prompt ends with this chunk; they get their first token.
+        preempted: those that gave their blocks to others; they wait again.
         prices: what this step costs.
     """
 
     decoding: list[Sequence]
     prefilling: list[tuple[Sequence, int]]
     finished_prompts: list[Sequence]
+    preempted: list[Sequence]
     prices: StepPrices
 
     @property
@@ -61,8 +62,10 @@ class Batch:
 class Scheduler:
     """The one registry of the engine's open sequences, waiting and running; owns the reservation of KV blocks.
 
-    A request's blocks are reserved whole when it is admitted, so that a running request never has to be preempted. With
-    prefix caching, what an earlier prompt and its answer left in the cache is not computed again.
+    A request holds the blocks of its tokens, and what is left is room for trees. Where blocks run out, trees give way,
+    then the request that came last of the lowest priority: it waits, and is computed again when there is room. The
+    first of all never gives way, so somebody always gets on. With prefix caching, what earlier prompts and answers
+    left in the cache is not computed again.
     """
 
     def __init__(
@@ -85,9 +88,7 @@ class Scheduler:
         """Queue by priority and time waited; a resumed request, which has waited before, goes before its equals."""
 
         def rank(one: Sequence) -> float:
-            # All who wait rise at the same pace, so that their order never changes.
-            request, queued_s = one.request, one.arrived_s + one.request.elapsed_s
-            return request.priority + 0.5 * bool(request.delivered_token_ids) - queued_s / AGEING_S
+            return _standing(one) + 0.5 * bool(one.request.delivered_token_ids or one.preemptions)
 
         place = len(self.waiting)
         while place and rank(self.waiting[place - 1]) < rank(sequence):
@@ -99,21 +100,16 @@ class Scheduler:
         wanted = set(request_ids)
         return [s for s in (*self.running, *self.waiting) if s.request.request_id in wanted]
 
-    def reservation_tokens(self, request: GenerationRequest) -> int:
-        """KV entries the request may need at most: all its tokens, and the largest tree behind them."""
-        return len(request.prompt_token_ids) + request.max_tokens + self.tree_nodes(request)
-
-    def tree_nodes(self, request: GenerationRequest) -> int:
-        """The most draft nodes any step of this request may verify."""
-        if parse_policy(request.policy).max_depth == 0:
-            return 0
-        limit = self._limits.max_tree_nodes
-        return limit if request.max_nodes is None else min(request.max_nodes, limit)
+    def tree_nodes(self, sequence: Sequence) -> int:
+        """The most draft nodes that this step of a running request may verify: there is room for them."""
+        return min(self._wanted_nodes(sequence), sequence.kv.capacity - len(sequence.token_ids))
 
     def schedule(self, plan: Plan) -> Batch:
-        """Admit what fits, then take every decoding sequence and prompt chunks up to the chunk budget."""
+        """Let those who run go on, admit what fits, then take all who decode and prompt chunks up to the budget."""
         self._remember_prompts()
-        self._admit()
+        preempted = self._hold_next_tokens()
+        if not preempted:
+            self._admit()
         decoding = [s for s in self.running if s.is_prefilled]
         prompts = [s for s in self.running if not s.is_prefilled]
         budget = self._prompt_budget(decoding, prompts, plan) if prompts else 0
@@ -135,7 +131,8 @@ class Scheduler:
             prompt_tokens=sum([tokens for _, tokens in prefilling]),
             prompts=len(prefilling),
         )
-        return Batch(decoding, prefilling, finished_prompts, prices)
+        self._leave_room_for_trees(decoding)
+        return Batch(decoding, prefilling, finished_prompts, preempted, prices)
 
     def _prompt_budget(self, decoding: list[Sequence], prompts: list[Sequence], plan: Plan) -> int:
         """Most prompt tokens of this step: what MAX_STRETCH and the step budget allow by the plan's costs.
@@ -159,12 +156,7 @@ class Scheduler:
         if sequence.cache is None:
             self.waiting.remove(sequence)
         else:
-            self.running.remove(sequence)
-            # The tokens of a failed sequence may be fewer than its cache holds.
-            if self._prefix_caching and sequence.finish_reason is not FinishReason.FAILED:
-                self._cache.remember(sequence.cache, sequence.token_ids)
-            self._cache.free(sequence.cache)
-            sequence.cache = None
+            self._release(sequence)
 
     @property
     def free_slots(self) -> int:
@@ -172,10 +164,10 @@ class Scheduler:
         if not self.waiting:
             return 0
         slots = self._limits.max_running_requests - len(self.running)
-        blocks = self._cache.free_blocks
+        blocks = self._cache.free_blocks - len(self.running)
         startable = 0
         for sequence in self.waiting[:slots]:
-            blocks -= -(-self.reservation_tokens(sequence.request) // self._cache.block_tokens)
+            blocks -= self._cache.blocks_for(len(sequence.token_ids)) + 1
             if blocks < 0:
                 break
             startable += 1
@@ -186,18 +178,93 @@ class Scheduler:
         if self._prefix_caching:
             for sequence in self.running:
                 if sequence.is_prefilled and not sequence.is_remembered:
-                    self._cache.remember(sequence.kv, sequence.request.prompt_token_ids)
+                    self._cache.remember(sequence.kv, sequence.token_ids)
                     sequence.is_remembered = True
+
+    def _hold_next_tokens(self) -> list[Sequence]:
+        """Give each running sequence room for all its tokens; returns those that were preempted for it."""
+        if all(sequence.kv.capacity >= len(sequence.token_ids) for sequence in self.running):
+            return []
+        preempted: list[Sequence] = []
+        ranked = sorted(self.running, key=_standing)
+        for sequence in reversed(ranked.copy()):
+            while sequence.cache is not None and not self._holds_all(sequence):
+                preempted.append(ranked.pop(0))
+                self._preempt(preempted[-1])
+        return preempted
+
+    def _holds_all(self, sequence: Sequence) -> bool:
+        tokens = len(sequence.token_ids)
+        if self._cache.extend(sequence.kv, tokens):
+            return True
+        self._reclaim_tree_room()
+        return self._cache.extend(sequence.kv, tokens)
+
+    def _reclaim_tree_room(self) -> None:
+        for sequence in self.running:
+            self._cache.shrink(sequence.kv, len(sequence.token_ids))
+
+    def _leave_room_for_trees(self, decoding: list[Sequence]) -> None:
+        """Share what nobody holds among those who would draft; it can be had back at any time."""
+        short = [s for s in decoding if s.kv.capacity < len(s.token_ids) + self._wanted_nodes(s)]
+        if not short:
+            return
+        free = self._cache.free_blocks
+        for left, sequence in zip(range(len(short), 0, -1), short, strict=True):
+            wanted = self._cache.blocks_for(len(sequence.token_ids) + self._wanted_nodes(sequence))
+            blocks = min(wanted, len(sequence.kv.blocks) + free // left)
+            free -= max(0, blocks - len(sequence.kv.blocks))
+            self._cache.extend(sequence.kv, blocks * self._cache.block_tokens)
+
+    def _wanted_nodes(self, sequence: Sequence) -> int:
+        if sequence.policy.max_depth == 0:
+            return 0
+        most, limit = sequence.request.max_nodes, self._limits.max_tree_nodes
+        return limit if most is None else min(most, limit)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue, with all its tokens; its blocks are free, and known to the prefix cache."""
+        self._release(sequence)
+        sequence.preemptions += 1
+        self.add(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Take a sequence out of the running ones and free its blocks."""
+        self.running.remove(sequence)
+        # The tokens of a failed sequence may be fewer than its cache holds.
+        if self._prefix_caching and sequence.finish_reason is not FinishReason.FAILED:
+            self._cache.remember(sequence.kv, sequence.token_ids)
+        self._cache.free(sequence.kv)
+        sequence.cache = None
 
     def _admit(self) -> None:
         # In order: a large request at the head is not starved by small ones behind it.
         while self.waiting and len(self.running) < self._limits.max_running_requests:
             sequence = self.waiting[0]
-            # The last token is always run: its logits give the next one.
-            prefix = sequence.token_ids[:-1] if self._prefix_caching else []
-            cache = self._cache.allocate(self.reservation_tokens(sequence.request), prefix)
+            cache = self._place(sequence)
             if cache is None:
                 return
-            sequence.cache, sequence.cached_tokens = cache, cache.length
-            sequence.admitted_s = self._clock()
+            if sequence.admitted_s is None:
+                sequence.admitted_s, sequence.cached_tokens = self._clock(), cache.length
+            sequence.cache, sequence.admitted_tokens, sequence.is_remembered = cache, len(sequence.token_ids), False
             self.running.append(self.waiting.pop(0))
+
+    def _place(self, sequence: Sequence) -> SequenceCache | None:
+        """Blocks for all tokens of a waiting sequence, if everybody who runs can still take one more block each.
+
+        Without those, who is admitted would soon be preempted, and computed for nothing.
+        """
+        # The last token is always run: its logits give the next one.
+        prefix = sequence.token_ids[:-1] if self._prefix_caching else []
+        tokens, headroom = len(sequence.token_ids), len(self.running) + 1 if self.running else 0
+        cache = self._cache.allocate(tokens, prefix, headroom)
+        if cache is None:
+            self._reclaim_tree_room()
+            cache = self._cache.allocate(tokens, prefix, headroom)
+        return cache
+
+
+def _standing(sequence: Sequence) -> float:
+    """Who stands highest is admitted first and preempted last. All rise alike, so the order never changes."""
+    request = sequence.request
+    return request.priority - (sequence.arrived_s + request.elapsed_s) / AGEING_S

@@ -31,7 +31,9 @@ class Sequence:
         cache: None while waiting.
         cached_tokens: of the prompt, that were taken from the prefix cache; no pass ran them, so that nobody has seen
             their hidden states.
-        is_remembered: its prompt is in the prefix cache.
+        admitted_tokens: how many of `token_ids` it had when it was admitted last, all of which run like a prompt.
+        preemptions: how often it lost its blocks to others and had to begin again with what it had.
+        is_remembered: what it was admitted with is in the prefix cache.
         drafter_tokens: how many of `token_ids` the drafter is believed to hold.
     """
 
@@ -45,6 +47,8 @@ class Sequence:
     grammar: GrammarState | None = None
     cache: SequenceCache | None = None
     cached_tokens: int = 0
+    admitted_tokens: int = 0
+    preemptions: int = 0
     is_remembered: bool = False
     drafter_tokens: int = 0
     admitted_s: float | None = None
@@ -64,8 +68,8 @@ class Sequence:
 
     @property
     def is_prefilled(self) -> bool:
-        """Whether everything the request came with (its prompt, and what was delivered before) has run."""
-        return self.output_tokens > len(self.request.delivered_token_ids)
+        """Whether all that it was admitted with (prompt, and answer so far) has run."""
+        return len(self.token_ids) > self.admitted_tokens
 
     @property
     def remaining_tokens(self) -> int:

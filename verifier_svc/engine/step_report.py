@@ -67,6 +67,7 @@ def step_record(
         pass_how=pass_how,
         gaps=tuple([(c.waited_s, len(c.token_ids)) for c in chunks if not c.first and c.token_ids]),
         first_token_s=tuple([c.waited_s for c in chunks if c.first]),
+        preempted=len(batch.preempted),
     )
 
 
@@ -118,7 +119,9 @@ def explanation(
 
 
 def _reason(sequence: Sequence, drafts: Drafts) -> str:
-    if sequence.output_tokens <= 1 + len(sequence.request.delivered_token_ids):
+    if len(sequence.token_ids) <= 1 + sequence.admitted_tokens:
+        if sequence.preemptions:
+            return "its blocks went to others meanwhile; prompt and answer were computed again"
         return "first token, from the prompt's own pass"
     if sequence.policy.max_depth == 0:
         return "policy off"

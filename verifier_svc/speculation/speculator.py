@@ -172,6 +172,8 @@ class Speculator:
     def _depth(self, sequence: Sequence, plan: Plan) -> int:
         """The deepest tree that is of use now. The last token to come needs no draft: it is the bonus token."""
         request, policy = sequence.request, sequence.policy
+        if not self._scheduler.tree_nodes(sequence):
+            return 0
         wanted = policy.layers(plan, len(self._scheduler.running), not request.sampling.greedy)
         depth = min(wanted, self._limits.max_tree_depth, sequence.remaining_tokens - 1)
         if policy.priced:
@@ -179,7 +181,7 @@ class Speculator:
         return depth if request.max_depth is None else min(depth, request.max_depth)
 
     def _nodes(self, sequence: Sequence, plan: Plan) -> int:
-        nodes = self._scheduler.tree_nodes(sequence.request)
+        nodes = self._scheduler.tree_nodes(sequence)
         return min(nodes, plan.max_nodes) if sequence.policy.priced else nodes
 
     def _messages(self, asked: list[Asked], weights: dict[int, float], plan: Plan) -> list[DraftSequence]:
@@ -267,7 +269,7 @@ class Speculator:
         allowances = []
         for sequence, size in zip(decoding, forest.sizes.tolist(), strict=True):
             fits = sequence.policy.priced or not size
-            nodes = self._scheduler.tree_nodes(sequence.request) - size if fits else 0
+            nodes = self._scheduler.tree_nodes(sequence) - size if fits else 0
             sampled, depth = not sequence.request.sampling.greedy, self._depth(sequence, plan)
             allowances.append(Allowance(sequence.session_id, sampled, nodes, depth))
         return lookup.graft(forest, allowances, plan.calibration)

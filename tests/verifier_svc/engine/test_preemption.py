@@ -1,0 +1,172 @@
+"""A cache that is too small for all who run costs time, and no text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lm.model import LanguageModel
+from planner.fast.builtin_plan import builtin_plan
+from tests.verifier_svc.doubles import OracleDrafter
+from tests.verifier_svc.engine.test_engine import Known, assert_all_free, prompts, tokens_of
+from tests.verifier_svc.engine.test_engine import model as model  # a fixture
+from treeline.config import Config, LimitsConfig, ModelConfig, VerifierConfig
+from treeline.errors import InvalidRequestError
+from treeline.sampling import SamplingParams
+from verifier_svc.engine.engine import Engine
+from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest
+from verifier_svc.speculation.link import LocalLink
+
+BLOCK = 4
+SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, repetition_penalty=1.2, frequency_penalty=0.3, seed=6)
+SMALL, LARGE = 120, 4096
+
+
+def engine_of(
+    model: LanguageModel, tokens: int, drafter: OracleDrafter | None = None, caching: bool = True, running: int = 8
+) -> Engine:
+    limits = LimitsConfig(max_running_requests=running, max_context_tokens=256, max_tree_nodes=16, max_tree_depth=6)
+    verifier = VerifierConfig(
+        target=ModelConfig(dtype="float32"),
+        kv_cache_tokens=tokens,
+        kv_block_tokens=BLOCK,
+        prefill_chunk_tokens=16,
+        prefix_caching=caching,
+    )
+    plan = builtin_plan(limits)
+    return Engine(
+        model, LocalLink(drafter) if drafter else None, lambda: plan, Config(verifier=verifier, limits=limits)
+    )
+
+
+def finished(engine: Engine, requests: list[GenerationRequest]) -> tuple[dict[str, list], int]:
+    """Each request's outputs, and how many preemptions there were."""
+    outputs: dict[str, list] = {request.request_id: [] for request in requests}
+    for request in requests:
+        engine.add(request)
+    preempted = steps = 0
+    while engine.has_work:
+        items, record = engine.step()
+        for output in items:
+            outputs[output.request_id].append(output.item)
+        preempted += record.preempted if record else 0
+        steps += 1
+        assert steps < 5000, "nobody gets on"
+    return outputs, preempted
+
+
+def requests_of(model: LanguageModel, sampling: SamplingParams, policy: str) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(f"r{i}", prompt, sampling, 70, ignore_eos=True, logprobs=1, policy=policy, priority=i % 2)
+        for i, prompt in enumerate(prompts(model, 6))
+    ]
+
+
+@pytest.mark.parametrize("policy", ["off", "chain:4", "static:3-2-1", "smart"])
+@pytest.mark.parametrize("sampling", [SamplingParams(), SAMPLED], ids=["greedy", "sampled"])
+def test_the_text_is_that_of_a_large_cache(model, sampling, policy):
+    expected, preempted = finished(engine_of(model, LARGE), requests_of(model, sampling, "off"))
+    assert not preempted
+    known = Known()
+    requests = requests_of(model, sampling, policy)
+    for request in requests:
+        known.add(request.prompt_token_ids, tokens_of(expected[request.request_id]))
+    for caching in (True, False):
+        drafter = OracleDrafter(known, model.vocab_size)
+        engine = engine_of(model, SMALL, drafter, caching)
+        outputs, preempted = finished(engine, requests)
+        assert preempted > 3
+        assert policy == "off" or drafter.drafted_nodes > 100, "trees take what is left"
+        assert_all_free(engine, drafter)
+        for request in requests:
+            same_answer(outputs[request.request_id], expected[request.request_id])
+
+
+def same_answer(items: list, expected: list) -> None:
+    """Text, tokens, log-probabilities and usage."""
+
+    def parts(items: list) -> tuple[str, list[int], list[int]]:
+        chunks = [item for item in items if isinstance(item, Chunk)]
+        probs = [position.token_id for chunk in chunks for position in chunk.logprobs]
+        assert [chunk.first for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
+        return "".join(chunk.text for chunk in chunks), tokens_of(items), probs
+
+    assert parts(items) == parts(expected)
+    end, wanted = items[-1], expected[-1]
+    assert isinstance(end, Completion)
+    assert (end.finish_reason, end.matched_stop) == (wanted.finish_reason, wanted.matched_stop)
+    assert (end.prompt_tokens, end.completion_tokens) == (wanted.prompt_tokens, wanted.completion_tokens)
+
+
+def test_stop_strings_across_a_preemption_are_found(model):
+    requests = requests_of(model, SamplingParams(), "off")
+    whole, _ = finished(engine_of(model, LARGE), requests)
+    texts = ["".join(item.text for item in whole[r.request_id] if isinstance(item, Chunk)) for r in requests]
+    requests = [replace(r, stop=(text[40:46],)) for r, text in zip(requests, texts, strict=True)]
+    expected, _ = finished(engine_of(model, LARGE), requests)
+    outputs, preempted = finished(engine_of(model, SMALL), requests)
+    assert preempted
+    assert any(items[-1].finish_reason is FinishReason.STOP for items in expected.values())
+    for request in requests:
+        same_answer(outputs[request.request_id], expected[request.request_id])
+
+
+def test_the_last_that_came_of_the_lowest_priority_gives_way(model):
+    engine = engine_of(model, SMALL)
+    for name, priority in (("first", 0), ("low", -1), ("second", 0), ("high", 1)):
+        engine.add(
+            GenerationRequest(name, [5] * 12, SamplingParams(), 100, ignore_eos=True, policy="off", priority=priority)
+        )
+    order = []
+    while engine.has_work:
+        engine.step()
+        for sequence in engine.scheduler.waiting:
+            if sequence.preemptions and sequence.request.request_id not in order:
+                order.append(sequence.request.request_id)
+    assert order == ["low", "second", "first"]
+
+
+def test_who_fits_alone_always_ends_and_others_are_refused(model):
+    engine = engine_of(model, SMALL)
+    requests = [GenerationRequest(f"r{i}", [5 + i] * 20, SamplingParams(), 100, ignore_eos=True) for i in range(3)]
+    outputs, preempted = finished(engine, requests)
+    assert preempted
+    assert all(items[-1].completion_tokens == 100 for items in outputs.values())
+    with pytest.raises(InvalidRequestError, match="KV cache"):
+        engine.add(GenerationRequest("r", [5] * 20, SamplingParams(), 101, policy="off"))
+
+
+def test_trees_never_cost_a_preemption(model):
+    known = Known()
+    requests = [
+        GenerationRequest(f"r{i}", prompt, SamplingParams(), 15, ignore_eos=True, policy="static:3-2-1")
+        for i, prompt in enumerate([[7 + i] * 25 for i in range(3)])
+    ]
+    expected, _ = finished(engine_of(model, LARGE), requests)
+    for request in requests:
+        known.add(request.prompt_token_ids, tokens_of(expected[request.request_id]))
+    drafter = OracleDrafter(known, model.vocab_size)
+    outputs, preempted = finished(engine_of(model, SMALL + 2 * BLOCK, drafter), requests)
+    assert drafter.drafted_nodes
+    assert not preempted, "three answers just fit"
+    for request in requests:
+        same_answer(outputs[request.request_id], expected[request.request_id])
+
+
+def test_twice_as_many_run_at_equal_memory_where_answers_end_early(model):
+    """A request may ask for 100 tokens; whole reservations of 20 + 100 let 4 run in 480."""
+    prompt = [9] * 20
+    free = GenerationRequest("r", prompt, SamplingParams(), 100, ignore_eos=True, policy="off")
+    answer = tokens_of(finished(engine_of(model, LARGE), [free])[0]["r"])
+    stopping = replace(free, stop_token_ids=frozenset(answer[12:14]))
+    engine = engine_of(model, 480, caching=False, running=16)
+    for i in range(16):
+        engine.add(replace(stopping, request_id=f"r{i}"))
+    most = preempted = 0
+    while engine.has_work:
+        _, record = engine.step()
+        most = max(most, len(engine.scheduler.running))
+        preempted += record.preempted if record else 0
+    assert most >= 2 * (480 // 120)
+    assert not preempted
