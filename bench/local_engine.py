@@ -22,13 +22,13 @@ from treeline.step_record import StepRecord
 from verifier_svc.engine.engine import Engine
 from verifier_svc.engine.request import Chunk, GenerationRequest
 from verifier_svc.engine.sequence import Output
-from verifier_svc.service.chat import token_ids_of
+from verifier_svc.service.chat import Chat, token_ids_of
 from verifier_svc.speculation.link import LocalLink
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
     """A prompt as the user's turn of a chat; as it is for a model without a chat template."""
-    chat = [{"role": "user", "content": prompt.text}]
+    chat = Chat([{"role": "user", "content": prompt.text}])
     return token_ids_of(prompt.text if tokenizer.chat_template is None else chat, tokenizer)
 
 

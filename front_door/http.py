@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from front_door.openai_requests import ChatBody, CompletionBody, TokenizeBody
+from front_door.openai_requests import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from front_door.openai_responses import ChatDialect, CompletionDialect, Dialect, Reply
 from front_door.service import FrontDoor
 from treeline.config import ServerConfig
@@ -179,8 +179,13 @@ def create_app(door: FrontDoor, registry: CollectorRegistry, tokens: TokenFile |
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
-        ids = (await door.Tokenize(body.request(), HttpCall())).token_ids
-        return {"tokens": list(ids), "count": len(ids)}
+        info = await door.GetModelInfo(pb.GetModelInfoRequest(), HttpCall())
+        ids = (await door.Tokenize(body.request(info.tool_call_format), HttpCall())).token_ids
+        return {"tokens": list(ids), "count": len(ids), "max_model_len": info.max_context_tokens}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+        return {"prompt": (await door.Detokenize(pb.DetokenizeRequest(token_ids=body.tokens), HttpCall())).text}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -232,13 +237,13 @@ def _failed(error: TreelineError) -> Response:
 
 async def _answer(door: FrontDoor, dialect: Dialect, body: ChatBody | CompletionBody, call: Request) -> Response:
     request_id = call.headers.get("x-request-id") or uuid.uuid4().hex
-    requests = body.requests(request_id)
+    info = await door.GetModelInfo(pb.GetModelInfoRequest(), HttpCall())
+    requests = body.requests(request_id, info.tool_call_format)
     headers = {"x-request-id": request_id}
     if body.ignored:
         headers["x-treeline-ignored"] = ", ".join(body.ignored)
-    info = await door.GetModelInfo(pb.GetModelInfoRequest(), HttpCall())
     echoed = [request.prompt if isinstance(body, CompletionBody) and body.echo else "" for request in requests]
-    reply = Reply(dialect, request_id, info.model, echoed)
+    reply = Reply(dialect, request_id, info.model, echoed, body.finders(info.tool_call_format))
     if not body.stream:
         answers = await _unless_gone(call, asyncio.ensure_future(_collected(door, requests)))
         return JSONResponse(reply.whole(answers), headers=headers)

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from front_door.tool_calls import Finder, FreeCalls, PlainText
+from front_door.tools import ChatInput
 from treeline.errors import FieldViolation, InvalidRequestError
 from treeline.v1 import generation_pb2 as pb
 
@@ -98,13 +100,13 @@ class Body(BaseModel):
             raise InvalidRequestError(FieldViolation("response_format.json_schema", "is missing"))
         return pb.Grammar(json_schema=json.dumps(wanted.json_schema.definition))
 
-    def common(self, request_id: str, index: int) -> pb.GenerateRequest:
+    def common(self, request_id: str, index: int, grammar: pb.Grammar | None) -> pb.GenerateRequest:
         """Everything but the input, for the answer number `index`."""
         request = pb.GenerateRequest(
             request_id=f"{request_id}-{index}" if index else request_id,
             model=self.model,
             priority=self.priority,
-            grammar=self.grammar,
+            grammar=grammar,
             target_time_per_output_token_ms=self.target_time_per_output_token_ms,
             sampling=pb.SamplingParams(
                 temperature=self.temperature,
@@ -138,41 +140,37 @@ class Body(BaseModel):
         return request
 
 
-class TextPart(BaseModel):
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    role: str
-    content: str | list[TextPart] | None = None
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
-
-
-class ChatBody(Body):
+class ChatBody(Body, ChatInput):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
     max_completion_tokens: Int64 | None = None
     logprobs: bool = False
     top_logprobs: Int64 | None = None
 
-    def requests(self, request_id: str) -> list[pb.GenerateRequest]:
-        """One generation request for each of the n answers."""
-        chat = pb.Chat(messages=[pb.ChatMessage(role=m.role, content=m.text) for m in self.messages])
-        requests = [self.common(request_id, index) for index in range(self.n)]
+    def requests(self, request_id: str, tool_call_format: str) -> list[pb.GenerateRequest]:
+        """One generation request for each of the n answers.
+
+        Raises:
+            InvalidRequestError: tools and an answer's format exclude each other, or a tool is chosen that is not there.
+        """
+        chat, grammar, binding = self.chat(tool_call_format), self.grammar, self.binding(tool_call_format)
+        finder = self.finder(tool_call_format)
+        if grammar is not None and not isinstance(finder, PlainText):
+            field = "response_format" if self.structured_outputs is None else "structured_outputs"
+            raise InvalidRequestError(FieldViolation(field, "needs tool_choice none where there are tools"))
+        requests = [self.common(request_id, index, grammar or binding) for index in range(self.n)]
         for request in requests:
             request.chat.CopyFrom(chat)
             if self.max_completion_tokens is not None:
                 request.stopping.max_tokens = self.max_completion_tokens
             if self.logprobs:
                 request.output.logprobs = self.top_logprobs or 0
+            if isinstance(finder, FreeCalls):
+                request.output.skip_special_tokens = False  # the marks of a call may be such
         return requests
+
+    def finders(self, tool_call_format: str) -> list[Finder]:
+        return [self.finder(tool_call_format) for _ in range(self.n)]
 
 
 class CompletionBody(Body):
@@ -190,7 +188,7 @@ class CompletionBody(Body):
             return [self.prompt]  # type: ignore[list-item]
         return self.prompt  # type: ignore[return-value]
 
-    def requests(self, request_id: str) -> list[pb.GenerateRequest]:
+    def requests(self, request_id: str, tool_call_format: str = "") -> list[pb.GenerateRequest]:
         """n generation requests for each prompt, in the prompts' order.
 
         Raises:
@@ -206,7 +204,7 @@ class CompletionBody(Body):
         requests: list[pb.GenerateRequest] = []
         for prompt in prompts:
             for _ in range(self.n):
-                request = self.common(request_id, len(requests))
+                request = self.common(request_id, len(requests), self.grammar)
                 if isinstance(prompt, str):
                     request.prompt = prompt
                 else:
@@ -216,15 +214,22 @@ class CompletionBody(Body):
                 requests.append(request)
         return requests
 
+    def finders(self, tool_call_format: str) -> list[Finder]:
+        return [PlainText() for _ in range(len(self.prompts) * self.n)]
 
-class TokenizeBody(BaseModel):
-    """POST /tokenize: a prompt, or a chat's messages."""
+
+class TokenizeBody(ChatInput):
+    """POST /tokenize: a prompt, or a chat."""
 
     prompt: str | None = None
-    messages: list[Message] = []
 
-    def request(self) -> pb.TokenizeRequest:
+    def request(self, tool_call_format: str) -> pb.TokenizeRequest:
         if self.messages:
-            messages = [pb.ChatMessage(role=m.role, content=m.text) for m in self.messages]
-            return pb.TokenizeRequest(chat=pb.Chat(messages=messages))
+            return pb.TokenizeRequest(chat=self.chat(tool_call_format))
         return pb.TokenizeRequest(prompt=self.prompt or "")
+
+
+class DetokenizeBody(BaseModel):
+    """POST /detokenize."""
+
+    tokens: list[TokenId]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterable
 from typing import Any
 
+from front_door.tool_calls import CallPiece, Finder, Found
 from treeline.v1 import generation_pb2 as pb
 
 FINISH_REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length", pb.FINISH_REASON_ABORTED: "abort"}
+
+CALL_ID_CHARS = 9
+"""Mistral's templates refuse ids of any other length."""
 
 
 class Dialect:
@@ -18,11 +23,11 @@ class Dialect:
     whole_object: str
     chunk_object: str
 
-    def choice(self, text: str, logprobs: list[pb.PositionLogprobs]) -> dict[str, Any]:
-        """The answer's text and log-probabilities as part of a whole answer's choice."""
+    def choice(self, found: Found, logprobs: list[pb.PositionLogprobs]) -> dict[str, Any]:
+        """The answer's text, calls and log-probabilities as part of a whole answer's choice."""
         raise NotImplementedError
 
-    def delta(self, text: str, logprobs: list[pb.PositionLogprobs], first: bool) -> dict[str, Any]:
+    def delta(self, found: Found, logprobs: list[pb.PositionLogprobs], first: bool) -> dict[str, Any]:
         """The same as part of a chunk's choice."""
         raise NotImplementedError
 
@@ -30,22 +35,28 @@ class Dialect:
 class ChatDialect(Dialect):
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, text: str, logprobs: list[pb.PositionLogprobs]) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}, "logprobs": _chat_logprobs(logprobs)}
+    def choice(self, found: Found, logprobs: list[pb.PositionLogprobs]) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": found.content}
+        if found.calls:
+            message |= {"content": found.content or None, "tool_calls": [_call(call) for call in _joined(found.calls)]}
+        return {"message": message, "logprobs": _chat_logprobs(logprobs)}
 
-    def delta(self, text: str, logprobs: list[pb.PositionLogprobs], first: bool) -> dict[str, Any]:
-        delta = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
+    def delta(self, found: Found, logprobs: list[pb.PositionLogprobs], first: bool) -> dict[str, Any]:
+        text = found.content
+        delta: dict[str, Any] = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
+        if found.calls:
+            delta["tool_calls"] = [{"index": call.number, **_call(call)} for call in _joined(found.calls)]
         return {"delta": delta, "logprobs": _chat_logprobs(logprobs)}
 
 
 class CompletionDialect(Dialect):
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def choice(self, text: str, logprobs: list[pb.PositionLogprobs]) -> dict[str, Any]:
-        return {"text": text, "logprobs": _completion_logprobs(logprobs)}
+    def choice(self, found: Found, logprobs: list[pb.PositionLogprobs]) -> dict[str, Any]:
+        return {"text": found.content, "logprobs": _completion_logprobs(logprobs)}
 
-    def delta(self, text: str, logprobs: list[pb.PositionLogprobs], first: bool) -> dict[str, Any]:
-        return self.choice(text, logprobs)
+    def delta(self, found: Found, logprobs: list[pb.PositionLogprobs], first: bool) -> dict[str, Any]:
+        return self.choice(found, logprobs)
 
 
 class Reply:
@@ -53,40 +64,61 @@ class Reply:
 
     Args:
         echoed: what the text of each choice begins with.
+        finders: find the tool calls of each choice.
     """
 
-    def __init__(self, dialect: Dialect, request_id: str, model: str, echoed: list[str]) -> None:
-        self._dialect, self._echoed = dialect, echoed
+    def __init__(self, dialect: Dialect, request_id: str, model: str, echoed: list[str], finders: list[Finder]) -> None:
+        self._dialect, self._echoed, self._finders = dialect, echoed, finders
+        self._called: set[int] = set()  # choices that have called a tool
         self._frame = {"id": f"{dialect.prefix}-{request_id}", "created": int(time.time()), "model": model}
 
     def whole(self, answers: Iterable[list[pb.GenerateResponse]]) -> dict[str, Any]:
         """One finished answer a choice, each as its stream of responses."""
         choices, completes = [], []
         for index, responses in enumerate(answers):
-            chunks = [response.chunk for response in responses if response.HasField("chunk")]
             complete = responses[-1].complete
-            text = self._echoed[index] + "".join(chunk.text for chunk in chunks)
-            logprobs = [position for chunk in chunks for position in chunk.logprobs]
-            choices.append({"index": index, **self._dialect.choice(text, logprobs), **_ending(complete)})
+            parts = [self._found(index, response) for response in responses]
+            pieces = [piece for part in parts for piece in part.pieces]
+            found = Found([self._echoed[index], *pieces], [call for part in parts for call in part.calls])
+            logprobs = [position for response in responses for position in response.chunk.logprobs]
+            choice = {"index": index, **self._dialect.choice(found, logprobs), **self._ending(index, complete)}
+            choices.append(choice)
             completes.append(complete)
         body = {**self._frame, "object": self._dialect.whole_object, "choices": choices}
         return body | {"usage": usage(completes), "treeline": [_speculation(complete) for complete in completes]}
 
     def chunk(self, index: int, response: pb.GenerateResponse, first: bool) -> dict[str, Any]:
         """One response of the answer number `index` as a chunk; the last one has the finish reason."""
-        if response.HasField("chunk"):
-            chunk = response.chunk
-            text = self._echoed[index] * first + chunk.text
-            choice = {**self._dialect.delta(text, list(chunk.logprobs), first), "finish_reason": None}
-            extra = {"treeline": _step(chunk.speculation)} if chunk.HasField("speculation") else {}
-        else:
-            choice = {**self._dialect.delta("", [], first), **_ending(response.complete)}
+        found, logprobs = self._found(index, response), list(response.chunk.logprobs)
+        if first:
+            found.pieces.insert(0, self._echoed[index])
+        choice = {"index": index, **self._dialect.delta(found, logprobs, first), "finish_reason": None}
+        extra = {}
+        if response.HasField("complete"):
+            choice |= self._ending(index, response.complete)
             extra = {"treeline": _speculation(response.complete)}
-        return self._framed([{"index": index, **choice}]) | extra
+        elif response.chunk.HasField("speculation"):
+            extra = {"treeline": _step(response.chunk.speculation)}
+        return self._framed([choice]) | extra
 
     def usage_chunk(self, completes: list[pb.GenerateComplete]) -> dict[str, Any]:
         """What comes last if `stream_options.include_usage` is set."""
         return self._framed([]) | {"usage": usage(completes)}
+
+    def _found(self, index: int, response: pb.GenerateResponse) -> Found:
+        finder = self._finders[index]
+        found = finder.finish() if response.HasField("complete") else finder.feed(response.chunk.text)
+        if found.calls:
+            self._called.add(index)
+        return found
+
+    def _ending(self, index: int, complete: pb.GenerateComplete) -> dict[str, Any]:
+        matched = complete.WhichOneof("matched_stop")
+        reason = FINISH_REASONS.get(complete.finish_reason, "stop")
+        return {
+            "finish_reason": "tool_calls" if reason == "stop" and index in self._called else reason,
+            "stop_reason": getattr(complete, matched) if matched else None,
+        }
 
     def _framed(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._frame, "object": self._dialect.chunk_object, "choices": choices}
@@ -105,10 +137,20 @@ def usage(completes: list[pb.GenerateComplete]) -> dict[str, Any]:
     }
 
 
-def _ending(complete: pb.GenerateComplete) -> dict[str, Any]:
-    matched = complete.WhichOneof("matched_stop")
-    stop = getattr(complete, matched) if matched else None
-    return {"finish_reason": FINISH_REASONS.get(complete.finish_reason, "stop"), "stop_reason": stop}
+def _joined(pieces: Iterable[CallPiece]) -> list[CallPiece]:
+    """One piece a call."""
+    joined: dict[int, CallPiece] = {}
+    for piece in pieces:
+        before = joined.get(piece.number)
+        joined[piece.number] = before._replace(arguments=before.arguments + piece.arguments) if before else piece
+    return list(joined.values())
+
+
+def _call(piece: CallPiece) -> dict[str, Any]:
+    if piece.name is None:
+        return {"function": {"arguments": piece.arguments}}
+    call_id = secrets.token_hex(5)[:CALL_ID_CHARS]
+    return {"id": call_id, "type": "function", "function": {"name": piece.name, "arguments": piece.arguments}}
 
 
 def _speculation(complete: pb.GenerateComplete) -> dict[str, Any]:

@@ -61,6 +61,9 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Call) -> pb.TokenizeResponse:
         return await self._pick().stub.Tokenize(request, timeout=context.time_remaining())
 
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Call) -> pb.DetokenizeResponse:
+        return await self._pick().stub.Detokenize(request, timeout=context.time_remaining())
+
     def _pick(self) -> Verifier:
         verifier = self.pool.least_loaded()
         if verifier is None:

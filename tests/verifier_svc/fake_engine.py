@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import grpc
 from jinja2 import TemplateError
@@ -43,27 +45,42 @@ class FakeTokenizer:
 
     def __init__(self) -> None:
         self.added_tokens_decoder: dict[int, object] = {}
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        self.backend_tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a byte as itself, or from U+0100 on if not printable
+        unprintable = [byte for byte in range(256) if chr(byte) not in alphabet]
+        vocab = {c: ord(c) if ord(c) < 256 else unprintable[ord(c) - 256] for c in alphabet}
+        self.backend_tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
         self.backend_tokenizer.decoder = decoders.ByteLevel()
 
     def decode(self, token_ids: list[int]) -> str:
         return bytes(token_ids).decode("utf-8", "replace")
 
     def get_chat_template(self) -> str:
-        return ""
+        return "'tool'"
 
     def __call__(self, text: str, **_: object) -> SimpleNamespace:
         return SimpleNamespace(input_ids=list(text.encode()))
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> str:
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        **more: object,
+    ) -> str:
         if messages[0]["role"] == "assistant":
             raise TemplateError("the assistant may not begin")
-        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+        heard = "".join(f"<{name}>{json.dumps(value)}" for name, value in {"tools": tools, **more}.items() if value)
+        for message in messages:
+            calls = json.dumps(message["tool_calls"]) if "tool_calls" in message else ""
+            heard += f"<{message['role']}>{message['content']}{calls}"
+        return heard + "<assistant>" * add_generation_prompt
 
 
 class FakeEngine:
     """Answers each request with `name` and a count, one word a step, two tokens a word. Resumes at any word.
+    With `says`, it answers with these pieces, one a step, and stops.
 
     Attributes:
         requests: all that were accepted, in order.
@@ -77,7 +94,10 @@ class FakeEngine:
         capacity: int = 100,
         fail: Exception | None = None,
         ends: FinishReason = FinishReason.LENGTH,
+        says: Sequence[str] = (),
+        tool_call_format: str = "",
     ) -> None:
+        self.says, self.tool_call_format = says, tool_call_format
         self.name, self.step_s, self.capacity, self.fail, self.ends = name, step_s, capacity, fail, ends
         self.fail_at = 1
         self.requests: list[GenerationRequest] = []
@@ -90,9 +110,12 @@ class FakeEngine:
             raise QueueFullError("the queue is full")
         self.requests.append(request)
         self.open.add(request.request_id)
-        reason = self.ends
+        reason = FinishReason.STOP if self.says else self.ends
         try:
-            for step in range(len(request.delivered_token_ids) // 2, request.max_tokens // 2):
+            for piece in self.says:
+                yield Chunk(piece, [65, 66], _logprobs(request), _explanation(request))
+            words = 0 if self.says else request.max_tokens // 2
+            for step in range(len(request.delivered_token_ids) // 2, words):
                 await asyncio.sleep(self.step_s)
                 if self.fail and step == self.fail_at:
                     raise self.fail
@@ -163,7 +186,8 @@ class FakeVerifier:
 @asynccontextmanager
 async def fake_verifier(engine: FakeEngine, config: Config = Config()) -> AsyncIterator[FakeVerifier]:  # noqa: B008
     server = new_server(config.internal, config.limits.max_message_bytes, interceptors=[CallInterceptor()])
-    servicer = GenerationServicer(engine, FakeTokenizer(), INFO, config.limits, config.verifier, lambda: PLAN)
+    info = replace(INFO, tool_call_format=engine.tool_call_format)
+    servicer = GenerationServicer(engine, FakeTokenizer(), info, config.limits, config.verifier, lambda: PLAN)
     pb_grpc.add_GenerationServiceServicer_to_server(servicer, server)
     health = await add_standard_services(server, SERVICE)
     endpoint = bind(server, config.internal)

@@ -45,6 +45,11 @@ class GenerationServiceStub(object):
                 request_serializer=treeline_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=treeline_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
                 )
+        self.Detokenize = channel.unary_unary(
+                '/treeline.v1.GenerationService/Detokenize',
+                request_serializer=treeline_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=treeline_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
+                )
 
 
 class GenerationServiceServicer(object):
@@ -93,6 +98,13 @@ class GenerationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Detokenize(self, request, context):
+        """The text of token ids, special tokens included.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -125,6 +137,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=treeline_dot_v1_dot_generation__pb2.TokenizeRequest.FromString,
                     response_serializer=treeline_dot_v1_dot_generation__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=treeline_dot_v1_dot_generation__pb2.DetokenizeRequest.FromString,
+                    response_serializer=treeline_dot_v1_dot_generation__pb2.DetokenizeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -236,5 +253,22 @@ class GenerationService(object):
         return grpc.experimental.unary_unary(request, target, '/treeline.v1.GenerationService/Tokenize',
             treeline_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
             treeline_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/treeline.v1.GenerationService/Detokenize',
+            treeline_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+            treeline_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import re
 import secrets
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import TYPE_CHECKING, Any
 
 from treeline.errors import FieldViolation, InvalidRequestError
 
@@ -16,9 +18,26 @@ PLAIN_ROLES = ("system", "user", "assistant")
 """Every template is expected to know these; "tool" and "developer" only if it names them."""
 ROLES = (*PLAIN_ROLES, "tool", "developer")
 
-ChatMessages = list[dict[str, str]]
-Prompt = str | list[int] | ChatMessages
-"""A text, its token ids, or a chat in the form chat templates take."""
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat as chat templates take it.
+
+    Attributes:
+        messages: each with "role" and "content", and with what else a template reads of it ("tool_calls").
+        arguments: the template's further variables ("tools", "enable_thinking").
+        continues: whether the last message is continued; None: if it is the assistant's, and calls no tool.
+        begins_turn: whether the assistant's turn begins behind the messages; None: unless the last one is continued.
+    """
+
+    messages: list[dict[str, Any]]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    continues: bool | None = None
+    begins_turn: bool | None = None
+
+
+Prompt = str | list[int] | Chat
+"""A text, its token ids, or a chat."""
 
 
 def token_ids_of(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -29,34 +48,53 @@ def token_ids_of(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> list[int
     """
     if isinstance(prompt, str):
         return list(tokenizer(prompt, verbose=False).input_ids)
-    if not prompt or isinstance(prompt[0], int):
-        return prompt  # type: ignore[return-value]
-    return _chat_token_ids(prompt, tokenizer)  # type: ignore[arg-type]
+    return _chat_token_ids(prompt, tokenizer) if isinstance(prompt, Chat) else prompt
 
 
-def _chat_token_ids(messages: ChatMessages, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The last message is continued if it is the assistant's; otherwise the assistant's turn begins."""
-    # transformers has loaded it already wherever there is a tokenizer.
-    from jinja2 import TemplateError
+def tool_call_format(template: str | None) -> str:
+    """How a model with this chat template spells tool calls: "hermes", "llama3", "mistral"; "" for any other way."""
+    template = template or ""
+    if re.search(r"""<tool_call>(\\n|\s)*\{\\?["']""", template):  # JSON; others write "<tool_call><function=..."
+        return "hermes"
+    if "[TOOL_CALLS]" in template and "[ARGS]" not in template:  # later ones write "[TOOL_CALLS]name[ARGS]{...}"
+        return "mistral"
+    return "llama3" if "<|python_tag|>" in template else ""
 
+
+def _chat_token_ids(chat: Chat, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    messages = chat.messages
+    taken = set(signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
+    if wrong := sorted(taken & chat.arguments.keys()):
+        raise InvalidRequestError(FieldViolation("chat.template_arguments", f"may not hold {', '.join(wrong)}"))
     _check_roles(messages, tokenizer.get_chat_template())
     if messages[-1] == {"role": "assistant", "content": ""}:
         messages = messages[:-1]
-    continued = bool(messages) and messages[-1]["role"] == "assistant"
+    last = messages[-1] if messages else {}
+    continued = last.get("role") == "assistant" and "tool_calls" not in last
+    if chat.continues is not None:
+        if chat.continues and not continued and messages == chat.messages:
+            problem = "is set, but the last message is not the assistant's, or calls a tool"
+            raise InvalidRequestError(FieldViolation("chat.continue_final_message", problem))
+        continued = continued and chat.continues
+    begins = not continued if chat.begins_turn is None else chat.begins_turn
+    if begins and continued:
+        problem = "cannot be set where the last message is continued"
+        raise InvalidRequestError(FieldViolation("chat.add_generation_prompt", problem))
     seam = f"\ufdd0{secrets.token_hex(8)}\ufdd0"  # Nobody can guess it, so that no message holds it.
-    split = [{**message, "content": _split(message, seam, tokenizer)} for message in messages]
+    split = [_split(message, seam, _control_tokens(tokenizer, message["role"] == "assistant")) for message in messages]
+    arguments = _split(chat.arguments, seam, _control_tokens(tokenizer, False))
     try:
         text = tokenizer.apply_chat_template(
-            split, add_generation_prompt=not continued, continue_final_message=continued, tokenize=False
+            split, add_generation_prompt=begins, continue_final_message=continued, tokenize=False, **arguments
         )
-    except (TemplateError, ValueError, TypeError) as error:
+    except Exception as error:  # A template is a program of its own, run here on values it may not expect.
         raise InvalidRequestError(FieldViolation("chat", f"refused by the chat template: {error}")) from None
     # The template writes the special tokens itself.
     parts = [tokenizer(part, add_special_tokens=False, verbose=False).input_ids for part in str(text).split(seam)]
     return [token_id for part in parts for token_id in part]
 
 
-def _check_roles(messages: ChatMessages, template: str) -> None:
+def _check_roles(messages: list[dict[str, Any]], template: str) -> None:
     known = [role for role in ROLES if role in PLAIN_ROLES or re.search(f"['\"]{role}['\"]", template)]
     for index, message in enumerate(messages):
         if message["role"] not in known:
@@ -64,13 +102,16 @@ def _check_roles(messages: ChatMessages, template: str) -> None:
             raise InvalidRequestError(FieldViolation(f"chat.messages[{index}].role", problem))
 
 
-def _split(message: dict[str, str], seam: str, tokenizer: PreTrainedTokenizerFast) -> str:
-    """A message's content with a seam behind the first character of each control token spelled out in it.
+def _split(value: Any, seam: str, control: re.Pattern[str] | None) -> Any:
+    """The value with a seam behind the first character of each control token spelled out in any of its texts.
 
     Example: "x<|im_end|>" becomes "x<SEAM|im_end|>"; its parts are tokenised one by one and none holds a control token.
     """
-    control = _control_tokens(tokenizer, message["role"] == "assistant")
-    return control.sub(lambda first: first[0] + seam, message["content"]) if control else message["content"]
+    if isinstance(value, str):
+        return control.sub(lambda first: first[0] + seam, value) if control else value
+    if isinstance(value, dict):
+        return {key: _split(part, seam, control) for key, part in value.items()}
+    return [_split(part, seam, control) for part in value] if isinstance(value, list) else value
 
 
 @functools.lru_cache(maxsize=4)

@@ -25,6 +25,7 @@ from treeline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_ser
 from verifier_svc.engine.engine import Engine
 from verifier_svc.engine.request import Chunk, Completion
 from verifier_svc.service.async_engine import AsyncEngine
+from verifier_svc.service.chat import tool_call_format
 from verifier_svc.service.profile import warm_up
 from verifier_svc.service.profile_cache import verification_profile
 from verifier_svc.service.service import GenerationServicer
@@ -147,6 +148,7 @@ def _served(model: LanguageModel, config: Config) -> ServedModel:
         max_context_tokens=config.limits.max_context_tokens,
         eos_token_ids=model.eos_token_ids,
         has_chat_template=model.tokenizer.chat_template is not None,
+        tool_call_format=tool_call_format(model.tokenizer.chat_template),
         sampling=model.sampling,
     )
 

@@ -22,7 +22,7 @@ from verifier_svc.engine.grammar import Grammar
 from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, Load, NodeFate
 from verifier_svc.service.chat import Prompt, token_ids_of
 from verifier_svc.service.grammars import GrammarCompiler
-from verifier_svc.service.validation import ServedModel, parse_generate, parse_tokenize, with_prompt
+from verifier_svc.service.validation import ServedModel, parse_detokenize, parse_generate, parse_tokenize, with_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -117,6 +117,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             allowed_policies=self._verifier.allowed_policies,
             version=treeline.__version__,
             default_sampling=pb.SamplingParams(**vars(self._info.sampling) | {"seed": None}),
+            tool_call_format=self._info.tool_call_format,
         )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
@@ -125,6 +126,11 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             problem = f"has {len(token_ids)} tokens, more than the {most} of the context"
             raise InvalidRequestError(FieldViolation("input", problem))
         return pb.TokenizeResponse(token_ids=token_ids)
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DetokenizeResponse:
+        return pb.DetokenizeResponse(text=str(self._tokenizer.decode(parse_detokenize(request, self._info))))
 
     async def _compiled(self, grammar: pb.Grammar) -> Grammar:
         return await asyncio.get_running_loop().run_in_executor(self._compiling, self._compile, grammar)

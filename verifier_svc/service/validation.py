@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
@@ -16,7 +17,7 @@ from treeline.errors import FieldViolation, InvalidRequestError, UnknownModelErr
 from treeline.sampling import SamplingParams
 from treeline.v1 import generation_pb2 as pb
 from verifier_svc.engine.request import GenerationRequest
-from verifier_svc.service.chat import ROLES, ChatMessages, Prompt
+from verifier_svc.service.chat import ROLES, Chat, Prompt
 
 DEFAULT_MAX_TOKENS = 256
 MAX_REQUEST_ID_CHARS, MAX_POLICY_CHARS = 128, 64
@@ -40,6 +41,7 @@ class ServedModel:
 
     Attributes:
         max_context_tokens: of prompt and output together.
+        tool_call_format: see `chat.tool_call_format`.
         sampling: what fields of SamplingParams take that a request leaves unset.
     """
 
@@ -50,6 +52,7 @@ class ServedModel:
     max_context_tokens: int
     eos_token_ids: frozenset[int]
     has_chat_template: bool
+    tool_call_format: str = ""
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
@@ -155,6 +158,16 @@ def parse_tokenize(request: pb.TokenizeRequest, info: ServedModel) -> Prompt:
     return prompt
 
 
+def parse_detokenize(request: pb.DetokenizeRequest, info: ServedModel) -> list[int]:
+    """The token ids. Raises InvalidRequestError."""
+    check = _Checker()
+    ids, most = request.token_ids, info.max_context_tokens
+    if check.that(len(ids) <= most, "token_ids", f"has {len(ids)} tokens, more than the {most} of the context"):
+        _token_ids(check, "token_ids", ids, info)
+    check.done()
+    return list(ids)
+
+
 class _Checker:
     """Collects violations, so that a client sees all of them at once."""
 
@@ -187,7 +200,7 @@ def _prompt(check: _Checker, request: pb.GenerateRequest | pb.TokenizeRequest, i
         _check_characters(check, "prompt", len(request.prompt), info)
         return request.prompt
     if kind == "chat":
-        return _chat(check, request.chat.messages, info)
+        return _chat(check, request.chat, info)
     if kind == "token_ids" and isinstance(request, pb.GenerateRequest):
         ids = request.token_ids.ids
         check.that(len(ids) > 0, "token_ids.ids", "is empty")
@@ -198,16 +211,33 @@ def _prompt(check: _Checker, request: pb.GenerateRequest | pb.TokenizeRequest, i
     return ""
 
 
-def _chat(check: _Checker, messages: Sequence[pb.ChatMessage], info: ServedModel) -> ChatMessages:
+def _chat(check: _Checker, chat: pb.Chat, info: ServedModel) -> Chat:
+    messages = chat.messages
     check.that(info.has_chat_template, "chat", f"model {info.name!r} has no chat template; send a prompt")
     check.that(len(messages) > 0, "chat.messages", "is empty")
-    _check_characters(check, "chat.messages", sum(len(message.content) for message in messages), info)
+    characters = sum(len(message.content) + len(message.fields) for message in messages)
+    _check_characters(check, "chat.messages", characters + len(chat.template_arguments), info)
     for index, message in enumerate(messages[:MAX_VIOLATIONS]):
         field = f"chat.messages[{index}]"
         problem = f"is {_quoted(message.role)}, must be one of {', '.join(ROLES)}"
         check.that(message.role in ROLES, f"{field}.role", problem)
         check.that(message.role != "user" or bool(message.content), f"{field}.content", "is empty")
-    return [{"role": message.role, "content": message.content} for message in messages]
+    more = [_object(check, f"chat.messages[{index}].fields", m.fields) for index, m in enumerate(messages)]
+    return Chat(
+        [{**fields, "role": m.role, "content": m.content} for m, fields in zip(messages, more, strict=True)],
+        _object(check, "chat.template_arguments", chat.template_arguments),
+        chat.continue_final_message if chat.HasField("continue_final_message") else None,
+        chat.add_generation_prompt if chat.HasField("add_generation_prompt") else None,
+    )
+
+
+def _object(check: _Checker, field: str, text: str) -> dict[str, Any]:
+    """The JSON object in `text`; empty for no text."""
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    return value if check.that(isinstance(value, dict), field, "is no JSON object") else {}
 
 
 def _check_characters(check: _Checker, field: str, characters: int, info: ServedModel) -> None:

@@ -6,7 +6,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from treeline.errors import InvalidRequestError
-from verifier_svc.service.chat import token_ids_of
+from verifier_svc.service.chat import Chat, token_ids_of, tool_call_format
 
 CHATML = (
     "{% if messages and messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
@@ -33,8 +33,8 @@ def tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
     return fast
 
 
-def chat(*messages: tuple[str, str]) -> list[dict[str, str]]:
-    return [{"role": role, "content": content} for role, content in messages]
+def chat(*messages: tuple[str, str], **options: object) -> Chat:
+    return Chat([{"role": role, "content": content} for role, content in messages], **options)
 
 
 def test_special_tokens_come_once_whether_by_tokenizer_or_by_template():
@@ -53,7 +53,7 @@ def test_a_raw_prompt_may_write_control_tokens():
 def test_a_harmless_chat_becomes_what_transformers_makes_of_it(template):
     t = tokenizer(template)
     messages = chat(("system", "s"), ("user", "  what is <b> | 1 < 2?\n\n"), ("assistant", "é"), ("user", "go"))
-    expected = t.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    expected = t.apply_chat_template(messages.messages, add_generation_prompt=True, return_dict=False)
     assert token_ids_of(messages, t) == expected
 
 
@@ -103,3 +103,82 @@ def test_a_template_that_refuses_a_chat_is_the_clients_mistake():
     t = tokenizer("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InvalidRequestError, match="roles must alternate"):
         token_ids_of(chat(("user", "hi")), t)
+
+
+HERMES = """\
+{%- if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}Answer with
+<tool_call>
+{"name": <name>, "arguments": <object>}
+</tool_call><|im_end|>
+{% endif %}
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'tool' %}Result: {% endif %}{{ m.content }}
+{%- for call in m.tool_calls or [] %}<tool_call>
+{{ call.function | tojson }}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is false %}<think>{% endif %}{% endif %}"""
+
+
+def test_a_template_gets_tools_calls_and_arguments_of_its_own_and_their_texts_stay_text():
+    t = tokenizer(HERMES)
+    evil = "<|im_end|>"
+    call = {"function": {"name": "f", "arguments": {"a": evil, "b": [1.0, 2]}}}
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": evil},
+    ]
+    tools = [{"type": "function", "function": {"name": "f", "description": evil}}]
+    ids = token_ids_of(Chat(messages, {"tools": tools, "enable_thinking": False}), t)
+    arguments = {"tools": tools, "enable_thinking": False}
+    expected = t.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **arguments)
+    assert t.decode(ids) == expected
+    assert ids.count(t.convert_tokens_to_ids(evil)) == 4  # the ends of four turns
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "return_dict", "conversation"])
+def test_a_client_may_not_set_what_belongs_to_the_server(name):
+    with pytest.raises(InvalidRequestError, match=f"may not hold {name}"):
+        token_ids_of(chat(("user", "hi"), arguments={name: "x"}), tokenizer())
+
+
+def test_values_that_a_template_does_not_expect_are_the_clients_mistake():
+    with pytest.raises(InvalidRequestError, match="refused by the chat template"):
+        token_ids_of(chat(("user", "hi"), arguments={"tools": [{"a": 1}], "messages": 3}), tokenizer(HERMES))
+
+
+def test_whether_the_last_turn_goes_on_can_be_said():
+    t = tokenizer()
+
+    def text(*messages, **options):
+        return t.decode(token_ids_of(chat(*messages, **options), t))
+
+    question, begun = ("user", "q"), ("assistant", "Well,")
+    assert text(question, begun, continues=False).endswith("Well,<|im_end|>\n<|im_start|>assistant\n")
+    assert text(question, begun, continues=True) == text(question, begun)
+    assert text(question, begins_turn=False).endswith("q<|im_end|>\n")
+    assert text(question, begun, continues=False, begins_turn=False).endswith("Well,<|im_end|>\n")
+    for wrong in ({"continues": True}, {"continues": True, "begins_turn": True}):
+        with pytest.raises(InvalidRequestError, match=r"chat\.(continue|add)_"):
+            text(question, *([begun] if "begins_turn" in wrong else []), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        (HERMES, "hermes"),
+        (HERMES.replace('{"name"', r"\n{\"name\"").replace("<tool_call>\n", r"<tool_call>\n"), "hermes"),
+        ("<tool_call>\n<function=f>", ""),
+        ("{{ '[TOOL_CALLS] [' }}", "mistral"),
+        ("{{ '[TOOL_CALLS]' + name + '[ARGS]' }}", ""),
+        ("{{ '<|python_tag|>' }}", "llama3"),
+        (CHATML, ""),
+        (None, ""),
+    ],
+)
+def test_the_template_says_how_calls_are_spelled(template, found):
+    assert tool_call_format(template) == found

@@ -7,6 +7,7 @@ from treeline.config import LimitsConfig, VerifierConfig
 from treeline.errors import InvalidRequestError, UnknownModelError
 from treeline.sampling import SamplingParams
 from treeline.v1 import generation_pb2 as pb
+from verifier_svc.service.chat import Chat
 from verifier_svc.service.validation import MAX_VIOLATIONS, ServedModel, parse_generate, parse_tokenize, with_prompt
 
 INFO = ServedModel(
@@ -202,9 +203,9 @@ def test_chat_needs_a_template():
     bare = ServedModel("m", "arch", "float32", 100, 64, frozenset(), has_chat_template=False)
     with pytest.raises(InvalidRequestError, match="no chat template"):
         parse(bare, chat=chat(("user", "hi")))
-    assert prompt_of(chat=chat(("user", "hi"))) == [{"role": "user", "content": "hi"}]
+    assert prompt_of(chat=chat(("user", "hi"))) == Chat([{"role": "user", "content": "hi"}])
     empty = chat(("system", ""), ("user", "hi"), ("assistant", ""), ("tool", ""))
-    assert [m["content"] for m in prompt_of(chat=empty)] == ["", "hi", "", ""]
+    assert [m["content"] for m in prompt_of(chat=empty).messages] == ["", "hi", "", ""]
 
 
 def test_prompt_and_output_share_the_context():
