@@ -108,10 +108,9 @@ class HeadModule(nn.Module):
     def fuse(self) -> None:
         """Take the leaner layer, for inference."""
         layer: Any = self.layers[0]
-        if not self.config.qk_norm:
-            self.layers[0] = FusedLayer(layer, None)
-            self.layers[0].hidden_norm = layer.hidden_norm
-            self.rotary_emb = ComplexRotary(self.rotary_emb)
+        self.layers[0] = FusedLayer(layer, None)
+        self.layers[0].hidden_norm = layer.hidden_norm
+        self.rotary_emb = ComplexRotary(self.rotary_emb)
 
 
 def _mixed(layer: Any, inputs: Tensor, residual: Tensor, turns: Any, context: Any) -> Tensor:

@@ -24,8 +24,11 @@ class Elementwise(Protocol):
     def norm(self, hidden: Tensor, norm: Any) -> Tensor:
         """RMS norm of each row, with the weight and epsilon of such a layer of transformers."""
 
-    def add_norm(self, hidden: Tensor, added: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-        """Their sum, and its norm."""
+    def add(self, hidden: Tensor, added: Tensor, post_norm: Any = None) -> Tensor:
+        """Their sum; what is added is normed before, if there is a norm for it."""
+
+    def add_norm(self, hidden: Tensor, added: Tensor, norm: Any, post_norm: Any = None) -> tuple[Tensor, Tensor]:
+        """The same sum, and its norm."""
 
     def rotate(self, heads: Tensor, turned: int, turns: Tensor) -> Tensor:
         """Turn the pairs that lie side by side in the first `turned` of the heads [tokens, heads, head_dim].
@@ -41,10 +44,15 @@ class TorchElementwise:
     """By torch, for any device and type."""
 
     def norm(self, hidden: Tensor, norm: Any) -> Tensor:
+        if norm.weight.dtype != hidden.dtype:  # Gemma's weights stay in float32.
+            return F.rms_norm(hidden.float(), norm.weight.shape, norm.weight, norm.variance_epsilon).to(hidden.dtype)
         return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
-    def add_norm(self, hidden: Tensor, added: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-        total = hidden + added
+    def add(self, hidden: Tensor, added: Tensor, post_norm: Any = None) -> Tensor:
+        return hidden + (added if post_norm is None else self.norm(added, post_norm))
+
+    def add_norm(self, hidden: Tensor, added: Tensor, norm: Any, post_norm: Any = None) -> tuple[Tensor, Tensor]:
+        total = self.add(hidden, added, post_norm)
         return total, self.norm(total, norm)
 
     def rotate(self, heads: Tensor, turned: int, turns: Tensor) -> Tensor:
@@ -57,7 +65,7 @@ class TorchElementwise:
         return activation(gate) * up
 
 
-class NativeElementwise:
+class NativeElementwise(TorchElementwise):
     """By our kernels: float32 on the CPU, sizes that are multiples of `LANES`."""
 
     def __init__(self, kernels: CDLL) -> None:
@@ -70,7 +78,9 @@ class NativeElementwise:
     def norm(self, hidden: Tensor, norm: Any) -> Tensor:
         return self._norm(hidden.contiguous(), None, None, norm)
 
-    def add_norm(self, hidden: Tensor, added: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+    def add_norm(self, hidden: Tensor, added: Tensor, norm: Any, post_norm: Any = None) -> tuple[Tensor, Tensor]:
+        if post_norm is not None:
+            added = self.norm(added, post_norm)
         hidden, added, total = hidden.contiguous(), added.contiguous(), torch.empty_like(hidden)
         return total, self._norm(hidden, added.data_ptr(), total.data_ptr(), norm)
 

@@ -103,7 +103,13 @@ def native_layers(layers: nn.ModuleList) -> NativeLayers | None:
 
 
 def _fits(layer: FusedLayer) -> bool:
-    return layer.whole_lanes and is_silu(layer.activation) and {*map(type, _linears(layer))} == {GroupedLinear}
+    more = layer.head_norms is not None or layer.post_norms is not None
+    return (
+        not more
+        and layer.whole_lanes
+        and is_silu(layer.activation)
+        and {*map(type, _linears(layer))} == {GroupedLinear}
+    )
 
 
 def _linears(layer: FusedLayer) -> tuple[GroupedLinear, ...]:

@@ -70,11 +70,11 @@ class PaddedAttention:
         return attend(self.batch, query, keys, values, self._block_tokens, options)
 
     def rotate_and_attend(
-        self, layer: int, heads: Tensor, counts: list[int], turns: Tensor, options: AttentionOptions
+        self, layer: int, heads: Tensor, counts: list[int], turns: Tensor, options: AttentionOptions, norms: Any
     ) -> Tensor:
-        """As `attend` after rotary embedding; `heads`, `counts` and `turns` as `store_rotated`."""
+        """As `attend` after rotary embedding; `heads`, `counts`, `turns` and `norms` as `store_rotated`."""
         keys, values = self._keys[layer], self._values[layer]
-        store_rotated(heads, counts, turns, self.batch.slots, keys, values)
+        store_rotated(heads, counts, turns, self.batch.slots, keys, values, norms)
         return attend(self.batch, heads[:, : counts[0]], keys, values, self._block_tokens, options)
 
 

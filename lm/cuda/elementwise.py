@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from lm.cpu.elementwise import TORCH, TorchElementwise, is_silu
 from lm.cuda.elementwise_kernels import gate_rows, norm_rows, rotate_and_store
@@ -22,43 +23,71 @@ class TritonElementwise(TorchElementwise):
 
     def norm(self, hidden: Tensor, norm: Any) -> Tensor:
         out = torch.empty_like(hidden)
-        _norm(hidden, hidden, out, norm, out, False)
+        _norm(hidden, out=out, norm=norm)
         return out
 
-    def add_norm(self, hidden: Tensor, added: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+    def add(self, hidden: Tensor, added: Tensor, post_norm: Any = None) -> Tensor:
+        total = torch.empty_like(hidden)
+        _norm(hidden, added, total, post_norm)
+        return total
+
+    def add_norm(self, hidden: Tensor, added: Tensor, norm: Any, post_norm: Any = None) -> tuple[Tensor, Tensor]:
         total, out = torch.empty_like(hidden), torch.empty_like(hidden)
-        _norm(hidden, added, total, norm, out, True)
+        _norm(hidden, added, total, post_norm, out, norm)
         return total, out
 
     def gated(self, gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-        if not is_silu(activation):
+        gelu = isinstance(activation, type(ACT2FN["gelu_pytorch_tanh"]))
+        if not (gelu or is_silu(activation)):
             return TORCH.gated(gate_up, activation)
         size = gate_up.shape[-1] // 2
         out = gate_up.new_empty(*gate_up.shape[:-1], size)
         grid = (out.numel() // size, triton.cdiv(size, GATE_BLOCK))
-        gate_rows[grid](gate_up, out, SIZE=size, BLOCK=GATE_BLOCK, num_warps=4)
+        gate_rows[grid](gate_up, out, SIZE=size, BLOCK=GATE_BLOCK, GELU=gelu, num_warps=4)
         return out
 
 
-def store_rotated(heads: Tensor, counts: list[int], turns: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+def store_rotated(
+    heads: Tensor, counts: list[int], turns: Tensor, slots: Tensor, keys: Tensor, values: Tensor, norms: Any = None
+) -> None:
     """Turn query heads in place, and write turned keys, and values, to their slots of the store.
 
     Args:
         heads: [tokens, all heads, head_dim]: `counts` of queries, keys and values.
         turns: complex64 [tokens, 1, head_dim / 2].
+        norms: of query and key heads before they are turned, if they have any.
     """
+    query_norm, key_norm = norms or (None, None)
     tokens, _, dim = heads.shape
     queries, kept, _ = counts
+    angles = torch.view_as_real(turns)
     rotate_and_store[(tokens, sum(counts))](
-        heads, torch.view_as_real(turns), slots, keys, values, heads.stride(0), keys.stride(0), values.stride(0),
-        QUERIES=queries, KEYS=kept, DIM=dim, PAD=triton.next_power_of_2(dim // 2), num_warps=1,
+        heads, angles, slots, keys, values, *_weights(angles, query_norm, key_norm),
+        heads.stride(0), keys.stride(0), values.stride(0),
+        QUERIES=queries, KEYS=kept, DIM=dim, PAD=triton.next_power_of_2(dim // 2), NORMS=norms is not None, num_warps=1,
     )  # fmt: skip
 
 
-def _norm(hidden: Tensor, added: Tensor, total: Tensor, norm: Any, out: Tensor, adds: bool) -> None:
+def _norm(
+    hidden: Tensor,
+    added: Tensor | None = None,
+    total: Tensor | None = None,
+    post_norm: Any = None,
+    out: Tensor | None = None,
+    norm: Any = None,
+) -> None:
+    """One launch of `norm_rows`; what is not given is neither read nor written."""
     size = hidden.shape[-1]
     pad = triton.next_power_of_2(size)
+    post, weight, epsilon = _weights(hidden, post_norm, norm)
     norm_rows[(hidden.numel() // size,)](
-        hidden, added, total, norm.weight, out, norm.variance_epsilon, SIZE=size, PAD=pad, ADDS=adds,
-        num_warps=max(1, min(16, pad // WARP_NUMBERS)),
+        hidden, hidden if added is None else added, hidden if total is None else total, post, weight,
+        hidden if out is None else out, epsilon, SIZE=size, PAD=pad, ADDS=added is not None,
+        POST=post_norm is not None, NORMS=norm is not None, num_warps=max(1, min(16, pad // WARP_NUMBERS)),
     )  # fmt: skip
+
+
+def _weights(instead: Tensor, first: Any, second: Any) -> tuple[Tensor, Tensor, float]:
+    """Weights of two norms that may be missing, and the epsilon that they share."""
+    left, right = (instead if norm is None else norm.weight for norm in (first, second))
+    return left, right, max((norm.variance_epsilon for norm in (first, second) if norm is not None), default=0.0)

@@ -10,43 +10,56 @@ import triton.language as tl
 
 
 @triton.jit
-def norm_rows(
-    hidden_ptr, added_ptr, total_ptr, weight_ptr, out_ptr, epsilon, SIZE: tl.constexpr, PAD: tl.constexpr,
-    ADDS: tl.constexpr,
-):  # fmt: skip
-    """Grid [rows]: RMS norm of each row, or of its sum with another one, which goes to `total`."""
-    places = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, PAD)
-    inside = tl.arange(0, PAD) < SIZE
-    row = tl.load(hidden_ptr + places, mask=inside, other=0.0)
-    if ADDS:
-        added = tl.load(added_ptr + places, mask=inside, other=0.0)
-        row = (row.to(tl.float32) + added.to(tl.float32)).to(row.dtype)
-        tl.store(total_ptr + places, row, mask=inside)
+def _normed(row, weight_ptr, places, inside, epsilon, SIZE):
+    """RMS norm of a row of SIZE numbers, in their own type."""
     wide = row.to(tl.float32)
     scale = 1 / tl.sqrt(tl.sum(wide * wide, 0) / SIZE + epsilon)
-    weight = tl.load(weight_ptr + tl.arange(0, PAD), mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + places, (wide * scale * weight).to(row.dtype), mask=inside)
+    weight = tl.load(weight_ptr + places, mask=inside, other=0.0).to(tl.float32)
+    return (wide * scale * weight).to(row.dtype)
 
 
 @triton.jit
-def gate_rows(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid [rows, blocks of a row]: silu of the first half of each row, times the second."""
+def norm_rows(
+    hidden_ptr, added_ptr, total_ptr, post_weight_ptr, weight_ptr, out_ptr, epsilon, SIZE: tl.constexpr,
+    PAD: tl.constexpr, ADDS: tl.constexpr, POST: tl.constexpr, NORMS: tl.constexpr,
+):  # fmt: skip
+    """Grid [rows]: RMS norm of each row (NORMS), or of its sum with another one (ADDS), which goes to `total`; that
+    other one may have a norm of its own before (POST)."""
+    columns = tl.arange(0, PAD)
+    places, inside = tl.program_id(0).to(tl.int64) * SIZE + columns, columns < SIZE
+    row = tl.load(hidden_ptr + places, mask=inside, other=0.0)
+    if ADDS:
+        added = tl.load(added_ptr + places, mask=inside, other=0.0)
+        if POST:
+            added = _normed(added, post_weight_ptr, columns, inside, epsilon, SIZE)
+        row = (row.to(tl.float32) + added.to(tl.float32)).to(row.dtype)
+        tl.store(total_ptr + places, row, mask=inside)
+    if NORMS:
+        tl.store(out_ptr + places, _normed(row, weight_ptr, columns, inside, epsilon, SIZE), mask=inside)
+
+
+@triton.jit
+def gate_rows(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
+    """Grid [rows, blocks of a row]: silu, or GELU by its tanh, of the first half of each row, times the second."""
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row, inside = tl.program_id(0).to(tl.int64), columns < SIZE
     gate = tl.load(gate_up_ptr + row * 2 * SIZE + columns, mask=inside, other=0.0)
     up = tl.load(gate_up_ptr + row * 2 * SIZE + SIZE + columns, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
-    active = (wide / (1 + tl.exp(-wide))).to(gate.dtype)
+    # x / 2 * (1 + tanh(y)) is x * sigmoid(2 y): so GELU differs from silu by what goes into the sigmoid.
+    bent = 1.5957691216057308 * (wide + 0.044715 * wide * wide * wide) if GELU else wide
+    active = (wide / (1 + tl.exp(-bent))).to(gate.dtype)
     tl.store(out_ptr + row * SIZE + columns, (active.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=inside)
 
 
 @triton.jit
 def rotate_and_store(
-    heads_ptr, turns_ptr, slots_ptr, keys_ptr, values_ptr, token_stride, key_stride, value_stride,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr,
+    heads_ptr, turns_ptr, slots_ptr, keys_ptr, values_ptr, query_norm_ptr, key_norm_ptr, epsilon, token_stride,
+    key_stride, value_stride, QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr,
+    NORMS: tl.constexpr,
 ):  # fmt: skip
     """Grid [tokens, heads]: turn the adjacent pairs of query heads in place, those of key heads on their way into the
-    store, where value heads go as they are."""
+    store, where value heads go as they are. Queries and keys have norms before, if NORMS."""
     token, head = tl.program_id(0), tl.program_id(1)
     pairs = tl.arange(0, PAD)
     inside = pairs < DIM // 2
@@ -55,6 +68,13 @@ def rotate_and_store(
     slot = tl.load(slots_ptr + token).to(tl.int64)
     target = source
     if head < QUERIES + KEYS:
+        if NORMS:
+            norm_ptr = query_norm_ptr if head < QUERIES else key_norm_ptr
+            x, y = first.to(tl.float32), second.to(tl.float32)
+            scale = 1 / tl.sqrt(tl.sum(x * x + y * y, 0) / DIM + epsilon)
+            left, right = tl.load(norm_ptr + 2 * pairs, mask=inside), tl.load(norm_ptr + 2 * pairs + 1, mask=inside)
+            first = (x * scale * left.to(tl.float32)).to(first.dtype)
+            second = (y * scale * right.to(tl.float32)).to(second.dtype)
         turn = turns_ptr + token * DIM + 2 * pairs
         cos, sin = tl.load(turn, mask=inside, other=0.0), tl.load(turn + 1, mask=inside, other=0.0)
         x, y = first.to(tl.float32), second.to(tl.float32)

@@ -1,4 +1,4 @@
-"""Replaces the decoder layers of a Llama-like transformers model by fused ones with the same weights."""
+"""Replaces the decoder layers of a model like Llama by fused ones with the same weights."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from lm.attention import CONTEXT
 from lm.cpu.elementwise import elementwise_for
 from lm.cpu.native_attention import NativeAttention
 from lm.cpu.native_layers import NativeLayers, native_layers
-from lm.layers.fused import ComplexRotary, FusedLayer
+from lm.layers.fused import ComplexRotary, FusedLayer, Norm
 
-FUSED = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
+GEMMA = (GemmaDecoderLayer, Gemma2DecoderLayer, Gemma3DecoderLayer)
+FUSED = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, *GEMMA)
 """Layers that `FusedLayer` can replace. Subclasses may compute something else, so only these exact types are."""
 
 
@@ -32,15 +37,21 @@ def fuse_layers(hf: PreTrainedModel, finish: Callable[[nn.Module], object] = lam
         finish: called with each layer once it is in place; meanwhile only one layer's weights are there twice.
     """
     body: Any = hf.base_model
-    layers = getattr(body, "layers", None)
+    layers: Any = getattr(body, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not all(type(layer) in FUSED for layer in layers):
         return
     if any(isinstance(part, nn.Linear) and type(part) is not nn.Linear for part in layers.modules()):
         return  # Products of quantised weights have scales beside them, which joining would lose.
+    if not all(getattr(layer.self_attn, "is_causal", False) for layer in layers):
+        return
+    kinds = set()
     for index, layer in enumerate(layers):
-        layers[index] = FusedLayer(layer, _window(layer))
-        finish(layers[index])
-    body.rotary_emb = ComplexRotary(body.rotary_emb)
+        layers[index] = fused = _fused(layer)
+        finish(fused)
+        kinds.add(fused.turned_by)
+    rotary, one = body.rotary_emb, kinds == {"all"}
+    body.rotary_emb = nn.ModuleDict({kind: ComplexRotary(rotary, None if one else kind) for kind in sorted(kinds)})
+    body.norm = Norm(body.norm)
     # Looked for at the first pass: only then are the weights as they will stay.
     body.forward = functools.partial(_forward, body, functools.cache(lambda: native_layers(layers)))
 
@@ -55,20 +66,22 @@ def _forward(
 ) -> BaseModelOutputWithPast:
     """What the body's own forward pass does around its layers, but for masks and a cache that are not ours."""
     hidden_states = body.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-    turns = body.rotary_emb(hidden_states, position_ids)
+    turns = {kind: rotary(hidden_states, position_ids) for kind, rotary in body.rotary_emb.items()}
     context = kwargs[CONTEXT]
     if isinstance(context, NativeAttention) and (layers := native()) is not None:
-        hidden_states = layers.forward(hidden_states, turns, context)
+        hidden_states = layers.forward(hidden_states, turns["all"], context)
     else:
         for layer in body.layers:
-            hidden_states = layer(hidden_states, position_embeddings=turns, **kwargs)
+            hidden_states = layer(hidden_states, position_embeddings=turns[layer.turned_by], **kwargs)
     work = getattr(context, "work", None) or elementwise_for(hidden_states)
     normed = work.norm(hidden_states, body.norm)
     return BaseModelOutputWithPast(last_hidden_state=normed)  # type: ignore[arg-type]
 
 
-def _window(layer: Any) -> int | None:
-    """How far a layer of `FUSED` sees."""
-    if isinstance(layer, MistralDecoderLayer):
-        return layer.self_attn.config.sliding_window
-    return layer.self_attn.sliding_window if isinstance(layer, Qwen2DecoderLayer) else None
+def _fused(layer: Any) -> FusedLayer:
+    """In place of one of `FUSED`."""
+    attention = layer.self_attn
+    window = attention.config if isinstance(layer, MistralDecoderLayer) else attention
+    softcap = attention.attn_logit_softcapping if isinstance(layer, Gemma2DecoderLayer) else None
+    turned_by = attention.layer_type if isinstance(layer, Gemma3DecoderLayer) else "all"
+    return FusedLayer(layer, getattr(window, "sliding_window", None), softcap, turned_by)

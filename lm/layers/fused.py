@@ -1,4 +1,4 @@
-"""A leaner decoder layer for Llama-like models: fewer, larger matrix products and one multiplication per rotation.
+"""A leaner decoder layer for models like Llama: fewer, larger matrix products and one multiplication per rotation.
 
 Rotary embedding rotates dimension i of a head together with dimension i + d/2. Here the rows of the query and key
 weights are reordered so that such pairs are adjacent, and a rotation is one complex multiplication. Attention scores
@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from lm.attention import CONTEXT, AttentionContext, AttentionOptions
 from lm.cpu.elementwise import TORCH, Elementwise, elementwise_for
@@ -22,19 +25,21 @@ FIRST_POSITIONS = 1024
 
 
 class FusedLayer(nn.Module):
-    """Computes what a decoder layer of Llama, Mistral or Qwen2 does, in inference.
+    """Computes what a decoder layer of Llama, Mistral, Qwen 2 and 3, or Gemma 1 to 3 does, in inference.
 
-    Args:
-        layer: whose weights are taken.
-        window: a token sees only positions greater than its own minus this, if set.
+    Attributes:
+        head_norms: of queries and of keys, before they are turned (Qwen3, Gemma 3).
+        post_norms: of what attention and the feed-forward part add (Gemma 2 and 3).
+        turned_by: which of the model's rotary embeddings turns its heads.
     """
 
-    def __init__(self, layer: Any, window: int | None) -> None:
+    def __init__(self, layer: Any, window: int | None, softcap: float | None = None, turned_by: str = "all") -> None:
+        """`layer`: whose weights are taken; `window` and `softcap` as in `AttentionOptions`."""
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.index: int = attention.layer_idx
         self.head_dim: int = attention.head_dim
-        self.options = AttentionOptions(attention.scaling, None, window)
+        self.options = AttentionOptions(attention.scaling, softcap, window)
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         self.heads = [projection.out_features // self.head_dim for projection in projections]
         queries, keys, values = self.heads
@@ -45,7 +50,14 @@ class FusedLayer(nn.Module):
         self.o_proj = attention.o_proj
         self.gate_up_proj = _joined([mlp.gate_proj, mlp.up_proj])
         self.down_proj, self.activation = mlp.down_proj, mlp.act_fn
-        self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self.head_norms = nn.ModuleList(Norm(norm, pairs) for norm in heads) if all(heads) else None
+        names = ["input_layernorm", "post_attention_layernorm"]
+        if post := hasattr(layer, "pre_feedforward_layernorm"):
+            names = [names[0], "pre_feedforward_layernorm", names[1], "post_feedforward_layernorm"]
+        self.input_norm, self.mlp_norm, *others = (Norm(getattr(layer, name)) for name in names)
+        self.post_norms = nn.ModuleList(others) if post else None
+        self.turned_by = turned_by
         sizes = (self.o_proj.out_features, self.head_dim, mlp.down_proj.in_features)
         self.whole_lanes = all(size % LANES == 0 for size in sizes)
 
@@ -62,14 +74,21 @@ class FusedLayer(nn.Module):
         heads = self.qkv_proj(inputs).view(-1, sum(self.heads), self.head_dim)
         rotate_and_attend = getattr(context, "rotate_and_attend", None) if work is _kernels(context) else None
         if rotate_and_attend is not None:
-            mixed = rotate_and_attend(self.index, heads, self.heads, turns, self.options)
+            mixed = rotate_and_attend(self.index, heads, self.heads, turns, self.options, self.head_norms)
         else:
+            if self.head_norms is not None:
+                parts = heads.split_with_sizes(self.heads, 1)
+                plain = [work.norm(part, norm) for part, norm in zip(parts, self.head_norms, strict=False)]
+                heads = torch.cat((*plain, parts[2]), dim=1)
             heads = work.rotate(heads, queries + keys, turns)
             query, key, value = heads.split_with_sizes(self.heads, 1)
             mixed = context.attend(self.index, query, key, value, self.options)
         attended = self.o_proj(mixed.reshape(1, mixed.shape[0], -1))
-        hidden_states, normed = work.add_norm(hidden_states, attended, self.mlp_norm)
-        return hidden_states + self.down_proj(work.gated(self.gate_up_proj(normed), self.activation))
+        after_attention, after_mlp = self.post_norms or (None, None)
+        hidden_states, normed = work.add_norm(hidden_states, attended, self.mlp_norm, after_attention)
+        return work.add(
+            hidden_states, self.down_proj(work.gated(self.gate_up_proj(normed), self.activation)), after_mlp
+        )
 
     def _work(self, hidden_states: Tensor, context: AttentionContext) -> Elementwise:
         return _kernels(context) or (elementwise_for(hidden_states) if self.whole_lanes else TORCH)
@@ -80,17 +99,36 @@ def _kernels(context: AttentionContext) -> Elementwise | None:
     return getattr(context, "work", None)
 
 
-class ComplexRotary(nn.Module):
-    """A rotary embedding's turns as complex numbers, made once for each position where no length changes them."""
+class Norm(nn.Module):
+    """An RMS norm as the kernels read it: Gemma's multiply by one more than their weight, in float32.
 
-    def __init__(self, rotary: nn.Module) -> None:
+    `order`: of the row's numbers, if another than the norm's own.
+    """
+
+    def __init__(self, norm: Any, order: Tensor | None = None) -> None:
+        super().__init__()
+        shifted = isinstance(norm, GemmaRMSNorm | Gemma2RMSNorm | Gemma3RMSNorm)
+        weight = 1 + norm.weight.float() if shifted else norm.weight
+        self.weight = nn.Parameter(weight if order is None else weight[order], requires_grad=False)
+        self.variance_epsilon: float = norm.eps if shifted else norm.variance_epsilon
+
+
+class ComplexRotary(nn.Module):
+    """A rotary embedding's turns as complex numbers, made once for each position where no length changes them.
+
+    `layer_type`: of the layers that it turns, where the embedding has several.
+    """
+
+    def __init__(self, rotary: Any, layer_type: str | None = None) -> None:
         super().__init__()
         self.rotary = rotary
+        self._more = () if layer_type is None else (layer_type,)
+        self._rope_type: str = rotary.rope_type if layer_type is None else rotary.rope_type[layer_type]
         self._turns_at = torch.empty(0)
 
     def forward(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
         """complex64 [tokens, 1, head_dim / 2]."""
-        if self.rotary.rope_type in LENGTH_DEPENDENT_ROPE:
+        if self._rope_type in LENGTH_DEPENDENT_ROPE:
             return self._turns(hidden_states, position_ids)
         # Asking a device for the largest position would wait for it: there are turns for all that the model may have.
         config: Any = self.rotary.config
@@ -101,7 +139,7 @@ class ComplexRotary(nn.Module):
         return self._turns_at[position_ids[0]]
 
     def _turns(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
-        cos, sin = self.rotary(hidden_states.float(), position_ids)
+        cos, sin = self.rotary(hidden_states.float(), position_ids, *self._more)
         half = cos.shape[-1] // 2
         return torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
 

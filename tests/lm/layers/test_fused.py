@@ -7,7 +7,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import GemmaConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from lm.features import FeatureTap
 from lm.layers.fuse import fuse_layers
@@ -15,7 +15,7 @@ from lm.layers.fused import FusedLayer
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from tests.lm.helpers import WAYS, compute, path_to, prefill, random_parents, random_tokens, reference_logits
-from tests.lm.tiny import _SHAPE, CONFIGS, tiny_model, tiny_tokenizer
+from tests.lm.tiny import _GEMMA, _SHAPE, CONFIGS, tiny_model, tiny_tokenizer
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 FUSABLE: dict[str, PreTrainedConfig] = {
@@ -23,6 +23,10 @@ FUSABLE: dict[str, PreTrainedConfig] = {
     "llama-biased-yarn": LlamaConfig(**_SHAPE, attention_bias=True, hidden_act="gelu", rope_parameters=YARN),
     "mistral-sliding": CONFIGS["mistral-sliding"],
     "qwen2": CONFIGS["qwen2"],
+    "qwen3": CONFIGS["qwen3"],
+    "gemma": GemmaConfig(**_GEMMA),
+    "gemma2-softcap": CONFIGS["gemma2-softcap"],
+    "gemma3-mixed": CONFIGS["gemma3-mixed"],
     "qwen2-mixed": Qwen2Config(**_SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
 }
 
@@ -64,7 +68,7 @@ def test_their_hidden_states_can_be_read_off() -> None:
     torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma2-softcap", "gpt2"])
+@pytest.mark.parametrize("kind", ["phi3-sliding", "gpt-neox", "gpt2"])
 def test_other_models_stay_as_they_are(kind: str) -> None:
     hf = tiny_model(kind)
     before = list(hf.modules())
