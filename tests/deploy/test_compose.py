@@ -18,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from deploy.app import Replica
 from lm.cuda.layout import BUCKETS
 from planner.policies import parse_policy
-from treeline.config import load_config
+from treeline.config import Config, load_config
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -109,8 +109,13 @@ def test_examples_are_right(path):
     assert config.drafter.max_sessions >= limits.max_running_requests
 
 
-DEVICE_GB = {"H100": 80, "H200": 141, "A100": 80, "L40S": 48, "L4": 24}
-MODELS = {"Qwen/Qwen3-8B": (16.4, 36 * 2 * 8 * 128 * 2), "Qwen/Qwen3-0.6B": (1.2, 28 * 2 * 8 * 128 * 2)}
+DEVICE_GB = {"B200": 180, "H200": 141, "H100": 80, "A100": 80, "L40S": 48, "L4": 24}
+MODELS = {
+    "Qwen/Qwen3-0.6B": (1.2, 28 * 2 * 8 * 128 * 2),
+    "Qwen/Qwen3-8B": (16.4, 36 * 2 * 8 * 128 * 2),
+    "meta-llama/Llama-3.1-8B-Instruct": (16.1, 32 * 2 * 8 * 128 * 2),
+    "meta-llama/Llama-3.3-70B-Instruct": (141.1, 80 * 2 * 8 * 128 * 2),
+}
 """GB of weights in bfloat16, and bytes of KV a token."""
 SPARE_GB = 6
 """A process needs beside weights and KV: CUDA's context, captured passes, logits and sampling of 512 rows."""
@@ -118,7 +123,11 @@ SPARE_GB = 6
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_examples_fit_their_devices(path):
-    config = load_config(path)
+    examples_fit(load_config(path))
+
+
+def examples_fit(config: Config) -> None:
+    """Weights, KV cache and what a process needs besides fit the devices that the configuration asks for."""
     used: dict[str, float] = {}
     for part, model in ((config.verifier, config.verifier.target), (config.drafter, config.drafter.model)):
         if part.resources.num_gpus and model is not None:
