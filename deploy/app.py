@@ -134,6 +134,7 @@ def _deployment(replica: type[Replica], name: str, resources: ResourcesConfig, t
     actor_options: dict[str, Any] = {
         "num_cpus": resources.num_cpus,
         "num_gpus": resources.num_gpus,
+        "resources": resources.custom,
         "runtime_env": {"env_vars": openmp},
     }
     if resources.accelerator_type:

@@ -36,6 +36,9 @@ class ResourcesConfig(Section):
     num_cpus: float = Field(default=0.5, ge=0)
     num_gpus: float = Field(default=0, ge=0)
     accelerator_type: str | None = None
+    custom: dict[str, float] = Field(
+        default={}, description="custom Ray resources: they put a replica on the nodes that offer them"
+    )
     replicas: int = Field(default=1, ge=1)
 
 
