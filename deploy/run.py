@@ -19,10 +19,11 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus, DeploymentStatus, DeploymentStatusOverview
+from ray.serve._private.common import DeploymentStatusInfo
+from ray.serve.schema import ApplicationStatus, DeploymentStatus
 
 from deploy.app import APP, application
-from deploy.running import LOST_STOP_S, STOP_S, RunningApp, cause
+from deploy.running import LOST_STOP_S, STOP_S, RunningApp, cause, statuses
 from treeline.config import Config
 from treeline.errors import ConfigError
 
@@ -142,14 +143,14 @@ def _until_running(report: Callable[[str], None]) -> None:
     """
     phases: dict[str, str] = {}
     while True:
-        app = serve.status().applications[APP]
-        for name, deployment in app.deployments.items():
+        app, deployments = statuses()
+        for deployment in deployments:
             if "failed to start" in deployment.message:
-                raise ConfigError(f"{name} did not start: {cause(deployment.message)}")
+                raise ConfigError(f"{deployment.name} did not start: {cause(deployment.message)}")
             phase = _phase(deployment)
-            if phase and phases.get(name) != phase:
-                phases[name] = phase
-                report(f"{name} {phase}")
+            if phase and phases.get(deployment.name) != phase:
+                phases[deployment.name] = phase
+                report(f"{deployment.name} {phase}")
         if app.status == ApplicationStatus.RUNNING:
             return
         if app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
@@ -157,7 +158,7 @@ def _until_running(report: Callable[[str], None]) -> None:
         time.sleep(STATUS_INTERVAL_S)
 
 
-def _phase(deployment: DeploymentStatusOverview) -> str:
+def _phase(deployment: DeploymentStatusInfo) -> str:
     """What a deployment is doing, in words; empty if there is nothing to say."""
     if deployment.status == DeploymentStatus.HEALTHY:
         return "is running"
