@@ -51,8 +51,9 @@ class StepRecord:
         context_tokens: committed tokens of all sequences together.
         drafted_nodes, verified_nodes, accepted_nodes: draft nodes at each stage, over the batch.
         emitted_tokens: tokens given to requests.
-        running, waiting: requests when the step began.
-        free_slots: sequences that could still be admitted (slots and blocks).
+        running: requests with a slot: those that decode, and those whose prompts are not complete.
+        waiting: requests without a slot.
+        startable: requests whose prompts found no room in this step and could start in the next.
         draft_s: seconds that drafting took in all: messages, waiting for the drafter, pruning.
         drafter_s: seconds the drafter itself worked.
         draft_layer_nodes: nodes run per layer of the draft model.
@@ -85,7 +86,7 @@ class StepRecord:
     emitted_tokens: int
     running: int
     waiting: int
-    free_slots: int
+    startable: int
     draft_s: float
     drafter_s: float
     draft_layer_nodes: tuple[int, ...]

@@ -23,7 +23,7 @@ class StepPrices:
     Attributes:
         sequences: B, the requests that decode.
         prompt_tokens: prompt tokens of the step, as decoded tokens of the same cost.
-        waiting: Q, waiting requests that could start when the step ends.
+        waiting: Q, requests that could start when the step ends.
         wait_cost: what these and the prompts of the step lose while it runs, in decoding requests; Q by default.
         overhead_s: what a step takes besides drafting and the pass.
         seconds: float64 [n]; of a pass over 0 .. n - 1 tokens, roots, nodes and prompt tokens alike.

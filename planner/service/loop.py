@@ -129,9 +129,9 @@ class PlanMaker:
         plain_s = float(verify_seconds(cost, sequences, context_tokens, sequences)[sequences]) + cost.step_overhead_s
         # R is what this batch can reach, and it can always decode plainly.
         goodput = max(state.goodput(), sequences / plain_s)
-        startable = min(last.waiting, last.free_slots) if last else 0
-        prompts = max(0, last.running - sequences) if last else 0
-        delayed = prompts + last.waiting if last else 0
+        startable = last.startable if last else 0
+        prompts = max(0, last.running - sequences - startable) if last else 0
+        delayed = prompts + startable + last.waiting if last else 0
         control = self._regulate(state, signals, plain_s, delayed)
         price = state.settle(goodput * (1 + waiting_cost(control.wait_factor, startable, prompts) / sequences))
         published = replace(cost, node_s=state.node_s(cost))

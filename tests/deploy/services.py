@@ -47,7 +47,7 @@ class Services:
             emitted_tokens=3,
             running=1,
             waiting=0,
-            free_slots=3,
+            startable=0,
             draft_s=0.01,
             drafter_s=0.008,
             draft_layer_nodes=(1, 2),

@@ -94,7 +94,7 @@ def record(**changes: object) -> StepRecord:
         "emitted_tokens": 1,
         "running": 1,
         "waiting": 0,
-        "free_slots": 0,
+        "startable": 0,
         "draft_s": 0.0,
         "drafter_s": 0.0,
         "draft_layer_nodes": (),

@@ -103,7 +103,7 @@ class NodeOutcomes(_message.Message):
     def __init__(self, sources: _Optional[bytes] = ..., depths: _Optional[bytes] = ..., flags: _Optional[bytes] = ..., draft_probs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StepRecord(_message.Message):
-    __slots__ = ("step_id", "unix_s", "plan_version", "sequences", "tokens", "prefill_tokens", "context_tokens", "drafted_nodes", "verified_nodes", "accepted_nodes", "emitted_tokens", "running", "waiting", "free_slots", "draft_s", "drafter_s", "draft_layer_nodes", "verify_s", "predicted_verify_s", "step_s", "goodput", "outcomes", "price", "catch_up_tokens", "node_s", "drafted_requests", "pass_how", "gap_s", "gap_tokens", "first_token_s", "preempted")
+    __slots__ = ("step_id", "unix_s", "plan_version", "sequences", "tokens", "prefill_tokens", "context_tokens", "drafted_nodes", "verified_nodes", "accepted_nodes", "emitted_tokens", "running", "waiting", "startable", "draft_s", "drafter_s", "draft_layer_nodes", "verify_s", "predicted_verify_s", "step_s", "goodput", "outcomes", "price", "catch_up_tokens", "node_s", "drafted_requests", "pass_how", "gap_s", "gap_tokens", "first_token_s", "preempted")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     UNIX_S_FIELD_NUMBER: _ClassVar[int]
     PLAN_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -117,7 +117,7 @@ class StepRecord(_message.Message):
     EMITTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
-    FREE_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    STARTABLE_FIELD_NUMBER: _ClassVar[int]
     DRAFT_S_FIELD_NUMBER: _ClassVar[int]
     DRAFTER_S_FIELD_NUMBER: _ClassVar[int]
     DRAFT_LAYER_NODES_FIELD_NUMBER: _ClassVar[int]
@@ -148,7 +148,7 @@ class StepRecord(_message.Message):
     emitted_tokens: int
     running: int
     waiting: int
-    free_slots: int
+    startable: int
     draft_s: float
     drafter_s: float
     draft_layer_nodes: _containers.RepeatedScalarFieldContainer[int]
@@ -166,7 +166,7 @@ class StepRecord(_message.Message):
     gap_tokens: _containers.RepeatedScalarFieldContainer[int]
     first_token_s: _containers.RepeatedScalarFieldContainer[float]
     preempted: int
-    def __init__(self, step_id: _Optional[int] = ..., unix_s: _Optional[float] = ..., plan_version: _Optional[int] = ..., sequences: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., drafted_nodes: _Optional[int] = ..., verified_nodes: _Optional[int] = ..., accepted_nodes: _Optional[int] = ..., emitted_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_slots: _Optional[int] = ..., draft_s: _Optional[float] = ..., drafter_s: _Optional[float] = ..., draft_layer_nodes: _Optional[_Iterable[int]] = ..., verify_s: _Optional[float] = ..., predicted_verify_s: _Optional[float] = ..., step_s: _Optional[float] = ..., goodput: _Optional[float] = ..., outcomes: _Optional[_Union[NodeOutcomes, _Mapping]] = ..., price: _Optional[float] = ..., catch_up_tokens: _Optional[int] = ..., node_s: _Optional[float] = ..., drafted_requests: _Optional[int] = ..., pass_how: _Optional[str] = ..., gap_s: _Optional[_Iterable[float]] = ..., gap_tokens: _Optional[_Iterable[int]] = ..., first_token_s: _Optional[_Iterable[float]] = ..., preempted: _Optional[int] = ...) -> None: ...
+    def __init__(self, step_id: _Optional[int] = ..., unix_s: _Optional[float] = ..., plan_version: _Optional[int] = ..., sequences: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., drafted_nodes: _Optional[int] = ..., verified_nodes: _Optional[int] = ..., accepted_nodes: _Optional[int] = ..., emitted_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., startable: _Optional[int] = ..., draft_s: _Optional[float] = ..., drafter_s: _Optional[float] = ..., draft_layer_nodes: _Optional[_Iterable[int]] = ..., verify_s: _Optional[float] = ..., predicted_verify_s: _Optional[float] = ..., step_s: _Optional[float] = ..., goodput: _Optional[float] = ..., outcomes: _Optional[_Union[NodeOutcomes, _Mapping]] = ..., price: _Optional[float] = ..., catch_up_tokens: _Optional[int] = ..., node_s: _Optional[float] = ..., drafted_requests: _Optional[int] = ..., pass_how: _Optional[str] = ..., gap_s: _Optional[_Iterable[float]] = ..., gap_tokens: _Optional[_Iterable[int]] = ..., first_token_s: _Optional[_Iterable[float]] = ..., preempted: _Optional[int] = ...) -> None: ...
 
 class VerifierProfile(_message.Message):
     __slots__ = ("verify", "draft_layer_s", "draft_node_s")

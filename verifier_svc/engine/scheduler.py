@@ -112,7 +112,7 @@ class Scheduler:
             self._admit()
         decoding = [s for s in self.running if s.is_prefilled]
         prompts = [s for s in self.running if not s.is_prefilled]
-        budget = self._prompt_budget(decoding, prompts, plan) if prompts else 0
+        budget = most = self._prompt_budget(decoding, prompts, plan) if prompts else 0
         prefilling, finished_prompts = [], []
         for sequence in prompts:
             tokens = min(sequence.uncomputed_tokens, budget)
@@ -126,7 +126,7 @@ class Scheduler:
             plan,
             len(decoding),
             context_tokens=sum([s.kv.length for s in sequences]) // max(1, len(sequences)),
-            waiting=self.free_slots,
+            waiting=_startable(prompts[len(prefilling) :], most),
             max_nodes=len(decoding) * self._limits.max_tree_nodes,
             prompt_tokens=sum([tokens for _, tokens in prefilling]),
             prompts=len(prefilling),
@@ -157,21 +157,6 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             self._release(sequence)
-
-    @property
-    def free_slots(self) -> int:
-        """How many of the waiting requests could start now, slots and blocks considered."""
-        if not self.waiting:
-            return 0
-        slots = self._limits.max_running_requests - len(self.running)
-        blocks = self._cache.free_blocks - len(self.running)
-        startable = 0
-        for sequence in self.waiting[:slots]:
-            blocks -= self._cache.blocks_for(len(sequence.token_ids)) + 1
-            if blocks < 0:
-                break
-            startable += 1
-        return startable
 
     def _remember_prompts(self) -> None:
         """Prompts that the last step finished can be shared while their requests still run."""
@@ -268,3 +253,9 @@ def _standing(sequence: Sequence) -> float:
     """Who stands highest is admitted first and preempted last. All rise alike, so the order never changes."""
     request = sequence.request
     return request.priority - (sequence.arrived_s + request.elapsed_s) / AGEING_S
+
+
+def _startable(prompts: list[Sequence], budget: int) -> int:
+    """How many of these prompts a step with so many prompt tokens runs, the last one perhaps in part."""
+    before = np.cumsum([0, *(prompt.uncomputed_tokens for prompt in prompts)])
+    return int((before[:-1] < budget).sum())

@@ -51,7 +51,7 @@ def step_record(
         emitted_tokens=sum([len(walk.tokens) for walk in walks]),
         running=len(scheduler.running),
         waiting=len(scheduler.waiting),
-        free_slots=batch.prices.waiting,
+        startable=batch.prices.waiting,
         draft_s=drafts.draft_s,
         drafter_s=drafts.stats.draft_s,
         draft_layer_nodes=drafts.stats.layer_nodes,

@@ -117,9 +117,9 @@ def test_the_price_is_never_below_what_plain_decoding_reaches():
     assert plan.price == pytest.approx(8 / (0.021 + 0.009), rel=0.1)
 
 
-def test_waiting_requests_that_could_start_raise_the_price():
+def test_requests_that_wait_for_the_step_to_end_raise_the_price():
     state, maker = VerifierState(VerifierProfile(CURVES), ""), PlanMaker(LimitsConfig(), PlannerConfig())
-    state.observe(record(sequences=2, tokens=2, waiting=4, free_slots=2, verify_s=0.0202, step_s=0.0202))
+    state.observe(record(sequences=2, running=4, tokens=2, waiting=2, startable=2, verify_s=0.0202, step_s=0.0202))
     plan = maker.make(state)
     assert plan.price == pytest.approx(2 * 2 / 0.0202, rel=0.1)
     assert "4 waiting" in plan.reason

@@ -47,7 +47,7 @@ def decided(
         for _ in range(5):
             now_s += STEP_S
             state.observe(
-                record(unix_s=now_s, sequences=BATCH, running=BATCH, waiting=waiting, free_slots=waiting, tokens=32,
+                record(unix_s=now_s, sequences=BATCH, running=BATCH + waiting, startable=waiting, tokens=32,
                        context_tokens=64 * BATCH, emitted_tokens=3 * BATCH, draft_s=0.003, verify_s=0.044,
                        step_s=STEP_S, node_s=0.001,
                        gaps=((STEP_S, 3),) * BATCH)

@@ -104,6 +104,24 @@ def test_elsewhere_chunks_are_as_long_as_configured(model, streams, plan):
     assert chunks(model, plan, streams) == [CHUNK, CHUNK, LONG - 2 * CHUNK]
 
 
+def test_a_queue_of_prompts_raises_the_price_of_a_second(model):
+    """Three slots: one request decodes, the prompts of two share a step, a third has to wait for a slot."""
+    limits = LIMITS.model_copy(update={"max_running_requests": 3})
+    plan = plan_of(1000.0)  # at a price that leaves prompts the least chunk
+    engine = Engine(model, None, lambda: plan, Config(limits=limits))
+
+    def add(name: str, tokens: int) -> None:
+        engine.add(GenerationRequest(name, [5] * tokens, SamplingParams(), 8, ignore_eos=True, policy="off"))
+
+    add("first", 3)
+    engine.step()
+    for name in ("second", "third", "fourth"):
+        add(name, 40)
+    batch = engine.scheduler.schedule(plan)
+    assert (len(batch.decoding), len(batch.prefilling), batch.prices.waiting) == (1, 1, 1)
+    assert batch.prices.price(10.0) == pytest.approx(10.0 * (1 + 1))
+
+
 def test_the_lowest_priority_starts_in_time_under_permanent_load_of_the_highest(model):
     """Twice a second a request of the highest priority comes, and one request of all may start."""
     now_s = 0.0
