@@ -24,11 +24,12 @@ from treeline.forest import ROOT, Forest
 from treeline.plan import Plan
 from treeline.step_record import StepRecord
 from verifier_svc.engine.detokenizer import Detokenizer
-from verifier_svc.engine.request import Chunk, ExplainedNode, FinishReason, GenerationRequest
+from verifier_svc.engine.request import Chunk, FinishReason, GenerationRequest
 from verifier_svc.engine.scheduler import Batch, Scheduler
 from verifier_svc.engine.sequence import Output, Sequence
-from verifier_svc.engine.step_report import NodeCounts, explained_nodes, explanation, step_record, token_logprobs
-from verifier_svc.engine.walk import Walk, target_walks
+from verifier_svc.engine.step_report import explanation, step_record, token_logprobs
+from verifier_svc.engine.walk import Verified, Walk, target_walks
+from verifier_svc.speculation.exchange import Exchange
 from verifier_svc.speculation.hidden_states import HiddenStates
 from verifier_svc.speculation.speculator import Drafts, Speculator
 
@@ -36,12 +37,11 @@ logger = logging.getLogger(__name__)
 
 
 class Advance(NamedTuple):
-    """What one step brought one sequence."""
+    """What one step brought one sequence. `place`: of its walk among those of the pass."""
 
     sequence: Sequence
-    nodes: NodeCounts
+    place: int
     chunk: Chunk
-    tree: tuple[ExplainedNode, ...]
 
 
 class Engine:
@@ -71,9 +71,8 @@ class Engine:
         hidden_states.follow(link.features if link else None)
         model.capture(self.cache)
         looks_up = link is not None and config.drafter.looks_up
-        self.speculator = Speculator(
-            link, hidden_states, self.scheduler, config.limits, verifier.draft_timeout_s, looks_up, clock
-        )
+        exchange = Exchange(link, hidden_states, verifier.draft_timeout_s)
+        self.speculator = Speculator(exchange, self.scheduler, config.limits, looks_up, clock)
         self.plan = plan
         self._clock = clock
         self._session_ids = count(1)
@@ -131,47 +130,38 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True while requests wait or run, or the drafter has still to be told of ended ones."""
-        return bool(self.scheduler.running or self.scheduler.waiting) or self.speculator.owes_release
+        return bool(self.scheduler.running or self.scheduler.waiting) or self.speculator.exchange.owes_release
 
     def step(self) -> tuple[list[Output], StepRecord | None]:
         """One step of the whole batch. The record is None if there was nothing to run."""
         started_s = self._clock()
-        plan = self.plan()
-        batch = self.scheduler.schedule(plan)
+        batch = self.scheduler.schedule(self.plan())
         for sequence in batch.preempted:
             self._draft_anew(sequence)
         if batch.sequences == 0:
-            self.speculator.release(plan)
+            self.speculator.exchange.release(batch.plan)
             return [], None
-        context_tokens = batch.context_tokens
-        drafts = self.speculator.run(batch, plan)
-        drafted_s = self._clock()
-        logits = self._forward(batch, drafts)
-        walks = self._walk(batch, drafts, logits)
-        verified_s = self._clock()
-        self._commit(batch, walks)
-        self.speculator.hidden_states.keep(batch, walks, drafts.kept.sizes.tolist())
-        advances = self._accept(batch, drafts, walks, logits)
-        finished_s = self._clock()
-        self.speculator.gate.worked(finished_s - started_s)
-        record = step_record(
-            step_id=next(self._step_ids),
-            batch=batch,
-            drafts=drafts,
-            walks=walks,
-            plan=plan,
-            scheduler=self.scheduler,
-            context_tokens=context_tokens,
-            chunks=[advance.chunk for advance in advances],
-            verify_s=verified_s - drafted_s,
-            pass_how=self.model.passes.how,
-            step_s=finished_s - started_s,
-        )
-        return self._outputs(advances, drafts, record), record
+        drafts = self.speculator.run(batch)
+        verified = self._verify(batch, drafts.kept)
+        self._commit(batch, verified.walks)
+        self.speculator.exchange.hidden_states.keep(batch, verified.walks, drafts.kept.sizes.tolist())
+        advances = self._accept(batch, drafts, verified)
+        step_s = self._clock() - started_s
+        self.speculator.gate.worked(step_s)
+        chunks = [advance.chunk for advance in advances]
+        record = step_record(next(self._step_ids), batch, drafts, verified, chunks, step_s)
+        return self._outputs(advances, drafts, verified, record), record
 
-    def _forward(self, batch: Batch, drafts: Drafts) -> torch.Tensor:
+    def _verify(self, batch: Batch, forest: Forest) -> Verified:
+        """The verification pass, and the target's walk down every tree."""
+        started_s = self._clock()
+        logits = self._forward(batch, forest)
+        walks = self._walk(batch, forest, logits)
+        return Verified(walks, logits, self._clock() - started_s, self.model.passes.how)
+
+    def _forward(self, batch: Batch, forest: Forest) -> torch.Tensor:
         """Logits float32 [rows, vocab]: root and nodes of each decoding sequence, then one row per finished prompt."""
-        packed, forest = [], drafts.kept
+        packed = []
         token_ids, first = forest.token_ids.tolist(), 0
         for sequence, size in zip(batch.decoding, forest.sizes.tolist(), strict=True):
             nodes = slice(first, first + size)
@@ -184,12 +174,12 @@ class Engine:
             packed.append(PackedSequence(sequence.kv, sequence.token_ids[start : start + tokens], None, wanted))
         return self.model.forward(packed, self.cache)
 
-    def _walk(self, batch: Batch, drafts: Drafts, logits: torch.Tensor) -> list[Walk]:
+    def _walk(self, batch: Batch, forest: Forest, logits: torch.Tensor) -> list[Walk]:
         """One walk per decoding sequence, then one per finished prompt: its first token."""
         sequences = batch.decoding + batch.finished_prompts
         if not sequences:
             return []
-        forest = drafts.kept.spread(range(len(batch.decoding)), len(sequences))
+        forest = forest.spread(range(len(batch.decoding)), len(sequences))
         if all(sequence.is_argmax for sequence in sequences):
             largest = self.model.passes.largest
             chosen = argmax(logits) if largest is None else largest
@@ -204,38 +194,32 @@ class Engine:
         moves += [(sequence.kv, list(range(tokens))) for sequence, tokens in batch.prefilling]
         self.cache.commit(moves)
 
-    def _accept(self, batch: Batch, drafts: Drafts, walks: list[Walk], logits: torch.Tensor) -> list[Advance]:
+    def _accept(self, batch: Batch, drafts: Drafts, verified: Verified) -> list[Advance]:
         """Give every walked sequence its tokens."""
-        now = self._clock()
-        advances, first_row = [], 0
-        drafted = [*drafts.forest.sizes.tolist(), *[0] * len(batch.finished_prompts)]
-        verified = [*drafts.kept.sizes.tolist(), *[0] * len(batch.finished_prompts)]
-        for place, (sequence, walk) in enumerate(zip(batch.decoding + batch.finished_prompts, walks, strict=True)):
-            nodes = NodeCounts(drafted[place], verified[place], len(walk.accepted))
+        now_s, advances, first_row = self._clock(), [], 0
+        sequences = batch.decoding + batch.finished_prompts
+        for place, (sequence, walk) in enumerate(zip(sequences, verified.walks, strict=True)):
+            drafted, kept = drafts.sizes(place)
             with _confined(sequence):
-                first = sequence.first_token_s is None
-                waited_s = now - (sequence.last_token_s or sequence.arrived_s)
-                sequence.last_token_s = now
-                if first:
-                    sequence.first_token_s = now
+                waited_s, first = sequence.receive(now_s)
                 if place < len(batch.decoding):
-                    sequence.count_step(*nodes)
+                    sequence.count_step(drafted, kept, len(walk.accepted))
                 text, taken = sequence.accept(walk.tokens)
-                logprobs = token_logprobs(sequence, walk, taken, logits, first_row)
+                logprobs = token_logprobs(sequence, walk, taken, verified.logits, first_row)
                 chunk = Chunk(text, walk.tokens[:taken], logprobs, waited_s=waited_s, first=first)
-                tree = explained_nodes(drafts, place, walk) if sequence.request.explain_tree else ()
-                advances.append(Advance(sequence, nodes, chunk, tree))
-            first_row += 1 + nodes.verified
+                advances.append(Advance(sequence, place, chunk))
+            first_row += 1 + kept
         return advances
 
-    def _outputs(self, advances: list[Advance], drafts: Drafts, record: StepRecord) -> list[Output]:
+    def _outputs(self, advances: list[Advance], drafts: Drafts, verified: Verified, record: StepRecord) -> list[Output]:
         """The chunk of each sequence that advanced, then the completions of those that ended or failed."""
         outputs = []
-        for sequence, nodes, chunk, tree in advances:
+        for sequence, place, chunk in advances:
             with _confined(sequence):
-                why = explanation(sequence, drafts, nodes, record, tree)
-                whole = chunk if why is None else replace(chunk, explanation=why)
-                outputs.append(Output(sequence.request.request_id, whole))
+                if sequence.request.explain:
+                    why = explanation(sequence, place, drafts, verified.walks[place], record)
+                    chunk = replace(chunk, explanation=why)
+                outputs.append(Output(sequence.request.request_id, chunk))
         ended = [sequence for sequence in self.scheduler.running if sequence.finish_reason is not None]
         return outputs + [self._finish(sequence) for sequence in ended]
 

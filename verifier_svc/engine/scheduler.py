@@ -32,18 +32,25 @@ class Batch:
     """One step's work.
 
     Attributes:
+        plan: the plan in force.
         decoding: sequences whose root is to be verified, with a tree or without.
         prefilling: (sequence, tokens) chunks of prompts.
         finished_prompts: those of `prefilling` whose prompt ends with this chunk; they get their first token.
         preempted: those that gave their blocks to others; they wait again.
         prices: what this step costs.
+        context_tokens: committed tokens of all sequences together.
+        running, waiting: requests that run and that wait.
     """
 
+    plan: Plan
     decoding: list[Sequence]
     prefilling: list[tuple[Sequence, int]]
     finished_prompts: list[Sequence]
     preempted: list[Sequence]
     prices: StepPrices
+    context_tokens: int
+    running: int
+    waiting: int
 
     @property
     def sequences(self) -> int:
@@ -52,11 +59,6 @@ class Batch:
     @property
     def prefill_tokens(self) -> int:
         return sum(tokens for _, tokens in self.prefilling)
-
-    @property
-    def context_tokens(self) -> int:
-        """Committed tokens of all sequences together."""
-        return sum(s.kv.length for s in self.decoding) + sum(s.kv.length for s, _ in self.prefilling)
 
 
 class Scheduler:
@@ -122,17 +124,19 @@ class Scheduler:
                 if tokens == sequence.uncomputed_tokens:
                     finished_prompts.append(sequence)
         sequences = [*decoding, *(sequence for sequence, _ in prefilling)]
+        context_tokens = sum([s.kv.length for s in sequences])
         prices = StepPrices.of(
             plan,
             len(decoding),
-            context_tokens=sum([s.kv.length for s in sequences]) // max(1, len(sequences)),
+            context_tokens=context_tokens // max(1, len(sequences)),
             waiting=_startable(prompts[len(prefilling) :], most),
             max_nodes=len(decoding) * self._limits.max_tree_nodes,
             prompt_tokens=sum([tokens for _, tokens in prefilling]),
             prompts=len(prefilling),
         )
         self._leave_room_for_trees(decoding)
-        return Batch(decoding, prefilling, finished_prompts, preempted, prices)
+        counts = len(self.running), len(self.waiting)
+        return Batch(plan, decoding, prefilling, finished_prompts, preempted, prices, context_tokens, *counts)
 
     def _prompt_budget(self, decoding: list[Sequence], prompts: list[Sequence], plan: Plan) -> int:
         """Most prompt tokens of this step: what MAX_STRETCH and the step budget allow by the plan's costs.

@@ -111,6 +111,15 @@ class Sequence:
             self.last_token_s = now_s
             self.accept(list(delivered))
 
+    def receive(self, now_s: float) -> tuple[float, bool]:
+        """Tokens come now: seconds since those before, or since its arrival; and whether they are the first ones."""
+        first = self.first_token_s is None
+        waited_s = now_s - (self.last_token_s or self.arrived_s)
+        self.last_token_s = now_s
+        if first:
+            self.first_token_s = now_s
+        return waited_s, first
+
     def accept(self, token_ids: list[int]) -> tuple[str, int]:
         """Append tokens until one of them ends the request.
 
@@ -196,8 +205,8 @@ class Output:
     item: Chunk | Completion
 
 
-def weights_of(sequences: list[Sequence], now_s: float) -> dict[int, float]:
-    """What a token of each request is worth, by session. 1 on average: weights shift nodes, and leave goodput as is."""
+def weights_of(sequences: list[Sequence], now_s: float) -> list[float]:
+    """What a token of each request is worth. 1 on average: weights shift nodes, and leave goodput as it is."""
     weights = [sequence.weight(now_s) for sequence in sequences]
     total = sum(weights)
-    return {s.session_id: w * len(sequences) / total for s, w in zip(sequences, weights, strict=True)}
+    return [weight * len(sequences) / total for weight in weights]

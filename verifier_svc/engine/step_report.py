@@ -1,111 +1,70 @@
-"""What a step tells: its record for the planner, and its explanation for the stream."""
+"""What a step reports: its record to the planner, log-probabilities and explanations to the streams."""
 
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
 
 import torch
 
 from lm.sampling import logprobs
-from treeline.plan import Plan
 from treeline.step_record import NodeOutcomes, StepRecord
 from verifier_svc.engine.request import Chunk, ExplainedNode, NodeFate, StepExplanation, TokenLogprobs
-from verifier_svc.engine.scheduler import Batch, Scheduler
+from verifier_svc.engine.scheduler import Batch
 from verifier_svc.engine.sequence import Sequence
-from verifier_svc.engine.walk import Walk, observed
+from verifier_svc.engine.walk import Verified, Walk, observed
 from verifier_svc.speculation.speculator import Drafts
 
 
 def step_record(
-    step_id: int,
-    batch: Batch,
-    drafts: Drafts,
-    walks: list[Walk],
-    plan: Plan,
-    scheduler: Scheduler,
-    context_tokens: int,
-    chunks: list[Chunk],
-    verify_s: float,
-    step_s: float,
-    pass_how: str,
+    step_id: int, batch: Batch, drafts: Drafts, verified: Verified, chunks: list[Chunk], step_s: float
 ) -> StepRecord:
-    """The record of a step whose first walks are those of `batch.decoding`, in order."""
-    own_walks = walks[: len(batch.decoding)]
+    """The record of a step that took `step_s` and brought `chunks`."""
+    walks, pruning = verified.walks[: len(batch.decoding)], drafts.pruning
     outcomes = NodeOutcomes.empty()
-    if drafts.pruning is not None:
+    if pruning is not None:
         sampled = [not s.request.sampling.greedy for s in batch.decoding]
-        outcomes = observed(drafts.forest, drafts.pruning.chosen, own_walks, sampled)
-    verified_nodes = len(drafts.kept.token_ids)
+        outcomes = observed(drafts.forest, pruning.chosen, walks, sampled)
     return StepRecord(
         step_id=step_id,
         unix_s=time.time(),
-        plan_version=plan.version,
+        plan_version=batch.plan.version,
         sequences=len(batch.decoding),
-        tokens=len(batch.decoding) + verified_nodes + batch.prefill_tokens,
+        tokens=len(batch.decoding) + len(drafts.kept) + batch.prefill_tokens,
         prefill_tokens=batch.prefill_tokens,
-        context_tokens=context_tokens,
-        drafted_nodes=len(drafts.forest.token_ids),
-        verified_nodes=verified_nodes,
-        accepted_nodes=sum([len(walk.accepted) for walk in own_walks]),
-        emitted_tokens=sum([len(walk.tokens) for walk in walks]),
-        running=len(scheduler.running),
-        waiting=len(scheduler.waiting),
+        context_tokens=batch.context_tokens,
+        drafted_nodes=len(drafts.forest),
+        verified_nodes=len(drafts.kept),
+        accepted_nodes=sum([len(walk.accepted) for walk in walks]),
+        emitted_tokens=sum([len(walk.tokens) for walk in verified.walks]),
+        running=batch.running,
+        waiting=batch.waiting,
         startable=batch.prices.waiting,
         draft_s=drafts.draft_s,
         drafter_s=drafts.stats.draft_s,
         draft_layer_nodes=drafts.stats.layer_nodes,
-        verify_s=verify_s,
+        verify_s=verified.verify_s,
         predicted_verify_s=drafts.predicted_verify_s,
         step_s=step_s,
-        goodput=drafts.pruning.goodput if drafts.pruning else 0.0,
-        price=drafts.pruning.price if drafts.pruning else 0.0,
-        node_s=drafts.pruning.node_s if drafts.pruning else 0.0,
+        goodput=pruning.goodput if pruning else 0.0,
+        price=pruning.price if pruning else 0.0,
+        node_s=pruning.node_s if pruning else 0.0,
         outcomes=outcomes,
         catch_up_tokens=drafts.stats.catch_up_tokens,
         drafted_requests=len(drafts.sessions),
-        pass_how=pass_how,
+        pass_how=verified.pass_how,
         gaps=tuple([(c.waited_s, len(c.token_ids)) for c in chunks if not c.first and c.token_ids]),
         first_token_s=tuple([c.waited_s for c in chunks if c.first]),
         preempted=len(batch.preempted),
     )
 
 
-class NodeCounts(NamedTuple):
-    """What became of one request's tree in one step."""
-
-    drafted: int
-    verified: int
-    accepted: int
-
-
-def explained_nodes(drafts: Drafts, place: int, walk: Walk) -> tuple[ExplainedNode, ...]:
-    """Every node that was drafted for the decoding request at `place`, and what became of it.
-
-    The walk counts the kept nodes only: of nodes 0 to 3, with 0 and 2 kept, its node 1 is node 2.
-    """
-    if drafts.pruning is None or place >= len(drafts.forest.sizes):
-        return ()
-    tree, first = drafts.forest.tree(place), drafts.forest.starts.item(place)
-    chosen = drafts.pruning.chosen[first : first + len(tree)]
-    fates = [NodeFate.REJECTED if kept else NodeFate.PRUNED for kept in chosen.tolist()]
-    for node in chosen.nonzero()[0][walk.accepted].tolist():
-        fates[node] = NodeFate.ACCEPTED
-    gains = drafts.pruning.gains[first : first + len(tree)]
-    columns = [column.tolist() for column in (tree.token_ids, tree.parents, tree.draft_probs, gains)]
-    return tuple(ExplainedNode(*node) for node in zip(*columns, fates, strict=True))
-
-
-def explanation(
-    sequence: Sequence, drafts: Drafts, nodes: NodeCounts, record: StepRecord, tree: tuple[ExplainedNode, ...]
-) -> StepExplanation | None:
-    """For a request that asked for it, why this step's tokens came as they did."""
-    if not sequence.request.explain:
-        return None
+def explanation(sequence: Sequence, place: int, drafts: Drafts, walk: Walk, record: StepRecord) -> StepExplanation:
+    """Why this step's tokens came as they did. `place`: of the sequence and its `walk` in the pass."""
+    drafted, kept = drafts.sizes(place)
     return StepExplanation(
-        drafted_nodes=nodes.drafted,
-        verified_nodes=nodes.verified,
-        accepted_nodes=nodes.accepted,
+        drafted_nodes=drafted,
+        verified_nodes=kept,
+        accepted_nodes=len(walk.accepted),
         price=record.price,
         plan_version=record.plan_version,
         batch_sequences=record.sequences,
@@ -114,8 +73,25 @@ def explanation(
         verify_s=record.verify_s,
         step_s=record.step_s,
         reason=_reason(sequence, drafts),
-        nodes=tree,
+        nodes=_explained_nodes(drafts, place, walk) if sequence.request.explain_tree and drafted else (),
     )
+
+
+def _explained_nodes(drafts: Drafts, place: int, walk: Walk) -> tuple[ExplainedNode, ...]:
+    """Every node that was drafted for the decoding request at `place`, and what became of it.
+
+    The walk counts the kept nodes only: of nodes 0 to 3, with 0 and 2 kept, its node 1 is node 2.
+    """
+    assert drafts.pruning is not None
+    tree, first = drafts.forest.tree(place), drafts.forest.starts.item(place)
+    nodes = slice(first, first + len(tree))
+    chosen = drafts.pruning.chosen[nodes]
+    fates = [NodeFate.REJECTED if kept else NodeFate.PRUNED for kept in chosen.tolist()]
+    for node in chosen.nonzero()[0][walk.accepted].tolist():
+        fates[node] = NodeFate.ACCEPTED
+    gains = drafts.pruning.gains[nodes]
+    columns = [column.tolist() for column in (tree.token_ids, tree.parents, tree.draft_probs, gains)]
+    return tuple(ExplainedNode(*node) for node in zip(*columns, fates, strict=True))
 
 
 def _reason(sequence: Sequence, drafts: Drafts) -> str:

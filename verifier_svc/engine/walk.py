@@ -7,9 +7,11 @@ emitted and the walk ends. Lossless for any tree, because which tokens were draf
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from treeline.forest import Forest
 from treeline.step_record import NodeOutcomes
@@ -26,6 +28,22 @@ class Walk:
 
     accepted: list[int]
     tokens: list[int]
+
+
+class Verified(NamedTuple):
+    """The result of a verification pass.
+
+    Attributes:
+        walks: one per decoding sequence, then one per finished prompt.
+        logits: float32 [rows, vocab]; for each walk, its root's row and then its nodes'.
+        verify_s: seconds of the pass and the walks.
+        pass_how: see `StepRecord`.
+    """
+
+    walks: list[Walk]
+    logits: Tensor
+    verify_s: float
+    pass_how: str
 
 
 def target_walks(forest: Forest, own_tokens: list[int]) -> list[Walk]:

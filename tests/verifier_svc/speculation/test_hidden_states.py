@@ -76,7 +76,7 @@ def test_every_token_before_the_root_is_sent_once_with_the_targets_own_features(
         assert max(rows) > len(prompt)
         check_rows(model, rows, prompt + answer)
     assert drafter.rows == sum(map(len, drafter.read.values())), "features were sent twice"
-    assert not engine.speculator.hidden_states._rows
+    assert not engine.speculator.exchange.hidden_states._rows
 
 
 @pytest.mark.parametrize("unread_tokens", [1, 7, 1000])
@@ -88,7 +88,7 @@ def test_features_of_steps_without_drafts_come_when_the_drafter_is_asked_again(m
     link = LocalLink(drafter)
     link.ready = False
     engine = Engine(model, link, lambda: builtin_plan(LIMITS), CONFIG)
-    kept = engine.speculator.hidden_states
+    kept = engine.speculator.exchange.hidden_states
 
     def come_late(step: int) -> None:
         assert kept._unread.tokens < unread_tokens, "unread passes pile up"
@@ -165,7 +165,7 @@ def test_a_message_stays_within_its_limit_and_the_rest_comes_later(model):
     engine = Engine(
         model, LocalLink(drafter), lambda: builtin_plan(LIMITS), CONFIG.model_copy(update={"limits": small})
     )
-    engine.speculator.hidden_states._budget_bytes = 8 * 2 * WIDTH
+    engine.speculator.exchange.hidden_states._budget_bytes = 8 * 2 * WIDTH
     for request in requests:
         engine.add(request)
     while engine.has_work:
@@ -178,7 +178,7 @@ def test_a_drafter_that_comes_back_as_it_was_costs_no_capture(model, monkeypatch
     forgotten: list[int] = []
     monkeypatch.setattr(model.passes, "forget_captured", lambda: forgotten.append(1))
     engine = Engine(model, LocalLink(FeatureReader(Known(), model.vocab_size)), lambda: builtin_plan(LIMITS), CONFIG)
-    states, spec = engine.speculator.hidden_states, FeatureReader(Known(), model.vocab_size).features
+    states, spec = engine.speculator.exchange.hidden_states, FeatureReader(Known(), model.vocab_size).features
     before = len(forgotten)
     for _ in range(3):
         states.follow(None)
