@@ -16,6 +16,7 @@ from bench.load import End, Request, Tokens
 from bench.local_engine import PlannedEngine, encode, greedy_answers, planned_engine
 from bench.synthetic import Acceptance, SyntheticProposer
 from lm.model import LanguageModel
+from lm.parallel import load_model
 from treeline.client import TreelineClient
 from treeline.config import Config, DrafterConfig
 from treeline.errors import ConfigError, QueueFullError, TreelineError
@@ -95,7 +96,7 @@ def start_local(
     Raises:
         ConfigError: a model cannot be loaded, or a prompt and its answer exceed the context.
     """
-    model = LanguageModel.load(config.verifier.target)
+    model = load_model(config.verifier.target)
     token_ids = {prompt: encode(model.tokenizer, prompt) for prompt in prompts}
     config = with_room(config, {prompt.id: len(ids) for prompt, ids in token_ids.items()}, streams, max_tokens)
     curves = profile_verification(model, model.new_cache(PROFILE_CACHE_TOKENS, config.verifier.kv_block_tokens))

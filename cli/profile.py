@@ -22,10 +22,10 @@ def profile(
     Measured once, on an otherwise idle machine if it is to be right, and kept in the cache folder.
     """
     verifier = load_config(config).verifier
-    from lm.model import LanguageModel
+    from lm.parallel import load_model
     from verifier_svc.service.profile_cache import verification_profile
 
-    model = LanguageModel.load(verifier.target)
+    model = load_model(verifier.target)
     cache = model.new_cache(verifier.kv_cache_tokens, verifier.kv_block_tokens)
     curves = verification_profile(model, cache, refresh)
     if as_json:

@@ -18,12 +18,22 @@ from treeline.config import ModelConfig
 from treeline.errors import ConfigError
 
 
-def torch_device(name: str) -> torch.device:
-    """Raises ConfigError if CUDA is asked for and not there."""
+def torch_device(name: str, rank: int | None = None) -> torch.device:
+    """`rank`: of several that share the machine, the first one's device being number 0.
+
+    Raises:
+        ConfigError: CUDA is asked for and not there, or has too few devices.
+    """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ConfigError("device 'cuda' is not available on this machine")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if not available or name == "cpu":
+        return torch.device("cpu")
+    if rank is None:
+        return torch.device("cuda")
+    if rank >= torch.cuda.device_count():
+        raise ConfigError(f"tensor_parallel: this process sees {torch.cuda.device_count()} devices")
+    return torch.device("cuda", rank)
 
 
 def torch_dtype(config: ModelConfig, folder: Path | None = None) -> torch.dtype:

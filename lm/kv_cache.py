@@ -8,6 +8,7 @@ Full blocks whose tokens are known may be shared, and stay readable after they w
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import Literal
@@ -110,11 +111,13 @@ class KVCache:
     Attributes:
         keys, values: per layer [slots, kv_heads, head_dim], views of the storage.
         trash_slot: behind all blocks; what is written there belongs to nobody.
+        announce: as `Passes`; is told of entries that move.
     """
 
     def __init__(
         self, layers: list[LayerShape], num_tokens: int, block_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
+        self.announce: Callable[..., None] | None = None
         self.block_tokens = block_tokens
         self.total_blocks = max(1, num_tokens // block_tokens)
         self._users = np.zeros(self.total_blocks, np.int64)
@@ -261,7 +264,15 @@ class KVCache:
             sequence.length, sequence.scratch = end, 0
         if not sources:
             return
+        source, target = np.concatenate(sources), np.concatenate(targets)
+        if self.announce is not None:
+            self.announce("move", source, target)
+        self.move(source, target)
+
+    @torch.inference_mode()
+    def move(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+        """Copy what lies in some slots to others."""
         device = self._storages[0].device
-        source, target = upload(np.concatenate(sources), device), upload(np.concatenate(targets), device)
+        source, target = upload(sources, device), upload(targets, device)
         for storage in self._storages:
             storage.index_copy_(1, target, storage.index_select(1, source))

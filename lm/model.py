@@ -19,6 +19,7 @@ from lm.features import FeatureTap
 from lm.kv_cache import KVCache, LayerShape
 from lm.layers.fuse import fuse_layers
 from lm.layers.fused import LENGTH_DEPENDENT_ROPE
+from lm.layers.sharded import Shard, keep_shard
 from lm.packed import PackedSequence
 from lm.passes import Passes
 from lm.store import load_tokenizer, model_name, one_line, progress_bars, resolve_model
@@ -63,13 +64,13 @@ class LanguageModel:
         self._tap: FeatureTap | None = None
 
     @classmethod
-    def load(cls, config: ModelConfig) -> LanguageModel:
-        """Find, fetch if need be, and load a model.
+    def load(cls, config: ModelConfig, shard: Shard | None = None) -> LanguageModel:
+        """Find, fetch if need be, and load a model; only a rank's shard of it, if one is given.
 
         Raises:
             ConfigError: it cannot be found, read or run; one line that says why.
         """
-        device = torch_device(config.device)
+        device = torch_device(config.device, shard.rank if shard else None)
         folder = resolve_model(config.model)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -87,6 +88,8 @@ class LanguageModel:
                     output_loading_info=True,
                 )
             hf, report = loaded
+            if shard is not None:
+                keep_shard(hf, shard)
             hf.to(device)
             _check_weights(hf, report["missing_keys"])
             pack = functools.partial(pack_linear_layers, quantization=config.quantization, arithmetic=config.arithmetic)
@@ -114,7 +117,9 @@ class LanguageModel:
 
     def new_cache(self, num_tokens: int | Literal["auto"], block_tokens: int | Literal["auto"]) -> KVCache:
         """An empty KV cache for this model; `KVCache.sized` says what "auto" is, and what it raises."""
-        return KVCache.sized(self.layers, num_tokens, block_tokens, self.dtype, self.device)
+        cache = KVCache.sized(self.layers, num_tokens, block_tokens, self.dtype, self.device)
+        cache.announce = self.passes.announce
+        return cache
 
     @torch.inference_mode()
     def forward(self, sequences: list[PackedSequence], cache: KVCache) -> torch.Tensor:

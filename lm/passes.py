@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -36,6 +37,8 @@ class Passes:
             as several passes. One with too many new tokens is packed, and so are all once the padded pass could not be
             compiled.
         required: a pass that can't be captured at the start is an error.
+        announce: is told ("pass", sequences, cache) before each pass, and ("forget",), which other processes do too.
+        in_lockstep: they do: a pass that fails is then an error, and not run in another way.
         how: how the last pass ran.
         largest: int64 [rows], the token of the largest logit of each row of the last pass; None if it was packed.
         counts: of all passes so far, by how they ran.
@@ -46,6 +49,8 @@ class Passes:
     ) -> None:
         """As `StaticPasses`."""
         self.padded, self.required = device.type == "cuda", required
+        self.announce: Callable[..., None] | None = None
+        self.in_lockstep = False
         self.how: How = "packed"
         self.largest: Tensor | None = None
         self.counts: Counter[How] = Counter()
@@ -68,6 +73,8 @@ class Passes:
         Raises:
             ValueError: a sequence has no new token, no room for them, or parents that are not a tree.
         """
+        if self.announce is not None:
+            self.announce("pass", sequences, cache)
         parts, largest, first = [], [], 0
         for group in _groups(sequences) if self.padded else [sequences]:
             stop = first + sum(len(sequence.token_ids) for sequence in group)
@@ -81,6 +88,8 @@ class Passes:
 
     def forget_captured(self) -> None:
         """The body will give something else from now on."""
+        if self.announce is not None:
+            self.announce("forget")
         self._static.clear()
 
     @torch.inference_mode()
@@ -132,13 +141,16 @@ class Passes:
         try:
             if cache not in self._static:
                 self._static[cache] = StaticPasses(cache, self._windows, self._states)
+                self._static[cache].graphs.strict = self.in_lockstep
             outputs, self.largest, self.how = self._static[cache].run(body, batch, states)
             return outputs
         except torch.OutOfMemoryError as error:
+            if self.in_lockstep:
+                raise
             logger.warning("a pass of %d tokens is packed: %s", len(batch.token_ids), one_line(error))
             torch.cuda.empty_cache()
         except Exception as error:
-            if self._device.type != "cuda" or self.required:
+            if self._device.type != "cuda" or self.required or self.in_lockstep:
                 raise
             # It failed uncaptured: kernels cannot be compiled, or they are wrong. The packed pass needs none of them.
             logger.warning("CUDA graphs are off, all passes are packed: %s", one_line(error))

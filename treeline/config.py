@@ -72,6 +72,12 @@ class ModelConfig(Section):
         default="auto", description="require: a start fails unless all its passes are captured as CUDA graphs"
     )
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves it to torch")
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        le=8,
+        description="devices of one machine that share the target; its replica needs as many GPUs",
+    )
 
 
 class LimitsConfig(Section):
@@ -110,6 +116,13 @@ class VerifierConfig(Section):
         description='what requests may ask for; an entry ending in ":" admits any parameters',
     )
 
+    @model_validator(mode="after")
+    def _a_device_each(self) -> VerifierConfig:
+        wanted = self.target.tensor_parallel
+        if wanted > 1 and self.target.device == "cuda" and self.resources.num_gpus != wanted:
+            raise ValueError(f"target.tensor_parallel: {wanted} needs resources.num_gpus: {wanted}")
+        return self
+
 
 class DrafterConfig(Section):
     kind: Literal["auto", "ngram", "model", "model+ngram", "head", "head+ngram"] = Field(
@@ -138,6 +151,8 @@ class DrafterConfig(Section):
     def _model_given(self) -> DrafterConfig:
         if "model" in self.kind and self.model is None:
             raise ValueError(f"kind '{self.kind}' needs a draft model: set drafter.model.model")
+        if self.model is not None and self.model.tensor_parallel > 1:
+            raise ValueError("model.tensor_parallel: a draft model stays on one device")
         return self
 
 

@@ -33,6 +33,7 @@ class Graphs:
     """Captured runs by key.
 
     Attributes:
+        strict: a capture that fails is an error.
         seconds: spent on capturing so far, compilation included.
         bytes: of device memory taken by it.
     """
@@ -45,6 +46,7 @@ class Graphs:
         if device.type == "cuda":
             # One stream, since graphs share memory only if they were captured on the same one.
             self._pool, self._aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        self.strict = False
         self.seconds = 0.0
         self.bytes = 0
 
@@ -73,6 +75,8 @@ class Graphs:
                 raise torch.OutOfMemoryError(f"{free_bytes >> 20} MiB of the device are free")
             self._captured[key] = self._capture(body)
         except RuntimeError as error:  # OutOfMemoryError is one.
+            if self.strict:
+                raise
             self._not_before_s[key] = time.monotonic() + RETRY_S
             logger.warning("a pass of size %s is not captured, next try in %.0f s: %s", key, RETRY_S, one_line(error))
             torch.cuda.empty_cache()

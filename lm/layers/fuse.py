@@ -29,6 +29,16 @@ FUSED = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3Decoder
 """Layers that `FusedLayer` can replace. Subclasses may compute something else, so only these exact types are."""
 
 
+def is_fusable(hf: PreTrainedModel) -> bool:
+    """Whether all layers are causal ones of `FUSED`, with plain weights."""
+    layers: Any = getattr(hf.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not all(type(layer) in FUSED for layer in layers):
+        return False
+    # Products of quantised weights have scales beside them, which joining would lose.
+    plain = all(type(part) is nn.Linear for part in layers.modules() if isinstance(part, nn.Linear))
+    return plain and all(getattr(layer.self_attn, "is_causal", False) for layer in layers)
+
+
 @torch.no_grad()
 def fuse_layers(hf: PreTrainedModel, finish: Callable[[nn.Module], object] = lambda layer: None) -> None:
     """Put fused layers in place of those of `hf`, if it is of Llama's kind; any other model stays as it is.
@@ -36,14 +46,10 @@ def fuse_layers(hf: PreTrainedModel, finish: Callable[[nn.Module], object] = lam
     Args:
         finish: called with each layer once it is in place; meanwhile only one layer's weights are there twice.
     """
+    if not is_fusable(hf):
+        return
     body: Any = hf.base_model
-    layers: Any = getattr(body, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not all(type(layer) in FUSED for layer in layers):
-        return
-    if any(isinstance(part, nn.Linear) and type(part) is not nn.Linear for part in layers.modules()):
-        return  # Products of quantised weights have scales beside them, which joining would lose.
-    if not all(getattr(layer.self_attn, "is_causal", False) for layer in layers):
-        return
+    layers: Any = body.layers
     kinds = set()
     for index, layer in enumerate(layers):
         layers[index] = fused = _fused(layer)

@@ -12,6 +12,7 @@ from grpc_health.v1 import health
 from prometheus_client import CollectorRegistry
 
 from lm.model import LanguageModel
+from lm.parallel import load_model
 from lm.store import vocabulary_sha256
 from planner.service.client import PlanWatcher, StepReporter
 from treeline.config import Config
@@ -77,7 +78,7 @@ class VerifierServer:
         registry = CollectorRegistry()
         metrics = VerifierMetrics(registry)
         with ThreadPoolExecutor(1, LOADER) as loader:
-            model = await loop.run_in_executor(loader, LanguageModel.load, config.verifier.target)
+            model = await loop.run_in_executor(loader, load_model, config.verifier.target)
             _check_limits(model, config)
             watcher = PlanWatcher(planner, verifier_id, config.limits, config.internal, metrics.refused_plans.inc)
             link = GrpcLink(drafter, config, model.vocab_size, vocabulary_sha256(model.tokenizer))
