@@ -200,6 +200,9 @@ class PlannerMetrics:
         self.steps = Counter(f"{PREFIX}_planner_steps", "Step records received", ("verifier",), registry=registry)
         self.plans = Counter(f"{PREFIX}_planner_plans", "Plans published", ("verifier",), registry=registry)
         self._by_verifier = [*vars(self).values()]
+        self.objective = Gauge(
+            f"{PREFIX}_planner_objective_seconds", "Latency to be held", ("objective",), registry=registry
+        )
         self.prometheus_up = Gauge(
             f"{PREFIX}_planner_prometheus_up", "0 while planner.prometheus_url measures too little", registry=registry
         )

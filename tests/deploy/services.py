@@ -84,6 +84,8 @@ class Services:
             "wait_factor",
         ):
             getattr(self.planner, gauge).labels("v").set(1)
+        for objective in ("inter_token_p95", "time_to_first_token_p95"):
+            self.planner.objective.labels(objective).set(0.03)
         for quantile in ("0.5", "0.95"):
             self.planner.cost_error.labels("v", quantile).set(0.1)
         self.planner.signal_age_seconds.labels("v", "inter_token_p95").set(1)

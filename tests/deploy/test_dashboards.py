@@ -21,11 +21,12 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
+from deploy.monitoring import __main__ as generated
 from deploy.running import write_targets
 from planner.service import latency
 from tests.deploy.services import Services
 from treeline.config import MetricsConfig
-from treeline.metrics import serve_metrics
+from treeline.metrics import VerifierMetrics, serve_metrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/treeline.json").read_text())
@@ -34,6 +35,7 @@ RULES, RECORDING_RULES = (
     group["rules"] for group in yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())["groups"]
 )
 QUERIES = {f"{panel['title']} {target['refId']}": target["expr"] for panel in PANELS for target in panel["targets"]}
+ANNOTATIONS = {annotation["name"]: annotation["expr"] for annotation in DASHBOARD["annotations"]["list"]}
 ALERTS = {rule["alert"]: rule["expr"] for rule in RULES}
 RECORDS = {rule["record"]: rule["expr"] for rule in RECORDING_RULES}
 TARGET_LABELS = {"instance", "job", "service"}
@@ -42,7 +44,7 @@ RATE_INTERVAL = "10s"
 
 
 def substituted(query: str) -> str:
-    query = query.replace("$__rate_interval", RATE_INTERVAL)
+    query = query.replace("$__rate_interval", RATE_INTERVAL).replace("$replica", ".*")
     assert "$" not in query
     return query
 
@@ -136,12 +138,43 @@ def test_legends_use_labels_that_the_query_keeps(shown):
 def test_the_dashboard_can_be_provisioned():
     assert DASHBOARD["uid"] == "treeline"
     assert "id" not in DASHBOARD
-    (variable,) = DASHBOARD["templating"]["list"]
+    variable, replica = DASHBOARD["templating"]["list"]
     assert (variable["name"], variable["type"], variable["query"]) == ("datasource", "datasource", "prometheus")
+    assert (replica["name"], replica["allValue"], replica["multi"]) == ("replica", ".*", True)
+    assert replica["query"] == "label_values(treeline_num_requests_running, instance)"
     sources = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
     assert variable["current"]["value"] == sources[0]["uid"]
     scrape = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())["global"]["scrape_interval"]
     assert sources[0]["jsonData"]["timeInterval"] == scrape
+
+
+def test_what_is_generated_is_current():
+    pytest.importorskip("grafana_foundation_sdk", reason="needs grafana-foundation-sdk (tests/deploy/tools.txt)")
+    from deploy.monitoring.dashboard import dashboard
+
+    for path, text in ((generated.DASHBOARD, dashboard()), (generated.PROMETHEUS_RULE, generated.prometheus_rule())):
+        assert path.read_text() == text, "run `python -m deploy.monitoring`"
+
+
+def test_every_query_of_a_verifier_follows_the_variable(shown):
+    """A panel that did not would mix replicas that were not chosen."""
+    verifier_pages = CollectorRegistry()
+    VerifierMetrics(verifier_pages)
+    series = {family.name for family in verifier_pages.collect()}
+    for name, query in QUERIES.items():
+        for part in parts(promql_parser.parse(substituted(query))):
+            if isinstance(part, promql_parser.VectorSelector):
+                of_a_verifier = any(part.name.startswith(stem) for stem in series) and "planner" not in part.name
+                assert of_a_verifier == any(m.name == "instance" for m in part.matchers.matchers), name
+
+
+def test_histograms_are_shown_as_heatmaps():
+    heatmaps = [panel for panel in PANELS if panel["type"] == "heatmap"]
+    assert len(heatmaps) == 3
+    for panel in heatmaps:
+        (target,) = panel["targets"]
+        assert (target["format"], panel["options"]["calculate"]) == ("heatmap", False)
+        assert "_bucket" in target["expr"]
 
 
 def test_panels_are_complete():
@@ -239,6 +272,7 @@ def test_a_real_prometheus_answers_every_query(prometheus_folder):
             services.work()
             time.sleep(0.5)
         answers = {name: api.query(substituted(query)) for name, query in QUERIES.items()}
+        marked = {name: api.query(query) for name, query in ANNOTATIONS.items()}
         firing = {alert for alert, query in ALERTS.items() if api.query(query)}
         groups = api.get("rules")["groups"]
         measured = asyncio.run(latency.measure_all(f"http://127.0.0.1:{port}"))
@@ -246,6 +280,8 @@ def test_a_real_prometheus_answers_every_query(prometheus_folder):
         process.terminate()
         process.wait(10)
     assert [name for name, answer in answers.items() if not answer] == []
+    assert marked["Replica started"]
+    assert not marked["Replica gone"]
     length = float(answers["Mean acceptance length A"][0]["value"][1])
     assert length == pytest.approx(3.0)  # two of the three nodes, and the target's own token
     depths = {answer["metric"]["position"]: float(answer["value"][1]) for answer in answers["Acceptance by depth A"]}

@@ -11,8 +11,8 @@ import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from deploy import monitoring
 from deploy.app import build
+from deploy.monitoring.__main__ import RULES
 from tests.deploy.manifests import K8S, Manifests, config, container, kustomized, pod_templates, rendered, serve_config
 from tests.deploy.test_compose import examples_fit
 
@@ -190,18 +190,13 @@ def test_prometheus_finds_every_page_and_knows_the_rules(variant):
         assert monitor["selector"]["matchLabels"].items() <= labels.items()
         assert labels[monitor["jobLabel"]] == "treeline", "alerts ask for this job"
         assert endpoint["port"] in {port["name"] for port in container(template)["ports"]}
-    assert manifests["PrometheusRule", "treeline"]["spec"] == yaml.safe_load(monitoring.RULES.read_text())
+    assert manifests["PrometheusRule", "treeline"]["spec"] == yaml.safe_load(RULES.read_text())
 
 
 def test_the_dashboard_comes_as_a_config_map():
     board = kustomized("gpu")["ConfigMap", "treeline-dashboards"]
     assert board["metadata"]["labels"]["grafana_dashboard"] == "1"
     assert board["data"]["treeline.json"] == (K8S.parent / "grafana/dashboards/treeline.json").read_text()
-
-
-@pytest.mark.parametrize("path", monitoring.files(), ids=lambda path: path.name)
-def test_generated_files_are_current(path):
-    assert path.read_text() == monitoring.files()[path], "run `python -m deploy.monitoring`"
 
 
 def strings(value: Any) -> Iterator[str]:

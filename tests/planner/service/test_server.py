@@ -10,12 +10,15 @@ from dataclasses import replace
 import grpc
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
 from planner.fast.builtin_plan import builtin_plan
 from planner.service.client import PlanWatcher, StepReporter
-from planner.service.server import PlannerServer
+from planner.service.objectives import FIRST_TOKEN, INTER_TOKEN
+from planner.service.server import PlannerServer, PlanningServicer
 from tests.planner.builders import linear_cost, outcomes, plan_with, record
-from treeline.config import Config, MetricsConfig, PlannerConfig
+from treeline.config import Config, MetricsConfig, ObjectivesConfig, PlannerConfig
+from treeline.metrics import PlannerMetrics
 from treeline.plan import (
     PaperFit,
     Signal,
@@ -201,3 +204,14 @@ def test_a_record_that_makes_no_sense_is_refused_and_changes_nothing():
         await planner.stop()
 
     asyncio.run(scenario())
+
+
+def test_objectives_are_shown():
+    pages = CollectorRegistry()
+    objectives = ObjectivesConfig(inter_token_p95_ms=40)
+    PlanningServicer(Config(planner=PlannerConfig(objectives=objectives)), PlannerMetrics(pages))
+    shown = [
+        pages.get_sample_value("treeline_planner_objective_seconds", {"objective": name})
+        for name in (INTER_TOKEN, FIRST_TOKEN)
+    ]
+    assert shown == [0.04, None]

@@ -1,0 +1,1 @@
+"""The dashboard and the rules, written by `python -m deploy.monitoring`."""
