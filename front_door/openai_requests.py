@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from front_door.tool_calls import Finder, FreeCalls, PlainText
-from front_door.tools import ChatInput
+from front_door.tools import SPACING, ChatInput
 from treeline.errors import FieldViolation, InvalidRequestError
 from treeline.v1 import generation_pb2 as pb
 
@@ -95,10 +95,10 @@ class Body(BaseModel):
         if wanted is None or wanted.type == "text":
             return None
         if wanted.type == "json_object":
-            return pb.Grammar(json_schema='{"type": "object"}')
+            return pb.Grammar(json_schema=json.dumps(SPACING | {"type": "object"}))
         if wanted.json_schema is None:
             raise InvalidRequestError(FieldViolation("response_format.json_schema", "is missing"))
-        return pb.Grammar(json_schema=json.dumps(wanted.json_schema.definition))
+        return pb.Grammar(json_schema=json.dumps(SPACING | wanted.json_schema.definition))
 
     def common(self, request_id: str, index: int, grammar: pb.Grammar | None) -> pb.GenerateRequest:
         """Everything but the input, for the answer number `index`."""

@@ -13,6 +13,8 @@ from treeline.errors import FieldViolation, InvalidRequestError
 from treeline.v1 import generation_pb2 as pb
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+SPACING = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+"""llguidance's. Models that may write white space between values can lose themselves in it."""
 INSTRUCTION = """\
 You can call these functions:
 {functions}
@@ -114,9 +116,10 @@ class ChatInput(BaseModel):
             "TEXT: /[^{](?s:.)*/" if self.tool_choice == "auto" else "",
         ]
         for index, function in enumerate(functions):
-            head, schema = json.dumps(f'{{"name": "{function.name}", "arguments": '), function.parameters
+            head = json.dumps(f'{{"name": "{function.name}", "arguments": ')
+            schema = SPACING | (NO_PARAMETERS if function.parameters is None else function.parameters)
             rules.append(f'call_{index}: {head} arguments_{index} "}}"')
-            rules.append(f"arguments_{index}: %json {json.dumps(NO_PARAMETERS if schema is None else schema)}")
+            rules.append(f"arguments_{index}: %json {json.dumps(schema)}")
         return pb.Grammar(lark="\n".join(rules))
 
     def finder(self, tool_call_format: str) -> Finder:
