@@ -23,7 +23,7 @@ from cli.options import ConfigFile
 from cli.serve import check_startable
 from treeline.client import TreelineClient
 from treeline.config import load_config
-from treeline.rpc.channels import read_tokens
+from treeline.rpc.tokens import read_tokens
 from treeline.v1 import generation_pb2 as pb
 
 LINE_CHARS = 88

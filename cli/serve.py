@@ -9,7 +9,7 @@ import typer
 from cli.options import ConfigFile
 from treeline.config import Config, load_config
 from treeline.errors import ConfigError
-from treeline.rpc.channels import read_tokens
+from treeline.rpc.tokens import read_tokens
 
 
 def serve(config: ConfigFile = None) -> None:

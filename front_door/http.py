@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -28,8 +29,8 @@ from front_door.openai_responses import ChatDialect, CompletionDialect, Dialect,
 from front_door.service import FrontDoor
 from treeline.config import ServerConfig
 from treeline.errors import ConfigError, InvalidRequestError, TreelineError
-from treeline.rpc.channels import TokenFile
-from treeline.rpc.status import RETRY_DELAY_S, code_of, from_rpc_error
+from treeline.rpc.status import RETRY_DELAY_S, code_of, from_rpc_error, retry_s
+from treeline.rpc.tokens import TokenFile
 from treeline.v1 import generation_pb2 as pb
 
 PAGE = Path(__file__).parent / "page"
@@ -57,8 +58,18 @@ RETRYABLE = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 class HttpCall:
     """An HTTP call as `FrontDoor` sees it: without a deadline, since its client hangs up instead."""
 
+    def __init__(self, call: Request) -> None:
+        self._call = call
+
     def time_remaining(self) -> float | None:
         return None
+
+    def peer(self) -> str:
+        client = self._call.client
+        return f"http:[{client.host}]:{client.port}" if client else ""
+
+    def invocation_metadata(self) -> list[tuple[str, str | bytes]]:
+        return [*self._call.headers.items()]
 
     async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
         """OpenAI's API has no resuming by the client."""
@@ -73,10 +84,14 @@ class HttpServer:
 
     @classmethod
     async def start(
-        cls, config: ServerConfig, max_body_bytes: int, door: FrontDoor, registry: CollectorRegistry
+        cls,
+        config: ServerConfig,
+        max_body_bytes: int,
+        door: FrontDoor,
+        tokens: TokenFile | None,
+        registry: CollectorRegistry,
     ) -> HttpServer:
-        """Raises ConfigError if the port is taken, or a certificate or token file cannot be read."""
-        tokens = TokenFile(config.token_file) if config.token_file else None
+        """Raises ConfigError if the port is taken, or a certificate cannot be read."""
         app = create_app(door, registry, tokens, max_body_bytes)
         settings = uvicorn.Config(
             app,
@@ -130,7 +145,7 @@ class Guard:
         headers = Headers(scope=scope)
         path = scope["path"]
         is_open = path in OPEN_PATHS or path.startswith("/page/")
-        if not (is_open or self._tokens is None or self._tokens.accepts(headers.get("authorization", ""))):
+        if not (is_open or self._tokens is None or self._tokens.client(headers.get("authorization", ""))):
             return await error_response(HTTPStatus.UNAUTHORIZED, "a valid bearer token is needed")(scope, receive, send)
         size = 0
 
@@ -178,25 +193,27 @@ def create_app(door: FrontDoor, registry: CollectorRegistry, tokens: TokenFile |
         return await _answer(door, CompletionDialect(), body, request)
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
-        info = await door.GetModelInfo(pb.GetModelInfoRequest(), HttpCall())
-        ids = (await door.Tokenize(body.request(info.tool_call_format), HttpCall())).token_ids
+    async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
+        context = HttpCall(request)
+        info = await door.GetModelInfo(pb.GetModelInfoRequest(), context)
+        ids = (await door.Tokenize(body.request(info.tool_call_format), context)).token_ids
         return {"tokens": list(ids), "count": len(ids), "max_model_len": info.max_context_tokens}
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
-        return {"prompt": (await door.Detokenize(pb.DetokenizeRequest(token_ids=body.tokens), HttpCall())).text}
+    async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, Any]:
+        asked = pb.DetokenizeRequest(token_ids=body.tokens)
+        return {"prompt": (await door.Detokenize(asked, HttpCall(request))).text}
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        info = await door.GetModelInfo(pb.GetModelInfoRequest(), HttpCall())
+    async def models(request: Request) -> dict[str, Any]:
+        info = await door.GetModelInfo(pb.GetModelInfoRequest(), HttpCall(request))
         model = {"id": info.model, "object": "model", "created": 0, "owned_by": "treeline"}
         policies = {"default_policy": info.default_policy, "policies": list(info.allowed_policies)}
         return {"object": "list", "data": [model | {"max_model_len": info.max_context_tokens, "treeline": policies}]}
 
     @app.get("/load")
-    async def load() -> dict[str, Any]:
-        now = await door.GetLoad(pb.GetLoadRequest(), HttpCall())
+    async def load(request: Request) -> dict[str, Any]:
+        now = await door.GetLoad(pb.GetLoadRequest(), HttpCall(request))
         return {field.name: getattr(now, field.name) for field in now.DESCRIPTOR.fields}
 
     @app.get("/")
@@ -217,10 +234,16 @@ def create_app(door: FrontDoor, registry: CollectorRegistry, tokens: TokenFile |
     return app
 
 
-def error_response(status: HTTPStatus, message: str, param: str | None = None, code: str | None = None) -> Response:
+def error_response(
+    status: HTTPStatus,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    retry_after_s: float = RETRY_DELAY_S,
+) -> Response:
     """An error in OpenAI's form."""
     kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
-    headers = {"Retry-After": str(RETRY_DELAY_S)} if status in RETRYABLE else {}
+    headers = {"Retry-After": str(math.ceil(retry_after_s))} if status in RETRYABLE else {}
     return JSONResponse({"error": _error(message, kind, param, code)}, status, headers)
 
 
@@ -232,12 +255,13 @@ def _failed(error: TreelineError) -> Response:
     code = code_of(error)
     param = error.violations[0].field if isinstance(error, InvalidRequestError) and error.violations else None
     status = HTTP_STATUS.get(code, HTTPStatus.INTERNAL_SERVER_ERROR)
-    return error_response(status, str(error), param, code.name.lower())
+    return error_response(status, str(error), param, code.name.lower(), retry_s(error))
 
 
 async def _answer(door: FrontDoor, dialect: Dialect, body: ChatBody | CompletionBody, call: Request) -> Response:
     request_id = call.headers.get("x-request-id") or uuid.uuid4().hex
-    info = await door.GetModelInfo(pb.GetModelInfoRequest(), HttpCall())
+    context = HttpCall(call)
+    info = await door.GetModelInfo(pb.GetModelInfoRequest(), context)
     requests = body.requests(request_id, info.tool_call_format)
     headers = {"x-request-id": request_id}
     if body.ignored:
@@ -245,9 +269,9 @@ async def _answer(door: FrontDoor, dialect: Dialect, body: ChatBody | Completion
     echoed = [request.prompt if isinstance(body, CompletionBody) and body.echo else "" for request in requests]
     reply = Reply(dialect, request_id, info.model, echoed, body.finders(info.tool_call_format))
     if not body.stream:
-        answers = await _unless_gone(call, asyncio.ensure_future(_collected(door, requests)))
+        answers = await _unless_gone(call, asyncio.ensure_future(_collected(door, requests, context)))
         return JSONResponse(reply.whole(answers), headers=headers)
-    merged = _merged(door, requests)
+    merged = _merged(door, requests, context)
     first = await anext(merged)  # what is refused at once is refused with its own status
     include_usage = body.stream_options is not None and body.stream_options.include_usage
     events = _events(reply, first, merged, include_usage)
@@ -265,10 +289,12 @@ async def _unless_gone(call: Request, work: asyncio.Future[Any]) -> Any:
         work.cancel()
 
 
-async def _collected(door: FrontDoor, requests: list[pb.GenerateRequest]) -> list[list[pb.GenerateResponse]]:
+async def _collected(
+    door: FrontDoor, requests: list[pb.GenerateRequest], context: HttpCall
+) -> list[list[pb.GenerateResponse]]:
     """All responses of each request. If one fails, all of them end."""
     answers: list[list[pb.GenerateResponse]] = [[] for _ in requests]
-    async with aclosing(_merged(door, requests)) as responses:  # type: ignore[type-var]
+    async with aclosing(_merged(door, requests, context)) as responses:  # type: ignore[type-var]
         async for index, response in responses:
             answers[index].append(response)
     return answers
@@ -277,10 +303,10 @@ async def _collected(door: FrontDoor, requests: list[pb.GenerateRequest]) -> lis
 Indexed = tuple[int, pb.GenerateResponse]
 
 
-async def _merged(door: FrontDoor, requests: list[pb.GenerateRequest]) -> AsyncIterator[Indexed]:
+async def _merged(door: FrontDoor, requests: list[pb.GenerateRequest], context: HttpCall) -> AsyncIterator[Indexed]:
     """The responses of all requests as they come, each with its request's index. Closing it aborts them all."""
     if len(requests) == 1:
-        async with aclosing(door.Generate(requests[0], HttpCall())) as responses:  # type: ignore[type-var]
+        async with aclosing(door.Generate(requests[0], context)) as responses:  # type: ignore[type-var]
             async for response in responses:
                 yield 0, response
         return
@@ -288,7 +314,7 @@ async def _merged(door: FrontDoor, requests: list[pb.GenerateRequest]) -> AsyncI
 
     async def read(index: int, request: pb.GenerateRequest) -> None:
         try:
-            async with aclosing(door.Generate(request, HttpCall())) as responses:  # type: ignore[type-var]
+            async with aclosing(door.Generate(request, context)) as responses:  # type: ignore[type-var]
                 async for response in responses:
                     await queue.put((index, response))
             await queue.put(None)

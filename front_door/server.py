@@ -8,6 +8,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2
 from prometheus_client import CollectorRegistry
 
+from front_door.clients import Clients
 from front_door.http import HttpServer
 from front_door.routing import VerifierPool
 from front_door.service import FrontDoor
@@ -16,6 +17,7 @@ from treeline.config import Config
 from treeline.metrics import FrontDoorMetrics, serve_metrics
 from treeline.rpc.channels import Discover, add_standard_services, bind, new_server
 from treeline.rpc.interceptors import SERVICE, CallInterceptor
+from treeline.rpc.tokens import TokenFile
 from treeline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 
 EXTRA_RPCS = 256
@@ -69,11 +71,13 @@ class FrontDoorServer:
                 await health_servicer.set(service, status.SERVING if serving else status.NOT_SERVING)
 
         endpoint = bind(server, config.server, config.server.port)
-        door = FrontDoor(await VerifierPool.start(config, verifiers, show_health), config.server.resume_wait_s)
+        tokens = TokenFile(config.server.token_file) if config.server.token_file else None
+        pool = await VerifierPool.start(config, verifiers, show_health)
+        door = FrontDoor(pool, Clients(tokens), config.server.resume_wait_s)
         add_GenerationServiceServicer_to_server(door, server)
         http = None
         if config.server.http.enabled:
-            http = await HttpServer.start(config.server, config.limits.max_message_bytes, door, registry)
+            http = await HttpServer.start(config.server, config.limits.max_message_bytes, door, tokens, registry)
         await server.start()
         return cls(server, endpoint, serve_metrics(registry, config.metrics), door, health_servicer, http)
 

@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 
+from front_door.clients import Call, Clients
 from front_door.routing import Verifier, VerifierPool
-from front_door.stream import Call, ResumableStream
-from treeline.errors import DrainingError, DuplicateRequestError, UnavailableError
-from treeline.request import identify, identity
+from front_door.stream import ResumableStream
+from treeline.errors import DrainingError, DuplicateRequestError, UnavailableError, UnknownRequestError
+from treeline.request import CLIENT, WEIGHT, identify, identity
+from treeline.rpc.tokens import Client
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
 
@@ -20,28 +22,39 @@ PLAN_TIMEOUT_S = 2.0
 class FrontDoor(pb_grpc.GenerationServiceServicer):
     """Forwards calls to the verifiers of `pool`. Errors are raised, so the server needs a CallInterceptor."""
 
-    def __init__(self, pool: VerifierPool, resume_wait_s: float) -> None:
+    def __init__(self, pool: VerifierPool, clients: Clients, resume_wait_s: float) -> None:
         self.pool = pool
+        self._clients = clients
         self._resume_wait_s = resume_wait_s
         self.draining = False
-        self._open_ids: set[str] = set()
+        self._open: set[tuple[str, str]] = set()
+        """Client and request id: what one client chooses is nobody else's business."""
 
     async def Generate(self, request: pb.GenerateRequest, context: Call) -> AsyncIterator[pb.GenerateResponse]:
         if self.draining:
             raise DrainingError("this front door is shutting down")
         identify(request)
-        with self._opened(request.request_id):
+        client = self._clients.of(context)
+        with self._clients.admitted(client, request), self._opened(client, request.request_id):
             await context.send_initial_metadata(identity(request))
-            stream = ResumableStream(request, self.pool, self._resume_wait_s, lambda: self.draining)
+            metadata = _metadata(client)
+            stream = ResumableStream(request, metadata, self.pool, self._resume_wait_s, lambda: self.draining)
             async with aclosing(stream.responses(context)) as responses:
                 async for response in responses:
                     yield response
 
     async def Abort(self, request: pb.AbortRequest, context: Call) -> pb.AbortResponse:
-        """Asks every verifier: the request may have come through another front door."""
-        calls = [verifier.stub.Abort(request, timeout=ABORT_TIMEOUT_S) for verifier in self.pool.serving]
+        """Asks every verifier: the request may have come through another front door.
+
+        Raises UnknownRequestError if none of them is an open request of the caller's.
+        """
+        metadata = _metadata(self._clients.of(context))
+        calls = [v.stub.Abort(request, timeout=ABORT_TIMEOUT_S, metadata=metadata) for v in self.pool.serving]
         replies = await asyncio.gather(*calls, return_exceptions=True)
-        return pb.AbortResponse(aborted=sum(r.aborted for r in replies if isinstance(r, pb.AbortResponse)))
+        aborted = sum(reply.aborted for reply in replies if isinstance(reply, pb.AbortResponse))
+        if request.request_ids and not aborted:
+            raise UnknownRequestError("no such request of yours is open")
+        return pb.AbortResponse(aborted=aborted)
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: Call) -> pb.GetLoadResponse:
         self._model_info()
@@ -76,14 +89,19 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
         return self.pool.info
 
     @contextmanager
-    def _opened(self, request_id: str) -> Iterator[None]:
-        if request_id in self._open_ids:
+    def _opened(self, client: Client, request_id: str) -> Iterator[None]:
+        request = client.name, request_id
+        if request in self._open:
             raise DuplicateRequestError(f"a request with id {request_id!r} is open")
-        self._open_ids.add(request_id)
+        self._open.add(request)
         try:
             yield
         finally:
-            self._open_ids.remove(request_id)
+            self._open.remove(request)
+
+
+def _metadata(client: Client) -> tuple[tuple[str, str], ...]:
+    return (CLIENT, client.name), (WEIGHT, repr(client.weight))
 
 
 def total_load(loads: Sequence[pb.GetLoadResponse]) -> pb.GetLoadResponse:

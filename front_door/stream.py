@@ -6,10 +6,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
-from typing import Protocol
 
 import grpc
 
+from front_door.clients import Call
 from front_door.routing import Verifier, VerifierPool
 from treeline.errors import DrainingError, StreamLostError, UnavailableError
 from treeline.request import REQUEST_ID
@@ -27,14 +27,6 @@ FUTILE = ("", "ENGINE_FAILED")
 """Reasons of a lost call that the request itself may have caused: a process that died without a word, or its engine."""
 
 
-class Call(Protocol):
-    """What a call's context is asked: a grpc.aio.ServicerContext knows it, and so does an HTTP call."""
-
-    def time_remaining(self) -> float | None: ...
-
-    async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...], /) -> None: ...
-
-
 class ResumableStream:
     """Runs `request`, whose id and seed are set, on one verifier after the other until it is complete.
 
@@ -42,14 +34,21 @@ class ResumableStream:
     Sampling is keyed by seed and position, so the text is the same as without the interruption.
 
     Args:
+        metadata: names the client to the verifier.
         wait_s: how long the stream may be without a verifier before it ends with UNAVAILABLE.
         draining: whether this front door shuts down, so that a client had better resume through another one.
     """
 
     def __init__(
-        self, request: pb.GenerateRequest, pool: VerifierPool, wait_s: float, draining: Callable[[], bool]
+        self,
+        request: pb.GenerateRequest,
+        metadata: tuple[tuple[str, str], ...],
+        pool: VerifierPool,
+        wait_s: float,
+        draining: Callable[[], bool],
     ) -> None:
-        self._request, self._pool, self._wait_s, self._draining = request, pool, wait_s, draining
+        self._request, self._metadata, self._pool = request, metadata, pool
+        self._wait_s, self._draining = wait_s, draining
         self._arrived_s = time.monotonic() - request.resume.elapsed_s
         self._is_resumed = request.HasField("resume")
         self._lost_s: float | None = None  # since when no verifier has had the stream
@@ -70,7 +69,7 @@ class ResumableStream:
         if verifier is None:
             raise UnavailableError("no verifier can be reached")
         while True:
-            call = verifier.stub.Generate(self._request, timeout=context.time_remaining())
+            call = verifier.stub.Generate(self._request, timeout=context.time_remaining(), metadata=self._metadata)
             verifier.in_flight += 1
             try:
                 async for response in call:

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from treeline.errors import ConfigError, StreamLostError, UnavailableError
+from treeline.errors import ConfigError, StreamLostError, UnavailableError, UnknownRequestError
 from treeline.request import identify
 from treeline.rpc.channels import client_options
 from treeline.rpc.status import from_rpc_error, is_lost
@@ -145,7 +145,10 @@ class TreelineClient:
 
     def abort(self, *request_ids: str) -> int:
         """End requests by id; returns how many of them were open."""
-        return self._call("Abort", pb.AbortRequest(request_ids=request_ids)).aborted
+        try:
+            return self._call("Abort", pb.AbortRequest(request_ids=request_ids)).aborted
+        except UnknownRequestError:
+            return 0
 
     def load(self) -> pb.GetLoadResponse:
         """How busy the service is."""

@@ -192,7 +192,9 @@ class ServerConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65535)
     tls: TlsConfig | None = None
-    token_file: Path | None = Field(default=None, description="one accepted bearer token a line")
+    token_file: Path | None = Field(
+        default=None, description="a bearer token a line, with quotas behind it (docs/operations.md)"
+    )
     allow_insecure: bool = Field(default=False, description="admit a non-loopback host without TLS or tokens")
     http: HttpConfig = HttpConfig()
     resume_wait_s: float = Field(

@@ -29,6 +29,18 @@ class QueueFullError(TreelineError):
     """RESOURCE_EXHAUSTED: the waiting queue is full; try again later."""
 
 
+class QuotaExceededError(TreelineError):
+    """RESOURCE_EXHAUSTED: this client has asked for more than it may; try again after `retry_s` seconds."""
+
+    def __init__(self, message: str, retry_s: float = 1.0) -> None:
+        self.retry_s = retry_s
+        super().__init__(message)
+
+
+class UnknownRequestError(TreelineError):
+    """NOT_FOUND: the caller has no such request open."""
+
+
 class UnknownModelError(TreelineError):
     """NOT_FOUND: no such model is served here."""
 

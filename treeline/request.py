@@ -1,4 +1,4 @@
-"""What identifies a request: its id and its seed."""
+"""What identifies a request: whose it is, its id and its seed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ SEED_BITS = 63
 """Seeds are uint64 on the wire; 63 bits also fit the signed integers of other languages."""
 REQUEST_ID, SEED = "treeline-request-id", "treeline-seed"
 """Initial metadata of a stream: what a client needs, in addition to the token ids it received, to resume it."""
+
+CLIENT, WEIGHT = "treeline-client", "treeline-client-weight"
+"""Metadata from front door to verifier: whose request this is, and what its share weighs among others'."""
 
 
 def identify(request: pb.GenerateRequest) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from deploy.run import with_secret
 from treeline.config import Config
-from treeline.rpc.channels import read_tokens
+from treeline.rpc.tokens import read_tokens
 
 
 def test_each_run_has_a_secret_of_its_own_that_only_its_user_can_read(tmp_path, monkeypatch):

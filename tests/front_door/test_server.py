@@ -84,7 +84,7 @@ def test_a_request_id_is_given_if_there_is_none():
         return [c.request_id for c in completes], [r.request_id for r in s.engines[0].requests], s.engines[0].requests
 
     told, used, requests = with_front_door(scenario, FakeEngine())
-    assert told == used
+    assert [f"127.0.0.1/{name}" for name in told] == used
     assert len({*told, ""}) == 3
     assert bytes(requests[0].prompt_token_ids) == b"hello"
 

@@ -8,7 +8,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from treeline.config import InternalConfig, TlsConfig
 from treeline.errors import ConfigError
-from treeline.rpc.channels import TokenFile, bind, connect, new_server, read_tokens
+from treeline.rpc.channels import bind, connect, new_server
 
 METHODS = ("UnaryUnary", "UnaryStream", "StreamUnary", "StreamStream")
 
@@ -176,34 +176,3 @@ def test_a_taken_port_is_one_clear_error():
             await first.stop(None)
 
     asyncio.run(scenario())
-
-
-def test_token_files_that_hold_nothing_are_refused(tmp_path):
-    (tmp_path / "empty").write_text("# nothing\n")
-    with pytest.raises(ConfigError, match="holds no token"):
-        read_tokens(tmp_path / "empty")
-    with pytest.raises(ConfigError, match="cannot read"):
-        read_tokens(tmp_path / "missing")
-
-
-@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
-def test_the_scheme_of_a_token_may_be_spelled_in_any_case(tmp_path, scheme):
-    (tmp_path / "tokens").write_text("secret")
-    tokens = TokenFile(tmp_path / "tokens")
-    assert tokens.accepts(f"{scheme} secret")
-    assert not tokens.accepts("Basic secret")
-    assert not tokens.accepts("secret")
-
-
-def test_a_token_file_is_read_again_when_it_changes(tmp_path):
-    path = tmp_path / "tokens"
-    path.write_text("old")
-    tokens = TokenFile(path)
-    (tmp_path / "new").write_text("new one\nsecond")
-    (tmp_path / "new").replace(path)
-    assert tokens.accepts("Bearer second")
-    assert not tokens.accepts("Bearer old")
-    path.write_text("# none")
-    assert tokens.accepts("Bearer second"), "a file without tokens locks nobody out"
-    path.unlink()
-    assert tokens.accepts("Bearer second")

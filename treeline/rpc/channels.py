@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hmac
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from treeline.errors import ConfigError
+from treeline.rpc.tokens import TokenFile
 
 if TYPE_CHECKING:
     from grpc_health.v1 import health
@@ -128,50 +127,6 @@ def reachable_host(host: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def read_tokens(path: Path) -> list[str]:
-    """The bearer tokens in a file, one a line; empty lines and lines that begin with # do not count.
-
-    Raises:
-        ConfigError: the file cannot be read or holds none.
-    """
-    lines = [line.strip() for line in _read(path).decode("ascii", "replace").splitlines()]
-    tokens = [line for line in lines if line and not line.startswith("#")]
-    if not tokens:
-        raise ConfigError(f"{path} holds no token")
-    return tokens
-
-
-class TokenFile:
-    """The bearer tokens of a file, read again when it has changed; while it can't be read, the last ones hold."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises ConfigError if the file cannot be read or holds no token."""
-        self._path = path
-        self._stamp, self._tokens = self._seen(), read_tokens(path)
-
-    @property
-    def tokens(self) -> list[str]:
-        if (stamp := self._seen()) != self._stamp:
-            self._stamp = stamp
-            with contextlib.suppress(ConfigError):
-                self._tokens = read_tokens(self._path)
-        return self._tokens
-
-    def accepts(self, authorization: str) -> bool:
-        """Whether the value of an "authorization" header shows one of the tokens."""
-        scheme, _, token = authorization.partition(" ")
-        shown = token.strip().encode() if scheme.lower() == "bearer" else b""
-        # Every token is compared, so that the time taken says nothing about which one came close.
-        return sum(hmac.compare_digest(shown, known.encode()) for known in self.tokens) > 0
-
-    def _seen(self) -> tuple[int, int, int] | None:
-        try:
-            status = self._path.stat()
-        except OSError:
-            return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
-
-
 class TokenInterceptor(grpc.aio.ServerInterceptor):
     """Refuses calls without one of the accepted bearer tokens (UNAUTHENTICATED), health checks excepted."""
 
@@ -186,7 +141,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 
     def _accepts(self, metadata: Sequence[tuple[str, str | bytes]]) -> bool:
         given = next((value for key, value in metadata if key == "authorization"), "")
-        return self._tokens.accepts(given if isinstance(given, str) else given.decode("latin-1"))
+        return self._tokens.client(given if isinstance(given, str) else given.decode("latin-1")) is not None
 
 
 async def _refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
@@ -194,14 +149,14 @@ async def _refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
 
 
 class _Bearer:
-    """Shows the first token of a file on every call of a channel."""
+    """Shows the first valid token of a file on every call of a channel."""
 
     def __init__(self, tokens: TokenFile) -> None:
         self._tokens = tokens
 
     async def _intercept(self, continuation: Callable, client_call_details: Any, request: Any) -> Any:
         metadata = grpc.aio.Metadata(*(client_call_details.metadata or ()))
-        metadata["authorization"] = f"Bearer {self._tokens.tokens[0]}"
+        metadata["authorization"] = f"Bearer {self._tokens.token}"
         return await continuation(client_call_details._replace(metadata=metadata), request)
 
     intercept_unary_unary = intercept_unary_stream = _intercept

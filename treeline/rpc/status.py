@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import grpc
@@ -18,12 +19,14 @@ from treeline.errors import (
     FieldViolation,
     InvalidRequestError,
     QueueFullError,
+    QuotaExceededError,
     RequestBrokenError,
     RequestFailedError,
     StreamLostError,
     TreelineError,
     UnavailableError,
     UnknownModelError,
+    UnknownRequestError,
 )
 
 DOMAIN = "treeline"
@@ -39,6 +42,8 @@ _Code = grpc.StatusCode
 _ERRORS: list[tuple[type[TreelineError], grpc.StatusCode, str]] = [
     (InvalidRequestError, _Code.INVALID_ARGUMENT, "INVALID_REQUEST"),
     (QueueFullError, _Code.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    (QuotaExceededError, _Code.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
+    (UnknownRequestError, _Code.NOT_FOUND, "UNKNOWN_REQUEST"),
     (UnknownModelError, _Code.NOT_FOUND, "UNKNOWN_MODEL"),
     (DuplicateRequestError, _Code.ALREADY_EXISTS, "DUPLICATE_REQUEST"),
     (DrainingError, _Code.UNAVAILABLE, "DRAINING"),
@@ -57,6 +62,11 @@ def code_of(error: TreelineError) -> grpc.StatusCode:
     return next(code for kind, code, _ in _ERRORS if isinstance(error, kind))
 
 
+def retry_s(error: TreelineError) -> float:
+    """After how many seconds a call that failed with RESOURCE_EXHAUSTED or UNAVAILABLE may do better."""
+    return error.retry_s if isinstance(error, QuotaExceededError) else RETRY_DELAY_S
+
+
 def to_status(error: TreelineError) -> Status:
     """google.rpc.Status of an error: ErrorInfo always, field violations and a retry delay where they apply."""
     code, reason = next((code, reason) for kind, code, reason in _ERRORS if isinstance(error, kind))
@@ -69,7 +79,9 @@ def to_status(error: TreelineError) -> Status:
         ]
         status.details.add().Pack(BadRequest(field_violations=violations))
     if code in _RETRYABLE:
-        status.details.add().Pack(RetryInfo(retry_delay=Duration(seconds=RETRY_DELAY_S)))
+        delay = Duration()
+        delay.FromTimedelta(timedelta(seconds=retry_s(error)))
+        status.details.add().Pack(RetryInfo(retry_delay=delay))
     return status
 
 
@@ -93,6 +105,8 @@ def from_rpc_error(error: Any) -> TreelineError:
     kind = _BY_REASON.get(info.reason) if info.domain == DOMAIN else None
     if kind is InvalidRequestError:
         return InvalidRequestError(*(FieldViolation(v.field, v.description) for v in bad_request.field_violations))
+    if kind is QuotaExceededError:
+        return QuotaExceededError(message, _detail(error, RetryInfo()).retry_delay.ToTimedelta().total_seconds())
     if kind is StreamLostError:
         return StreamLostError(message, int(info.metadata[DELIVERED]))
     if kind is None and code is _Code.UNAVAILABLE:

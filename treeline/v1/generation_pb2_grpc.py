@@ -64,7 +64,7 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Ends running or waiting requests by id; unknown ids are ignored.
+        """Ends running or waiting requests of the caller by id; unknown ids are ignored, and NOT_FOUND if all are unknown.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

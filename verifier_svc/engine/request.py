@@ -30,6 +30,7 @@ class GenerationRequest:
         delivered_token_ids: the answer's tokens that another verifier has delivered already.
         elapsed_s: since the first arrival of a resumed request.
         time_to_first_token_s: from that arrival to its first token.
+        client, client_weight: whose request it is, and what the client's share weighs among those of others.
     """
 
     request_id: str
@@ -54,6 +55,8 @@ class GenerationRequest:
     delivered_token_ids: tuple[int, ...] = ()
     elapsed_s: float = 0.0
     time_to_first_token_s: float = 0.0
+    client: str = ""
+    client_weight: float = 1.0
 
     @property
     def target_s(self) -> float | None:

@@ -12,7 +12,8 @@ from lm.kv_cache import KVCache, SequenceCache
 from planner.fast.step_prices import StepPrices
 from treeline.config import LimitsConfig
 from treeline.plan import Plan
-from verifier_svc.engine.request import FinishReason
+from verifier_svc.engine.fair_shares import FairShares
+from verifier_svc.engine.request import FinishReason, GenerationRequest
 from verifier_svc.engine.sequence import Sequence
 
 MAX_STRETCH = 2.25
@@ -20,8 +21,9 @@ MAX_STRETCH = 2.25
 gaps are to stay below three usual ones, and single passes take up to a third longer than the curve says. Where
 more prompts wait than requests decode, the pass may be longer in proportion."""
 AGEING_S = 5.0
-"""A request that has waited this long counts as one priority higher: nobody who comes 8 * 5 = 40 s later, of whatever
-priority (-4 to 4), is admitted before it. Ten times the usual start of an answer, so that priorities keep their use."""
+"""A request rises by one priority each time it has waited this long, up to the highest of those who wait: after
+8 * 5 = 40 s it comes next in its client's turn, whatever the priorities (-4 to 4). Ten times the usual start of an
+answer, so that priorities keep their use."""
 LEAST_CHUNK_TOKENS = 8
 """A prompt advances by at least this many tokens a step, however much they cost: on a CPU a pass over 8 tokens takes
 little longer than over 1 (bench step)."""
@@ -85,17 +87,11 @@ class Scheduler:
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self._prefix_caching = prefix_caching
         self._clock = clock
+        self._shares = FairShares()
 
     def add(self, sequence: Sequence) -> None:
-        """Queue by priority and time waited; a resumed request, which has waited before, goes before its equals."""
-
-        def rank(one: Sequence) -> float:
-            return _standing(one) + 0.5 * bool(one.request.delivered_token_ids or one.preemptions)
-
-        place = len(self.waiting)
-        while place and rank(self.waiting[place - 1]) < rank(sequence):
-            place -= 1
-        self.waiting.insert(place, sequence)
+        """Let a sequence wait for its turn."""
+        self.waiting.append(sequence)
 
     def find(self, request_ids: Iterable[str]) -> list[Sequence]:
         """The open sequences among these ids."""
@@ -161,6 +157,9 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             self._release(sequence)
+        if sequence.admitted_s is not None:
+            request = sequence.request
+            self._shares.give_back(request.client, sequence.remaining_tokens, request.client_weight)
 
     def _remember_prompts(self) -> None:
         """Prompts that the last step finished can be shared while their requests still run."""
@@ -229,14 +228,35 @@ class Scheduler:
     def _admit(self) -> None:
         # In order: a large request at the head is not starved by small ones behind it.
         while self.waiting and len(self.running) < self._limits.max_running_requests:
-            sequence = self.waiting[0]
+            sequence = self._next()
             cache = self._place(sequence)
             if cache is None:
                 return
             if sequence.admitted_s is None:
                 sequence.admitted_s, sequence.cached_tokens = self._clock(), cache.length
+                self._charge(sequence.request, len(sequence.token_ids) + sequence.remaining_tokens)
             sequence.cache, sequence.admitted_tokens, sequence.is_remembered = cache, len(sequence.token_ids), False
-            self.running.append(self.waiting.pop(0))
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+
+    def _next(self) -> Sequence:
+        """Of the highest aged priority: who was preempted, then the client whose turn it is, resumed streams first.
+
+        No request rises above the highest priority that waits: among equals, waiting long does not outweigh a share.
+        """
+        now, highest = self._clock(), max(s.request.priority for s in self.waiting)
+
+        def rank(one: Sequence) -> tuple[float, bool, float, bool, float]:
+            request, queued_s = one.request, one.arrived_s + one.request.elapsed_s
+            priority = min(highest, request.priority + (now - queued_s) // AGEING_S)
+            turn = self._shares.turn(request.client)
+            return -priority, not one.preemptions, turn, not request.delivered_token_ids, queued_s
+
+        return min(self.waiting, key=rank)
+
+    def _charge(self, request: GenerationRequest, tokens: int) -> None:
+        earliest = min(self._shares.turn(one.request.client) for one in self.waiting)
+        self._shares.start(request.client, tokens, request.client_weight, earliest)
 
     def _place(self, sequence: Sequence) -> SequenceCache | None:
         """Blocks for all tokens of a waiting sequence, if everybody who runs can still take one more block each.
@@ -254,7 +274,7 @@ class Scheduler:
 
 
 def _standing(sequence: Sequence) -> float:
-    """Who stands highest is admitted first and preempted last. All rise alike, so the order never changes."""
+    """Who stands highest is preempted last. All rise alike, so that the order never changes: the first gets on."""
     request = sequence.request
     return request.priority - (sequence.arrived_s + request.elapsed_s) / AGEING_S
 

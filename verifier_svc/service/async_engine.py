@@ -6,8 +6,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from lm.cpu.threads import own_cores
@@ -38,6 +39,23 @@ class Occupancy(NamedTuple):
     kv_blocks_used: int
 
 
+@dataclass(eq=False)
+class _Stream:
+    """An open request as the event loop knows it.
+
+    Attributes:
+        request: what was asked for.
+        items: what the engine brought; an error ends the stream.
+        begun: some of the answer has come.
+        refused: it gave its place in the queue to another client, and the engine has still to drop it.
+    """
+
+    request: GenerationRequest
+    items: asyncio.Queue[Chunk | Completion | TreelineError] = field(default_factory=asyncio.Queue)
+    begun: bool = False
+    refused: bool = False
+
+
 class AsyncEngine:
     """Runs `Engine.step()` in a thread of its own; everything else runs on the event loop that made it.
 
@@ -63,7 +81,7 @@ class AsyncEngine:
         self._on_step, self._on_output = on_step, on_output
         self._alarm = AcceptanceAlarm()
         self._loop = asyncio.get_running_loop()
-        self._streams: dict[str, asyncio.Queue[Chunk | Completion | TreelineError]] = {}
+        self._streams: dict[str, _Stream] = {}
         self._wake = threading.Condition()
         self._inbox: list[GenerationRequest | str] = []  # new requests, and ids to abort, in order
         self._recent: deque[StepRecord] = deque(maxlen=4096)
@@ -82,13 +100,12 @@ class AsyncEngine:
                 that the request can be resumed on another replica.
         """
         self._check_admission(request)
-        stream: asyncio.Queue[Chunk | Completion | TreelineError] = asyncio.Queue()
-        self._streams[request.request_id] = stream
+        stream = self._streams[request.request_id] = _Stream(request)
         self._tell(request)
         ended = False
         try:
             while not ended:
-                item = await stream.get()
+                item = await stream.items.get()
                 if isinstance(item, TreelineError):
                     ended = True
                     raise item
@@ -154,7 +171,27 @@ class AsyncEngine:
         self.engine.check_fits(request)
         # A resumed stream was admitted before: refusing it would break it. All front doors together bound their number.
         if len(self._streams) >= self._max_open and not request.delivered_token_ids:
+            self._make_place(request)
+
+    def _make_place(self, request: GenerationRequest) -> None:
+        """Refuse the last waiting request of the client that has most for its weight, unless it had less than this one.
+
+        Raises QueueFullError if it had.
+        """
+        taken = [stream for stream in self._streams.values() if not stream.refused]
+        if len(taken) < self._max_open:
+            return
+        held: defaultdict[str, float] = defaultdict(float)
+        for stream in taken:
+            held[stream.request.client] += 1 / stream.request.client_weight
+        most = max(held, key=held.__getitem__)
+        waiting = [s for s in taken if s.request.client == most and not (s.begun or s.request.delivered_token_ids)]
+        mine = held[request.client] + 1 / request.client_weight
+        if not waiting or held[most] - 1 / waiting[-1].request.client_weight < mine:
             raise QueueFullError(f"{self._max_waiting} requests are waiting already")
+        waiting[-1].refused = True
+        waiting[-1].items.put_nowait(QueueFullError("the queue is full, and other clients have fewer requests in it"))
+        self._tell(waiting[-1].request.request_id)
 
     def _tell(self, *messages: GenerationRequest | str) -> None:
         with self._wake:
@@ -202,13 +239,14 @@ class AsyncEngine:
             stream = self._streams.get(output.request_id)
             if stream is None:
                 continue  # ended by `_fail_all`
-            stream.put_nowait(output.item)
+            stream.items.put_nowait(output.item)
+            stream.begun = True
             if isinstance(output.item, Completion):
                 del self._streams[output.request_id]  # only now may the id be used again
 
     def _fail_all(self, error: TreelineError) -> None:
         for stream in self._streams.values():
-            stream.put_nowait(error)
+            stream.items.put_nowait(error)
         self._streams.clear()
 
 

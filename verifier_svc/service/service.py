@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -15,7 +16,7 @@ import treeline
 from treeline.config import LimitsConfig, VerifierConfig
 from treeline.errors import FieldViolation, InvalidRequestError, RequestBrokenError
 from treeline.plan import Plan, plan_summary
-from treeline.request import identify, identity
+from treeline.request import CLIENT, WEIGHT, identify, identity
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
 from verifier_svc.engine.grammar import Grammar
@@ -79,18 +80,23 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         grammar = await self._compiled(request.grammar) if request.HasField("grammar") else None
         checked = replace(checked, grammar=grammar)
         generation = with_prompt(checked, prompt, await self._token_ids(prompt), self._info, self._limits)
+        client, weight = _owner(context)
+        owned = replace(
+            generation, request_id=_owned(client, generation.request_id), client=client, client_weight=weight
+        )
         await context.send_initial_metadata(identity(request))
-        async with aclosing(self._engine.generate(generation)) as outputs:  # type: ignore[type-var]
+        async with aclosing(self._engine.generate(owned)) as outputs:  # type: ignore[type-var]
             async for output in outputs:
                 if isinstance(output, Chunk):
                     yield pb.GenerateResponse(chunk=chunk_to_proto(output, self._tokenizer))
                 elif output.finish_reason is FinishReason.FAILED:
-                    raise RequestBrokenError(f"internal error; the verifier's log has it as {generation.request_id}")
+                    raise RequestBrokenError(f"internal error; the verifier's log has it as {owned.request_id}")
                 else:
                     yield pb.GenerateResponse(complete=completion_to_proto(output, generation))
 
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
-        return pb.AbortResponse(aborted=self._engine.abort(list(request.request_ids)))
+        client, _ = _owner(context)
+        return pb.AbortResponse(aborted=self._engine.abort([_owned(client, each) for each in request.request_ids]))
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadResponse:
         return pb.GetLoadResponse(
@@ -137,6 +143,23 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     async def _token_ids(self, prompt: Prompt) -> list[int]:
         return await asyncio.get_running_loop().run_in_executor(self._tokenising, token_ids_of, prompt, self._tokenizer)
+
+
+def _owner(context: grpc.aio.ServicerContext) -> tuple[str, float]:
+    """The client that the front door names, and its weight; nobody's name and 1 where none is named."""
+    metadata = dict(context.invocation_metadata() or ())
+    try:
+        weight = float(metadata.get(WEIGHT, 1.0))
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise InvalidRequestError(FieldViolation(WEIGHT, "must be a number above 0"))
+    return str(metadata.get(CLIENT, "")), weight
+
+
+def _owned(client: str, request_id: str) -> str:
+    """The id of a client's request in the engine: two clients may choose the same one, and see only their own."""
+    return f"{client}/{request_id}" if client else request_id
 
 
 def chunk_to_proto(chunk: Chunk, tokenizer: PreTrainedTokenizerFast) -> pb.GenerateChunk:

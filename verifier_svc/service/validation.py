@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from planner.policies import parse_policy
 from treeline.config import LimitsConfig, VerifierConfig
 from treeline.errors import FieldViolation, InvalidRequestError, UnknownModelError
+from treeline.rpc.tokens import MAX_PRIORITY
 from treeline.sampling import SamplingParams
 from treeline.v1 import generation_pb2 as pb
 from verifier_svc.engine.request import GenerationRequest
@@ -21,7 +22,7 @@ from verifier_svc.service.chat import ROLES, Chat, Prompt
 
 DEFAULT_MAX_TOKENS = 256
 MAX_REQUEST_ID_CHARS, MAX_POLICY_CHARS = 128, 64
-MAX_STOP_TOKEN_IDS, MAX_PRIORITY = 256, 4
+MAX_STOP_TOKEN_IDS = 256
 CHARACTERS_PER_TOKEN = 32
 """On average of a whole prompt at most. Prose has 4 to 5; only runs of one character, such as spaces, come near."""
 MAX_ELAPSED_S = 7 * 86400

@@ -328,16 +328,6 @@ def test_what_can_never_fit_is_refused(model):
         engine.add(GenerationRequest("r", [5] * 100, SamplingParams(), 2000, policy="off"))
 
 
-def test_higher_priority_is_admitted_first(model):
-    engine = engine_for(model, None)
-    for i in range(8):
-        engine.add(GenerationRequest(f"r{i}", [5, 6], SamplingParams(), 30, ignore_eos=True, policy="off"))
-    engine.step()
-    engine.add(GenerationRequest("low", [5, 6], SamplingParams(), 3, policy="off", priority=-1))
-    engine.add(GenerationRequest("high", [5, 6], SamplingParams(), 3, policy="off", priority=2))
-    assert [s.request.request_id for s in engine.scheduler.waiting] == ["high", "low"]
-
-
 def test_a_long_prompt_does_not_stall_running_streams(model):
     engine = engine_for(model, None)
     engine.add(GenerationRequest("short", [5, 6], SamplingParams(), 60, ignore_eos=True, policy="off"))

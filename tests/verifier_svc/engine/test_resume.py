@@ -83,12 +83,3 @@ def test_times_go_on(model):
     assert completion.time_to_first_token_s == pytest.approx(2.0)
     assert 100 < completion.total_s < 130
     assert completion.prompt_tokens == len(prompt)
-
-
-def test_resumed_requests_wait_before_new_ones(model):
-    engine = engine_for(model, None)
-    base = GenerationRequest("", [5, 6], SamplingParams(), 3, policy="off")
-    engine.add(replace(base, request_id="new"))
-    engine.add(replace(base, request_id="resumed", delivered_token_ids=(9,)))
-    engine.add(replace(base, request_id="urgent", priority=1))
-    assert [s.request.request_id for s in engine.scheduler.waiting] == ["urgent", "resumed", "new"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from itertools import count
 
 import pytest
 
@@ -13,7 +15,7 @@ from treeline.config import Config, LimitsConfig, ModelConfig, VerifierConfig
 from treeline.plan import CostCurve, CostModel, Plan
 from treeline.sampling import SamplingParams
 from verifier_svc.engine.engine import Engine
-from verifier_svc.engine.request import GenerationRequest
+from verifier_svc.engine.request import Completion, GenerationRequest
 from verifier_svc.engine.scheduler import AGEING_S, LEAST_CHUNK_TOKENS, MAX_STRETCH
 
 LIMITS = LimitsConfig(max_running_requests=8, max_context_tokens=256, max_tree_nodes=0)
@@ -122,23 +124,122 @@ def test_a_queue_of_prompts_raises_the_price_of_a_second(model):
     assert batch.prices.price(10.0) == pytest.approx(10.0 * (1 + 1))
 
 
-def test_the_lowest_priority_starts_in_time_under_permanent_load_of_the_highest(model):
-    """Twice a second a request of the highest priority comes, and one request of all may start."""
-    now_s = 0.0
-    engine = Engine(model, None, lambda: plan_of(1.5), Config(limits=LIMITS), clock=lambda: now_s)
-    waiting = engine.scheduler.waiting
+class Queue:
+    """An engine whose time the test sets. `started`: requests in the order of their first tokens."""
 
-    def add(name: str, priority: int) -> None:
-        engine.add(GenerationRequest(name, [5], SamplingParams(), 4, policy="off", priority=priority))
+    def __init__(self, model: LanguageModel, slots: int = 1) -> None:
+        self.now_s = 0.0
+        verifier = VerifierConfig(target=ModelConfig(dtype="float32"), kv_block_tokens=BLOCK)
+        limits = LIMITS.model_copy(update={"max_running_requests": slots})
+        config = Config(limits=limits, verifier=verifier)
+        self.engine = Engine(model, None, lambda: plan_of(1.5), config, clock=lambda: self.now_s)
+        self.started: list[str] = []
+        self.tokens: Counter[str] = Counter()
+        self.open: Counter[str] = Counter()
+        self._number = count()
 
-    for index in range(4):
-        add(f"before {index}", 4)
-    add("lowest", -4)
+    def add(self, client: str, priority: int = 0, tokens: int = 4, **fields: object) -> str:
+        name = f"{client} {next(self._number)}"
+        self.open[client] += 1
+        self.engine.add(
+            GenerationRequest(
+                name,
+                [5, 6],
+                SamplingParams(),
+                tokens,
+                ignore_eos=True,
+                policy="off",
+                priority=priority,
+                client=client,
+                **fields,
+            )
+        )
+        return name
+
+    def step(self, step_s: float = 0.1) -> None:
+        self.now_s += step_s
+        for output in self.engine.step()[0]:
+            client = output.request_id.split()[0]
+            if isinstance(output.item, Completion):
+                self.open[client] -= 1
+            else:
+                if output.item.first:
+                    self.started.append(output.request_id)
+                self.tokens[client] += len(output.item.token_ids)
+
+
+def test_higher_priorities_then_resumed_requests_start_first(model):
+    queue = Queue(model)
+    new = queue.add("c")
+    resumed = queue.add("c", delivered_token_ids=(9,))
+    high, low = queue.add("c", 1), queue.add("c", -1)
     order = []
-    while "lowest" not in order:
-        now_s += 0.5
-        add(f"at {now_s}", 4)
-        order.append(waiting.pop(0).request.request_id)
-        assert now_s < 60
-    assert now_s >= 30, "priorities count for a while"
-    assert not [name for name in order if name.startswith("at") and float(name[3:]) > 8 * AGEING_S]
+    while queue.engine.has_work:
+        queue.step()
+        order += [s.request.request_id for s in queue.engine.scheduler.running]
+    assert list(dict.fromkeys(order)) == [high, resumed, new, low]
+
+
+@pytest.mark.parametrize("client", ["own", "same"])
+def test_the_lowest_priority_starts_in_time_under_permanent_load_of_the_highest(model, client):
+    """Four times a second a request of the highest priority comes, and twice a second one request of all may start."""
+    queue = Queue(model)
+    for _ in range(4):
+        queue.add("same", 4)
+    lowest = queue.add(client, -4)
+    while lowest not in queue.started:
+        for _ in range(2):
+            queue.add("same", 4)
+        for _ in range(4):
+            queue.step(0.125)
+        assert queue.now_s < 8 * AGEING_S + 2, "one priority every AGEING_S, then its turn"
+    assert queue.now_s > 6 * AGEING_S, "priorities count for a while"
+
+
+def served(model: LanguageModel, weights: dict[str, float], demand: dict[str, int], steps: int) -> Counter[str]:
+    """Tokens of each client, where each keeps so many requests open, of 8 tokens."""
+    queue = Queue(model, slots=4)
+    for _ in range(steps):
+        for client, wanted in demand.items():
+            while queue.open[client] < wanted:
+                queue.add(client, tokens=8, client_weight=weights.get(client, 1.0))
+        queue.step()
+    return queue.tokens
+
+
+def test_one_polite_client_gets_its_share_among_24_greedy_ones(model):
+    greedy = {f"greedy{i}": 4 for i in range(24)}
+    tokens = served(model, {}, {**greedy, "polite": 1}, 600)
+    assert tokens["polite"] >= tokens.total() / 25
+    shares = [tokens[name] for name in greedy]
+    assert max(shares) - min(shares) <= 16, "two requests of 8 tokens"
+
+
+def test_shares_are_weighted_and_what_is_not_used_is_given_back(model):
+    tokens = served(model, {"heavy": 3.0}, {"heavy": 6, "light": 6}, 400)
+    assert tokens["heavy"] / tokens["light"] == pytest.approx(3.0, rel=0.1)
+    queue = Queue(model)
+    for client in ("long", "short"):  # one asks for ten times as much and is stopped by the same token
+        queue.add(client, tokens=4)
+    queue.step()
+    (first,) = queue.engine.scheduler.running
+    turns = queue.engine.scheduler._shares
+    before = turns.turn(first.request.client)
+    queue.engine.abort([first.request.request_id])
+    assert turns.turn(first.request.client) == before - first.remaining_tokens
+
+
+def test_nobody_pays_later_for_what_nobody_else_wanted(model):
+    queue = Queue(model)
+    for _ in range(30):
+        queue.add("alone")
+        while queue.open["alone"]:
+            queue.step()
+    tokens, queue.tokens = queue.tokens, Counter()
+    assert tokens["alone"] == 120
+    for _ in range(200):
+        for client in ("alone", "late"):
+            while queue.open[client] < 3:
+                queue.add(client)
+        queue.step()
+    assert abs(queue.tokens["alone"] - queue.tokens["late"]) <= 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -72,6 +73,23 @@ def test_slots_and_queue_bound_what_is_open(model):
         return load.num_requests_running, load.num_requests_waiting
 
     assert with_engine(model, scenario, max_running=4, max_waiting=1) == (5, 0)
+
+
+def test_who_has_less_in_a_full_queue_takes_the_place_of_who_has_most(model):
+    async def scenario(engine):
+        def of(client: str, number: int) -> GenerationRequest:
+            return replace(ask(f"{client}{number}", 200), client=client)
+
+        greedy = [asyncio.ensure_future(answer(engine, of("greedy", i))) for i in range(12)]
+        await asyncio.sleep(0.05)
+        polite = [asyncio.ensure_future(answer(engine, of("polite", i))) for i in range(5)]
+        results = await asyncio.gather(*greedy, *polite, return_exceptions=True)
+        again = await answer(engine, of("greedy", 11))
+        return [isinstance(result, QueueFullError) for result in results], again[-1].finish_reason
+
+    refused, again = with_engine(model, scenario, max_running=8, max_waiting=4)
+    assert refused == [False] * 8 + [True] * 4 + [False] * 4 + [True], "who has begun stays"
+    assert again is FinishReason.LENGTH
 
 
 def test_draining_ends_what_is_left_with_an_error_and_never_as_finished(model):
