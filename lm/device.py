@@ -51,6 +51,9 @@ def torch_dtype(config: ModelConfig, folder: Path | None = None) -> torch.dtype:
     if config.quantization in ("int8", "int4"):
         _check_grouped(config, f"quantization '{config.quantization}'", library() is not None)
         return torch.float32
+    if config.quantization == "fp8":
+        _check_fp8(config)
+        return torch.bfloat16
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     device = torch_device(config.device)
@@ -67,6 +70,14 @@ def _check_grouped(config: ModelConfig, asked: str, has_kernel: bool) -> None:
         raise ConfigError(f"{asked} takes float32 inputs, not bfloat16")
     if not has_kernel:
         raise ConfigError(f"{asked} needs this package's kernels, which were not built or do not fit this processor")
+
+
+def _check_fp8(config: ModelConfig) -> None:
+    device = torch_device(config.device)
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError("quantization 'fp8' needs a GPU of compute capability 8.9 or more")
+    if config.dtype == "float32":
+        raise ConfigError("quantization 'fp8' takes bfloat16 inputs, not float32")
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

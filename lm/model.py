@@ -93,8 +93,14 @@ class LanguageModel:
             hf.to(device)
             _check_weights(hf, report["missing_keys"])
             pack = functools.partial(pack_linear_layers, quantization=config.quantization, arithmetic=config.arithmetic)
-            fuse_layers(hf, finish=pack)
-            pack(hf)
+            if config.quantization == "fp8":
+                from lm.cuda.fp8 import round_linear_layers  # Triton is not installed everywhere.
+
+                fuse_layers(hf, finish=round_linear_layers)
+                round_linear_layers(hf.base_model)  # The output head stays as it is.
+            else:
+                fuse_layers(hf, finish=pack)
+                pack(hf)
             _let_go_of_files(hf)
         except Exception as error:  # The reader of damaged weights raises anything.
             raise ConfigError(f"cannot load model '{config.model}': {one_line(error)}") from error

@@ -44,7 +44,7 @@ class ResourcesConfig(Section):
 
 BlockTokens = Annotated[int, Field(ge=1, le=256)] | Literal["auto"]
 CacheTokens = Annotated[int, Field(ge=64)] | Literal["auto"]
-Quantization = Literal["auto", "none", "int8", "int4"]
+Quantization = Literal["auto", "none", "int8", "int4", "fp8"]
 Arithmetic = Literal["auto", "float32", "int8"]
 
 
@@ -60,7 +60,8 @@ class ModelConfig(Section):
     quantization: Quantization = Field(
         default="auto",
         description="auto: float32 weights that come in groups of 4 or 8 bits (GGUF) stay so, and lose nothing; int8, "
-        "int4: all are rounded to such, and the rounded model is the target; on the CPU",
+        "int4: all are rounded to such, and the rounded model is the target; on the CPU. fp8: the same with 8-bit "
+        "floating-point numbers, inputs too; on GPUs since the L4 and H100",
     )
     arithmetic: Arithmetic = Field(
         default="auto",

@@ -85,3 +85,15 @@ def rotate_and_store(
         target = values_ptr + slot * value_stride + (head - QUERIES - KEYS) * DIM + 2 * pairs
     tl.store(target, first, mask=inside)
     tl.store(target + 1, second, mask=inside)
+
+
+@triton.jit
+def round_rows(rows_ptr, out_ptr, scales_ptr, SIZE: tl.constexpr, PAD: tl.constexpr):
+    """Grid [rows]: each row over its scale as e4m3 numbers, of which 448 is the largest."""
+    row = tl.program_id(0)
+    columns = tl.arange(0, PAD)
+    places, inside = row.to(tl.int64) * SIZE + columns, columns < SIZE
+    numbers = tl.load(rows_ptr + places, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(numbers), 0), 1e-12) / 448.0
+    tl.store(scales_ptr + row, scale)
+    tl.store(out_ptr + places, (numbers / scale).to(out_ptr.dtype.element_ty), mask=inside)

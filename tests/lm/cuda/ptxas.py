@@ -18,14 +18,14 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from lm.cuda.attention import kernel_constants
 from lm.cuda.attention_kernels import attend_split, combine_splits
-from lm.cuda.elementwise_kernels import gate_rows, norm_rows, rotate_and_store
+from lm.cuda.elementwise_kernels import gate_rows, norm_rows, rotate_and_store, round_rows
 from lm.cuda.sampling import CUT_BLOCK, DRAW_BLOCK
 from lm.cuda.sampling_kernels import find_cuts, perturb_rows
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {"mixed": "fp32", "sums": "fp32", "words": "i32", "positions": "i32", "table": "i32", "sequences": "i32"}
 POINTERS |= {"queries": "i32", "turns": "fp32", "slots": "i64", "logits": "fp32", "fields": "fp64", "top_ks": "i32"}
-POINTERS |= {"cuts": "i32", "seeds": "i64"}
+POINTERS |= {"cuts": "i32", "seeds": "i64", "scales": "fp32"}
 """Element types of pointers; others point to numbers of the model's type."""
 ALIGNED = ("_ptr", "_stride")
 
@@ -47,7 +47,10 @@ def main() -> None:
                 compiled = _compiled(kernel, dtype, constants, architecture)
                 print(json.dumps({"name": name, "architecture": architecture, **_use(compiled)}), flush=True)
     for architecture in (80, 89, 90):
-        for kernel, constants in (_elementwise() | _sampling()).items():
+        rounding = (
+            {} if architecture == 80 else {round_rows: {"SIZE": 14336, "PAD": 16384, "num_warps": 16, "num_stages": 2}}
+        )
+        for kernel, constants in (_elementwise() | _sampling() | rounding).items():
             compiled = _compiled(kernel, "bf16", constants, architecture)
             print(json.dumps({"name": "layer", "architecture": architecture, **_use(compiled)}), flush=True)
 
@@ -73,14 +76,16 @@ def _sampling() -> dict[Any, dict[str, Any]]:
 def _compiled(kernel: Any, dtype: str, constants: dict[str, Any], architecture: int) -> CompiledKernel:
     names = kernel.arg_names
     own = {name: value for name, value in constants.items() if name in names}
-    types = {name: "constexpr" if name in own else _type(name, dtype) for name in names}
+    types = {name: "constexpr" if name in own else _type(name, dtype, kernel) for name in names}
     aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name.endswith(ALIGNED)}
     source = ASTSource(kernel, types, own, aligned)
     options = {name: constants[name] for name in ("num_warps", "num_stages")}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def _type(name: str, dtype: str) -> str:
+def _type(name: str, dtype: str, kernel: Any) -> str:
+    if kernel is round_rows and name == "out_ptr":
+        return "*fp8e4nv"
     stem, pointer, _ = name.partition("_ptr")
     if pointer:
         return "*" + POINTERS.get(stem, dtype)
