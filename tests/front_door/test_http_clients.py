@@ -26,7 +26,7 @@ NODE = pytest.mark.skipif(
     not (shutil.which("node") and (ROOT / "examples/node/node_modules/openai").exists()),
     reason="needs npm install in examples/node",
 )
-OTHERS = pytest.mark.skipif(not CLIENTS_PYTHON.exists(), reason="needs tests/front_door/clients.txt in build/clients")
+OTHERS = pytest.mark.skipif(not CLIENTS_PYTHON.exists(), reason="needs tests/front_door/clients/requirements.txt in build/clients")
 ASK = [{"role": "user", "content": "hi"}]
 GREEDY = {"model": "", "messages": ASK, "temperature": 0, "max_tokens": 8}
 CITY = {"type": "object", "properties": {"city": {"enum": ["Ulm", "Bonn"]}}, "required": ["city"]}
@@ -145,7 +145,7 @@ def test_the_example_for_node(client, url):
 @OTHERS
 @pytest.mark.parametrize("name", ["langchain", "litellm"])
 def test_clients_on_top_of_openais(name, client, url):
-    script = Path(__file__).with_name(f"client_of_{name}.py")
+    script = Path(__file__).parent / f"clients/{name}_client.py"
     before = aborted(url)
     found = told([CLIENTS_PYTHON, script], url[0])
     assert json.loads(found.pop("call"))["city"] in ("Ulm", "Bonn")
