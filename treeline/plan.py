@@ -16,9 +16,9 @@ from treeline.messages import Bounds, check_numbers, from_message, to_message
 from treeline.v1 import generation_pb2
 from treeline.v1 import planning_pb2 as pb
 
-SOURCES = 3
-DEPTHS = 8
-PROB_BINS = 16
+SOURCES, DEPTHS, PROB_BINS = 3, 8, 16
+"""Axes of the calibration: `treeline.forest.Source`, depth (the last one for all deeper ones; `limits.max_tree_depth` is
+8 by default) and bin of the draft probability. With them a cell in use sees a few nodes per step."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class CostCurve:
 
     @cached_property
     def points(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """float64 [n] each: `tokens` and `seconds`, to be read off."""
+        """float64 [n] each: `tokens` and `seconds`."""
         return np.asarray(self.tokens, np.float64), np.asarray(self.seconds, np.float64)
 
 
@@ -54,8 +54,8 @@ class PaperFit:
 
 
 Reading = tuple[int, NDArray[np.float64], NDArray[np.float64]]
-"""(shortest context, float64 [n], float64 [n]): seconds of passes over 0 .. n - 1 tokens at that context, and what each
-context token per sequence beyond it adds."""
+"""(shortest context, float64 [n], float64 [n]): seconds of passes over 0 .. n - 1 tokens at that context, and those
+that each further context token per sequence adds."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class CostModel:
     Attributes:
         verify: curves of the profile, at least one.
         verify_scale: online correction, multiplies every curve.
-        draft_round_trip_s: r, the way to the drafter and back, once a step.
-        draft_sequence_s: what drafting takes per request whatever its tree: messages, lookups, pruning.
-        draft_layer_s: d0, one more tree layer.
-        draft_node_s: d1, one more node in a layer.
-        step_overhead_s: C_step, all of a step that is neither drafting nor verification.
-        node_s: what one more verified node has been worth lately: the best one left out, as seconds at the price.
-        prompt_ratio: what a prompt's token costs, by what a decoded one does: it needs no logits.
-        paper: the fit used by the `smart-paper` policy, if there is one.
+        draft_round_trip_s: r, to the drafter and back, once per step.
+        draft_sequence_s: per drafted request, whatever its tree: messages, prompt lookup, pruning.
+        draft_layer_s: d0, per tree layer.
+        draft_node_s: d1, per node of a layer.
+        step_overhead_s: C_step, the part of a step that is neither drafting nor verification.
+        node_s: recent threshold of a verified node: the gain of the best one left out, in seconds at the price.
+        prompt_ratio: cost of a prompt token over that of a decoded one, which needs logits.
+        paper: the fit of the `smart-paper` policy, if there is one.
     """
 
     verify: tuple[CostCurve, ...]
@@ -88,12 +88,12 @@ class CostModel:
 
     @cached_property
     def readings(self) -> dict[tuple[int, int], Reading]:
-        """What `planner.fast.cost` has read off the curves, by (sequences, n): every step asks again."""
+        """Cache of `planner.fast.cost` by (sequences, n): every step reads the curves."""
         return {}
 
     @cached_property
     def curve_readings(self) -> dict[tuple[int, int], NDArray[np.float64]]:
-        """Each curve by itself, by (its place among `verify`, n): batches of all sizes are read off the same ones."""
+        """Cache of single curves by (index in `verify`, n), shared by batches of all sizes."""
         return {}
 
 
@@ -104,8 +104,8 @@ class Calibration:
     Attributes:
         acceptance: float32 [SOURCES, 2, DEPTHS, PROB_BINS]: P(accepted | parent accepted), by source, sampled or
             greedy (0 greedy), depth - 1 (the last one holds all deeper) and draft-probability bin.
-        kappa: float32 [2, DEPTHS]: total acceptance of the children that one would keep under an accepted node, by
-            sampled and the node's depth (0 is the root).
+        kappa: float32 [2, DEPTHS]: total acceptance of the children kept under an accepted node, by sampled and the
+            node's depth (0 is the root).
     """
 
     acceptance: NDArray[np.float32]
@@ -118,8 +118,8 @@ class Signal:
 
     Attributes:
         name: "inter_token_p95" or "time_to_first_token_p95".
-        value_s: None while nothing fresh was measured.
-        objective_s: what the operator asked for, if anything.
+        value_s: None if there is no recent measurement.
+        objective_s: the operator's objective, if there is one.
         age_s: seconds since it was measured; infinite if it never was.
         source: "prometheus" or "steps", the verifier's own step records.
     """
@@ -133,18 +133,18 @@ class Signal:
 
 @dataclass(frozen=True)
 class Plan:
-    """One published decision basis for one verifier and its drafter.
+    """What one verifier, and its drafter, decide by.
 
     Attributes:
         version: grows by one with each plan of a planner.
         created_unix_s: when it was made.
         lifetime_s: after this long without a newer plan, the built-in conservative plan takes over.
-        price: R + mu * Q in tokens per second: a node must bring this many tokens per second of its cost.
+        price: R + mu * Q in tokens per second: a node must gain this many tokens per second of its cost.
         max_nodes: most draft nodes per request.
         max_depth: deepest draft layer.
         reason: one line for people: why the plan is as it is.
         step_budget_s: longest step that trees and prompt chunks may make; plain decoding is always allowed.
-        wait_factor: how many times its ordinary price a waiting request costs; at least 1.
+        wait_factor: factor on the cost of a waiting request; at least 1.
         signals: the measurements behind budget and factor.
     """
 
@@ -164,11 +164,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class VerifierProfile:
-    """Measured at start, before the first request: what passes of several sizes take on this device.
+    """Seconds of passes of several sizes on this device, measured before the first request.
 
     Attributes:
         verify: curves over tokens, one per region of batch and context.
-        draft_layer_s, draft_node_s: the drafter's own measurement of d0 and d1; zero if it runs no model.
+        draft_layer_s, draft_node_s: d0 and d1 as the drafter measured them; 0 if it runs no model.
     """
 
     verify: tuple[CostCurve, ...]

@@ -1,4 +1,4 @@
-"""The plan that holds when there is none: before the first one, and after the last one's lifetime."""
+"""The built-in plan: in force before the first plan arrives and after the last one has expired."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from treeline.config import LimitsConfig
 from treeline.plan import CostCurve, CostModel, Plan
 
 BUILTIN_NODES, BUILTIN_DEPTH = 8, 4
-"""Nodes and layers of a request's tree: with its root it fits the tokens that are nearly free."""
+"""Most nodes and layers of a tree: one request's pass then stays near FLAT_UP_TO_TOKENS."""
 FLAT_UP_TO_TOKENS = 8
-"""Tokens that a memory-bound pass takes at little more than the cost of one: 8 on a CPU (bench step), more on GPUs."""
+"""Tokens that a memory-bound pass runs at little more than the cost of one: 8 on a CPU (`bench step`), more on GPUs."""
 PASS_S = 0.03
-"""Seconds of the guessed pass. Only ratios matter to the rule, except to drafting costs, which the plan says are 0."""
+"""Seconds of the guessed pass: any value, since drafting costs are 0 here and the rule compares ratios."""
 
 
 def builtin_plan(limits: LimitsConfig) -> Plan:
-    """Version 0: small trees of quite certain nodes, whatever the device.
+    """Version 0: small trees of likely nodes, on any device.
 
-    Its cost curve is a guess with a shape, not a measurement: flat to 8 tokens, as memory-bound passes are, then
-    proportional to tokens. On it a lone request gets a short tree, and a batch of 8 or more only nodes that are
-    accepted more often than not.
+    The cost curve is a guess: flat up to 8 tokens, as memory-bound passes are, then proportional to tokens. Under it a
+    single request gets a short tree, and a batch of 8 or more gets only nodes that are probably accepted.
     """
     tokens = (1, FLAT_UP_TO_TOKENS, 256)
     seconds = (PASS_S, PASS_S * 1.2, PASS_S * 1.2 * 256 / FLAT_UP_TO_TOKENS)

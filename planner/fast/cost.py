@@ -1,4 +1,4 @@
-"""What passes cost: curves of the profile read off for any batch."""
+"""Seconds of passes, interpolated from the profile's curves for any batch."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from numpy.typing import NDArray
 from treeline.plan import CostCurve, CostModel, PaperFit, Reading
 
 MAX_PAPER_EXPONENT = 50.0
-"""exp() stays finite; a tree that costs e^50 times its first node is refused anyway."""
+"""Keeps exp() finite. The paper's rule refuses a tree long before it costs e^50 times its first node."""
 NODES_AHEAD = 64
-"""Tokens that `cheapest_slopes_s` looks ahead: a power of two, as the tiles of matrix products are."""
+"""Tokens that `cheapest_slopes_s` looks ahead: one tile of a GPU's matrix product, the widest step of a curve."""
 STEPS_AHEAD = np.arange(1, NODES_AHEAD + 1)
-CATCH_UP_TOKENS = 4
-"""Committed tokens per request that a drafter runs in ordinary steps: the accepted path's end and looked-up tokens."""
+ORDINARY_CATCH_UP_TOKENS = 4
+"""Committed tokens per request that a drafter runs in an ordinary step: the end of the accepted path and the nodes of
+prompt lookup in it. Accepted lengths are 2 to 4 (docs/decisions.md)."""
 
 
 def verify_seconds(cost: CostModel, sequences: int, context_tokens: int, max_tokens: int) -> NDArray[np.float64]:
     """float64 [max_tokens + 1]: seconds of a verification pass over 0..max_tokens tokens, non-decreasing.
 
-    Measured points are kept as they are (steps included); between them the curve is linear, beyond the last one it
-    goes on at the mean slope. Between regions it is linear in sequences; longer context adds, per sequence, what it
+    The curve passes through the measured points, steps included. It is linear between them and continues at the mean
+    slope beyond the last one. Between regions it is linear in sequences. Longer context adds, per sequence, what it
     added in the profile for that sequence's share of the tokens.
     """
     short, seconds, per_context_token = _reading(cost, sequences, max_tokens)
@@ -29,23 +30,23 @@ def verify_seconds(cost: CostModel, sequences: int, context_tokens: int, max_tok
 
 
 def pass_s(cost: CostModel, sequences: int, context_tokens: int, tokens: int) -> float:
-    """`verify_seconds` of one number of tokens."""
+    """`verify_seconds` at one token count."""
     short, seconds, per_context_token = _reading(cost, sequences, tokens)
     return float(seconds[tokens]) + max(0, context_tokens - short) * float(per_context_token[tokens])
 
 
 def catches_up(catch_up_tokens: int, requests: int) -> bool:
-    """Whether a draft for these requests had much to catch up: its seconds say little of the next one's."""
-    return catch_up_tokens > CATCH_UP_TOKENS * requests
+    """Whether a draft ran so many committed tokens that its seconds do not predict the next draft's."""
+    return catch_up_tokens > ORDINARY_CATCH_UP_TOKENS * requests
 
 
 def as_decoded(cost: CostModel, prompt_tokens: int) -> int:
-    """Decoded tokens that cost as much as these prompt tokens."""
+    """How many decoded tokens cost as much as these prompt tokens."""
     return round(cost.prompt_ratio * prompt_tokens)
 
 
 def context_token_s(cost: CostModel, sequences: int, tokens: int) -> float:
-    """What each context token per sequence beyond the profile's shortest context adds to a pass."""
+    """Seconds that each context token per sequence beyond the profile's shortest context adds to a pass."""
     return float(_reading(cost, sequences, tokens)[2][tokens])
 
 
@@ -57,7 +58,7 @@ def plain_decode_s(cost: CostModel) -> float:
 def cheapest_slopes_s(
     cost: CostModel, sequences: int, context_tokens: int, tokens: NDArray[np.intp]
 ) -> NDArray[np.float64]:
-    """float64 [n]: seconds per node of the cheapest way to grow passes of so many tokens: the smallest secants."""
+    """float64 [n]: least seconds per added node, starting from passes of these token counts: the smallest secants."""
     short, seconds, per_context_token = _reading(cost, sequences, int(tokens.max()))
     ahead = tokens[:, None] + STEPS_AHEAD
     seconds = seconds + max(0, context_tokens - short) * per_context_token
@@ -65,7 +66,7 @@ def cheapest_slopes_s(
 
 
 def paper_layer_s(fit: PaperFit, nodes: NDArray[np.intp]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(C_spec, dC_spec) of the paper for trees of `nodes` (arXiv 2604.09731): total, and of one node more."""
+    """(C_spec, dC_spec) of the paper (arXiv 2604.09731) for trees of `nodes`: the total, and its slope."""
     exponents = np.minimum(fit.delta * nodes**fit.rho, MAX_PAPER_EXPONENT)
     spent_s = fit.lambda_s * nodes + fit.gamma_s * np.expm1(exponents)
     slope_s = fit.gamma_s * fit.delta * fit.rho * nodes ** (fit.rho - 1) * np.exp(exponents)
@@ -87,10 +88,7 @@ def curve_weights(curves: tuple[CostCurve, ...], sequences: int) -> list[tuple[i
 
 
 def _context_seconds(curves: tuple[CostCurve, ...], sequences: int, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-    """float64 [n]: `context_token_s` of these token counts.
-
-    From two curves of one batch size that differ in context.
-    """
+    """float64 [n]: `context_token_s` of these token counts, from two curves that differ in context alone."""
     short = _shortest_context(curves)
     for base in curves:
         longer = [c for c in curves if c.sequences == base.sequences and c.context_tokens > short]
@@ -105,14 +103,14 @@ def _context_seconds(curves: tuple[CostCurve, ...], sequences: int, tokens: NDAr
 
 
 def curve_seconds(curve: CostCurve, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-    """float64 [n]: the curve read at these token counts."""
+    """float64 [n]: the curve at these token counts."""
     seconds = np.interp(tokens, *curve.points)
     return seconds + np.maximum(0, tokens - curve.tokens[-1]) * _mean_slope(curve)
 
 
 def _reading(cost: CostModel, sequences: int, max_tokens: int) -> Reading:
-    """The curves at 0 to at least `max_tokens` tokens, read once per plan."""
-    # Rounded up, so that the next step finds it read already, whatever its size, and so do those that look ahead.
+    """The curves at 0 to at least `max_tokens` tokens, interpolated once per plan."""
+    # Rounded up to a power of two, so that steps of other sizes, and those that look ahead, find it in the cache.
     size = 1 << max(8, (max_tokens + NODES_AHEAD).bit_length())
     reading = cost.readings.get((sequences, size))
     if reading is None:
@@ -129,7 +127,7 @@ def _read(cost: CostModel, sequences: int, tokens: NDArray[np.intp]) -> Reading:
 
 
 def _curve(cost: CostModel, index: int, tokens: NDArray[np.intp]) -> NDArray[np.float64]:
-    """One of the curves at 0, 1, 2, ... tokens."""
+    """One curve at 0, 1, 2, ... tokens."""
     seconds = cost.curve_readings.get((index, len(tokens)))
     if seconds is None:
         seconds = cost.curve_readings[index, len(tokens)] = curve_seconds(cost.verify[index], tokens)

@@ -1,4 +1,4 @@
-"""Is drafting worth it in this step? Decided before anything is drafted, from what recent drafts offered."""
+"""The gate: whether drafting pays in this step, decided before anything is drafted, from recent drafts."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ from planner.fast.step_prices import StepPrices
 from treeline.plan import CostModel
 
 WINDOW_REQUESTS = 32
-"""Trees that are remembered, in requests: 2 steps of 16 streams, 16 probes. Fewer would make the gate follow single
-texts, more would make it slow to notice that texts have become easy."""
+"""Trees that the gate remembers: 2 steps of 16 streams, or 16 probes. With fewer it follows single texts; with more it
+notices late that texts have become easier to draft."""
 START_MARGIN = 0.02
-"""A closed gate opens when drafting gains this share of plain decoding's tokens: a change of policy that moves
-throughput by less cannot be told from noise in our sweeps (bench/README.md), so it must not flap."""
+"""Gain, as a share of plain decoding's tokens, at which a closed gate opens. Sweeps cannot tell a smaller difference
+from noise (bench/README.md), so the gate must not flap over it."""
 PROBE_SHARE = 0.01
-"""Most of the working time that probes may take while the gate is closed: half of START_MARGIN."""
+"""Largest share of the working time that probes take while the gate is closed: half of START_MARGIN."""
 PROBE_REQUESTS = 2
-"""Requests of a probe and of the first drafts: one would be one text's luck, and the whole batch waits for each."""
+"""Requests in a probe, and in the first drafts. One would measure a single text; the whole batch waits for each."""
 CATCH_UP_STEPS = 32
-"""Steps that share the price of the tokens which the draft model must first catch up with: what is left of an answer of
-100 tokens at 3 tokens a step."""
-MAX_LATE = 7
-"""Late drafts in a row that still double the drafter's rest: 128 times the wait, two minutes at the time-out of 1 s."""
+"""Steps over which the cost of catching the drafter up is spread: an answer of 100 tokens at 3 tokens per step."""
+MAX_DOUBLINGS = 7
+"""Consecutive late drafts that still double the pause: up to 128 waits, two minutes at the time-out of 1 s."""
 
 
 class Decision(NamedTuple):
     """For how many requests to draft (0: none), and why not for all.
 
     Attributes:
-        expected_s: predicted seconds of drafting; infinite while nothing is known of it.
+        expected_s: predicted seconds of drafting; infinite before the first draft.
     """
 
     requests: int
@@ -42,7 +41,7 @@ class Decision(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """What one draft offered: `gains` float [nodes], w a(u) of the draft model's own nodes, verified or not."""
+    """What one draft offered. `gains` float [nodes]: w a(u) of the draft model's own nodes, verified or not."""
 
     requests: int
     gains: NDArray[np.floating]
@@ -50,38 +49,38 @@ class Offer(NamedTuple):
 
 
 class DraftGate:
-    """Opens and closes drafting for the requests that leave it to the rule; one per verifier.
+    """Opens and closes drafting for the requests whose policy is priced; one per verifier.
 
-    The gate replays the trees of about the last WINDOW_REQUESTS requests at this step's prices, scaled to the requests
-    at hand: drafting pays if the gain of the best number of nodes, less the price of the seconds that these nodes and
-    the drafting itself take, is above zero; above START_MARGIN if the gate is closed. While it is closed, probes for
-    PROBE_REQUESTS requests spend PROBE_SHARE of the working time, so that it sees when that changes. A drafter that
-    was late rests for twice as long each time.
+    The gate replays the trees of about the last WINDOW_REQUESTS requests at this step's prices, scaled to the present
+    batch. Drafting pays if the gain of the best number of nodes, less the price of the seconds that the nodes and the
+    drafting take, is above zero; above START_MARGIN if the gate is closed. While it is closed, probes for
+    PROBE_REQUESTS requests spend PROBE_SHARE of the working time, to notice when that changes. After a late draft the
+    gate pauses drafting, twice as long each time.
 
     Attributes:
-        lates: drafts in a row that came too late.
+        lates: consecutive drafts that came too late.
     """
 
     def __init__(self) -> None:
         self.lates = 0
         self._offers: deque[Offer] = deque()
-        self._gains = np.zeros(1)  # summed up, of all offers' nodes from the worthiest on
-        self._requests = 0  # of all offers
+        self._gains = np.zeros(1)  # cumulative, over all offers' nodes, best first
+        self._requests = 0  # in all offers
         self._open = True
         self._probing = False
-        self._credit_s = 0.0  # what probes may spend; below 0 what is to be earned first
-        self._rests_until_s = 0.0
+        self._credit_s = 0.0  # what probes may spend; negative: what working time must earn first
+        self._paused_until_s = 0.0
 
     def decide(
         self, requests: int, prices: StepPrices, cost: CostModel, now_s: float, behind_tokens: int = 0
     ) -> Decision:
-        """For how many of `requests` to draft in this step.
+        """For how many of the `requests` to draft in this step.
 
         Args:
             behind_tokens: committed tokens of these requests that the draft model has not run yet.
         """
-        if now_s < self._rests_until_s:
-            return Decision(0, "the drafter was late and is left alone for a while")
+        if now_s < self._paused_until_s:
+            return Decision(0, "the drafter was late: drafting is paused")
         probed = min(requests, PROBE_REQUESTS)
         if not self._offers:
             return Decision(probed, "first drafts")
@@ -95,19 +94,19 @@ class DraftGate:
         self._open = gain > (0.0 if self._open else START_MARGIN * prices.sequences)
         if self._open:
             return Decision(requests, "", draft_s)
-        # A step with a prompt in it is slow already.
+        # A step with prefill is slow already.
         if (self._probing or self._credit_s >= 0) and not prices.prompt_tokens:
             self._probing = True
             return Decision(probed, "probing", self._draft_s(probed, cost))
         return Decision(0, f"drafting would lose {-gain:.1f} of {prices.sequences} tokens")
 
     def drafted(self, offer: Offer, draft_s: float, caught_up: bool) -> None:
-        """Drafts came.
+        """Learn from a draft that came in time.
 
         Args:
-            draft_s: what they took.
-            caught_up: the drafter had much to catch up. What a draft costs is seen only in the next one, with which a
-                probe therefore goes on.
+            draft_s: seconds that it took.
+            caught_up: the drafter ran many committed tokens first. A probe then continues with the next draft, whose
+                seconds show what drafting costs.
         """
         self.lates = 0
         self._offers.append(offer)
@@ -116,22 +115,22 @@ class DraftGate:
             self._requests -= self._offers.popleft().requests
         gains = np.sort(np.concatenate([each.gains for each in self._offers]))[::-1]
         self._gains = np.concatenate(([0.0], gains.cumsum(dtype=np.float64)))
-        # Before its first probe a gate that closes waits as if this draft had been one.
+        # A gate that closes waits for its first probe as if this draft had been one.
         owed_s = draft_s * min(1.0, PROBE_REQUESTS / offer.requests)
         self._credit_s = self._credit_s - owed_s if self._probing else -owed_s
         self._probing = self._probing and caught_up
 
     def late(self, waited_s: float, now_s: float) -> None:
-        """No draft came within `waited_s`."""
-        self.lates = min(self.lates + 1, MAX_LATE)
-        self._rests_until_s = now_s + waited_s * 2**self.lates
+        """No draft came within `waited_s`: pause drafting."""
+        self.lates = min(self.lates + 1, MAX_DOUBLINGS)
+        self._paused_until_s = now_s + waited_s * 2**self.lates
 
     def worked(self, step_s: float) -> None:
-        """A step took this long: probes may take their share of it."""
+        """A step took this long: probes earn their share of it."""
         self._credit_s = min(0.0, self._credit_s + PROBE_SHARE * step_s)
 
     def _draft_s(self, requests: int, cost: CostModel) -> float:
-        """Predicted seconds of drafting for so many requests, as deep and as wide as of late."""
+        """Predicted seconds of drafting for so many requests, with the recent mean depth and width."""
         layers = sum(len(offer.layer_nodes) for offer in self._offers) / len(self._offers)
         nodes = sum(sum(offer.layer_nodes) for offer in self._offers) / self._requests
         own_s = (cost.draft_sequence_s + cost.draft_node_s * nodes) * requests

@@ -2,8 +2,8 @@
 
 A node u is worth it if w a(u) / dC(u) > price, price = R + mu Q (docs/the-rule.md). Path acceptance a(u) never grows
 along a path, so the best m nodes of the batch are the m with the largest w a(u), and they are closed under parents:
-looking at every prefix of one sorted list is exact for any cost curve. A step budget forbids the longer prefixes, for
-passes never become shorter with more tokens; the bare roots are always allowed.
+looking at every prefix of one sorted list is exact for any cost curve. A step budget forbids the longer prefixes, since
+a pass never takes less time with more tokens. The roots alone are always allowed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ than its parent, and every order by worth is closed under parents."""
 
 
 class Requests(NamedTuple):
-    """What the rule reads of a batch's requests, one entry per tree.
+    """The batch's requests as the rule sees them, one entry per tree.
 
     Attributes:
         weights: float32 [trees]; value of each request's tokens, 1 on average.
-        sampled: bool [trees]; sampled or greedy.
-        priced: bool [trees]; whether nodes may be left out. The other trees are verified whole.
+        sampled: bool [trees]; false for greedy requests.
+        priced: bool [trees]; whether the rule may leave nodes out. Other trees are verified whole.
     """
 
     weights: NDArray[np.float32]
@@ -41,7 +41,7 @@ class Requests(NamedTuple):
 
 @dataclass(frozen=True)
 class Pruning:
-    """What to verify, and why.
+    """The nodes to verify, and why.
 
     Attributes:
         chosen: bool [nodes] of the forest; closed under parents.
@@ -54,7 +54,7 @@ class Pruning:
         kept: how many of these were chosen.
         next_gain: the largest gain that was left out; 0 if none was.
         next_s: seconds it would have added to the pass.
-        bounded: the step budget allowed no more nodes.
+        bounded: whether the step budget allowed no more nodes.
     """
 
     chosen: NDArray[np.bool_]
@@ -71,7 +71,7 @@ class Pruning:
 
     @property
     def node_s(self) -> float:
-        """Worth of the best node left out, as seconds at the price; 0 if none was left out."""
+        """Gain of the best node left out, in seconds at the price; 0 if none was left out."""
         return self.next_gain / self.price
 
     @property
@@ -89,7 +89,7 @@ class Pruning:
 
 
 class Frontier(NamedTuple):
-    """Nodes of one request that the draft model would be run on next. `acceptance`: the sum of a(u) over them."""
+    """Nodes of one request that the draft model would run next. `acceptance`: the sum of a(u) over them."""
 
     policy: Policy
     weight: float
@@ -102,9 +102,9 @@ class Frontier(NamedTuple):
 def prune_batch(
     forest: Forest, requests: Requests, calibration: Calibration, prices: StepPrices, draft_s: float
 ) -> Pruning:
-    """Choose the nodes to verify: over every prefix of the nodes in order of worth, the one of most value.
+    """Choose the nodes to verify: of all prefixes of the nodes, sorted by gain, the one of largest value.
 
-    `requests` are all that decode in this step; their trees may be empty. `draft_s` is what drafting has taken.
+    `requests` are all that decode in this step; their trees may be empty. `draft_s`: seconds that drafting has taken.
 
     Example: one request, prices.seconds = 30 ms + 1 ms a token, no overhead, draft_s = 0, gains [.8, .5, .02]:
       sizes    0      1      2      3
@@ -123,7 +123,7 @@ def prune_batch(
     expected.cumsum(out=expected)
     most = min(len(ranked), prices.nodes_within_budget(draft_s, prices.base_tokens + fixed))
     expected = expected[: most + 1]
-    # R is what a step without prompts would reach; the seconds that a size adds are those of the real pass.
+    # R is the goodput of a step without prompts; the seconds that a size adds are those of the real pass.
     first = prices.sequences + fixed
     own_s = prices.seconds[first : first + len(expected)] + prices.overhead_s + draft_s
     price = prices.price(float((expected / own_s).max()))
@@ -148,9 +148,9 @@ def prune_batch(
 
 
 def another_layer(frontiers: list[Frontier], plan: Plan) -> bool:
-    """Whether running these nodes through the draft model pays, at the plan's price, for the whole batch.
+    """Whether running these nodes through the draft model pays for the whole batch, at the plan's price.
 
-    Each node's children are worth their total acceptance, less the price of verifying at least one of them.
+    A node's children gain their total acceptance, and cost drafting the node and verifying at least one of them.
     """
     kappa, gain, nodes = plan.calibration.kappa, 0.0, 0
     for f in frontiers:

@@ -1,6 +1,6 @@
-"""What one step of a batch costs and what a second of it is worth, built once per step.
+"""What one step of a batch costs, and what a second of it is worth: built once per step.
 
-Gate, lookup, rule and scheduler take these prices instead of reading the plan's curves again.
+Gate, prompt lookup, rule and scheduler all read these prices.
 """
 
 from __future__ import annotations

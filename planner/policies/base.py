@@ -1,4 +1,4 @@
-"""What a policy is: it decides which candidates join a draft tree and which nodes the draft model expands."""
+"""The interface of policies: which candidates join a draft tree, and which nodes the draft model expands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_CHILDREN = 16
 
 @dataclass(frozen=True)
 class Layer:
-    """Candidates for the next layer of a batch's trees, one row each, tree by tree; and the trees they would join.
+    """Candidates for the next layer of a batch's trees, one row each, tree by tree; and the trees so far.
 
     Attributes:
         depth: of the candidates; 1 for children of the root.

@@ -1,4 +1,4 @@
-"""How policies are spelled. `register` is the one extension point: benchmarks add other people's policies with it."""
+"""Spellings of policies. `register` adds further policies: the benchmarks use it for those of other projects."""
 
 from __future__ import annotations
 

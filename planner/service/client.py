@@ -1,4 +1,4 @@
-"""The services' side of planning: the plan in force, and step reports on their way. Neither ever makes a step wait."""
+"""The verifier's side of planning: the plan in force, and the step reports. Neither makes a step wait."""
 
 from __future__ import annotations
 
@@ -23,10 +23,14 @@ from treeline.v1.planning_pb2_grpc import PlanningServiceStub
 logger = logging.getLogger(__name__)
 
 RETRY_S = 0.5
+"""Between attempts to reach a planner: a plan lives 10 s by default."""
 REPORT_INTERVAL_S = 0.1
+"""Between messages: two or three per plan at the default `planner.interval_s` of 0.25 s."""
 MAX_UNSENT_STEPS = 2048
+"""Records kept for a planner that is away: 10 s at 5 ms per step. Older ones say nothing of the present."""
 MAX_STEPS_PER_MESSAGE = 256
 MAX_MESSAGE_BYTES = 16 << 20
+"""256 records of 64 requests with trees of 64 nodes, at 8 bytes per outcome, take 8 MB."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class _Received:
 
 
 class PlanWatcher:
-    """Keeps the newest plan at hand. Made on a running event loop; `plan` may be read from any thread."""
+    """Holds the newest plan. Create it on a running event loop; `plan` may be read from any thread."""
 
     def __init__(
         self,
@@ -46,7 +50,7 @@ class PlanWatcher:
         internal: InternalConfig,
         on_refused: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_refused`: called for each plan that makes no sense; it is no plan."""
+        """`on_refused`: called for each malformed plan, which is ignored."""
         self._verifier_id, self._on_refused = verifier_id, on_refused
         self._builtin = builtin_plan(limits)
         self._received: _Received | None = None
@@ -54,7 +58,7 @@ class PlanWatcher:
 
     @property
     def plan(self) -> Plan:
-        """The newest plan until its lifetime is over, then the built-in one."""
+        """The newest plan until it expires, then the built-in one."""
         received = self._received
         if received is None or time.monotonic() > received.until_s:
             return self._builtin
@@ -71,7 +75,7 @@ class PlanWatcher:
             except ValueError as error:
                 self._on_refused()
                 if str(error) != problem:
-                    logger.warning("a plan that makes no sense is left out: %s", error)
+                    logger.warning("ignored a malformed plan: %s", error)
                 problem = str(error)
                 continue
             problem = ""
@@ -79,7 +83,7 @@ class PlanWatcher:
 
 
 class StepReporter:
-    """Sends step records to the planner. Made on a running event loop; while there is no planner, old ones are lost."""
+    """Sends step records to the planner; without one, drops the oldest. Create it on a running event loop."""
 
     def __init__(
         self,
@@ -106,30 +110,30 @@ class StepReporter:
         await stub.ReportSteps(self._messages())
 
     async def _messages(self) -> AsyncIterator[pb.ReportStepsRequest]:
-        """The profile first, then records for as long as the stream lives."""
+        """The profile, then records until the stream ends."""
         yield self._hello
         while True:
             await asyncio.sleep(REPORT_INTERVAL_S)
             count = min(len(self._unsent), MAX_STEPS_PER_MESSAGE)
             steps = [step_to_proto(self._unsent.popleft()) for _ in range(count)]
-            # An empty message tells the planner that this verifier lives, only idle.
+            # An empty message tells the planner that this verifier is alive and idle.
             yield pb.ReportStepsRequest(verifier_id=self._hello.verifier_id, steps=steps)
 
 
 async def _persist(
     discover: Discover, internal: InternalConfig, talk: Callable[[PlanningServiceStub], Awaitable[None]]
 ) -> None:
-    """Talk to a planner; whenever that ends, find one again."""
+    """Call `talk` with a planner; whenever it ends, find a planner again."""
     last_problem = ""
     while True:
         try:
             for endpoint in await discover():
                 async with connect(endpoint, internal, MAX_MESSAGE_BYTES) as channel:
                     await talk(PlanningServiceStub(channel))
-        except Exception as error:  # discovery asks another system, which may fail in ways of its own
+        except Exception as error:  # discovery asks another system, which may fail in any way
             problem = str(error.details() if isinstance(error, grpc.aio.AioRpcError) else error)
             if problem != last_problem:
-                logger.warning("no planner, going on without: %s", problem)
+                logger.warning("no planner, the last plan holds until it expires: %s", problem)
             last_problem = problem
         await asyncio.sleep(RETRY_S)
 

@@ -1,4 +1,4 @@
-"""Measured latency of each verifier: from Prometheus, and from step records where it has nothing fresh."""
+"""Measured latency of each verifier: from Prometheus, or from step records where Prometheus has nothing recent."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import numpy as np
 from treeline.step_record import StepRecord
 
 TIMEOUT_S = 1.0
-"""Of one query, however slowly its answer arrives: the interval between queries."""
+"""Longest duration of one query: the interval between queries."""
 WINDOW_S = 5.0
-"""Of a quantile: five scrapes and five evaluations at the 1 s that deploy/prometheus sets, so that three may fail."""
+"""Window of a quantile: five scrapes at the 1 s that deploy/prometheus sets, so that three may fail."""
 PAUSE_S = 1.0
-"""Without tokens for this long, a verifier is not busy: the interval of scrapes."""
+"""A verifier without tokens for this long is not busy: the scrape interval."""
 LATE_S = 3.0
-"""Three queries without an answer. An older value would be set against what steps take now, and mislead the budget."""
+"""Age of a late value: three missed queries. The controller compares values with present steps, so old ones mislead."""
 MAX_ANSWER_BYTES = 1 << 20
-"""A replica takes some 200 bytes of an answer; a megabyte would be 5,000 of them."""
+"""Bytes of one answer: 5,000 replicas at about 200 bytes each."""
 QUERIES = {
     "inter_token_p95": "treeline:inter_token_latency_seconds:p95",
     "time_to_first_token_p95": "treeline:time_to_first_token_seconds:p95",
@@ -38,11 +38,11 @@ Readings = dict[str, tuple[float, float]]
 
 
 class PrometheusError(Exception):
-    """A server that does not measure; the message says in which way."""
+    """Prometheus cannot be used; the message says why."""
 
 
 class Reading(NamedTuple):
-    """A signal as of now. `value`: None if none is fresh."""
+    """A signal as of now. `value`: None if there is no recent one."""
 
     value: float | None
     age_s: float
@@ -59,7 +59,7 @@ class Latency:
         self._readings[source].update(readings)
 
     def newest(self, name: str, now_s: float, max_age_s: float) -> Reading:
-        """Prometheus' value unless it is late, then the newest of any source; no value if that is too old."""
+        """Prometheus' value, or the newest of any source if that is late; no value if the newest is too old."""
         found = []
         for source, readings in self._readings.items():
             value, at_s = readings.get(name, (math.nan, -math.inf))
@@ -70,7 +70,7 @@ class Latency:
 
 
 class StepQuantiles:
-    """The quantiles that Prometheus would give, from one verifier's own step records over the same seconds."""
+    """The same quantiles as Prometheus', from one verifier's step records over the same seconds."""
 
     def __init__(self) -> None:
         self._steps: deque[tuple[float, StepRecord]] = deque()
@@ -84,14 +84,14 @@ class StepQuantiles:
             self._last_s = now_s
 
     def busy(self, now_s: float) -> bool:
-        """Whether tokens have come for two windows without a pause: Prometheus must have seen them."""
+        """Whether tokens have come for two windows without a pause, so that Prometheus must have seen them."""
         return now_s - self._last_s < PAUSE_S and now_s - self._busy_since_s > 2 * WINDOW_S
 
     def quantiles(self, now_s: float) -> Readings:
         """The 95th percentiles over the last WINDOW_S, each measured when its newest value came.
 
-        `inter_token_p95` counts every token: the tokens of a step waited an equal share. `step_p95` is what their steps
-        took, so that the two compare.
+        `inter_token_p95` counts every token: the tokens of a step share its gap equally. `step_p95` weights the seconds
+        of steps by the same tokens, so that the two compare.
         """
         while self._steps and now_s - self._steps[0][0] > WINDOW_S:
             self._steps.popleft()
@@ -119,7 +119,7 @@ async def read_prometheus(session: aiohttp.ClientSession, url: str) -> dict[str,
     A value that is not a number (nothing was observed) is left out.
 
     Raises:
-        PrometheusError: the server is dead, slow, says something else, or says what no measurement can be.
+        PrometheusError: the server is dead or slow, or its answer is malformed or impossible.
     """
     try:
         async with asyncio.timeout(TIMEOUT_S):
@@ -139,7 +139,7 @@ async def read_prometheus(session: aiohttp.ClientSession, url: str) -> dict[str,
 
 
 async def measure_all(url: str) -> dict[str, dict[str, float]]:
-    """`read_prometheus` once, by itself."""
+    """`read_prometheus`, with a session of its own."""
     async with aiohttp.ClientSession() as session:
         return await read_prometheus(session, url)
 

@@ -1,4 +1,4 @@
-"""The slow loop: from one verifier's step records and latency to its plan, a few times a second."""
+"""The slow loop: from one verifier's step records and latency to its plan, a few times per second."""
 
 from __future__ import annotations
 
@@ -23,18 +23,16 @@ from treeline.plan import CostModel, Plan, Signal, VerifierProfile
 from treeline.step_record import StepRecord
 
 GOODPUT_MEMORY_S = 0.4
-"""Goodput forgets with this time constant: a step of the load is forgotten to 1 % within 2 s."""
+"""Time constant of the goodput: an earlier load counts 1 % after 2 s."""
 OLDEST_S = math.log(100) * GOODPUT_MEMORY_S
-"""What is older would count less than a hundredth, and is left out."""
-DEAD_BAND = 0.03
-"""A price that moved by less than this share is not published: small noise must not move trees."""
+"""Older records, whose weight is below a hundredth, are left out."""
 MAX_DEPTH = 8
 QUIET_S = 2.0
-"""Without a step record for this long while requests run, measured latency stands in for them."""
+"""After this long without a step record while requests run, measured latency corrects the cost model: 8 plans."""
 
 
 class VerifierState:
-    """All that the planner knows of one verifier."""
+    """What the planner knows of one verifier."""
 
     def __init__(self, profile: VerifierProfile, metrics_url: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.tracker = CostTracker(profile)
@@ -46,7 +44,6 @@ class VerifierState:
         self.clock = clock
         self._steps = StepQuantiles()
         self.last_heard_s = time.monotonic()
-        self.price = 0.0
         self.last: StepRecord | None = None
         self._work: deque[StepRecord] = deque(maxlen=256)
 
@@ -61,26 +58,26 @@ class VerifierState:
                 self._work.append(record)
 
     def measure(self) -> None:
-        """Take the quantiles of recent step records in."""
+        """Update the latency with the quantiles of recent step records."""
         self.latency.update("steps", self._steps.quantiles(self.clock()))
 
     @property
     def busy(self) -> bool:
-        """Whether tokens have come for so long that any working measurement knows of them."""
+        """Whether tokens have come for so long that Prometheus must have seen them."""
         return self._steps.busy(self.clock())
 
     def goodput(self) -> float:
-        """Tokens per second of step time over the last moments of work: R as it was realised; 0 before any work."""
+        """Recent tokens per second of step time, the realised R; 0 before the first step."""
         records, weights = self._recent()
         if not records:
             return 0.0
         return float(weights @ [r.emitted_tokens for r in records] / (weights @ [r.step_s for r in records]))
 
     def node_s(self, cost: CostModel) -> float:
-        """What one more node had to be worth in the last moments of work, as seconds at the price.
+        """The recent threshold of a node, in seconds at the price.
 
-        That is the worth of the best node that the verifier left out; where it left none out it would have had more of
-        them, at what the cheapest way to grow the pass costs.
+        It is the gain of the best node that the verifier left out. Where the verifier left none out, it would have
+        taken more, at the cost of the cheapest way to grow the pass.
         """
         records, weights = self._recent()
         if not records:
@@ -94,7 +91,7 @@ class VerifierState:
         return float(weights @ node_s / weights.sum())
 
     def _recent(self) -> tuple[list[StepRecord], NDArray[np.float64]]:
-        """The last steps without prompts, and how much they count."""
+        """The recent steps without prompts, and their weights."""
         records: list[StepRecord] = []
         for record in reversed(self._work):
             if self._work[-1].unix_s - record.unix_s >= OLDEST_S:
@@ -103,12 +100,6 @@ class VerifierState:
         records.reverse()
         ages_s = np.asarray([max(0.0, records[-1].unix_s - record.unix_s) for record in records])
         return records, np.exp(ages_s / -GOODPUT_MEMORY_S)
-
-    def settle(self, price: float) -> float:
-        """The price to publish: the old one while the new one is nearly the same."""
-        if abs(price - self.price) > DEAD_BAND * self.price:
-            self.price = price
-        return self.price
 
 
 class PlanMaker:
@@ -127,13 +118,13 @@ class PlanMaker:
         sequences = last.sequences if last else 1
         context_tokens = last.context_tokens // sequences if last else 0
         plain_s = float(verify_seconds(cost, sequences, context_tokens, sequences)[sequences]) + cost.step_overhead_s
-        # R is what this batch can reach, and it can always decode plainly.
+        # R is at least plain decoding's goodput, which this batch can always reach.
         goodput = max(state.goodput(), sequences / plain_s)
         startable = last.startable if last else 0
         prompts = max(0, last.running - sequences - startable) if last else 0
         delayed = prompts + startable + last.waiting if last else 0
         control = self._regulate(state, signals, plain_s, delayed)
-        price = state.settle(goodput * (1 + waiting_cost(control.wait_factor, startable, prompts) / sequences))
+        price = goodput * (1 + waiting_cost(control.wait_factor, startable, prompts) / sequences)
         published = replace(cost, node_s=state.node_s(cost))
         published.readings.update(cost.readings)  # of the same curves
         published.curve_readings.update(cost.curve_readings)
@@ -155,7 +146,7 @@ class PlanMaker:
         )
 
     def _signals(self, state: VerifierState) -> tuple[Signal, ...]:
-        """The measured quantiles, each with its objective; values too old are left out."""
+        """The measured quantiles with their objectives; a value that is too old is None."""
         objectives = self._config.objectives
         found = []
         for name, objective_ms in (
@@ -171,14 +162,14 @@ class PlanMaker:
         now_s, max_age_s = state.clock(), self._config.signal_max_age_s
         step = state.latency.newest("step_p95", now_s, max_age_s)
         seen = Seen(signals[0].value_s, signals[1].value_s, step.value, plain_s, delayed)
-        # A pause of the planner is no reason for a leap.
+        # After a pause of the planner the controls still move by one second's change.
         elapsed_s, state.planned_s = min(1.0, now_s - state.planned_s), now_s
         state.control = regulate(self._config.objectives, seen, state.control, elapsed_s)
         return state.control
 
 
 def _use_latency(state: VerifierState, max_age_s: float) -> None:
-    """Requests run, but no records come: let the measured verification latency correct the cost model."""
+    """Correct the cost model by measured verification latency while requests run and no step records come."""
     now_s, last = state.clock(), state.last
     measured_s = state.latency.newest("verify_p50", now_s, max_age_s).value
     if measured_s is None or last is None or time.time() - last.unix_s < QUIET_S:
@@ -197,7 +188,7 @@ def _reason(price: float, goodput: float, sequences: int, last: StepRecord | Non
 
 
 def _latency_reasons(control: Control, signals: tuple[Signal, ...], plain_s: float) -> list[str]:
-    """What the objectives do to the plan, one phrase each; nothing for an objective that is not set."""
+    """How the objectives move the plan, one phrase for each that is set."""
     said = []
     for signal in signals:
         if signal.objective_s is None:

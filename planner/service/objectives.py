@@ -1,12 +1,12 @@
 """The controller of latency objectives: from measured quantiles to the longest step and the price of waiting.
 
-A pure function, called with every plan. Two facts make it stable without tuning to a device:
+It is a pure function, called for every plan. Two facts make it stable without tuning to a device:
 
-- The 95th percentile of inter-token latency is k times that of what steps take, both over the same seconds. k changes
-  slowly (it says how many tokens a step brings), so `objective / k` is the step to aim at, and while a change of the
-  budget works its way through the measuring window, both quantiles are old together and the aim stays where it is.
-- The budget is not an integral of errors. It is bounded by what steps take from above, by plain decoding from below,
-  and moves towards its aim at a bounded rate.
+- The 95th percentile of inter-token latency is k times that of step seconds, both over the same window. k is about the
+  inverse of the tokens per step and changes slowly, so `objective / k` is the step to aim at. While a change of the
+  budget passes through the measuring window, both quantiles lag together and the aim does not move.
+- The budget is not an integral of errors. Steps bound it from above and plain decoding from below, and it moves towards
+  its aim at a bounded rate.
 """
 
 from __future__ import annotations

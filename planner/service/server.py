@@ -1,4 +1,4 @@
-"""The planner service: step records in, plans out."""
+"""The planner service: it receives step records and publishes plans."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["PlanningService"].full_name
 LATENCY_INTERVAL_S = 1.0
-"""Between queries of Prometheus: as often as deploy/prometheus has it scrape."""
+"""Between queries of Prometheus: the scrape interval of deploy/prometheus."""
 MAX_VERIFIERS, MAX_ID_CHARS = 1024, 256
-"""Each verifier costs memory and a plan a few times a second; ids are labels of metrics. Ours have 32 characters."""
+"""Each verifier costs memory and a few plans per second. Ids label metrics; a verifier's own has 32 characters."""
 FORGET_S = 30.0
-"""A verifier that has sent nothing for this long, not even the empty message of an idle one, is gone."""
+"""A verifier is gone after this long without a message; idle ones send empty messages ten times per second."""
 
 
 class PlannerServer:
@@ -90,11 +90,11 @@ class PlannerServer:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        await self._server.stop(min(grace_s, 0.5))  # its streams have no end of their own
+        await self._server.stop(min(grace_s, 0.5))  # the streams never end by themselves
 
 
 class PlanningServicer(pb_grpc.PlanningServiceServicer):
-    """Owns the state and the plan of every verifier; only its event loop reads or writes them."""
+    """Owns the state and the plan of every verifier; only the event loop reads or writes them."""
 
     def __init__(self, config: Config, metrics: PlannerMetrics) -> None:
         self._config: PlannerConfig = config.planner
@@ -141,30 +141,30 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
                 try:
                     self._plans[verifier_id] = plan = self._maker.make(state)
                     self._show(verifier_id, state, plan)
-                except Exception:  # one verifier's records must not take the others' plans
-                    logger.exception("no plan can be made for verifier %s; it starts again", verifier_id)
+                except Exception:  # one verifier's records must not cost the others their plans
+                    logger.exception("no plan can be made for verifier %s; its state is reset", verifier_id)
                     self._forget(verifier_id)
             async with self._changed:
                 self._changed.notify_all()
             await asyncio.sleep(self._config.interval_s)
 
     async def read_latency(self) -> None:
-        """Ask Prometheus for the latency of all verifiers, again and again."""
+        """Query Prometheus for the latency of all verifiers, every LATENCY_INTERVAL_S."""
         url, known = self._config.prometheus_url, ""
         if url is None:
-            await asyncio.Event().wait()  # nothing to read, and a task that ends is a failure
+            await asyncio.Event().wait()  # a task that ends counts as a failure
             return
         async with aiohttp.ClientSession() as session:
             while True:
                 problem = await self._read_latency(session, url)
                 if problem != known:
-                    logger.warning("Prometheus: %s", problem or f"{url} measures again")
+                    logger.warning("Prometheus: %s", problem or f"{url} answers again")
                 known = problem
                 self._metrics.prometheus_up.set(not problem)
                 await asyncio.sleep(LATENCY_INTERVAL_S)
 
     async def _read_latency(self, session: aiohttp.ClientSession, url: str) -> str:
-        """Take in what Prometheus knows; returns what is wrong with it."""
+        """Update every verifier's latency; returns the problem, empty if there is none."""
         try:
             found = await read_prometheus(session, url)
         except PrometheusError as error:
@@ -175,18 +175,18 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
             state.latency.update(PROMETHEUS, {name: (value, state.clock()) for name, value in values.items()})
             unmeasured |= INTER_TOKEN not in values and state.busy
         if unmeasured:
-            return f"{url} has nothing of a verifier that works: is it a target, and are our recording rules loaded?"
+            return f"{url} has no latency of a busy verifier: is it a target, and are the recording rules loaded?"
         return ""
 
     def _take(self, request: pb.ReportStepsRequest) -> int:
-        """Take in one message of a verifier; raises ValueError for one that makes no sense."""
+        """Apply one message of a verifier; returns its steps. Raises ValueError if it is malformed."""
         verifier_id = request.verifier_id
         if request.HasField("profile"):
             profile = profile_from_proto(request.profile)
             if verifier_id not in self._states:
                 urllib.parse.urlsplit(request.metrics_url)  # asked again at every round
                 if len(verifier_id) > MAX_ID_CHARS or len(self._states) >= MAX_VERIFIERS:
-                    raise ValueError("too long an id, or too many verifiers")
+                    raise ValueError("the id is too long, or there are too many verifiers")
                 self._states[verifier_id] = VerifierState(profile, request.metrics_url)
         state = self._states.get(verifier_id)
         if state is None:

@@ -19,34 +19,34 @@ from treeline.plan import CostCurve, CostModel, PaperFit, VerifierProfile
 from treeline.step_record import StepRecord
 
 OVERHEAD_STEPS = 15
-"""Steps whose median is the step's overhead: seven pauses among them move nothing."""
+"""Steps whose median is the step overhead: up to seven pauses among them do not move it."""
 ERROR_STEPS = 200
-"""Steps whose prediction errors are reported: their 95th percentile rests on ten."""
+"""Steps whose prediction errors are reported: the 95th percentile then rests on ten of them."""
 NOISE, MEMORY = 0.05, 0.9995
-"""Of verification: scatter between equal steps, as a ratio, and the share of what was learnt that is kept per step.
-With them a drift of the whole device is learnt in 12 to 18 steps beside two busy processes (bench/README.md)."""
+"""Verification: relative scatter of equal steps, and the share of the corrections kept per step. Beside two busy
+processes, a change of the whole device's speed is learnt in 12 to 18 steps with them (bench/README.md)."""
 SCALE_DEVIATION, POINT_DEVIATION, CONTEXT_DEVIATION, PROMPT_DEVIATION = 0.5, 0.15, 0.5, 0.25
-"""How far the device, one point of the profile, the context's part and a prompt token's cost may drift, as logarithms
-of ratios. A busy neighbour halves a device's speed (0.7); the shape of its curve hardly changes; a prompt token costs
-0.6 to 1.0 of a decoded one (docs/decisions.md)."""
+"""Prior standard deviations, in logarithms of ratios, of the device's speed, one point of the profile, the share of the
+context and the cost of a prompt token. A busy neighbour halves the speed (0.7) and hardly changes the curve's shape; a
+prompt token costs 0.6 to 1.0 of a decoded one (docs/decisions.md)."""
 MAX_LOG_SCALE = 3.0
-"""A correction beyond e^3 = 20 times is a broken clock or profile."""
+"""A correction beyond e^3 = 20 times means a broken clock or profile."""
 SCALE, CONTEXT, PROMPTS, POINTS = range(4)
-"""Places of the tracked parameters; the points come last."""
+"""Indices of the tracked parameters; the points come last."""
 DRAFT_COSTS_S = (1e-3, 3e-4, 3e-3, 2e-4)
-"""Believed at first of r, s, d0 and d1: guesses for a local drafter; the last two only if it has not measured them."""
+"""Prior means of r, s, d0 and d1: guesses for a drafter on the same machine. It measures d0 and d1 itself if it can."""
 DRAFT_COMMON_DEVIATION, DRAFT_OWN_DEVIATIONS = 0.5, (1.0, 0.7, 0.3, 0.5)
-"""How far the four may drift together, as the device does, and each on its own: least where the drafter measured."""
+"""Prior standard deviations, in logarithms, common to the four and of each alone: least where the drafter measures."""
 DRAFT_NOISE, DRAFT_MEMORY = 0.15, 0.999
-"""The same of drafting, where a second process has to wake up: three times the scatter of passes."""
+"""NOISE and MEMORY of drafting: a second process must wake up, so the scatter is three times that of passes."""
 
 
 class CostTracker:
     """Learns one verifier's costs, starting from its profile.
 
-    Tracked are logarithms of corrections: one for every point of the profile's short-context curves, one for the whole
-    device, one for what context adds and one for what a prompt token costs. A step teaches the points it lies between
-    and the device's scale, so that batches which have not run yet at least follow the device's drift.
+    The parameters are logarithms of corrections: one for each point of the profile's short-context curves, one for the
+    whole device, one for what context adds and one for the cost of a prompt token. A step updates the points that it
+    lies between and the device's scale, so that sizes which have not run yet follow the device's speed.
     """
 
     def __init__(self, profile: VerifierProfile) -> None:
@@ -64,7 +64,7 @@ class CostTracker:
         self._model: CostModel | None = None
 
     def observe(self, record: StepRecord) -> None:
-        """Learn from one step, drafted or not, in which somebody decoded."""
+        """Learn from one step in which requests decoded, drafted or not."""
         self._draft.observe(record)
         self._model = None
         if not record.sequences or record.verify_s <= 0:
@@ -85,7 +85,7 @@ class CostTracker:
     def error(self) -> tuple[float, float]:
         """(median, 95th percentile) of recent |predicted - measured| / measured verification seconds.
 
-        Predicted is what the verifier expected, of the plan it had, before the step ran.
+        The prediction is the verifier's, by the plan it had before the step ran.
         """
         if not self._errors:
             return 0.0, 0.0
@@ -111,7 +111,7 @@ class CostTracker:
         return math.exp(np.clip(self._verify.theta[PROMPTS], -MAX_LOG_SCALE, MAX_LOG_SCALE))
 
     def _predict(self, sequences: int, context_tokens: int, tokens: float) -> tuple[float, NDArray[np.float64]]:
-        """Verification seconds as corrected so far, and the gradient of their logarithm by the parameters."""
+        """Corrected verification seconds, and the gradient of their logarithm by the parameters."""
         theta, curves = self._verify.theta, self._profile.verify
         x = np.zeros(len(theta))
         beyond_tokens = max(0, context_tokens - self._short)
@@ -120,7 +120,7 @@ class CostTracker:
         for index, share in curve_weights(curves, sequences):
             curve, first = curves[index], self._offsets[index]
             place = _place(curve.tokens, tokens)
-            # Beyond the last point the curve goes on in its direction, all of it moved by that point's correction.
+            # Beyond the last point the curve keeps its slope, scaled by that point's correction.
             beyond = 1.0
             if tokens > curve.tokens[-1]:
                 beyond = float(curve_seconds(curve, np.asarray([tokens]))[0]) / curve.seconds[-1]
@@ -158,7 +158,7 @@ class CostTracker:
         )
 
     def _moved(self, index: int, short: dict[int, CostCurve], scale: float) -> CostCurve:
-        """A curve of longer context, moved along with the short one of its batch size."""
+        """A curve of longer context, shifted with the short one of its batch size."""
         far = self._profile.verify[index]
         if index not in self._far:
             return far
@@ -171,23 +171,23 @@ class CostTracker:
 class DraftCosts:
     """Tracks r, s, d0 and d1 in draft seconds = r + s * requests + d0 * layers + d1 * nodes.
 
-    Tracked are their logarithms, by relative errors: a draft that took ten times as long moves nothing far, a device
-    that slows down makes all four dearer at once, and none can become negative.
+    Their logarithms are fitted to relative errors. So a draft that took ten times as long moves nothing far, a device
+    that slows down raises all four at once, and none can become negative.
     """
 
     def __init__(self, layer_s: float, node_s: float) -> None:
-        """`layer_s`, `node_s`: as the drafter measured them, 0 if it did not."""
+        """`layer_s`, `node_s`: the drafter's measurement; 0 if it has none."""
         costs_s = (*DRAFT_COSTS_S[:2], layer_s or DRAFT_COSTS_S[2], node_s or DRAFT_COSTS_S[3])
         spread = DRAFT_COMMON_DEVIATION**2 + np.diag(np.square(DRAFT_OWN_DEVIATIONS))
         self._logs = RecursiveLeastSquares(np.log(costs_s), spread, DRAFT_NOISE, DRAFT_MEMORY)
 
     @property
     def seconds(self) -> NDArray[np.float64]:
-        """float64 [4]: r, s, d0 and d1 as they are now."""
+        """float64 [4]: r, s, d0 and d1."""
         return np.exp(self._logs.theta)
 
     def observe(self, record: StepRecord) -> None:
-        """Learn from a step in which the drafter worked, unless it had much to catch up."""
+        """Learn from a step in which the drafter worked, unless it had much to catch up with."""
         if not record.drafter_s or catches_up(record.catch_up_tokens, record.drafted_requests):
             return
         layers = record.draft_layer_nodes
@@ -197,7 +197,7 @@ class DraftCosts:
 
 
 def _place(measured: tuple[int, ...], tokens: float) -> float:
-    """Between which points `tokens` lies, as an index; it is never beyond either end."""
+    """Fractional index of `tokens` among the points, clipped to both ends."""
     after = bisect_right(measured, tokens)
     if after in (0, len(measured)):
         return float(max(0, after - 1))
@@ -206,7 +206,7 @@ def _place(measured: tuple[int, ...], tokens: float) -> float:
 
 
 def _offsets(curves: tuple[CostCurve, ...], short: int) -> dict[int, int]:
-    """Where each short curve's points begin among the tracked parameters, by the curve's index."""
+    """First parameter of each short curve's points, by the curve's index."""
     offsets, first = {}, POINTS
     for index, curve in enumerate(curves):
         if curve.context_tokens == short:
@@ -216,7 +216,7 @@ def _offsets(curves: tuple[CostCurve, ...], short: int) -> dict[int, int]:
 
 
 def _far(curves: tuple[CostCurve, ...], short: Container[int]) -> dict[int, tuple[int, NDArray[np.float64]]]:
-    """For each curve of longer context the short one of its batch size, if any, and what its context adds to that."""
+    """For each curve of longer context: the short one of its batch size, if any, and the seconds its context adds."""
     found = {}
     for index, far in enumerate(curves):
         base = next((i for i, c in enumerate(curves) if i in short and c.sequences == far.sequences), None)
@@ -229,7 +229,7 @@ def _far(curves: tuple[CostCurve, ...], short: Container[int]) -> dict[int, tupl
 def _drift(curves: list[CostCurve]) -> NDArray[np.float64]:
     """float64 [3 + points, 3 + points]: prior covariance of the scale, context and prompts, and all points of `curves`.
 
-    Points drift together the more alike they are: the correlation falls by 1/e every two doublings of tokens or batch.
+    Similar points drift together: the correlation falls by 1/e per two doublings of tokens or batch, a guess.
     """
     places = np.log2([(n, curve.sequences) for curve in curves for n in curve.tokens])
     apart = np.abs(places[:, None] - places[None]).sum(-1)
@@ -241,7 +241,7 @@ def _drift(curves: list[CostCurve]) -> NDArray[np.float64]:
 
 @lru_cache
 def fit_paper(curve: CostCurve, draft_node_s: float) -> PaperFit:
-    """The paper's own fit of one curve: verify = gamma * (exp(delta * n^rho) - 1), zero at n = 0, by least squares."""
+    """The paper's least-squares fit of one curve: verify = gamma * (exp(delta * n^rho) - 1), zero at n = 0."""
     tokens, seconds = np.asarray(curve.tokens, np.float64), np.asarray(curve.seconds, np.float64)
 
     def residuals(logs: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from planner.fast.gate import MAX_LATE, PROBE_REQUESTS, PROBE_SHARE, DraftGate, Offer
+from planner.fast.gate import MAX_DOUBLINGS, PROBE_REQUESTS, PROBE_SHARE, DraftGate, Offer
 from tests.planner.builders import linear_cost, plan_with, prices_of
 from treeline.plan import CostModel
 
@@ -170,4 +170,4 @@ def test_a_drafter_that_is_late_is_left_alone_for_longer_each_time():
     assert gate.decide(1, prices, IDLE, now_s).requests == 1
     for _ in range(20):
         gate.late(1.0, now_s)
-    assert gate.lates == MAX_LATE
+    assert gate.lates == MAX_DOUBLINGS

@@ -41,7 +41,7 @@ PLAN = plan_with(linear_cost(), price=30.0)
         ("chain:5", 5, 1),
         ("static:4-2-1", 3, 4),
         ("eagle2:5,4,16", 5, 4),
-        ("smart-paper", 8, 8),
+        ("smart-paper", 32, 6),
         ("smart", 32, 6),
     ],
 )

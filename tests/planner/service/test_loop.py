@@ -8,7 +8,7 @@ import pytest
 from planner.fast.cost import verify_seconds
 from planner.policies import parse_policy
 from planner.policies.smart import SPARE
-from planner.service.loop import DEAD_BAND, PlanMaker, VerifierState
+from planner.service.loop import PlanMaker, VerifierState
 from tests.planner.builders import Drafted, prune, record
 from treeline.config import LimitsConfig, PlannerConfig
 from treeline.forest import ROOT, Forest
@@ -97,16 +97,14 @@ def test_after_a_step_of_the_load_and_back_tree_sizes_settle_within_two_seconds(
             assert settled.mean() == pytest.approx(alone, rel=0.1)
 
 
-def test_small_changes_do_not_move_the_price():
+def test_the_price_hardly_moves_under_a_steady_load():
     world = World()
     world.run(3.0, 4)
     prices = []
     for _ in range(40):
         world.run(INTERVAL_S, 4)
         prices.append(world.plan.price)
-    moves = np.diff(prices)
-    assert (moves == 0).sum() > 15
-    assert all(abs(move) > DEAD_BAND * min(prices) for move in moves if move)
+    assert max(prices) < 1.15 * min(prices)
 
 
 def test_the_price_is_never_below_what_plain_decoding_reaches():
