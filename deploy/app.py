@@ -81,7 +81,7 @@ class VerifierReplica(Replica):
         from verifier_svc.service.server import VerifierServer
 
         self.metrics_host = (checked := Config.model_validate(config)).metrics.host
-        self.server = await VerifierServer.start(checked, discover(drafter), discover(planner))
+        self.server = await VerifierServer.start(checked, drafters(checked, drafter), discover(planner))
 
 
 class FrontDoorReplica(Replica):
@@ -106,6 +106,15 @@ def discover(handle: DeploymentHandle) -> Discover:
         return [endpoint for endpoint in found if isinstance(endpoint, str)]
 
     return endpoints
+
+
+def drafters(config: Config, handle: DeploymentHandle) -> Discover:
+    """The drafters that a verifier may use: those that the configuration names, else this application's own."""
+
+    async def named() -> list[str]:
+        return config.drafter.endpoints
+
+    return named if config.drafter.endpoints else discover(handle)
 
 
 def application(config: Config) -> serve.Application:

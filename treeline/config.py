@@ -139,6 +139,9 @@ class DrafterConfig(Section):
         default=None,
         description="behind how many of the target's layers the head reads, where its config.json is wrong about it",
     )
+    endpoints: list[str] = Field(
+        default=[], description="host:port of drafters outside this application, used in place of its own"
+    )
     resources: ResourcesConfig = ResourcesConfig(num_cpus=0.5)
     max_sessions: int = Field(default=256, ge=1)
     kv_cache_tokens: CacheTokens = 16384

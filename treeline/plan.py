@@ -17,8 +17,8 @@ from treeline.v1 import generation_pb2
 from treeline.v1 import planning_pb2 as pb
 
 SOURCES, DEPTHS, PROB_BINS = 3, 8, 16
-"""Axes of the calibration: `treeline.forest.Source`, depth (the last one for all deeper ones; `limits.max_tree_depth` is
-8 by default) and bin of the draft probability. With them a cell in use sees a few nodes per step."""
+"""Axes of the calibration: `treeline.forest.Source`; depth, the last one for all deeper ones, `limits.max_tree_depth`
+being 8 by default; bin of the draft probability. With them a cell in use sees a few nodes per step."""
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def test_plans_follow_prometheus_and_fall_back_to_step_records_and_say_so_once(p
     over = [plan for plan in plans if plan.signals[0].source == "prometheus" and plan.step_budget_s < 1]
     assert over, "120 ms between tokens are above the objective of 100"
     assert plans[-1].signals[0].value_s == pytest.approx(0.05)
-    assert len([r for r in caplog.records if "has nothing of a verifier that works" in r.message]) == 1
+    assert len([r for r in caplog.records if "has no latency of a busy verifier" in r.message]) == 1
 
 
 @contextmanager
