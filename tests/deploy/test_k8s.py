@@ -26,7 +26,7 @@ CHART_ON_GPUS: dict[str, Any] = {
     "models": {"storageClassName": "shared"},
 }
 KUBERAY_KEYS = {
-    "RayService": {"serveConfigV2", "rayClusterConfig"},
+    "RayService": {"excludeHeadPodFromServeSvc", "serveConfigV2", "rayClusterConfig"},
     "cluster": {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"},
     "head": {"rayStartParams", "template"},
     "workers": {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"},
@@ -205,6 +205,11 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(item)
     elif isinstance(value, str):
         yield value
+
+
+def test_the_chart_is_clean():
+    helm = pytest.importorskip("helm_python", reason="needs helm-python-sdk (tests/deploy/tools.txt)")
+    assert helm.lint(K8S / "treeline", CHART_ON_GPUS)["errors"] == []
 
 
 def test_chart_values_reach_the_manifests():
