@@ -167,7 +167,8 @@ class TreeAttention:
 
 def _view(span: Span, window: int | None, group: int, dtype: torch.dtype, device: torch.device) -> _View:
     length = span.cache.length
-    new, entries = span.visible.shape
+    seen = span.visible
+    new, entries = seen.shape
     positions = length + span.depths[entries - new :]
     # Committed entries before the earliest token's window are not even read.
     first = 0 if window is None else min(length, max(0, int(positions.min()) - window + 1))
@@ -178,7 +179,7 @@ def _view(span: Span, window: int | None, group: int, dtype: torch.dtype, device
     slots = runs[0] if len(runs) == 1 else torch.from_numpy(span.cache.slots(first, end)).to(device)
     visible = np.zeros((new, end - first), np.bool_)
     visible[:, : length - first] = True
-    visible[:, length - first : length - first + entries] = span.visible
+    visible[:, length - first : length - first + entries] = seen
     if window is not None:
         entry_positions = np.concatenate([np.arange(first, length), length + span.depths])
         visible[:, : len(entry_positions)] &= entry_positions > positions[:, None] - window

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,22 +32,26 @@ class PackedSequence:
     logits: Literal["all", "last", "none"] = "all"
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Where one sequence's new tokens are in the packed row, and what they see.
 
     Attributes:
         start, stop: their place in the packed row.
         cache: where their sequence's KV is; `length` and `scratch` are those before this pass.
         depths: int64 [scratch + n], 0-based.
-        visible: bool [n, scratch + n]: which scratch entries and new tokens each new token sees.
+        paths: of each new token; bit i is set if it sees the i-th of the scratch entries and new tokens.
     """
 
     start: int
     stop: int
     cache: SequenceCache
     depths: NDArray[np.int64]
-    visible: NDArray[np.bool_]
+    paths: Sequence[int]
+
+    @property
+    def visible(self) -> NDArray[np.bool_]:
+        """bool [n, scratch + n]: the bits of `paths`."""
+        return _bits(self.paths, len(self.depths))
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,14 @@ class PackedBatch:
     """All sequences' new tokens.
 
     Attributes:
+        shapes: int64 [sequences, 4]: of each, its first token's place, its new tokens, committed tokens, and scratch
+            entries and new tokens together.
         token_ids, positions, slots: int64 [tokens]; slots are where their KV goes.
         rows: int64 [rows]: indices of the tokens whose logits are wanted.
     """
 
     spans: list[Span]
+    shapes: NDArray[np.int64]
     token_ids: NDArray[np.int64]
     positions: NDArray[np.int64]
     slots: NDArray[np.int64]
@@ -71,20 +79,36 @@ def pack(sequences: list[PackedSequence]) -> PackedBatch:
     Raises:
         ValueError: a sequence has no new token, no room for them, or parents that are not a tree.
     """
-    spans, positions, slots, rows = [], [], [], []
+    spans: list[Span] = []
+    token_ids: list[int] = []
+    rows: list[int] = []
     start = 0
     for sequence in sequences:
         span = _span(sequence, start)
-        cache, first = span.cache, span.cache.length + span.cache.scratch
         spans.append(span)
-        positions.append(cache.length + span.depths[cache.scratch :])
-        slots.append(cache.slots(first, first + span.stop - start))
-        wanted = {"all": start, "last": span.stop - 1, "none": span.stop}[sequence.logits]
-        rows.append(np.arange(wanted, span.stop))
+        token_ids += sequence.token_ids
+        if sequence.logits != "none":
+            rows += range(start if sequence.logits == "all" else span.stop - 1, span.stop)
         start = span.stop
-    token_ids = [token for sequence in sequences for token in sequence.token_ids]
-    columns = (np.concatenate(column) for column in (positions, slots, rows))
-    return PackedBatch(spans, np.asarray(token_ids, np.int64), *columns)
+    places = [(span.start, span.stop - span.start, span.cache.length, len(span.depths)) for span in spans]
+    shapes = np.array(places, np.int64)
+    starts, new, lengths, entries = shapes.T
+    depths = np.concatenate([span.depths[span.start - span.stop :] for span in spans])
+    # A token's entry is its place among all that its sequence holds; blocks of all tables lie one behind the other.
+    own = np.repeat(lengths + entries - new - starts, new) + np.arange(start)
+    block_tokens, tables = spans[0].cache.block_tokens, [span.cache.table for span in spans]
+    sizes = np.fromiter(map(len, tables), np.int64, len(tables))
+    if ((lengths + entries) > sizes * block_tokens).any():
+        raise ValueError("KV entries exceed the sequence's capacity")
+    blocks = np.concatenate(tables)[np.repeat(np.cumsum(sizes) - sizes, new) + own // block_tokens]
+    return PackedBatch(
+        spans,
+        shapes,
+        np.array(token_ids, np.int64),
+        positions=depths + np.repeat(lengths, new),
+        slots=blocks.astype(np.int64) * block_tokens + own % block_tokens,
+        rows=np.array(rows, np.int64),
+    )
 
 
 def _span(sequence: PackedSequence, start: int) -> Span:
@@ -94,18 +118,18 @@ def _span(sequence: PackedSequence, start: int) -> Span:
     if sequence.parents is None:
         if scratch:
             raise ValueError(f"a causal run behind {scratch} scratch entries")
-        depths, visible = _causal(new)
+        depths, paths = _causal(new)
     else:
         if len(sequence.parents) != scratch + new:
             raise ValueError(f"{len(sequence.parents)} parents for {scratch} scratch entries and {new} new tokens")
-        depths, visible = ancestry(sequence.parents)
-        visible = visible[scratch:]
-    return Span(start, start + new, sequence.cache, depths, visible)
+        depths, paths = _ancestry(sequence.parents)
+        paths = paths[scratch:]
+    return Span(start, start + new, sequence.cache, depths, paths)
 
 
-@functools.lru_cache(maxsize=64)  # Most runs are one token long; none of the arrays is written.
-def _causal(new: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    return np.arange(new), np.tri(new, dtype=np.bool_)
+@functools.lru_cache(maxsize=64)  # Most runs are one token long.
+def _causal(new: int) -> tuple[NDArray[np.int64], Sequence[int]]:
+    return np.arange(new), [(2 << token) - 1 for token in range(new)]
 
 
 def ancestry(parents: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -114,14 +138,22 @@ def ancestry(parents: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[n
     Raises:
         ValueError: a parent does not come before its child.
     """
-    size = len(parents)
-    paths: list[int] = []  # A row of bits each: trees are small, and arrays would take several operations a layer.
+    depths, paths = _ancestry(parents)
+    return depths, _bits(paths, len(paths))
+
+
+def _ancestry(parents: NDArray[np.integer]) -> tuple[NDArray[np.int64], list[int]]:
+    """The same, a row of ancestors as the bits of a number: arrays would take several operations a layer."""
+    paths: list[int] = []
     for node, parent in enumerate(parents.tolist()):
         if not -1 <= parent < node:
             raise ValueError("a parent does not come before its child")
         paths.append(1 << node | (paths[parent] if parent >= 0 else 0))
-    depths = np.asarray([path.bit_count() - 1 for path in paths], np.int64)
+    return np.array([path.bit_count() - 1 for path in paths], np.int64), paths
+
+
+def _bits(paths: Sequence[int], size: int) -> NDArray[np.bool_]:
+    """bool [paths, size]."""
     row_bytes = -(-size // 8)
     rows = np.frombuffer(b"".join([path.to_bytes(row_bytes, "little") for path in paths]), np.uint8)
-    visible = np.unpackbits(rows.reshape(size, row_bytes), axis=1, count=size, bitorder="little")
-    return depths, visible.view(np.bool_)
+    return np.unpackbits(rows.reshape(-1, row_bytes), axis=1, count=size, bitorder="little").view(np.bool_)

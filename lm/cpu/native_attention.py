@@ -63,7 +63,7 @@ class NativeAttention:
     def __init__(self, kernels: ctypes.CDLL, batch: PackedBatch, cache: KVCache) -> None:
         self._attend, self.cache = _kernel(kernels), cache
         spans = batch.spans
-        shapes = np.array([(s.start, s.stop - s.start, s.cache.length, len(s.depths)) for s in spans], np.int64)
+        shapes = batch.shapes
         _, tokens, lengths, entries = shapes.T
         slots = np.concatenate([s.cache.slots(0, s.cache.length + len(s.depths)) for s in spans])
         depths = np.concatenate([s.depths for s in spans])

@@ -45,7 +45,7 @@ class Layout:
         queries = min(size, MOST_SEQUENCES + 1 + size // QUERY_TOKENS)
         return cls((4, size), (windows, size, WORDS), (min(size, MOST_SEQUENCES), 2), (queries, 4))
 
-    @property
+    @functools.cached_property
     def ends(self) -> list[int]:
         """Where each section ends, in an array that holds all of them."""
         sections = (self.columns, self.words, self.sequences, self.queries)

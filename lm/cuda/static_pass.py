@@ -91,7 +91,7 @@ class StaticPasses:
     def _fill(self, batch: PackedBatch, size: int) -> NDArray[np.int32]:
         """A batch's indices, padded: the sections of its `Layout`, then the table of blocks."""
         layout, spans, tokens = self._layout(size), batch.spans, len(batch.token_ids)
-        starts, stops, lengths, entries = np.array([(s.start, s.stop, s.cache.length, len(s.depths)) for s in spans]).T
+        starts, new, lengths, entries = batch.shapes.T
         used = -(-(lengths + entries) // self._block_tokens)
         tables = [span.cache.table[:count] for span, count in zip(spans, used.tolist(), strict=True)]
         filled = np.zeros(layout.ends[-1] + int(used.sum()), np.int32)
@@ -108,7 +108,7 @@ class StaticPasses:
         for section, window in zip(words, self._windows, strict=True):
             section[:tokens] = _words(batch, window)
         sequences[: len(spans), 0], sequences[1 : len(spans), 1] = lengths, np.cumsum(used[:-1])
-        own = _query_blocks(starts, stops, lengths + entries)
+        own = _query_blocks(starts, starts + new, lengths + entries)
         queries[: len(own)] = own
         padding = np.arange(tokens, size, QUERY_TOKENS)
         queries[len(own) : len(own) + len(padding), 0] = padding
@@ -132,11 +132,13 @@ def _query_blocks(starts: NDArray[np.int64], stops: NDArray[np.int64], ends: NDA
 
 def _words(batch: PackedBatch, window: int | None) -> NDArray[np.int32]:
     """int32 [tokens, WORDS]: the tree as bits."""
+    if window is None or window >= batch.shapes[:, 3].max():  # No token is as deep in its tree as there are entries.
+        row_bytes = WORDS * WORD_BITS // 8
+        rows = b"".join([path.to_bytes(row_bytes, "little") for span in batch.spans for path in span.paths])
+        return np.frombuffer(rows, "<i4").reshape(-1, WORDS)
     seen = np.zeros((len(batch.token_ids), WORDS * WORD_BITS), np.bool_)
     for span in batch.spans:
-        new, entries = span.visible.shape
-        near = span.visible
-        if window is not None:
-            near = near & (span.depths > span.depths[entries - new :, None] - window)
-        seen[span.start : span.stop, :entries] = near
+        depths, new = span.depths, span.stop - span.start
+        near = depths > depths[len(depths) - new :, None] - window
+        seen[span.start : span.stop, : len(depths)] = span.visible & near
     return np.packbits(seen, axis=1, bitorder="little").view("<i4")
