@@ -1,4 +1,4 @@
-"""The drafter: sessions, the draft model and the growth loop behind one batched call."""
+"""The drafter: sessions, draft model and growth loop behind one batched call."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ from treeline.plan import Plan
 from treeline.sampling import SamplingParams
 
 WARM_UP_BATCHES = (1, 4, 8, 8)
-WARM_UP_TOKENS = 16
-WARM_UP_NODES = 8
+"""Requests of each warm-up draft. The last size runs twice: its first run still meets new shapes."""
+WARM_UP_TOKENS, WARM_UP_NODES = 16, 8
+"""A short prompt and the built-in plan's tree: enough to run every kind of pass once."""
 DEFAULT_HEAD = Path(__file__).parent / "heads" / DEFAULT_NAME
-"""The default target's."""
+"""The head of the default target."""
 
 
 @dataclass(frozen=True)
 class DrafterInfo:
-    """What a drafter is.
+    """The draft model or head of a drafter.
 
     Attributes:
-        name: the draft model's or head's; "none" if there is neither.
-        vocab_size: of the draft model or head; 0 if there is none.
-        vocabulary_sha256: of its tokenizer; empty if there is none.
-        layer_s, node_s: measured seconds of a layer of it and of each node in it; 0 without.
+        name: "none" if there is neither model nor head.
+        vocab_size: 0 if there is neither.
+        vocabulary_sha256: of the tokenizer; empty if there is none.
+        layer_s, node_s: measured seconds of a layer, and of each node in it; 0 if there is neither.
         features: what a head reads of the target.
     """
 
@@ -57,11 +58,11 @@ class TreeDrafter:
     """Grows one tree per request from a draft model or head.
 
     Attributes:
-        info: what this drafter is.
+        info: its model or head.
     """
 
     def __init__(self, info: DrafterInfo, max_sessions: int, proposer: Proposer | None) -> None:
-        """`proposer`: None grows nothing, and leaves drafting to the verifier's prompt lookup."""
+        """`proposer`: None grows no trees: the verifier's prompt lookup drafts alone."""
         self.info = info
         self._proposer = proposer
         self._model = proposer if isinstance(proposer, LayeredProposer) else None
@@ -73,14 +74,14 @@ class TreeDrafter:
 
     @property
     def sessions(self) -> int:
-        """How many are held."""
+        """Number of sessions held."""
         return len(self._memory)
 
     def draft(self, request: DraftRequest, verifier: int = 0) -> DraftReply:
-        """Release, catch up and draft. `verifier`: whose session ids these are.
+        """Release sessions, catch up with new tokens, and draft. `verifier`: the owner of the session ids.
 
         Raises:
-            ValueError: a policy's spelling is not understood; nothing was drafted.
+            ValueError: unknown policy; nothing was drafted.
         """
         started_s = time.perf_counter()
         policies = [parse_policy(sequence.policy) for sequence in request.sequences]
@@ -107,7 +108,7 @@ class TreeDrafter:
         self._memory.release([key for key in self._memory if key[0] == verifier])
 
     def warm_up(self, plan: Plan) -> None:
-        """Draft for batches of several sizes: a first call takes many times as long, and no step is to wait for it."""
+        """Draft for batches of several sizes: first calls take many times as long, and no step should wait for them."""
         sessions = [-1 - i for i in range(max(WARM_UP_BATCHES))]
         rows = np.zeros((WARM_UP_TOKENS - 1, self.features.width), np.uint16) if self.features else NO_FEATURES
         tokens = list(range(WARM_UP_TOKENS))
@@ -140,10 +141,10 @@ def build_drafter(
     limits: LimitsConfig,
     vocabulary_sha256: str | None,
 ) -> TreeDrafter:
-    """The drafter that `config` describes for a target, its model or head loaded and measured.
+    """The drafter that `config` describes for a target, with its model or head loaded and measured.
 
     Args:
-        vocabulary_sha256: the target's; None leaves the comparison to the verifier.
+        vocabulary_sha256: of the target; None leaves the comparison to the verifier.
 
     Raises:
         ConfigError: the draft model or head cannot be loaded, or does not share the target's vocabulary.
@@ -165,10 +166,10 @@ def build_drafter(
 
 
 def find_head(config: DrafterConfig, target: ModelConfig) -> Path | None:
-    """The folder of the draft head to use, if any: the configured one, or the one that comes with the default target.
+    """The folder of the draft head to use, if any: the configured one, or the default target's.
 
     Raises:
-        ConfigError: a head is asked for, and there is none.
+        ConfigError: a head is required and there is none.
     """
     if config.kind != "auto" and "head" not in config.kind:
         return None
@@ -178,7 +179,7 @@ def find_head(config: DrafterConfig, target: ModelConfig) -> Path | None:
         return DEFAULT_HEAD
     if config.kind == "auto":
         return None
-    raise ConfigError(f"no draft head comes with '{target.model}': set drafter.head, or make one with treeline distill")
+    raise ConfigError(f"'{target.model}' has no draft head: set drafter.head, or make one with treeline distill")
 
 
 def _build_model(config: DrafterConfig, limits: LimitsConfig) -> tuple[DrafterInfo, LayeredProposer]:

@@ -1,6 +1,6 @@
-"""Growing draft trees layer by layer: one loop for every proposer and every policy.
+"""Grows draft trees layer by layer: one loop for all proposers and policies.
 
-A batch's trees grow together: each layer takes a few array operations, however many trees there are.
+The trees of a batch grow together: a layer takes a few array operations, whatever the number of trees.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from treeline.forest import COLUMNS, ROOT, Forest, Source
 from treeline.plan import Plan
 
 MIN_PROB = np.finfo(np.float32).tiny
+"""A node's probability is above 0 on the wire; a float32 softmax may underflow to 0."""
 
 
 class GrowingForest:
-    """The trees of one policy while they grow. Nodes are kept in the order in which they joined: layer by layer, within
-    a layer tree by tree. Index 0 of a node column stands for all roots; node u is 1 + u.
+    """The trees of one policy while they grow. Nodes are stored in the order in which they joined: layer by layer, tree
+    by tree within a layer. Index 0 of a node column stands for all roots; node u has index 1 + u.
 
         Two trees. First layer: a and b of tree 0, c of tree 1; second layer: d below b.
         token_ids [0, a, b, c, d]   tree_of [0, 0, 0, 1, 0]   above [0, 0, 0, 0, 2]
     """
 
     def __init__(self, roots: list[Root], places: list[int], source: Source) -> None:
-        """`places`: of these trees among all of the step; at least one."""
+        """`places`: indices of these trees among all of the step; at least one."""
         self.places = np.asarray(places, np.intp)
         self._policy = roots[0].policy
         self._source = np.uint8(source)
@@ -39,14 +40,14 @@ class GrowingForest:
         self._sampled = np.asarray([not root.sequence.sampling.greedy for root in roots])
         self._penalised = any(root.sequence.sampling.penalises for root in roots)
         self._depth = 0
-        # By tree: nodes, those of them that have children, the sum of their path probabilities.
+        # By tree: its nodes, those with children, the sum of their path probabilities.
         self._sizes, self._inner = np.zeros((2, len(roots)), np.intp)
         self._path_probs_sums = np.zeros(len(roots))
         # By node.
         self._scores, self._path_probs, self._probs = np.ones((3, 1), np.float32)
         self._tree_of, self._above = np.zeros((2, 1), np.intp)
         self._token_ids = np.zeros(1, np.int32)
-        # The frontier asked for last: each one's node and tree.
+        # The last frontier: each entry's node and tree.
         self._asked_trees = np.flatnonzero(self._max_depths)
         self._asked = np.zeros(len(self._asked_trees), np.intp)
         self._decision: tuple[Layer, NDArray[np.bool_]] | None = None
@@ -59,7 +60,7 @@ class GrowingForest:
         return Frontier(0, self.places[self._asked_trees], zeros.astype(np.int32), zeros, paths)
 
     def add_layer(self, new: Children, plan: Plan, batch: int) -> None:
-        """Let the policy choose among the children of the nodes asked for. `batch`: trees that grow together."""
+        """Let the policy choose among the children of the last frontier. `batch`: trees that grow together."""
         self._depth += 1
         self._decision = None
         if not len(new.above):
@@ -87,9 +88,9 @@ class GrowingForest:
         self._decision = (layer, kept)
 
     def next(self, plan: Plan) -> tuple[Frontier, list[Priced]]:
-        """The nodes of the last layer to run through the draft model next; and, tree by tree, what they are worth.
+        """The next frontier, chosen by the policy from the last layer, and the prices of its nodes tree by tree.
 
-        The policy chooses; in a tree that is full, only nodes better than its last one can have children that stay.
+        In a full tree only nodes better than its worst can have children that stay.
         """
         if self._decision is None:
             nodes = np.zeros(0, np.intp)
@@ -111,7 +112,7 @@ class GrowingForest:
             )
             if count
         ]
-        # A parent is found in the frontier before by its node; roots all have node 0, so there by its tree.
+        # A parent is found in the last frontier by its node. Roots all have node 0: they are found by their tree.
         if self._depth == 1:
             above = np.flatnonzero(self._max_depths).searchsorted(trees)
         else:
@@ -120,7 +121,7 @@ class GrowingForest:
         return Frontier(self._depth, self.places[trees], self._token_ids[nodes], above, paths), priced
 
     def finish(self) -> Forest:
-        """The trees, after the policy's last cut."""
+        """The trees, after the policy's final selection."""
         scores, tree_of = self._scores[1:], self._tree_of[1:]
         if not len(scores):
             return Forest.empty(len(self._sizes))
@@ -131,7 +132,7 @@ class GrowingForest:
         nodes = 1 + nodes[np.argsort(tree_of[nodes], kind="stable")]
         trees = self._tree_of[nodes]
         sizes = self._count(trees)
-        indices = np.full(len(self._scores), ROOT - 1, np.int32)  # by node; no tree may have a parent that was cut
+        indices = np.full(len(self._scores), ROOT - 1, np.int32)  # by node; a parent that was cut would be invalid
         indices[0] = ROOT
         indices[nodes] = np.arange(len(nodes)) - (sizes.cumsum() - sizes)[trees]
         return Forest(
@@ -168,13 +169,13 @@ class GrowingForest:
         return tokens[::-1]
 
     def _within_limits(self, layer: Layer, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which candidates are among their tree's best `max_nodes` so far; no others can be in the end."""
+        """The candidates among their tree's best `max_nodes` so far; others cannot be among them in the end."""
         scores = np.concatenate([self._scores[1:], np.where(kept, layer.scores, np.float32(-1))])
         tree_of = np.concatenate([self._tree_of[1:], layer.tree_of])
         return (places_by_score(scores, tree_of) < self._limits[tree_of])[len(self._scores) - 1 :]
 
     def _least_that_stays(self, full: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """float32 [trees]: the score of the last node that fits into each `full` tree; below all scores elsewhere."""
+        """float32 [trees]: the score of the worst node that fits into each `full` tree; below all scores elsewhere."""
         scores, tree_of = self._scores[1:], self._tree_of[1:]
         last = (places_by_score(scores, tree_of) == self._limits[tree_of] - 1) & full[tree_of]
         least = np.full(len(full), -1, np.float32)
@@ -183,7 +184,7 @@ class GrowingForest:
 
 
 def grow(roots: list[Root], plan: Plan, proposer: Proposer) -> Forest:
-    """Grow all trees of a step until no policy wants more, or another layer does not pay for the whole batch."""
+    """Grow all trees of a step until no policy wants more, or another layer does not pay for the batch."""
     of_policies: dict[str, list[int]] = {}
     for place, root in enumerate(roots):
         of_policies.setdefault(root.policy.spec, []).append(place)
@@ -204,7 +205,7 @@ def grow(roots: list[Root], plan: Plan, proposer: Proposer) -> Forest:
 
 
 def _joined(frontiers: list[Frontier], starts: list[int]) -> Frontier:
-    """One frontier for all policies. `starts`: where each one's frontier before began among those of all."""
+    """One frontier for all policies. `starts`: where each policy's last frontier began in the joined one."""
     if len(frontiers) == 1:
         return frontiers[0]
     paths = [path for f in frontiers for path in (f.paths or [[]] * len(f.tree_of))]
@@ -218,7 +219,7 @@ def _joined(frontiers: list[Frontier], starts: list[int]) -> Frontier:
 
 
 def _between(children: Children, start: int, end: int) -> Children:
-    """The children of the frontier's nodes from `start` to `end`, counted from there."""
+    """The children of the frontier's nodes `start` to `end`, with parents counted from `start`."""
     a, b = children.above.searchsorted((start, end)).tolist()
     return Children(children.above[a:b] - start, children.token_ids[a:b], children.probs[a:b], children.ranks[a:b])
 

@@ -1,4 +1,4 @@
-"""Drafts by a head that reads the target's hidden states: all requests of a step together, one tree layer a pass."""
+"""Proposes the tokens of a draft head, which reads the target's hidden states: one pass per tree layer."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from lm.sampling import Row
 class HeadProposer(LayeredProposer):
     """Proposes a draft head's top tokens.
 
-    Committed tokens are run with the target's features, as they come; what was run for a tree is dropped, since its
-    nodes took the head's own output in their place. Tokens whose features are missing are not run: the head then
-    begins anew with those it has.
+    Committed tokens run with the target's features. Tree nodes run with the head's own output instead, so their KV is
+    dropped after the step. Tokens without features are not run: the head then starts over with the features it has.
     """
 
     def __init__(self, head: DraftHead, cache: KVCache, max_nodes: int) -> None:
         super().__init__(cache, max_nodes)
         self._head = head
-        # The last pass: its output states, and which of them is that of each node of the last frontier.
+        # Output states of the last pass, and the index of each node's state among them.
         self._states = torch.empty(0)
         self._state_of: NDArray[np.intp] = np.zeros(0, np.intp)
         self._state_of_root: dict[Key, int] = {}
@@ -67,7 +66,7 @@ class HeadProposer(LayeredProposer):
         return {session.key: row for (session, _), row in zip(runs, logits, strict=True)}
 
     def _run_layer(self, roots: list[Root], frontier: Frontier) -> tuple[NDArray[np.intp], Tensor]:
-        if frontier.depth == 1:  # the nodes above are roots, whose states the committed tokens' pass left
+        if frontier.depth == 1:  # the parents are roots: their states come from the pass over committed tokens
             keys = [roots[tree].session.key for tree in frontier.tree_of.tolist()]
             above = np.asarray([self._state_of_root[key] for key in keys], np.intp)
         else:
@@ -86,9 +85,9 @@ class HeadProposer(LayeredProposer):
 
 
 def _valid_tokens(session: Session, kv: SequenceCache) -> int:
-    """How many of the session's tokens need not run again; drops what the cache holds beyond them.
+    """How many of the session's tokens need not run again; drops the rest of the cache.
 
-    The root always runs again, with its features. Where features are missing in between, the cache begins anew.
+    The root always runs again, with its features. If features are missing in between, the cache starts over.
     """
     known_from = len(session.tokens) - len(session.features)
     valid = min(session.kv_start + kv.length, session.unchanged, len(session.tokens) - 1)

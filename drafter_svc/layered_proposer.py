@@ -1,4 +1,4 @@
-"""What proposers that run a network have in common: one pass a layer, for all trees of a step together."""
+"""Proposers that run a network: one pass per layer, for all trees of a step together."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from lm.packed import PackedSequence
 from lm.sampling import Row
 from treeline.forest import ROOT, Source
 
-PROFILE_NODES = 16
-PROFILE_CONTEXT_TOKENS = 128
-PROFILE_S = 2.0
+PROFILE_NODES, PROFILE_CONTEXT_TOKENS = 16, 128
+"""The pass whose time, less that of one node, gives the cost of a node: an ordinary tree behind a short prompt."""
+PROFILE_ROUNDS, PROFILE_S = 6, 2.0
+"""Passes of each size, the first one a warm-up, and the seconds after which no further round begins."""
 
 
 @dataclass
 class LayerStats:
-    """What one step ran through the network, tree layer by tree layer (see `DraftStats`)."""
+    """What one step ran through the network, by tree layer (see `DraftStats`)."""
 
     nodes: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -36,7 +37,7 @@ class LayeredProposer(ABC):
     """Proposes a network's top tokens, under the target's own noise where a request samples.
 
     Attributes:
-        cache: of the network; `SessionMemory` shares it out.
+        cache: the network's; `SessionMemory` divides it among the sessions.
         stats: of the current step.
     """
 
@@ -48,9 +49,9 @@ class LayeredProposer(ABC):
         self.stats = LayerStats()
         self._max_nodes = max_nodes
         self._root_logits: dict[Key, Tensor] = {}
-        """A row of logits below the root of each session of this step that is up to date."""
+        """The root's logits of each up-to-date session of this step."""
         self._entries: NDArray[np.intp] = np.zeros(0, np.intp)
-        """intp [frontier]: scratch index of each node of the last frontier, ROOT for roots and what was not run."""
+        """intp [frontier]: scratch index of each node of the last frontier; ROOT for roots and nodes not run."""
 
     def begin(self, sessions: list[Session], memory: SessionMemory) -> None:
         started_s = time.perf_counter()
@@ -78,7 +79,7 @@ class LayeredProposer(ABC):
     def measure(self) -> tuple[float, float]:
         """(seconds of a tree layer, seconds of each node in it), from a few passes over scratch nodes.
 
-        Takes at most a few seconds beyond its first passes; needs a little room in the cache.
+        Takes about PROFILE_S, and needs a little room in the cache.
         """
         capacity = self.cache.total_blocks * self.cache.block_tokens
         kv = self.cache.allocate(min(PROFILE_CONTEXT_TOKENS + PROFILE_NODES, capacity))
@@ -88,30 +89,30 @@ class LayeredProposer(ABC):
         self.cache.commit([(kv, list(range(context)))])
         seconds: dict[int, list[float]] = {1: [], PROFILE_NODES: []}
         deadline_s = time.perf_counter() + PROFILE_S
-        for repeat in range(6):
+        for repeat in range(PROFILE_ROUNDS):
             for count, taken_s in seconds.items():
                 pass_s = self._time_pass(kv, count, np.full(count, ROOT, np.int32))
                 self.cache.commit([(kv, [])])
-                if repeat:  # the first passes only warm up
+                if repeat:  # the first round only warms up
                     taken_s.append(pass_s)
             if repeat and time.perf_counter() > deadline_s:
                 break
         self.cache.free(kv)
-        # Whatever else the machine does only adds time: other services start at the same moment.
+        # Other processes only add time: the services start together, so the fastest pass counts.
         one_s, many_s = min(seconds[1]), min(seconds[PROFILE_NODES])
         node_s = max(0.0, many_s - one_s) / (PROFILE_NODES - 1)
         return max(0.0, one_s - node_s), node_s
 
     @abstractmethod
     def _follow(self, sessions: list[Session], memory: SessionMemory) -> dict[Key, Tensor]:
-        """Bring the cache up to date; a row of logits below the root of each session that is."""
+        """Bring the cache up to date. Returns the root's logits of each session that is."""
 
     @abstractmethod
     def _run_layer(self, roots: list[Root], frontier: Frontier) -> tuple[NDArray[np.intp], Tensor]:
-        """Run the frontier's nodes, their pass counted in `stats`.
+        """Run the frontier's nodes and count their pass in `stats`.
 
         Returns:
-            intp [r], which of the frontier's nodes were run, rising; and a row of logits below each.
+            intp [r], increasing: the nodes of the frontier that were run; and a row of logits for each.
         """
 
     @abstractmethod
@@ -120,7 +121,7 @@ class LayeredProposer(ABC):
 
     @abstractmethod
     def _pass(self, kv: SequenceCache, tokens: int, parents: np.ndarray | None) -> Tensor:
-        """A pass over so many tokens of any kind; its logits."""
+        """The logits of a pass over this many arbitrary tokens."""
 
     def _time_pass(self, kv: SequenceCache, tokens: int, parents: np.ndarray | None) -> float:
         started_s = time.perf_counter()
@@ -140,9 +141,10 @@ class LayeredProposer(ABC):
     def _append(
         self, roots: list[Root], frontier: Frontier, most_tokens: int | None = None
     ) -> list[tuple[Session, NDArray[np.intp]]]:
-        """Give the frontier's nodes their scratch entries, as far as there is room: each session and its nodes to run.
+        """Assign scratch entries to the frontier's nodes while there is room; returns each session's nodes to run.
 
-        most_tokens: the longest sequence that the network reads.
+        Args:
+            most_tokens: the longest sequence that the network supports.
         """
         parents = self._entries[frontier.above]
         self._entries = np.full(len(frontier.tree_of), ROOT, np.intp)
@@ -169,7 +171,7 @@ class LayeredProposer(ABC):
 
 
 def packed_nodes(runs: list[tuple[Session, NDArray[np.intp]]], frontier: Frontier) -> list[PackedSequence]:
-    """A pass over these nodes of the frontier, which are the newest entries of their sessions' scratch."""
+    """A pass over these nodes of the frontier, the newest entries in their sessions' scratch."""
     packed = []
     for session, nodes in runs:
         assert session.kv is not None
@@ -179,7 +181,7 @@ def packed_nodes(runs: list[tuple[Session, NDArray[np.intp]]], frontier: Frontie
 
 
 def _sampling_row(root: Root, depth: int, path: list[int]) -> Row:
-    """How the token below a node of this depth is chosen. `path`: draft tokens down to it."""
+    """How a child of a node at this depth is drawn. `path`: draft tokens down to the node."""
     params, tokens = root.sequence.sampling, root.session.tokens
     history = np.asarray(tokens + path, np.int64) if params.penalises else None
     return Row(params, len(tokens) + depth, history, root.sequence.prompt_tokens)

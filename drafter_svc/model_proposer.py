@@ -1,4 +1,4 @@
-"""Drafts by a language model: all requests of a step together, one tree layer a forward pass."""
+"""Proposes the tokens of a draft language model: one forward pass per tree layer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from lm.sampling import Row, top_drafts
 
-CATCH_UP_TOKENS = 512
-"""Most tokens per step for sessions that are far behind, all of them together."""
+MAX_CATCH_UP_TOKENS = 512
+"""Most tokens per step for all sessions that are far behind together: two prompt chunks of the target by default, in a
+model that is several times faster."""
 SHORT_RUN_TOKENS = 40
-"""What an ordinary step may leave to run (a path and its root). Sessions no further behind are always served."""
+"""Missing tokens of a session that always run: the deepest tree's path (MAX_TREE_DEPTH), the root, a few to spare."""
 
 
 class ModelProposer(LayeredProposer):
     """Proposes a language model's top tokens.
 
-    Its cache follows each session: of the last step's tree the accepted path stays, and only what is missing is run.
+    Its cache follows each session: the accepted path of the last tree stays, and only missing tokens run.
     """
 
     def __init__(self, model: LanguageModel, cache: KVCache, max_nodes: int) -> None:
@@ -42,7 +43,7 @@ class ModelProposer(LayeredProposer):
         return self._model.forward([PackedSequence(kv, [0] * tokens, parents)], self.cache)
 
     def _keep_accepted(self, sessions: list[Session]) -> None:
-        """Commit what was drafted and accepted; drop what the tokens contradict, and the root, which runs again."""
+        """Commit accepted draft nodes; drop the KV of changed tokens, and of the root, which runs again."""
         moves, lengths = [], []
         for session in sessions:
             if session.kv is None:
@@ -58,7 +59,7 @@ class ModelProposer(LayeredProposer):
                 kv.truncate(length)
 
     def _reserve(self, sessions: list[Session], memory: SessionMemory) -> list[tuple[Session, SequenceCache]]:
-        """The sessions that have room for their tokens and a tree."""
+        """The sessions with room for their tokens and a tree."""
         reserved = []
         for session in sessions:
             if len(session.tokens) > self._model.max_context_tokens:
@@ -70,8 +71,8 @@ class ModelProposer(LayeredProposer):
         return reserved
 
     def _run_missing(self, sessions: list[tuple[Session, SequenceCache]]) -> dict[Key, Tensor]:
-        """Run the tokens that are not in the cache, root included; of those far behind CATCH_UP_TOKENS in all."""
-        budget = CATCH_UP_TOKENS
+        """Run the tokens that are not in the cache, root included; for those far behind, MAX_CATCH_UP_TOKENS in all."""
+        budget = MAX_CATCH_UP_TOKENS
         runs: list[tuple[Key, PackedSequence]] = []
         for session, kv in sessions:
             missing = session.tokens[kv.length :]

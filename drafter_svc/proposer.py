@@ -1,4 +1,4 @@
-"""What a draft model is asked, and what it answers: one layer of all trees of a step, as columns."""
+"""The interface of draft models: a frontier in, its proposed children out, as columns over all trees of a step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Frontier:
         depth: of the nodes; 0 for the roots themselves.
         tree_of: intp; index of each node's tree in the step.
         token_ids: int32.
-        above: intp; place of each node's parent in the frontier before, 0 at depth 0.
+        above: intp; index of each node's parent in the previous frontier, 0 at depth 0.
         paths: draft tokens down to each node, itself included; only if a request of the step has a penalty.
     """
 
@@ -50,7 +50,7 @@ class Children:
     """Proposed children, columns [m], in the order of the frontier and there best first.
 
     Attributes:
-        above: intp; place of the parent in the frontier. Nodes that could not be run have no children.
+        above: intp; index of the parent in the frontier. Nodes that could not be run have no children.
         token_ids: int32; distinct under one parent.
         probs: float32; the drafter's probability of each child given its parent.
         ranks: uint8; 0 for the first choice under this parent.
@@ -84,9 +84,9 @@ class Proposer(Protocol):
     source: Source
 
     def begin(self, sessions: list[Session], memory: SessionMemory) -> None:
-        """A step begins: follow these sessions' tokens."""
+        """Begin a step: catch up with these sessions' tokens."""
         ...
 
     def propose(self, roots: list[Root], frontier: Frontier) -> Children:
-        """Children of all nodes of `frontier`, whose trees grow from `roots`: the roots first, then layer by layer."""
+        """Children of all nodes of `frontier`: first the `roots`, then layer by layer."""
         ...

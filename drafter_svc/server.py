@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["DraftingService"].full_name
 STREAM_GRACE_S = 0.2
-"""For a step that is being drafted: the streams themselves have no end to wait for."""
+"""For the step that is being drafted; the streams never end by themselves."""
 
 
 class DrafterServer:
@@ -53,7 +53,7 @@ class DrafterServer:
 
     @classmethod
     async def start(cls, config: Config) -> DrafterServer:
-        """A drafter that listens, its model loaded and measured.
+        """Load and measure the model, then listen.
 
         Raises:
             ConfigError: the draft model cannot be used, or a certificate, token or port is wrong.
@@ -72,18 +72,18 @@ class DrafterServer:
         return cls(endpoint, metrics_port, server, health_servicer, service)
 
     async def check(self) -> None:
-        """Raise RuntimeError if this replica cannot draft any more."""
+        """Raise RuntimeError if this replica can no longer draft."""
         await self._service.check()
 
     async def stop(self, grace_s: float = 5) -> None:
-        """Say NOT_SERVING, end the streams, free everything. Verifiers go on unspeculated."""
+        """Report NOT_SERVING, end the streams, free everything. Verifiers decode plainly."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(min(grace_s, STREAM_GRACE_S))
         await self._service.close()
 
 
 class DraftingService(pb_grpc.DraftingServiceServicer):
-    """Streams in front of one drafter. Drafting, and all else that touches it, happens in the worker's one thread."""
+    """Streams in front of one drafter, which only the worker's single thread uses."""
 
     def __init__(
         self, drafter: TreeDrafter, limits: LimitsConfig, worker: ThreadPoolExecutor, metrics: DrafterMetrics
@@ -112,7 +112,7 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
                 yield await loop.run_in_executor(self._worker, self._draft, request, stream)
         finally:
             self._streams -= 1
-            # Not awaited, as this may be a cancellation; behind a step that still runs, since there is one worker.
+            # Not awaited, since this may be a cancellation. The single worker runs it after a step in progress.
             self._worker.submit(self._release_stream, stream)
 
     async def GetDrafterInfo(
@@ -132,11 +132,11 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
         )
 
     async def check(self) -> None:
-        """Raise RuntimeError if the drafter's thread takes no more work."""
+        """Raise RuntimeError if the drafter's thread accepts no work."""
         await asyncio.get_running_loop().run_in_executor(self._worker, lambda: None)
 
     async def close(self) -> None:
-        """Free everything; the streams have ended."""
+        """Free everything, after the streams have ended."""
         await asyncio.get_running_loop().run_in_executor(self._worker, self._drafter.close)
         self._worker.shutdown(wait=False)
 
@@ -161,7 +161,7 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
 
 
 def check_request(request: DraftRequest, limits: LimitsConfig, info: DrafterInfo) -> None:
-    """Raise ValueError unless `request` stays within the deployment's limits, and fits the drafter."""
+    """Raise ValueError if `request` exceeds the deployment's limits or does not fit the drafter."""
     width = info.features.width if info.features else 0
     if len(request.sequences) > limits.max_running_requests:
         raise ValueError(f"{len(request.sequences)} sequences, at most {limits.max_running_requests} run at once")
@@ -179,7 +179,7 @@ def check_request(request: DraftRequest, limits: LimitsConfig, info: DrafterInfo
 
 
 def _build(config: Config) -> TreeDrafter:
-    """A target on a model hub is not fetched just for its tokenizer: the verifier compares when it connects."""
+    """Build the drafter. A target on a model hub is not fetched for its tokenizer alone: the verifier compares."""
     drafter, target, target_sha256 = config.drafter, config.verifier.target, None
     modelled = "model" in drafter.kind or find_head(drafter, target) is not None
     if modelled and (target.model == DEFAULT_MODEL or Path(target.model).expanduser().exists()):

@@ -1,4 +1,4 @@
-"""What the drafter holds of its requests: their tokens, and their part of the draft model's KV cache."""
+"""The drafter's sessions: each request's tokens and its part of the draft model's KV cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from treeline.drafting import NO_FEATURES, DraftSequence
 from treeline.forest import ROOT
 
 GROWTH_TOKENS = 256
-"""Room for new tokens when KV is reserved for a session, at least: an answer's worth, so that few sessions move."""
+"""Least room for new tokens when KV is reserved for a session: one answer, so that few sessions are rebuilt."""
 
 Key = tuple[int, int]
 """(verifier's stream, session id): session ids are unique for each verifier only."""
@@ -26,10 +26,10 @@ class Session:
 
     Attributes:
         tokens: the whole sequence, the last token being the next tree's root.
-        unchanged: leading tokens that the latest update left as they were.
+        unchanged: leading tokens that the latest update did not change.
         features: of the latest update (see `DraftSequence`).
-        kv: its part of the draft model's cache: committed tokens, and the tree's nodes in scratch.
-        kv_start: index of the token that `kv` begins with.
+        kv: its part of the draft model's cache: committed tokens, then the tree's nodes in scratch.
+        kv_start: index of the first token in `kv`.
         parents: scratch index of each scratch entry's parent, ROOT for children of the root.
         entries: scratch index by (parent's scratch index, token).
     """
@@ -44,7 +44,7 @@ class Session:
     entries: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def update(self, start: int, token_ids: list[int], features: NDArray[np.uint16] = NO_FEATURES) -> None:
-        """Replace everything from `start` on by `token_ids`."""
+        """Replace the tokens from `start` on by `token_ids`."""
         self.features = features
         old = self.tokens[start:]
         same = next((i for i, (a, b) in enumerate(zip(old, token_ids, strict=False)) if a != b), None)
@@ -68,9 +68,9 @@ class Session:
 
 
 class SessionMemory:
-    """At most `max_sessions` sessions and their KV, the least recently used first: those give way.
+    """At most `max_sessions` sessions and their KV; the least recently used ones are evicted.
 
-    The sessions of one step never displace one another. A session without KV is rebuilt from its tokens.
+    The sessions of one step never evict one another. A session without KV is rebuilt from its tokens.
     """
 
     def __init__(self, max_sessions: int, cache: KVCache | None) -> None:
@@ -78,7 +78,7 @@ class SessionMemory:
         self._max_sessions = max_sessions
         self._cache = cache
         self._sessions: OrderedDict[Key, Session] = OrderedDict()
-        self._current: set[Key] = set()  # sessions of the step at hand
+        self._current: set[Key] = set()  # sessions of the present step
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -93,7 +93,7 @@ class SessionMemory:
         later ones are not admitted.
 
         Returns:
-            The session of each sequence, None where it is not up to date; and how many tokens each of these holds.
+            The session of each sequence, None if it is not up to date; and the tokens that each of those holds.
         """
         keys = [(verifier, sequence.session_id) for sequence in sequences]
         self._current = set(keys)
@@ -116,15 +116,15 @@ class SessionMemory:
         return admitted, held
 
     def reserve_kv(self, session: Session, tokens: int, tree_nodes: int) -> SequenceCache | None:
-        """KV for `tokens` tokens of a session of this step and a tree: its own if that is large enough.
+        """KV for `tokens` tokens of a session of this step and a tree; its present KV if that is large enough.
 
-        None if there is no room without touching the other sessions of this step.
+        None if there is no room without evicting other sessions of this step.
         """
         assert self._cache is not None
         needed = tokens + tree_nodes
         if session.kv is not None and session.kv.capacity >= needed:
             return session.kv
-        self.free_kv(session)  # what is too small is rebuilt elsewhere
+        self.free_kv(session)  # rebuilt in a larger place
         idle = iter([s for key, s in self._sessions.items() if s.kv is not None and key not in self._current])
         for room in (max(tokens, GROWTH_TOKENS), GROWTH_TOKENS // 4):
             while needed + room <= self._cache.total_blocks * self._cache.block_tokens:
@@ -152,7 +152,7 @@ class SessionMemory:
                 self.free_kv(session)
 
     def _make_room(self) -> bool:
-        """Room for one more session; False if all that are held belong to this step."""
+        """Make room for one more session; False if all sessions belong to this step."""
         if len(self._sessions) < self._max_sessions:
             return True
         oldest = next(iter(self._sessions))

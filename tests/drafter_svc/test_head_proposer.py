@@ -166,7 +166,7 @@ def test_a_missing_or_broken_head_is_one_clear_line(target_folder, tmp_path):
     (tmp_path / "config.json").write_text('{"target": 1}')
     with pytest.raises(ConfigError, match="cannot load the draft head"):
         build_drafter(DrafterConfig(kind="head", head=tmp_path), target, LimitsConfig(), None)
-    with pytest.raises(ConfigError, match="no draft head comes with"):
+    with pytest.raises(ConfigError, match="has no draft head"):
         find_head(DrafterConfig(kind="head"), target)
     assert find_head(DrafterConfig(), target) is None
     assert DRAFT_VOCAB_SIZE < 256

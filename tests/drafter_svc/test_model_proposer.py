@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from drafter_svc.drafter import DrafterInfo, TreeDrafter
-from drafter_svc.model_proposer import CATCH_UP_TOKENS, ModelProposer
+from drafter_svc.model_proposer import MAX_CATCH_UP_TOKENS, ModelProposer
 from lm.model import LanguageModel
 from lm.sampling import Row, choose_tokens
 from tests.drafter_svc.doubles import GREEDY, paths, plan, tiny_language_model, tree_paths, trees_of
@@ -184,7 +184,7 @@ def test_long_prompts_catch_up_in_chunks_beside_running_sessions(reference):
     long_context.max_context_tokens = 4096
     bench = Bench(long_context)
     generator = random.Random(6)
-    short, long = some_tokens(generator, 20), some_tokens(generator, 2 * CATCH_UP_TOKENS + 100)
+    short, long = some_tokens(generator, 20), some_tokens(generator, 2 * MAX_CATCH_UP_TOKENS + 100)
     sizes, run = [], []
     for _ in range(4):
         reply = bench.step({1: short, 2: long})
@@ -193,7 +193,7 @@ def test_long_prompts_catch_up_in_chunks_beside_running_sessions(reference):
         run.append(reply.stats.catch_up_tokens)
         short = [*short, 5]
     assert sizes == [0, 0, 4, 4]
-    assert max(run) <= CATCH_UP_TOKENS + 20
+    assert max(run) <= MAX_CATCH_UP_TOKENS + 20
 
 
 def test_no_token_is_run_beyond_the_draft_models_context(model):

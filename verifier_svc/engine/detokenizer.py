@@ -1,4 +1,4 @@
-"""From tokens to text: only text that no later token can change, and nothing of a stop string."""
+"""From tokens to text. Text is released once no later token can change it and no stop string can begin in it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from os.path import commonprefix
 from tokenizers import Tokenizer
 
 UNKNOWN = "\ufffd"
-"""What invalid UTF-8 decodes to, and the start of a character whose other bytes have not come."""
+"""What invalid UTF-8 decodes to, and a character whose last bytes have not come."""
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 """A token of a byte-fallback vocabulary. One invalid byte turns every byte of an unbroken run into U+FFFD."""
 CONTEXT_TOKENS = 5
-"""Text of the prompt that decoders look at: one token for spaces, and the up to 3 bytes of an unfinished character."""
+"""Tokens of the prompt that decoding depends on: one for spaces, up to 3 bytes of a split character, one spare."""
 
 
 class Detokenizer:
     """The text of one answer, piece by piece. Feed every token once, in order.
 
-    All pieces together are what decoding prompt and answer gives beyond the text of the prompt, up to a stop string.
+    The pieces together are the decoded text of prompt and answer, less that of the prompt, up to a stop string.
 
     Args:
-        include_stop: the text holds the stop string that ended it.
-        skip_special: special tokens are no part of the text.
-        min_tokens: the text of so many tokens is never looked at for stop strings.
+        include_stop: keep the stop string that ends the text.
+        skip_special: leave special tokens out of the text.
+        min_tokens: stop strings are ignored in the text of this many tokens.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class Detokenizer:
         self._unlooked_tokens = min_tokens + 1
         self._held = ""
         self.matched_stop: str | None = None
-        # A window of tokens that decodes like the whole text: those of `_shown`, and what came since.
+        # A window of tokens that decodes like the end of the whole text: those of `_shown`, then newer ones.
         self._window = self._context(prompt)
         self._shown = self._decoded()
 
     def feed(self, token_id: int) -> str:
-        """The text that is certain now. Sets `matched_stop`, after which no token may be fed."""
+        """The text that is now certain. Sets `matched_stop`, after which no token may be fed."""
         self._unlooked_tokens -= 1
         token = self._token(token_id)
         if token is None:
@@ -66,7 +66,7 @@ class Detokenizer:
         return self._release(piece)
 
     def flush(self) -> str:
-        """The text held back, once the request has ended for another reason than a stop string."""
+        """The text held back, after the request has ended without a stop string."""
         if self.matched_stop is not None:
             return ""
         text = self._release(self._new(self._decoded()))
@@ -78,7 +78,7 @@ class Detokenizer:
         return self._tokenizer.decode(self._window, skip_special_tokens=self._skip_special)
 
     def _context(self, prompt: Sequence[int]) -> list[int]:
-        """The last tokens of the prompt, back to one that is no byte: a run of bytes decodes as a whole."""
+        """The prompt's last tokens, back to one that is no byte token: a run of bytes decodes as a whole."""
         context: list[int] = []
         for token_id in reversed(prompt):
             if (token := self._token(token_id)) is None:
@@ -89,21 +89,21 @@ class Detokenizer:
         return context[::-1]
 
     def _token(self, token_id: int) -> str | None:
-        """How a token is spelled; None if it stands for no text."""
+        """The spelling of a token; None if it has no text."""
         return None if token_id in self._special else self._tokenizer.id_to_token(token_id)
 
     def _new(self, text: str) -> str:
-        """What `text` of the window holds beyond what was shown of it."""
+        """The part of the window's `text` that was not shown yet."""
         new = text[len(commonprefix((self._shown, text))) :]  # noqa: RUF071 (of characters, as wanted)
         self._shown = text if new else self._shown
         return new
 
     def _release(self, piece: str) -> str:
-        """Add `piece` to what is held, and let go of all that cannot become part of a stop string."""
+        """Add `piece` to the held text, and release all of it that cannot be part of a stop string."""
         if self._unlooked_tokens > 0:
             return piece
         self._held += piece
-        # The one that ends first, so that it does not matter how the text was cut into pieces.
+        # The stop string that ends first: the result must not depend on how the text was cut into pieces.
         ends = [(at + len(stop), at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if ends:
             end, start, self.matched_stop = min(ends)
@@ -120,5 +120,5 @@ def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""The engine: one `step()` schedules, drafts, verifies, commits and reports. Single-threaded on purpose."""
+"""The engine: one `step()` schedules, drafts, verifies, commits and reports. One thread calls it."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class Engine:
     """Continuous batching with speculative trees over one target model.
 
     Args:
-        link: the way to the drafter; None never drafts.
-        plan: gives the plan in force; called once a step.
-        clock: seconds of a monotonic clock; a simulation gives its own.
+        link: the link to the drafter; None never drafts.
+        plan: returns the plan in force; called once per step.
+        clock: monotonic seconds; a simulation passes its own clock.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Engine:
         chunk_tokens = min(verifier.prefill_chunk_tokens, model.passes.most_tokens)
         self.scheduler = Scheduler(self.cache, config.limits, chunk_tokens, verifier.prefix_caching, clock)
         hidden_states = HiddenStates(model, config.limits.max_message_bytes)
-        # What a drafter reads belongs to the captured passes: one that is known by now costs no second capture.
+        # A drafter's features are part of captured passes: if it is known now, they are captured once.
         hidden_states.follow(link.features if link else None)
         model.capture(self.cache)
         looks_up = link is not None and config.drafter.looks_up
@@ -81,7 +81,7 @@ class Engine:
     def add(self, request: GenerationRequest) -> list[Output]:
         """Queue a request whose id is not in use.
 
-        Returns its completion if it is resumed behind its last token, of which only the completion was still to come.
+        Returns its completion if it resumes after its last token.
 
         Raises:
             InvalidRequestError: it could never fit the KV cache.
@@ -129,7 +129,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True while requests wait or run, or the drafter has still to be told of ended ones."""
+        """Whether requests wait or run, or the drafter must still be told of ended ones."""
         return bool(self.scheduler.running or self.scheduler.waiting) or self.speculator.exchange.owes_release
 
     def step(self) -> tuple[list[Output], StepRecord | None]:
@@ -188,7 +188,7 @@ class Engine:
         return target_walks(forest, chosen.tolist())  # The step waits for the device here, and nowhere else.
 
     def _commit(self, batch: Batch, walks: list[Walk]) -> None:
-        """Keep the KV of the root and of what was accepted, and of prompt chunks; drop the rest."""
+        """Keep the KV of the roots, the accepted nodes and the prompt chunks; drop the rest."""
         decoded = zip(batch.decoding, walks[: len(batch.decoding)], strict=True)
         moves = [(sequence.kv, [0, *(1 + node for node in walk.accepted)]) for sequence, walk in decoded]
         moves += [(sequence.kv, list(range(tokens))) for sequence, tokens in batch.prefilling]
@@ -237,15 +237,15 @@ class Engine:
 
 @contextmanager
 def _confined(sequence: Sequence) -> Iterator[None]:
-    """Lets whatever raises inside end `sequence` alone: the rest of the batch goes on."""
+    """Let an exception inside end `sequence` alone: the rest of the batch goes on."""
     try:
         yield
     except Exception:
-        logger.exception("request %s failed and ends", sequence.request.request_id)
+        logger.exception("request %s ends: processing it failed", sequence.request.request_id)
         sequence.finish_reason = FinishReason.FAILED
 
 
 def _rows(sequences: list[Sequence], forest: Forest) -> list[Row]:
-    """Each root's row, then its nodes': what is drawn there is the token that follows it."""
+    """How the token after each root, and after each of its nodes, is drawn."""
     trees = zip(sequences, forest.paths(), strict=True)
     return [sequence.row(path) for sequence, paths in trees for path in ([], *paths)]

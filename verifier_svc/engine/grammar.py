@@ -1,4 +1,4 @@
-"""Grammars on trees: which tokens may follow each node, by the text of its own path."""
+"""Grammars on trees: the tokens that may follow each node's own path."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from numpy.typing import NDArray
 
 
 class Grammar(NamedTuple):
-    """A compiled grammar. `matcher`: at the beginning of the answer, and never moved."""
+    """A compiled grammar. `matcher`: at the start of the answer; it is copied, never advanced."""
 
     matcher: LLMatcher
     vocab_size: int
 
     def warm_up(self) -> str:
-        """Build what the first mask needs, so that the engine need not; returns why that is too much, or nothing."""
+        """Build what the first mask needs, outside the engine's thread; returns the error, empty if there is none."""
         first = int(_mask(self.matcher, self.vocab_size).argmax())
-        probe = self.matcher.deep_copy()  # An error shows only when a token is taken.
+        probe = self.matcher.deep_copy()  # Some errors show only when a token is consumed.
         probe.consume_token(first)
         return probe.get_error()
 
     def begin(self) -> GrammarState:
-        """Where an answer's first token stands."""
+        """The state before an answer's first token."""
         return GrammarState(self.matcher.deep_copy(), self.vocab_size)
 
 
 class GrammarState:
-    """How far the text of one request has come in its grammar."""
+    """One request's position in its grammar."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
 
     def take(self, token_id: int) -> None:
-        """The answer goes on with this token.
+        """Advance by the answer's next token.
 
         Raises:
-            ValueError: it may not: the grammar has come to a dead end, or has become too complex.
+            ValueError: the token is not allowed: the grammar is at a dead end, or has become too complex.
         """
         if not self._matcher.consume_token(token_id):
             raise ValueError(f"the grammar ends: {self._matcher.get_error().splitlines()[0]}")
 
     @property
     def ended(self) -> bool:
-        """Whether the text is whole and nothing can follow it."""
+        """Whether the text is complete and nothing can follow it."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def allows(self, path: list[int]) -> bool:
-        """Whether the text may go on with all these tokens."""
+        """Whether all these tokens may follow the text."""
         return self._matcher.validate_tokens(path) == len(path)
 
     def allowed(self, path: list[int]) -> NDArray[np.bool_]:
-        """bool [vocab]: what may follow `path`, tokens behind the text so far; its end where the text may end."""
+        """bool [vocab]: the tokens that may follow text and `path`, end tokens included where the text may end."""
         matcher = self._matcher
         if path:
             matcher = matcher.deep_copy()

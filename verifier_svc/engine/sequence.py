@@ -1,4 +1,4 @@
-"""One request's state inside the engine. The engine owns it; nobody else touches it."""
+"""One request's state inside the engine's thread; no other thread reads or writes it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from verifier_svc.engine.grammar import GrammarState
 from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, SpeculationTotals
 
 TOKENS_PER_DOUBLING = 4.0
-"""Tokens behind the target for which a request counts double: about what one drafted step can make up for."""
+"""Tokens behind the target at which a request's tokens count double: one drafted step can make up for about as many."""
 MAX_URGENCY = 8.0
-"""Most that a token may count: beyond 12 tokens behind, more nodes hardly help, and the others must go on."""
+"""Largest factor: more than 12 tokens behind, more nodes hardly help, and the other requests must go on."""
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Sequence:
         return len(self.token_ids) - self.drafter_tokens
 
     def urgency(self, now_s: float) -> float:
-        """1 to MAX_URGENCY: how much more its tokens count because k tokens that are due have not come: 2^(k / 4)."""
+        """1 to MAX_URGENCY: the factor on its tokens' value, 2^(k / TOKENS_PER_DOUBLING) if k tokens are overdue."""
         target_s = self.request.target_s
         if target_s is None or self.first_token_s is None:
             return 1.0
@@ -100,11 +100,11 @@ class Sequence:
         return min(MAX_URGENCY, 2.0 ** max(0.0, min(behind_tokens, 1e3) / TOKENS_PER_DOUBLING))
 
     def weight(self, now_s: float) -> float:
-        """What one of its tokens is worth now, among those of other requests."""
+        """Value of one of its tokens, before `weights_of` scales the batch's mean to 1."""
         return self.request.weight * self.urgency(now_s)
 
     def resume(self, now_s: float) -> None:
-        """Take the tokens that were delivered before, whose text the client has; a no-op for a new request."""
+        """Append the tokens that were delivered before; the client has their text. Does nothing for a new request."""
         delivered = self.request.delivered_token_ids
         if delivered:
             self.first_token_s = self.arrived_s + self.request.time_to_first_token_s
@@ -112,7 +112,11 @@ class Sequence:
             self.accept(list(delivered))
 
     def receive(self, now_s: float) -> tuple[float, bool]:
-        """Tokens come now: seconds since those before, or since its arrival; and whether they are the first ones."""
+        """Note that tokens come now.
+
+        Returns:
+            Seconds since the last ones, or since the arrival; whether these are the first.
+        """
         first = self.first_token_s is None
         waited_s = now_s - (self.last_token_s or self.arrived_s)
         self.last_token_s = now_s
@@ -124,7 +128,7 @@ class Sequence:
         """Append tokens until one of them ends the request.
 
         Returns:
-            The text that is now certain, and how many of the tokens were taken.
+            The text that is now certain, and how many tokens were appended.
         """
         request = self.request
         text = ""
@@ -164,7 +168,7 @@ class Sequence:
         )
 
     def completion(self, now: float) -> Completion:
-        """How the request ended, `now` in seconds of the engine's clock."""
+        """The end of the request. `now`: seconds of the engine's clock."""
         assert self.finish_reason is not None
         admitted_s = self.admitted_s if self.admitted_s is not None else now
         first_token_s = self.first_token_s if self.first_token_s is not None else now
@@ -184,12 +188,12 @@ class Sequence:
 
     @property
     def is_argmax(self) -> bool:
-        """Whether each of its next tokens is that of the largest logit as it is."""
+        """Whether its next tokens are the argmax of the unchanged logits."""
         is_free = self.grammar is None and self.output_tokens >= self.request.min_tokens
         return is_free and self.request.sampling.is_argmax
 
     def row(self, path: list[int]) -> Row:
-        """How the token that follows the draft tokens `path` is chosen."""
+        """How the token after the draft tokens `path` is drawn."""
         request, length = self.request, len(self.token_ids) + len(path)
         history = np.asarray(self.token_ids + path, np.int64) if request.sampling.penalises else None
         barred = self.ending_token_ids if length - self.prompt_tokens < request.min_tokens else ()
@@ -199,7 +203,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Output:
-    """What a step, or its end, brought one request."""
+    """A chunk or the completion of one request."""
 
     request_id: str
     item: Chunk | Completion

@@ -78,9 +78,9 @@ def explanation(sequence: Sequence, place: int, drafts: Drafts, walk: Walk, reco
 
 
 def _explained_nodes(drafts: Drafts, place: int, walk: Walk) -> tuple[ExplainedNode, ...]:
-    """Every node that was drafted for the decoding request at `place`, and what became of it.
+    """All drafted nodes of the decoding request at `place`, with their fates.
 
-    The walk counts the kept nodes only: of nodes 0 to 3, with 0 and 2 kept, its node 1 is node 2.
+    The walk counts kept nodes only: if nodes 0 and 2 are kept, its node 1 is node 2.
     """
     assert drafts.pruning is not None
     tree, first = drafts.forest.tree(place), drafts.forest.starts.item(place)
@@ -103,11 +103,11 @@ def _reason(sequence: Sequence, drafts: Drafts) -> str:
         return "policy off"
     if drafts.pruning is not None and sequence.session_id in drafts.sessions:
         return drafts.pruning.reason + _target(sequence)
-    return drafts.refusal or "no token but the last one is left to come"
+    return drafts.refusal or "only the last token is left to come"
 
 
 def _target(sequence: Sequence) -> str:
-    """How the request stands to its latency target, if it has one."""
+    """Whether the request meets its latency target, if it has one."""
     target_s, since_s, now_s = sequence.request.target_s, sequence.first_token_s, sequence.last_token_s
     if target_s is None or since_s is None or now_s is None:
         return ""

@@ -1,7 +1,7 @@
-"""The one verifier: the target walk.
+"""Verification: the target walk.
 
-At each node reached the target's own token is taken; if a child carries it the walk goes there, else the token is
-emitted and the walk ends. Lossless for any tree, because which tokens were drafted never changes the target's token.
+At each node reached, the walk emits the target's own token. If a child carries that token the walk continues there,
+else it ends. This is lossless for any tree: the drafted tokens never change the target's token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Walk:
 
     Attributes:
         accepted: node indices within the tree of the accepted path, root first.
-        tokens: tokens emitted: those of `accepted`, then the bonus token.
+        tokens: emitted tokens: those of `accepted`, then the bonus token.
     """
 
     accepted: list[int]
@@ -73,11 +73,11 @@ def target_walks(forest: Forest, own_tokens: list[int]) -> list[Walk]:
 
 
 def observed(forest: Forest, chosen: NDArray[np.bool_], walks: list[Walk], sampled: list[bool]) -> NodeOutcomes:
-    """The outcomes that the walks have shown: of every chosen child of every node they reached.
+    """The outcomes that the walks show: those of every chosen child of every node reached.
 
     Args:
-        chosen: bool [n]; the trees that were walked have only these nodes of the forest.
-        walks, sampled: per tree, its walk, and whether its request is sampled.
+        chosen: bool [n]; the nodes of the forest that were verified.
+        walks, sampled: for each tree its walk, and whether its request is sampled.
     """
     kept = chosen.nonzero()[0]
     sizes = np.bincount(forest.tree_of[kept], minlength=len(walks))

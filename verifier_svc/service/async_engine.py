@@ -1,4 +1,4 @@
-"""The engine in its own thread, behind an asyncio face."""
+"""The engine in its own thread, behind an asyncio interface."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ from verifier_svc.speculation.alarm import AcceptanceAlarm
 logger = logging.getLogger(__name__)
 
 RATE_WINDOW_S = 5.0
+"""Window of the rates in `Load`: as long as Prometheus' quantiles (deploy/prometheus)."""
 IDLE_WAIT_S = 0.5
+"""Longest sleep without work: a reconnected drafter is then told of ended requests."""
 
 
 class Occupancy(NamedTuple):
-    """What the engine's thread publishes after each step, for the event loop to read."""
+    """Published by the engine's thread after each step, read by the event loop."""
 
     running: int
     kv_blocks_used: int
@@ -57,14 +59,14 @@ class _Stream:
 
 
 class AsyncEngine:
-    """Runs `Engine.step()` in a thread of its own; everything else runs on the event loop that made it.
+    """Runs `Engine.step()` in a thread of its own; all else runs on the event loop that created it.
 
-    The event loop's side knows each open request by its stream. The engine's side knows it by its sequence in the
-    scheduler, which no other thread touches.
+    The event loop knows each open request by its stream. The engine's thread knows it by its sequence in the scheduler,
+    which no other thread reads.
 
     Args:
-        on_step: called in the engine's thread after each step; what it raises is logged.
-        on_output: called in the engine's thread for every output of a request; what it raises is logged.
+        on_step: called in the engine's thread after each step; its exceptions are logged.
+        on_output: called in the engine's thread for every output of a request; its exceptions are logged.
     """
 
     def __init__(
@@ -96,8 +98,8 @@ class AsyncEngine:
 
         Raises:
             QueueFullError, UnavailableError, DuplicateRequestError, InvalidRequestError: at once, before it is queued.
-            EngineFailedError: a step failed. DrainingError: this replica stops before the request has ended. Both mean
-                that the request can be resumed on another replica.
+            EngineFailedError: a step failed. DrainingError: this replica stops before the request has ended. In both
+                cases the request can resume on another replica.
         """
         self._check_admission(request)
         stream = self._streams[request.request_id] = _Stream(request)
@@ -122,7 +124,7 @@ class AsyncEngine:
         return len(known)
 
     def load(self) -> Load:
-        """How busy the engine is now."""
+        """The present load."""
         cutoff = time.time() - RATE_WINDOW_S
         recent = [record for record in list(self._recent) if record.unix_s >= cutoff]
         decoded = sum(r.sequences for r in recent)
@@ -143,7 +145,7 @@ class AsyncEngine:
         )
 
     def check(self) -> None:
-        """Raise RuntimeError if the engine cannot serve any more."""
+        """Raise RuntimeError if the engine can no longer serve."""
         if self._failure is not None:
             raise RuntimeError(f"engine step failed: {self._failure!r}")
         if not self._thread.is_alive():
@@ -169,7 +171,7 @@ class AsyncEngine:
         if request.request_id in self._streams:
             raise DuplicateRequestError(f"a request with id {request.request_id!r} is open")
         self.engine.check_fits(request)
-        # A resumed stream was admitted before: refusing it would break it. All front doors together bound their number.
+        # A resumed stream was admitted before, so it is not refused; the front doors bound the number of streams.
         if len(self._streams) >= self._max_open and not request.delivered_token_ids:
             self._make_place(request)
 
@@ -254,8 +256,8 @@ T = TypeVar("T")
 
 
 def _observe(observer: Callable[[T], None], seen: T) -> None:
-    """Counting must never end what is counted."""
+    """Call an observer; its exceptions must not stop the engine."""
     try:
         observer(seen)
     except Exception:
-        logger.exception("an observer of the engine failed")
+        logger.exception("an observer of the engine raised")

@@ -1,4 +1,4 @@
-"""What verification passes cost on this device: measured at start, the cost model's first knowledge."""
+"""Seconds of verification passes on this device, measured at start: the cost model's prior."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ from treeline.plan import CostCurve
 from treeline.sampling import SamplingParams
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Where passes are padded, their buckets take the place of these."""
+"""Measured token counts; padded passes are measured at their buckets instead. Doubling them shows every tile size of a
+matrix product."""
 REGIONS = ((1, 64), (8, 64), (32, 64), (1, 768))
-"""(sequences, context tokens) of each curve."""
+"""(sequences, context tokens) of each curve: the batch sizes between which the cost model interpolates, and one long
+context, from which it learns what context adds."""
 ROUNDS = 4
+"""Passes per count, of which the fastest counts: other processes only add time."""
 REFINEMENTS = 4
-"""Most counts measured beside TOKENS in each region, where the curve rises most: a step is found where it is."""
+"""Most further counts per region, each in the middle of the steepest interval, to locate the steps of the curve."""
 BUDGET_S = 12.0
+"""Longest profile, since it delays the first start on a device; the result is stored (`profile_cache.py`)."""
 WARM_UP_TOKENS = (1, 8, 32)
+"""Passes for one token, a tree and a prompt chunk: first calls of each take many times as long."""
 
 
 def profile_verification(model: LanguageModel, cache: KVCache) -> tuple[CostCurve, ...]:
@@ -50,7 +55,7 @@ def profile_verification(model: LanguageModel, cache: KVCache) -> tuple[CostCurv
 
 
 def warm_up(model: LanguageModel, cache: KVCache) -> None:
-    """Run passes on an idle engine's cache, so that no request pays for first calls where the profile was stored."""
+    """Run passes on an idle engine's cache, so that no request waits for first calls if the profile was stored."""
     for tokens in WARM_UP_TOKENS:
         _pass_s(model, cache, 1, 1, tokens)
 
@@ -61,7 +66,7 @@ def _curve(model: LanguageModel, cache: KVCache, sequences: int, context_tokens:
     fastest = {tokens: math.inf for tokens in _sizes(model) if sequences <= tokens <= longest}
 
     def measure(counts: list[int], least_rounds: int) -> None:
-        # Whatever else the machine does only adds time: the fastest of several interleaved passes is nearest the truth.
+        # Other processes only add time: the fastest of several interleaved passes is nearest the device's own.
         for done in range(ROUNDS):
             if done >= least_rounds and time.perf_counter() > until_s:
                 return
@@ -87,12 +92,12 @@ def _sizes(model: LanguageModel) -> tuple[int, ...]:
 
 
 def _first_of_each(seconds: dict[int, float]) -> dict[int, float]:
-    """Padded passes cost by their bucket: what the fewest tokens of each one take, of which the most were measured."""
+    """Padded passes take the time of their bucket: each bucket's fewest tokens, from its measured most."""
     return {low + 1: seconds[high] for low, high in pairwise(sorted(seconds)) if high - low > 1}
 
 
 def _steepest(seconds: dict[int, float]) -> int | None:
-    """A count in the middle of the interval over which the seconds rise most; None if every count is there."""
+    """The middle of the interval over which the seconds rise most; None if every count was measured."""
     counts = sorted(seconds)
     gaps = [(seconds[high] - seconds[low], (low + high) // 2) for low, high in pairwise(counts) if high - low > 1]
     return max(gaps)[1] if gaps else None

@@ -1,4 +1,4 @@
-"""The device profile is measured once and kept in the cache folder, by model, device, precision, threads, versions."""
+"""Stores device profiles in the cache folder, by model, device, precision, threads and versions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 def verification_profile(model: LanguageModel, cache: KVCache, refresh: bool = False) -> tuple[CostCurve, ...]:
     """The stored profile of this model on this device; measured, and stored, if there is none or `refresh` is set.
 
-    A stored one that cannot be read, and a folder that cannot be written, are warned of and otherwise ignored.
+    If a stored profile cannot be read, or the folder cannot be written, a warning is logged.
     """
     identity = _identity(model, cache)
     path = profile_path(identity)
@@ -39,20 +39,20 @@ def verification_profile(model: LanguageModel, cache: KVCache, refresh: bool = F
         slow = model.passes.slow
         curves = profile_verification(model, cache)
         if model.passes.slow > slow:
-            logger.warning("the device profile is not stored: some of its passes ran uncaptured or packed")
+            logger.warning("the device profile was not stored: some of its passes ran uncaptured or packed")
         else:
             _save(path, identity, curves)
     return curves
 
 
 def profile_path(identity: dict[str, Any]) -> Path:
-    """Where the profile of what `identity` describes is stored."""
+    """The file of the profile that `identity` describes."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "profiles" / f"{identity['model'].replace('/', '--')}-{digest[:12]}.json"
 
 
 def _identity(model: LanguageModel, cache: KVCache) -> dict[str, Any]:
-    """All that the curves depend on."""
+    """Everything that the curves depend on."""
     on_cuda = model.device.type == "cuda"
     return {
         "model": model.name,
@@ -85,12 +85,12 @@ def _load(path: Path, identity: dict[str, Any]) -> tuple[CostCurve, ...] | None:
     try:
         stored = json.loads(path.read_text())
         if stored["identity"] != identity:
-            raise ValueError("it is of something else")
+            raise ValueError("it has another identity")
         curves = [CostCurve(c["sequences"], c["context_tokens"], *_points(c)) for c in stored["curves"]]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("measuring anew, as the stored profile %s cannot be used: %s", path, error)
+        logger.warning("measuring again: the stored profile %s cannot be used: %s", path, error)
         return None
     return tuple(curves)
 
@@ -103,7 +103,7 @@ def _points(curve: dict[str, Any]) -> tuple[tuple[int, ...], tuple[float, ...]]:
 
 
 def _save(path: Path, identity: dict[str, Any], curves: tuple[CostCurve, ...]) -> None:
-    """Written aside and moved into place, so that nobody ever reads half a file."""
+    """Write to a temporary file and rename it, so that no reader sees half a file."""
     text = json.dumps({"identity": identity, "curves": [asdict(curve) for curve in curves]}, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

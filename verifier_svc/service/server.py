@@ -36,8 +36,9 @@ from verifier_svc.speculation.link import GrpcLink, wait_for_info
 logger = logging.getLogger(__name__)
 
 DRAFTER_WAIT_S = 3.0
-"""A drafter starting beside us gets this long to tell its costs for the profile; later it is welcome all the same."""
+"""Wait for a drafter that starts at the same time, whose costs belong to the profile. It may also connect later."""
 LOAD_INTERVAL_S = 0.5
+"""Between updates of the load's gauges: twice per scrape of 1 s."""
 LOADER = "loader"
 """The thread that loads and measures, and then ends. Every thread that computes keeps OpenMP threads of its own; once
 there are more of them than cores, idle ones included, OpenMP lets all of them sleep at every barrier of a pass."""
@@ -118,7 +119,7 @@ class VerifierServer:
         return cls(endpoint, metrics_port, server, health_servicer, engine, link, watcher, reporter, load_task)
 
     async def check(self) -> None:
-        """Raise RuntimeError if this verifier cannot serve any more."""
+        """Raise RuntimeError if this verifier can no longer serve."""
         self._engine.check()
 
     async def stop(self, grace_s: float = 5) -> None:
@@ -136,7 +137,7 @@ def _check_limits(model: LanguageModel, config: Config) -> None:
     if config.limits.max_context_tokens > model.max_context_tokens:
         raise ConfigError(
             f"limits.max_context_tokens is {config.limits.max_context_tokens}, "
-            f"but {model.name} was made for {model.max_context_tokens}"
+            f"but {model.name} supports {model.max_context_tokens}"
         )
 
 

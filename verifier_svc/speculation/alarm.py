@@ -1,4 +1,4 @@
-"""Notices a drafter that is loaded wrong: it drafts, and the target hardly ever agrees."""
+"""Alarm for a drafter that was loaded wrong: it drafts, and the target hardly ever agrees."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from treeline.step_record import NodeOutcomes
 logger = logging.getLogger(__name__)
 
 MIN_NODES = 100.0
-"""First choices to be seen first. At a true rate of 0.3, fewer than 5 of 100 are accepted once in 10^10 times."""
+"""First choices that must be verified first. At a true rate of 0.3, fewer than 5 of 100 are accepted once in 10^10
+times."""
 DECAY = 0.998
-"""Of the evidence, per first choice: half of it is 350 old."""
-LOW_ACCEPTANCE = 0.05
-FAR_BELOW = 0.25
-"""Of its confidence: heads with a wrong layer or flag have 1 to 10 % accepted, and are as sure as ever."""
+"""Share of the counts kept per first choice: their half-life is 350."""
+LOW_ACCEPTANCE, FAR_BELOW = 0.05, 0.25
+"""Rates of acceptance that raise the alarm: this one, or this share of the drafter's confidence. Of heads with a wrong
+layer or flag the target accepts 1 to 10 %, while their confidence is as high as ever."""
 
 
 class AcceptanceAlarm:
-    """Compares how often the target takes a draft model's or head's first choice with how sure the drafter was of it.
+    """Compares the acceptance of a draft model's or head's first choices with the drafter's confidence in them.
 
     Attributes:
-        problem: one line that says what to check; empty if all is well.
+        problem: one line that says what to check; empty without an alarm.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class AcceptanceAlarm:
         self._nodes = self._accepted = self._confidence = 0.0
 
     def observe(self, outcomes: NodeOutcomes) -> None:
-        """The nodes that one step verified."""
+        """Learn from the nodes that one step verified."""
         first = (outcomes.sources == Source.MODEL) & outcomes.first
         count = int(first.sum())
         if not count:
@@ -49,8 +50,9 @@ class AcceptanceAlarm:
             self.problem = ""
         else:
             self.problem = (
-                f"the target takes {accepted:.0%} of the drafter's first choices, which is sure of {confidence:.0%}: "
+                f"the target accepts {accepted:.0%} of the drafter's first choices, "
+                f"whose mean probability is {confidence:.0%}: "
                 "was it made for this target, and are its config.json and drafter.head_layers right?"
             )
         if bool(before) != bool(self.problem):
-            logger.warning("%s", self.problem or "the target takes the drafter's first choices again")
+            logger.warning("%s", self.problem or "the target accepts the drafter's first choices again")

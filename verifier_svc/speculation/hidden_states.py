@@ -1,4 +1,4 @@
-"""The target's hidden states on their way to a draft head: read off each pass, kept per request until they are sent."""
+"""The target's hidden states for a draft head: copied from each pass and kept per request until they are sent."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ from verifier_svc.engine.walk import Walk
 logger = logging.getLogger(__name__)
 
 WINDOW_TOKENS = 256
-"""Most features kept per request: with this much context a head begins that was away, or whose prompt is long."""
+"""Most feature rows kept per request: the context with which a head starts after a long prompt or an absence. At 4.6 KB
+a row (docs/drafters.md) they take 1.2 MB per request."""
 UNREAD_TOKENS = 256
-"""Passes over so many tokens are left as they are, and then read together: while nothing is drafted nobody asks."""
+"""Tokens of passes that are copied together while nothing is drafted: 16 steps of 16 streams."""
 
 
 @dataclass
 class Unread:
-    """Passes whose features are still as the model left them.
+    """Passes whose features have not been copied yet.
 
     Attributes:
-        passes: of each the features by layer, each [tokens, hidden].
-        tokens: of all of them.
-        wanted: (session, rows of all of them, counted through), in the order of the rows.
+        passes: for each pass its features by layer, each [tokens, hidden].
+        tokens: sum over the passes.
+        wanted: (session, rows counted over all passes), in the order of the rows.
     """
 
     passes: list[list[Tensor]] = field(default_factory=list)
@@ -46,9 +47,9 @@ class Unread:
 
 
 class HiddenStates:
-    """Owns what a drafter may still want of the running requests' features: uint16 rows [width], bits of bfloat16.
+    """Owns the running requests' features that the drafter may still need: uint16 rows [width], bits of bfloat16.
 
-    The last row kept for a request belongs to the token before its root. Rows are of consecutive tokens.
+    The rows of a request belong to consecutive tokens, the last one to the token before its root.
     """
 
     def __init__(self, model: LanguageModel, max_message_bytes: int) -> None:
@@ -60,11 +61,11 @@ class HiddenStates:
         self._unread = Unread()
         self._rows: dict[int, deque[NDArray[np.uint16]]] = {}
         self._wait: Callable[[], None] = lambda: None
-        """Until the last rows have come from the device."""
+        """Waits until the last rows have come from the device."""
         self._sent_tokens: dict[int, int] = {}
 
     def follow(self, spec: FeatureSpec | None) -> None:
-        """Read what this drafter wants from the next pass on; what another one wanted is dropped."""
+        """Copy the features of this drafter from the next pass on; those of another drafter are dropped."""
         if spec == self._spec:
             return
         self._spec = spec
@@ -72,7 +73,7 @@ class HiddenStates:
         self._rows.clear()
         self._sent_tokens.clear()
         if spec is None:
-            return  # The tap stays: captured passes read it, and the drafter mostly comes back as it was.
+            return  # The tap stays: captured passes read it, and the same drafter usually returns.
         if self._tap is not None:
             if (self._tap.layers, self._tap.width) == (spec.layers, spec.width):
                 return
@@ -81,21 +82,21 @@ class HiddenStates:
         try:
             self._tap = self._model.tap(spec.layers)
         except ConfigError as error:
-            logger.warning("the drafter's head gets no features: %s", error)
+            logger.warning("the drafter's head receives no features: %s", error)
             return
         if self._tap.width != spec.width:
             logger.warning("the drafter's head reads %d features a token, not %d", spec.width, self._tap.width)
             self._tap.close()
             self._tap = None
-        # Two requests that begin fit one message.
+        # One message holds the windows of two new requests.
         self._window_tokens = max(1, min(WINDOW_TOKENS, self._budget_bytes // (4 * spec.width)))
 
     def keep(self, batch: Batch, walks: list[Walk], tree_nodes: list[int]) -> None:
-        """Keep the features of the tokens that the pass just committed.
+        """Note the features of the tokens that the pass has committed.
 
         Args:
-            walks: of `batch.decoding` first.
-            tree_nodes: nodes verified for each of `batch.decoding`.
+            walks: those of `batch.decoding` come first.
+            tree_nodes: verified nodes of each of `batch.decoding`.
         """
         if self._tap is None or self._spec is None:
             return
@@ -110,12 +111,12 @@ class HiddenStates:
             first += tokens
         unread.passes.append(self._tap.parts())
         unread.tokens = first
-        # The drafter will ask again after a step with trees: the features are on their way meanwhile.
+        # After a step with trees the drafter asks again: start the copy now.
         if any(tree_nodes) or first >= UNREAD_TOKENS:
             self._read()
 
     def _read(self) -> None:
-        """Take what is wanted of the unread passes."""
+        """Copy the wanted rows of the unread passes."""
         unread, self._unread = self._unread, Unread()
         if not unread.wanted:
             return
@@ -130,9 +131,9 @@ class HiddenStates:
             kept.extend(islice(values, len(rows)))
 
     def unsent(self, sequences: list[Sequence]) -> list[NDArray[np.uint16]]:
-        """For each sequence uint16 [k, width]: features of the tokens before those last k that came since `sent`.
+        """For each sequence uint16 [k, width]: features of the tokens before its last k that are new since `sent`.
 
-        Where the message would be too large, those that need most get fewer rows: the oldest ones are left out.
+        If the message would be too large, the sequences with the most rows lose their oldest ones.
         """
         self._read()
         self._wait()
@@ -142,7 +143,7 @@ class HiddenStates:
             rows: Iterable[NDArray[np.uint16]] = self._rows.get(sequence.session_id, ())
             wanted = len(sequence.token_ids) - self._sent_tokens.get(sequence.session_id, 0)
             newest = list(rows)[-wanted:]
-            if newest:  # What others leave of their shares is shared by those behind them.
+            if newest:  # Later sequences share what earlier ones leave of their shares.
                 share = budget_bytes // (len(sequences) - index) // newest[0].nbytes
                 newest = newest[max(0, len(newest) - share) :]
             features = np.stack(newest) if newest else NO_FEATURES
@@ -151,11 +152,11 @@ class HiddenStates:
         return found
 
     def sent(self, sequence: Sequence) -> None:
-        """The drafter has the features of all tokens before this sequence's last one, as far as they were kept."""
+        """The drafter now has the kept features of all tokens before this sequence's last one."""
         self._sent_tokens[sequence.session_id] = len(sequence.token_ids)
 
     def lost(self, sequence: Sequence) -> None:
-        """The drafter has none of this sequence's features any more."""
+        """The drafter has lost this sequence's features."""
         self._sent_tokens.pop(sequence.session_id, None)
 
     def forget(self, sequence: Sequence) -> None:

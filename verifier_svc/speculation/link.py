@@ -1,4 +1,4 @@
-"""The verifier's end of the way to its drafter: in this process, or over one long-lived gRPC stream."""
+"""The verifier's link to its drafter: in this process, or over one long-lived gRPC stream."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ from treeline.v1.drafting_pb2_grpc import DraftingServiceStub
 logger = logging.getLogger(__name__)
 
 RECONNECT_S = 0.5
+"""Between attempts to connect: requests decode plainly meanwhile."""
 INFO_TIMEOUT_S = 5.0
+"""For GetDrafterInfo: a drafter answers it at once, unless its machine is overloaded."""
 LOST_TIMEOUTS = 10
-"""An answer that takes this many times `verifier.draft_timeout_s` is lost: the stream is given up."""
-MAX_LATE = 8
-"""A drafter that answers late this often in a row is given up. Waiting times double with each late answer, so that by
-then it has taken 256 times as long as predicted, or longer than `verifier.draft_timeout_s` each time."""
+"""An answer that takes this many times `verifier.draft_timeout_s` is lost: the stream is closed."""
+MAX_LATE_ANSWERS = 8
+"""Consecutive late answers after which the stream is closed. Each doubles the wait, so the last one took 256 times as
+long as predicted, or longer than `verifier.draft_timeout_s`."""
 
 
 class LocalLink:
@@ -56,13 +58,13 @@ class LocalLink:
 
 
 class GrpcLink:
-    """A drafter elsewhere. A background task holds a stream to the least loaded drafter until that breaks.
+    """A drafter in another process. A background task keeps a stream to the least loaded drafter until it breaks.
 
     The event loop owns all state. The engine's thread hands a request to the loop and waits for the answer. At most one
-    request is on its way: until its late answer has come, steps go on unspeculated.
+    request is pending: until its late answer has come, steps go on without drafts.
 
     Attributes:
-        info: what the drafter connected last says of itself.
+        info: GetDrafterInfo's answer of the drafter connected last.
     """
 
     def __init__(self, discover: Discover, config: Config, vocab_size: int, vocabulary_sha256: str) -> None:
@@ -91,9 +93,9 @@ class GrpcLink:
         try:
             return exchange.result(timeout_s)
         except concurrent.futures.TimeoutError:
-            logger.info("no draft within %.2f s; going on without", timeout_s)
+            logger.info("no draft within %.2f s; this step goes on without", timeout_s)
             return None
-        except concurrent.futures.CancelledError:  # gRPC's way to say that the stream was cancelled
+        except concurrent.futures.CancelledError:  # gRPC raises it when the stream was cancelled
             return None
 
     def close(self) -> None:
@@ -113,20 +115,20 @@ class GrpcLink:
                 if endpoint is None:
                     problem = "no drafter found"
                 else:
-                    self._left = endpoint  # by the time it is read
+                    self._left = endpoint  # true by the time it is read
                     await self._serve_stream(endpoint)
                     problem = "the drafter ended the stream"
             except (grpc.aio.AioRpcError, ConfigError, OSError) as error:
                 problem = str(error.details() if isinstance(error, grpc.aio.AioRpcError) else error)
-            except Exception as error:  # discovery asks another system, which may fail in its own ways
+            except Exception as error:  # discovery asks another system, which may fail in any way
                 problem = f"{type(error).__name__}: {error}"
             if problem != last_problem:
-                logger.warning("no drafter, decoding goes on without: %s", problem)
+                logger.warning("no drafter, decoding plainly: %s", problem)
                 last_problem = problem
             await asyncio.sleep(RECONNECT_S)
 
     async def _least_loaded(self) -> str | None:
-        """The drafter with the fewest open requests, then the fewest verifiers; the one just left comes last."""
+        """The drafter with the fewest open requests, then the fewest verifiers; the last one used comes last."""
         endpoints = await self._discover()
         if len(endpoints) < 2:
             return next(iter(endpoints), None)
@@ -143,12 +145,12 @@ class GrpcLink:
             return await DraftingServiceStub(channel).GetDrafterInfo(pb.GetDrafterInfoRequest(), timeout=INFO_TIMEOUT_S)
 
     async def _serve_stream(self, endpoint: str) -> None:
-        """Hold a stream to `endpoint` until it breaks.
+        """Keep a stream to `endpoint` until it breaks.
 
         Raises:
             grpc.aio.AioRpcError: it broke.
             OSError: an answer was lost or wrong, or too many were late.
-            ConfigError: the drafter speaks another vocabulary.
+            ConfigError: the drafter has another vocabulary.
         """
         async with connect(endpoint, self._config.internal, self._config.limits.max_message_bytes) as channel:
             stub = DraftingServiceStub(channel)
@@ -173,7 +175,7 @@ class GrpcLink:
 
 
 class _Pending:
-    """The request on its way, when its answer is late, and the future that takes the answer."""
+    """A request without an answer yet: when the answer is late, and the future that takes it."""
 
     def __init__(self, request: DraftRequest, timeout_s: float) -> None:
         loop = asyncio.get_running_loop()
@@ -186,10 +188,10 @@ class _Connection:
     """One open stream; used on the event loop alone.
 
     Attributes:
-        drafts: whether it has a model; without one there is nothing to ask for.
-        features: what this drafter reads of the target's passes.
-        pending: the request on its way.
-        refused: trees that were no trees.
+        drafts: whether the drafter has a model.
+        features: what the drafter reads of the target's passes.
+        pending: the request without an answer yet.
+        refused: malformed trees so far.
     """
 
     def __init__(
@@ -200,7 +202,7 @@ class _Connection:
         lost: asyncio.Timeout,
         lost_s: float,
     ) -> None:
-        """`lost`: ends the stream when it expires; it runs for `lost_s` from each request on."""
+        """`lost`: closes the stream when it expires, `lost_s` after a request."""
         self.features = FeatureSpec(tuple(info.feature_layers), info.feature_width) if info.feature_width else None
         self.pending: _Pending | None = None
         self._stream, self._vocab_size = stream, vocab_size
@@ -208,7 +210,7 @@ class _Connection:
         self.drafts = info.vocab_size > 0
         self.refused = 0
         self._plan: Plan | None = None  # as sent last
-        self._late = 0  # answers in a row
+        self._late = 0  # consecutive late answers
 
     async def ask(self, request: DraftRequest, timeout_s: float) -> DraftReply | None:
         """The answer to `request`, or None if the stream ends before."""
@@ -218,37 +220,37 @@ class _Connection:
         try:
             await self._stream.write(message)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            return None  # whoever reads the stream sees the same and ends it
+            return None  # the task that reads the stream sees the same and closes it
         return await pending.reply
 
     def receive(self, message: pb.DraftResponse) -> None:
-        """Raises ConnectionError if this is not the answer that is due, or too many were late."""
+        """Raises ConnectionError if this does not answer the pending request, or too many answers were late."""
         pending = self.pending
         if pending is None or message.step_id != pending.request.step_id:
-            raise ConnectionError("the drafter answered what it was not asked")
+            raise ConnectionError("the drafter answered a request that was not pending")
         self.pending = None
         self._lost.reschedule(None)
         try:
             reply = reply_from_proto(message, pending.request, self._vocab_size)
         except ValueError as error:
             pending.reply.set_result(None)
-            raise ConnectionError(f"the drafter's answer makes no sense: {error}") from None
+            raise ConnectionError(f"the drafter's answer is malformed: {error}") from None
         if reply.refused and not self.refused:
-            logger.warning("%d trees of the drafter's answer are no trees; they are left out", reply.refused)
+            logger.warning("ignored %d malformed trees of the drafter's answer", reply.refused)
         self.refused += reply.refused
         pending.reply.set_result(reply)
         self._late = self._late + 1 if asyncio.get_running_loop().time() > pending.late_at_s else 0
-        if self._late >= MAX_LATE:
-            raise ConnectionError(f"the drafter's last {MAX_LATE} answers were late")
+        if self._late >= MAX_LATE_ANSWERS:
+            raise ConnectionError(f"the drafter's last {MAX_LATE_ANSWERS} answers were late")
 
     def end(self) -> None:
-        """Nobody waits for an answer any more."""
+        """The stream has ended: let nobody wait for an answer."""
         if self.pending is not None and not self.pending.reply.done():
             self.pending.reply.set_result(None)
 
 
 async def wait_for_info(link: GrpcLink, timeout_s: float) -> pb.GetDrafterInfoResponse | None:
-    """The drafter's own account of itself, or None if it does not appear in time."""
+    """GetDrafterInfo's answer of the connected drafter, or None if none connects in time."""
     deadline = time.monotonic() + timeout_s
     while link.info is None and time.monotonic() < deadline:
         await asyncio.sleep(0.05)

@@ -1,7 +1,7 @@
-"""Drafts without a model: where a text repeats what it held before, it goes on as it did then.
+"""Prompt lookup: where a text repeats an earlier part of itself, draft the earlier continuation.
 
-Known as prompt lookup decoding. The continuations are grafted into the draft model's trees: below the root, and below
-every node whose path ends as the text did before.
+The continuations are grafted into the draft model's trees: below the root, and below every node whose path ends as an
+earlier part of the text did.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from treeline.forest import ROOT, Forest, Source
 from treeline.plan import DEPTHS, Calibration
 
 GRAM = 2
-"""Tokens that must have stood together before: of one token alone the continuation is rarely right."""
+"""Tokens that must repeat: after one repeated token alone the continuation is right at odds of 1 : 4 only (`_ODDS`)."""
 MAX_AGREED = 16
-"""Further tokens that agree make a continuation no surer."""
+"""Repeated tokens that count: the odds are 16 : 1 by then."""
 _ODDS = np.minimum(np.arange(MAX_AGREED + 1), MAX_AGREED) ** 1.5 / 4
 PROBS: list[float] = (_ODDS / (1 + _ODDS)).tolist()
-"""How surely a text goes on as before, by the number of tokens that agree. Odds of agreed^1.5 to 4, as measured."""
+"""P(a text continues as before), by the number of repeated tokens m: odds m^1.5 / 4, measured (docs/decisions.md)."""
 
 
 class Allowance(NamedTuple):
-    """What one tree may have grafted into it: at most so many new nodes, and none deeper than `max_depth`."""
+    """What may be grafted into one tree: at most `nodes` new nodes, none deeper than `max_depth`."""
 
     session_id: int
     sampled: bool
@@ -34,7 +34,7 @@ class Allowance(NamedTuple):
 
 
 class PromptLookup:
-    """An index of every request's text. A step costs two dictionary look-ups per new token, and one per draft node."""
+    """An index of every request's text. A step takes two dictionary look-ups per new token and one per draft node."""
 
     def __init__(self) -> None:
         self._texts: dict[int, _Text] = {}
@@ -42,7 +42,7 @@ class PromptLookup:
         self._accepts: list[list[list[float]]] = []
 
     def read(self, session_id: int, token_ids: list[int]) -> float:
-        """How surely `token_ids`, which may only have grown since, go on as before; 0 if their end is new."""
+        """P(`token_ids` continue as before); 0 if their end is new. They may only have grown since the last call."""
         text = self._texts.setdefault(session_id, _Text())
         text.read(token_ids)
         return PROBS[min(text.agreed, MAX_AGREED)] if text.follows is not None else 0.0
@@ -51,9 +51,9 @@ class PromptLookup:
         self._texts.pop(session_id, None)
 
     def graft(self, forest: Forest, allowances: list[Allowance], calibration: Calibration) -> Forest:
-        """The forest with what the texts go on with. `allowances`: one a tree; the texts as they were read.
+        """The forest with the continuations of the texts as they were read last. `allowances`: one per tree.
 
-        Of a node that both propose, the source with the higher calibrated acceptance stays.
+        If draft model and text propose the same node, it keeps the source with the higher calibrated acceptance.
         """
         own = np.asarray([allowance.sampled for allowance in allowances], np.bool_)[forest.tree_of]
         worth = accepts(calibration, forest.sources, forest.depths, forest.draft_probs, own).tolist()
@@ -71,7 +71,7 @@ class PromptLookup:
         for graft in grafts:
             for node, prob in graft.overruled.items():
                 probs[graft.first + node], sources[graft.first + node] = prob, Source.NGRAM
-        # New nodes go behind their tree's own: a, b of tree 0, c of tree 1 and a new x of tree 0 become a, b, x, c.
+        # New nodes follow their tree's own: a, b of tree 0, c of tree 1 and a new x of tree 0 become a, b, x, c.
         of_new = np.repeat([graft.tree for graft in grafts], [len(graft.token_ids) for graft in grafts])
         trees = np.concatenate([forest.tree_of, of_new])
         order = np.argsort(trees, kind="stable")
@@ -93,13 +93,13 @@ class PromptLookup:
 
 
 class _Text:
-    """One text as far as it was read.
+    """One text, up to where it was read.
 
     Attributes:
         token_ids: the text itself.
-        newest: for each n-gram, the index of the token that followed where it stood last.
-        follows: index of the token that followed where the text's end stood before; None if that is new.
-        agreed: how many tokens before it agree.
+        newest: for each n-gram, the index of the token after its last occurrence.
+        follows: index of the token after the earlier occurrence of the text's end; None if the end is new.
+        agreed: how many tokens before it are repeated.
     """
 
     def __init__(self) -> None:
@@ -129,7 +129,7 @@ class _Graft:
 
     Attributes:
         token_ids, parents, draft_probs: columns of the new nodes.
-        overruled: new probability by node of the tree, for nodes that the text is surer of than the draft model.
+        overruled: new probability by node, for nodes of the tree to which the text gives a higher acceptance.
     """
 
     def __init__(
@@ -153,23 +153,23 @@ class _Graft:
 
     @property
     def columns(self) -> tuple[list[int], list[int], list[float], list[int]]:
-        """Of the new nodes, in the order of the forest's."""
+        """Columns of the new nodes, in the order of the forest's columns."""
         return self.token_ids, self.parents, self.draft_probs, [Source.NGRAM] * len(self.token_ids)
 
     def grow(self) -> bool:
-        """Whether the text had anything to add."""
+        """Add the text's continuations; returns whether there were any."""
         text, newest = self._text, self._text.newest
         if text.follows is not None:
             self._offer(ROOT, 0, text.follows, text.agreed)
         last = text.token_ids[-1]
         for node, (token, parent) in enumerate(zip(self._tokens, self._above, strict=True)):
             follows = newest.get((last if parent == ROOT else self._tokens[parent], token))
-            if follows is not None and follows < len(text.token_ids):  # else the path repeats the very end
+            if follows is not None and follows < len(text.token_ids):  # else the path repeats the text's end
                 self._offer(node, self._depths[node], follows, self._agreed(node, follows))
         return bool(self.token_ids or self.overruled)
 
     def _offer(self, node: int, depth: int, follows: int, agreed: int) -> None:
-        """Go on below `node` with the text from `follows` on; past its end a text goes on with its own continuation."""
+        """Continue below `node` with the text from `follows` on; past its end the text repeats from `follows`."""
         text, own = self._text.token_ids, len(self._tokens)
         period = len(text) - follows
         for step in range(self._allowance.max_depth - depth):
@@ -190,7 +190,7 @@ class _Graft:
             node = at
 
     def _agreed(self, node: int, follows: int) -> int:
-        """How many tokens before `follows` stand, in the same order, at the end of the text and the path to `node`."""
+        """How many tokens before `follows` equal the last ones of the text followed by the path to `node`."""
         text = self._text.token_ids
         agreed, back = 0, follows - 1
         while node != ROOT and back >= 0 and agreed < MAX_AGREED and text[back] == self._tokens[node]:

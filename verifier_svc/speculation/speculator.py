@@ -22,24 +22,24 @@ from verifier_svc.speculation.exchange import Exchange
 from verifier_svc.speculation.prompt_lookup import Allowance, PromptLookup
 
 PATIENCE, PATIENCE_FLOOR_S = 4.0, 0.01
-"""A draft is waited for four times as long as predicted, and 10 ms. The prediction scatters by 15 % (the cost tracker's
-noise), so only a drafter that is stuck is given up; a step without a draft loses no more than its gain."""
+"""The wait for a draft: four times the predicted seconds, and 10 ms for waking processes. Predictions scatter by 15 %
+(the cost tracker's DRAFT_NOISE), so only a stuck drafter exceeds it."""
 LOOKUP_MARGIN = 0.02
-"""Share of plain decoding's tokens that looked-up nodes must bring: to walk and commit trees takes 0.3 to 0.7 ms of a
-step (docs/decisions.md), 1 to 2 % of a CPU's."""
+"""Gain, as a share of plain decoding's tokens, that nodes of prompt lookup alone must bring: walking and committing
+trees takes 0.3 to 0.7 ms (docs/decisions.md), 1 to 2 % of a CPU's step."""
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """The trees of one step and how they came about; without trees, why.
+    """The trees of one step and how they were made, or why there are none.
 
     Attributes:
-        kept: the trees of all decoding requests as they are verified.
-        forest: the same before pruning.
+        kept: the trees to verify, one per decoding request.
+        forest: the trees before pruning.
         pruning: None if nothing was drafted.
         predicted_verify_s: seconds of the pass to come, by the plan.
-        sessions: drafted requests, perhaps with an empty tree.
-        stats: the drafter's own account; empty if it was not asked.
+        sessions: requests that were drafted for, perhaps with an empty tree.
+        stats: the drafter's; empty if it was not asked.
         draft_s: seconds that drafting took: messages, waiting for the drafter, pruning. 0 for prompt lookup alone.
         refusal: why nothing was drafted; empty if something was.
     """
@@ -142,7 +142,7 @@ class Speculator:
         return [place for place in wanting if place not in left_out], decision
 
     def _depth(self, sequence: Sequence, batch: Batch) -> int:
-        """The deepest tree that is of use now. The last token to come needs no draft: it is the bonus token."""
+        """The deepest tree that may be of use. The last token to come needs no draft: it is the bonus token."""
         request, policy, plan = sequence.request, sequence.policy, batch.plan
         if not self._scheduler.tree_nodes(sequence):
             return 0
@@ -157,13 +157,13 @@ class Speculator:
         return min(nodes, plan.max_nodes) if sequence.policy.priced else nodes
 
     def _pruned(self, batch: Batch, forest: Forest, requests: Requests, draft_s: float) -> Drafts:
-        """What the rule keeps of the trees of all decoding requests."""
+        """Apply the grammars, then the rule, to the trees of all decoding requests."""
         forest = _obeying(batch.decoding, forest)
         pruning = prune_batch(forest, requests, batch.plan.calibration, batch.prices, draft_s)
         return Drafts(forest.select(pruning.chosen), forest, pruning, pruning.predicted_verify_s)
 
     def _note_offer(self, drafts: Drafts, requests: Requests, asked: int, expected_s: float) -> None:
-        """Tell the gate what drafting offered the `asked` priced requests, and what it took."""
+        """Report to the gate what drafting offered the `asked` priced requests, and its seconds."""
         forest, stats = drafts.forest, drafts.stats
         assert drafts.pruning is not None
         gains = drafts.pruning.gains[requests.priced[forest.tree_of] & (forest.sources != Source.NGRAM)]
@@ -173,7 +173,7 @@ class Speculator:
     def _grafted(self, batch: Batch, forest: Forest, depths: list[int]) -> Forest:
         """The forest with continuations from the requests' own texts.
 
-        The rule weighs them against the drafter's nodes. A fixed policy gets them only where it got no tree.
+        The rule weighs them against the drafter's nodes. A fixed policy gets them only if it has no tree.
         """
         if self._lookup is None:
             return forest
@@ -186,7 +186,7 @@ class Speculator:
         return self._lookup.graft(forest, allowances, batch.plan.calibration)
 
     def _looked_up(self, batch: Batch, requests: Requests, depths: list[int], refusal: str) -> Drafts:
-        """Continuations from the requests' own texts, if they pay: they need neither message nor model."""
+        """Continuations from the requests' own texts alone, if they pay."""
         prices, decoding = batch.prices, batch.decoding
         empty = Forest.empty(len(decoding))
         none = Drafts(empty, empty, None, prices.undrafted_s, refusal=refusal)
@@ -197,7 +197,7 @@ class Speculator:
         if not np.count_nonzero(probs):
             return none
         must_pay, margin = bool(requests.priced[wanting].all()), LOOKUP_MARGIN * len(decoding)
-        if must_pay:  # No set of nodes can pay unless the likeliest node does: most steps end here.
+        if must_pay:  # A cheap bound: most steps end here.
             sources = np.full(len(decoding), Source.NGRAM, np.uint8)
             first = accepts(batch.plan.calibration, sources, np.asarray(1), probs, requests.sampled) * (probs > 0)
             if (first * requests.weights).max() < prices.least_gain(margin):
@@ -213,7 +213,7 @@ class Speculator:
 
 
 def _obeying(sequences: list[Sequence], forest: Forest) -> Forest:
-    """The forest without what a request's grammar forbids: it could not be accepted."""
+    """The forest without nodes that a request's grammar forbids: they could not be accepted."""
     if all(sequence.grammar is None for sequence in sequences):
         return forest
     trees = zip(sequences, forest.paths(), strict=True)

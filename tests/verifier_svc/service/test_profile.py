@@ -125,7 +125,7 @@ def test_what_is_stale_or_damaged_is_ignored_with_one_line(model, folder, monkey
         curves = verification_profile(model, cache)
     assert len(calls) == 2
     assert len(caplog.records) == 1
-    assert "measuring anew" in caplog.text
+    assert "measuring again" in caplog.text
     assert verification_profile(model, cache) == curves
 
 

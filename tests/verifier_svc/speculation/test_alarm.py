@@ -26,7 +26,7 @@ def after(steps: int, *args: float, **kwargs: int) -> str:
 
 def test_a_head_that_is_never_right_is_named_and_with_what_to_check(caplog):
     with caplog.at_level(logging.WARNING):
-        assert "takes 0% of the drafter's first choices, which is sure of 60%" in after(8, 0.0, 0.6)
+        assert "accepts 0% of the drafter's first choices, whose mean probability is 60%" in after(8, 0.0, 0.6)
     assert len(caplog.messages) == 1
     assert "head_layers" in caplog.text
 

@@ -20,7 +20,7 @@ from treeline.sampling import SamplingParams
 from treeline.v1 import drafting_pb2 as pb
 from treeline.v1.drafting_pb2_grpc import DraftingServiceServicer, add_DraftingServiceServicer_to_server
 from verifier_svc.speculation import link as link_module
-from verifier_svc.speculation.link import LOST_TIMEOUTS, MAX_LATE, GrpcLink
+from verifier_svc.speculation.link import LOST_TIMEOUTS, MAX_LATE_ANSWERS, GrpcLink
 
 CONFIG = Config(verifier=VerifierConfig(draft_timeout_s=0.05))
 PLAN = builtin_plan(CONFIG.limits)
@@ -203,7 +203,7 @@ def test_a_verifier_moves_when_its_drafter_is_always_late(monkeypatch):
         while not other.requests:
             await steps.ready()
             await steps.draft(0.01)
-        assert len(late.requests) == MAX_LATE
+        assert len(late.requests) == MAX_LATE_ANSWERS
 
     with_drafters(2, use, monkeypatch)
 
