@@ -33,7 +33,7 @@ serve: setup ## Start everything and keep it running; Ctrl-C stops
 	$(BIN)/treeline serve
 
 test: setup ## The whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: setup ## Tests that take minutes: every policy against transformers on the default model
 	$(BIN)/python -m pytest -m slow --override-ini addopts="-q -s"

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+# Two workers share two cores, and OpenMP threads that wait for each other spin. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import tests.lm.interpreter  # noqa: F401  # before any test imports Triton's kernels
 
 MAY_BE_SKIPPED_IN_CI = re.compile(
