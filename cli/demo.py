@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
-from statistics import mean
+from statistics import mean, median
 from typing import Annotated
 
 import typer
@@ -58,7 +58,10 @@ PROMPTS = (
     DemoPrompt("story", "Begin a story about a lighthouse keeper who finds a letter.", temperature=0.8),
 )
 ALONE = tuple(prompt for prompt in PROMPTS if prompt.label == "repeat")
-TOGETHER_ROUNDS, ALONE_ROUNDS = 2, 3
+LOADS = (1, 2, 4, 7)
+"""Streams at once while the load climbs."""
+TURNS = (None, "off", "off", None) * 2
+"""Policies of the rounds that are compared (None: the default): slow spells of the machine hit both alike."""
 SEED = 7
 WARM_UP_TOKENS = 16
 """A service that has just started pays for first calls, and its planner knows nothing yet: neither is compared."""
@@ -75,7 +78,7 @@ class Outcome:
     total_s: float
     text: str
     complete: pb.GenerateComplete
-    reasons: list[str]
+    steps: list[pb.SpeculationStep]
 
     @property
     def tokens(self) -> int:
@@ -111,12 +114,16 @@ class Turns:
         return sum(tree.text == plain.text for tree, plain in pairs)
 
 
+def silent(label: str, text: str) -> None:
+    """Shows nothing."""
+
+
 def demo(
     config: ConfigFile = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of each answer.")] = 64,
     kill: Annotated[bool, typer.Option("--kill", help="Kill a verifier in the middle of an answer instead.")] = False,
 ) -> None:
-    """Start the service, send concurrent prompts through its port, show the text and what speculation brought, stop."""
+    """Start the service, stream answers, let the load climb, compare with plain decoding, stop."""
     console = Console()
     loaded = load_config(config)
     # Later rounds must not find the first one's prompts computed.
@@ -126,7 +133,7 @@ def demo(
     console.print("starting the services on Ray Serve ...")
     from deploy.run import run
 
-    app = run(checked, block=False)
+    app = run(checked, block=False, report=lambda phase: console.print(f"  {phase}", highlight=False))
     try:
         server = checked.server
         token = read_tokens(server.token_file)[0] if server.token_file else None
@@ -134,38 +141,47 @@ def demo(
             if kill:
                 show_kill(client, console, max_tokens, app.kill_verifier)
             else:
+                if server.page:
+                    console.print(f"\n[bold]watch the trees grow at {server.page}[/]\n")
                 show_demo(client, console, max_tokens)
     finally:
         app.stop()
 
 
 def show_demo(client: TreelineClient, console: Console, max_tokens: int) -> None:
-    """All prompts at once, then one of them alone: with trees and without, in turns."""
+    """Answers, trees that shrink while the load climbs, and rounds with trees and without, in turns."""
     info = client.model_info()
     policy = info.default_policy
     console.print(f"{info.model} ({info.architecture}, {info.dtype}) at {client.target}, policy {policy}\n")
     for prompt in PROMPTS:
         console.print(f"[bold]{prompt.label:>8}[/] > {escape(prompt.text.splitlines()[0])}")
     console.print("\nwarming up ...\n")
-    run_round(client, PROMPTS, WARM_UP_TOKENS, None, silent)
-    first = run_round(client, PROMPTS, max_tokens, None, Narrator(console))
-    console.print("\nthe same prompts with policy=off, and both once more ...")
-    together = in_turns(client, PROMPTS, max_tokens, TOGETHER_ROUNDS, first)
-    console.print(f"and '{ALONE[0].label}' alone ...")
-    alone = in_turns(client, ALONE, max_tokens, ALONE_ROUNDS)
-    console.print(comparison(f"policy {policy}, and the same with off: all at once", PROMPTS, together))
-    console.print(comparison("alone", ALONE, alone))
-    for what, turns in (("all at once", together), ("alone", alone)):
+    run_round(client, PROMPTS, WARM_UP_TOKENS)
+    run_round(client, PROMPTS, max_tokens, show=Narrator(console))
+
+    console.print("\n[bold]The load climbs, and trees shrink[/] (the first stream repeats a text, the others write)")
+    for streams in LOADS:
+        console.print(rung(run_round(client, ALONE + PROMPTS[: streams - 1], max_tokens)), highlight=False)
+
+    console.print(f"\n[bold]{policy} and off in turns[/], {len(TURNS)} rounds alone and {len(TURNS)} with all ...")
+    alone = in_turns(client, ALONE, max_tokens)
+    together = in_turns(client, PROMPTS, max_tokens)
+    console.print(comparison(f"policy {policy}, and the same with off: alone", ALONE, alone))
+    console.print(comparison("all at once", PROMPTS, together))
+    for what, turns in (("alone", alone), ("all at once", together)):
         trees, plain = turns.with_trees.tokens_per_s, turns.plain.tokens_per_s
         console.print(
             f"{what}: {trees:.1f} tokens/s with {policy}, {plain:.1f} without: [bold]{trees / plain:.2f}x[/]; "
             f"{turns.identical} of {len(turns.plain.outcomes)} texts identical"
         )
-        console.print(f"  {escape(usual_reason(turns.with_trees.outcomes))}", highlight=False)
 
 
-def silent(label: str, text: str) -> None:
-    """Shows nothing."""
+def rung(load: Rounds) -> str:
+    """One load in one line: what the trees were like, and what was said of most steps."""
+    steps = [step for outcome in load.outcomes for step in outcome.steps]
+    price, nodes = median(step.price for step in steps), mean(step.verified_nodes for step in steps)
+    figures = f"{load.tokens_per_s:6.1f} tokens/s, price {price:5.0f}, {nodes:4.1f} nodes a tree"
+    return f"{len(load.outcomes):>2} streams: {figures}; {usual_reason([step.reason for step in steps])}"
 
 
 def show_kill(client: TreelineClient, console: Console, max_tokens: int, kill: Callable[[], None]) -> None:
@@ -189,15 +205,11 @@ def show_kill(client: TreelineClient, console: Console, max_tokens: int, kill: C
     )
 
 
-def in_turns(
-    client: TreelineClient, prompts: tuple[DemoPrompt, ...], max_tokens: int, rounds: int, first: Rounds | None = None
-) -> Turns:
-    """So many rounds with the default policy and with off, in turns. `first`: of those with trees, if it has run."""
-    turns = Turns(first or Rounds(), Rounds())
-    for number in range(rounds):
-        if number or first is None:
-            turns.with_trees.add(run_round(client, prompts, max_tokens, None, silent))
-        turns.plain.add(run_round(client, prompts, max_tokens, "off", silent))
+def in_turns(client: TreelineClient, prompts: tuple[DemoPrompt, ...], max_tokens: int) -> Turns:
+    """Rounds of the same prompts by the policies of `TURNS`."""
+    turns = Turns(Rounds(), Rounds())
+    for policy in TURNS:
+        (turns.plain if policy else turns.with_trees).add(run_round(client, prompts, max_tokens, policy))
     return turns
 
 
@@ -205,8 +217,8 @@ def run_round(
     client: TreelineClient,
     prompts: tuple[DemoPrompt, ...],
     max_tokens: int,
-    policy: str | None,
-    show: Callable[[str, str], None],
+    policy: str | None = None,
+    show: Callable[[str, str], None] = silent,
 ) -> Rounds:
     """All prompts at once, until the last one has ended."""
     started_s = time.perf_counter()
@@ -221,7 +233,7 @@ def follow(
     """One stream from its request to its end."""
     started_s = time.perf_counter()
     first_s, text, complete = 0.0, "", pb.GenerateComplete()
-    reasons: list[str] = []
+    steps: list[pb.SpeculationStep] = []
     answer = client.generate(
         messages=[{"role": "user", "content": prompt.text}],
         max_tokens=max_tokens,
@@ -237,10 +249,10 @@ def follow(
         else:
             first_s = first_s or time.perf_counter() - started_s
             text += message.text
-            reasons.append(message.speculation.reason)
+            steps.append(message.speculation)
             show(prompt.label, message.text)
     show(prompt.label, "\n")
-    return Outcome(first_s, time.perf_counter() - started_s, text, complete, reasons)
+    return Outcome(first_s, time.perf_counter() - started_s, text, complete, steps)
 
 
 class Narrator:
@@ -303,9 +315,8 @@ def comparison(title: str, prompts: tuple[DemoPrompt, ...], turns: Turns) -> Tab
     return table
 
 
-def usual_reason(outcomes: list[Outcome]) -> str:
-    """What the planner most often said of these streams' steps, its last such words for an example."""
-    reasons = [reason for outcome in outcomes for reason in outcome.reasons]
+def usual_reason(reasons: list[str]) -> str:
+    """What the planner said most often, its last such words for an example."""
     patterns = [NUMBER.sub("#", reason) for reason in reasons]
     pattern, steps = Counter(patterns).most_common(1)[0]
     example = dict(zip(patterns, reasons, strict=True))[pattern]

@@ -80,7 +80,8 @@ def run(config: Config, *, block: bool, report: Callable[[str], None] = lambda p
     app = RunningApp(endpoint, config.metrics.targets_file, secret)
     if block:
         app.stop_on_signals()  # before anybody is told that it serves, and may stop it
-        print(f"serving at {app.endpoint}; Ctrl-C stops", file=sys.stderr, flush=True)
+        page = f" and {config.server.page}" if config.server.page else ""
+        print(f"serving at {app.endpoint}{page}; Ctrl-C stops", file=sys.stderr, flush=True)
         problem = app.wait()
         print(f"treeline: {problem}; logs: {logs}" if problem else "stopping ...", file=sys.stderr, flush=True)
         app.stop(LOST_STOP_S if problem else STOP_S)

@@ -206,6 +206,13 @@ class ServerConfig(Section):
     )
     resources: ResourcesConfig = ResourcesConfig(num_cpus=0.1)
 
+    @property
+    def page(self) -> str:
+        """Address of the page for browsers; empty without HTTP, or on a port that is chosen at the start."""
+        if not (self.http.enabled and self.http.port):
+            return ""
+        return f"http{'s' if self.tls else ''}://{self.host}:{self.http.port}"
+
     @model_validator(mode="after")
     def _secure(self) -> ServerConfig:
         if self.host not in LOOPBACK and not self.allow_insecure and (self.tls is None or self.token_file is None):

@@ -2,9 +2,8 @@ import io
 
 from rich.console import Console
 
-from cli.demo import ALONE_ROUNDS, PROMPTS, TOGETHER_ROUNDS, Narrator, Outcome, show_demo, show_kill, usual_reason
+from cli.demo import LOADS, PROMPTS, TURNS, Narrator, show_demo, show_kill, usual_reason
 from treeline.client import TreelineClient
-from treeline.v1 import generation_pb2 as pb
 
 
 def test_streams_are_told_apart_line_by_line():
@@ -36,15 +35,18 @@ def test_the_demo_takes_turns_with_all_prompts_and_with_one_and_compares_them(se
     with TreelineClient(endpoint) as client:
         show_demo(client, Console(file=out, width=160), max_tokens=8)
     shown = out.getvalue()
-    # A round that only warms up, then turns of all prompts, then of one alone.
-    rounds = ["smart", *["smart", "off"] * TOGETHER_ROUNDS]
-    together = [policy for policy in rounds for _ in PROMPTS]
-    assert [request.policy for request in engine.requests] == together + ["smart", "off"] * ALONE_ROUNDS
+    # A round that only warms up and one that is shown, the climbing load, then turns alone and with all.
+    rounds = ["smart"] * (2 * len(PROMPTS) + sum(LOADS))
+    compared = [policy or "smart" for policy in TURNS]
+    together = [policy for policy in compared for _ in PROMPTS]
+    assert [request.policy for request in engine.requests] == rounds + compared + together
     for prompt in PROMPTS:
         assert f"{prompt.label:>8} | a0 a1 a2 a3" in shown
-    compared = TOGETHER_ROUNDS * len(PROMPTS)
-    assert f"{compared} of {compared} texts identical" in shown
-    assert f"{ALONE_ROUNDS} of {ALONE_ROUNDS} texts identical" in shown
+    for streams in LOADS:
+        assert f"{streams:>2} streams: " in shown
+    half = len(TURNS) // 2
+    assert f"{half} of {half} texts identical" in shown
+    assert f"{half * len(PROMPTS)} of {half * len(PROMPTS)} texts identical" in shown
     assert "accepted" in shown
 
 
@@ -60,6 +62,4 @@ def test_the_killed_answer_is_compared_with_an_undisturbed_one(service):
 
 def test_the_usual_reason_counts_sentences_that_differ_in_their_numbers_alone():
     reasons = ["plain decoding 10", "probing", "plain decoding 12.5"]
-    assert (
-        usual_reason([Outcome(0.1, 1.0, "", pb.GenerateComplete(), reasons)]) == "in 2 of 3 steps: plain decoding 12.5"
-    )
+    assert usual_reason(reasons) == "in 2 of 3 steps: plain decoding 12.5"
