@@ -55,6 +55,12 @@ def tiny_config(target: Path, drafter: DrafterConfig | None = None, **limits: in
     )
 
 
+def drafting_config(target: Path) -> Config:
+    """The target drafts for itself, and every policy may be asked for."""
+    drafter = DrafterConfig(kind="model", model=ModelConfig(model=str(target), dtype="float32", threads=1))
+    return tiny_config(target, drafter)
+
+
 @dataclass
 class Services:
     """The running services. A service's endpoint leaves `found` when it stops, as discovery would have it."""
