@@ -26,7 +26,9 @@ NODE = pytest.mark.skipif(
     not (shutil.which("node") and (ROOT / "examples/node/node_modules/openai").exists()),
     reason="needs npm install in examples/node",
 )
-OTHERS = pytest.mark.skipif(not CLIENTS_PYTHON.exists(), reason="needs tests/front_door/clients/requirements.txt in build/clients")
+OTHERS = pytest.mark.skipif(
+    not CLIENTS_PYTHON.exists(), reason="needs tests/front_door/clients/requirements.txt in build/clients"
+)
 ASK = [{"role": "user", "content": "hi"}]
 GREEDY = {"model": "", "messages": ASK, "temperature": 0, "max_tokens": 8}
 CITY = {"type": "object", "properties": {"city": {"enum": ["Ulm", "Bonn"]}}, "required": ["city"]}
