@@ -32,7 +32,7 @@ def check_startable(config: Config) -> None:
         ConfigError: with what is wrong first.
     """
     check_policies(config)
-    for path in (config.server.token_file, config.internal.token_file):
+    for path in (config.server.token_file, config.internal.token_file, config.metrics.token_file):
         if path is not None:
             read_tokens(path)
     for tls in (config.server.tls, config.internal.tls):

@@ -231,6 +231,7 @@ class MetricsConfig(Section):
         default=Path(tempfile.gettempdir()) / "treeline" / "prometheus-targets.json",
         description="where the running application lists its pages for Prometheus (file_sd)",
     )
+    token_file: Path | None = Field(default=None, description="who reads a page shows one of these bearer tokens")
 
 
 class InternalConfig(Section):

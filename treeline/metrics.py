@@ -6,12 +6,18 @@ Each process has a registry of its own and its own page; nothing is shared betwe
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from treeline.config import MetricsConfig
 from treeline.errors import ConfigError
+from treeline.rpc.tokens import TokenFile
 from treeline.step_record import StepRecord
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 PREFIX = "treeline"
 PORTS_TRIED = 64
@@ -242,16 +248,29 @@ class FrontDoorMetrics:
         self.in_flight.labels(method).dec()
 
 
+def _guarded(page: WSGIApplication, tokens: TokenFile) -> WSGIApplication:
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if tokens.client(environ.get("HTTP_AUTHORIZATION", "")) is None:
+            start_response("401 Unauthorized", [("WWW-Authenticate", "Bearer")])
+            return [b"a valid bearer token is needed\n"]
+        return page(environ, start_response)
+
+    return answer
+
+
 def serve_metrics(registry: CollectorRegistry, config: MetricsConfig) -> int:
     """Serve /metrics on the first free port from `config.base_port` on (0: any free port). Returns the port.
 
     Raises:
-        ConfigError: none of them is free.
+        ConfigError: none of them is free, or the token file cannot be read.
     """
+    tokens = TokenFile(config.token_file) if config.token_file else None
     ports = range(config.base_port, config.base_port + PORTS_TRIED) if config.base_port else [0]
     for port in ports:
         try:
             server, _ = start_http_server(port, config.host, registry)
+            if tokens is not None and (page := server.get_app()):
+                server.set_app(_guarded(page, tokens))
             return server.server_port
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
