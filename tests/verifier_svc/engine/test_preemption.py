@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from lm.model import LanguageModel
 from planner.fast.builtin_plan import builtin_plan
@@ -63,8 +67,10 @@ def requests_of(model: LanguageModel, sampling: SamplingParams, policy: str) -> 
     ]
 
 
-@pytest.mark.parametrize("policy", ["off", "chain:4", "static:3-2-1", "smart"])
-@pytest.mark.parametrize("sampling", [SamplingParams(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("sampling", "policy"),
+    [(SamplingParams(), "off"), (SAMPLED, "chain:4"), (SamplingParams(), "static:3-2-1"), (SAMPLED, "smart")],
+)
 def test_the_text_is_that_of_a_large_cache(model, sampling, policy):
     expected, preempted = finished(engine_of(model, LARGE), requests_of(model, sampling, "off"))
     assert not preempted
@@ -170,3 +176,113 @@ def test_twice_as_many_run_at_equal_memory_where_answers_end_early(model):
         preempted += record.preempted if record else 0
     assert most >= 2 * (480 // 120)
     assert not preempted
+
+
+PROMPTS = [[7] * 9, [7] * 9 + [8] * 8, [7] * 17, [1, 2, 3], list(range(30, 55))]
+SAMPLINGS = [SamplingParams(), SAMPLED]
+LONGEST = 60
+
+
+class Serving(RuleBasedStateMachine):
+    """Requests come, run, are preempted and aborted in a cache that holds two of the largest."""
+
+    model: LanguageModel
+    answers: dict[tuple[int, int], list[int]]
+    """By prompt and sampling; a shorter answer is a beginning of the longest one."""
+    caching: bool
+
+    def __init__(self) -> None:
+        super().__init__()
+        known = Known()
+        for (prompt, _), answer in self.answers.items():
+            known.add(PROMPTS[prompt], answer)
+        self.drafter = OracleDrafter(known, self.model.vocab_size)
+        self.open: dict[str, list[int]] = {}
+        """The tokens that are still to come, by request."""
+        self.names = count()
+
+    @initialize(caching=st.booleans())
+    def begin(self, caching: bool) -> None:
+        self.engine = engine_of(self.model, 2 * (25 + LONGEST), self.drafter, caching, running=4)
+
+    @rule(
+        prompt=st.integers(0, len(PROMPTS) - 1),
+        sampling=st.integers(0, len(SAMPLINGS) - 1),
+        tokens=st.integers(1, LONGEST),
+        priority=st.integers(-4, 4),
+        client=st.sampled_from("ab"),
+        policy=st.sampled_from(["off", "chain:4", "static:3-2-1"]),
+    )
+    def ask(self, prompt: int, sampling: int, tokens: int, priority: int, client: str, policy: str) -> None:
+        name = f"r{next(self.names)}"
+        self.engine.add(
+            GenerationRequest(
+                name,
+                PROMPTS[prompt],
+                SAMPLINGS[sampling],
+                tokens,
+                ignore_eos=True,
+                policy=policy,
+                priority=priority,
+                client=client,
+            )
+        )
+        self.open[name] = self.answers[prompt, sampling][:tokens]
+
+    @rule(steps=st.integers(1, 20))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            for output in self.engine.step()[0]:
+                due = self.open[output.request_id]
+                if isinstance(output.item, Completion):
+                    assert not due
+                    del self.open[output.request_id]
+                else:
+                    came = output.item.token_ids
+                    assert came == due[: len(came)]
+                    del due[: len(came)]
+
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        if self.open:
+            name = data.draw(st.sampled_from(sorted(self.open)))
+            (output,) = self.engine.abort([name])
+            assert output.item.finish_reason is FinishReason.ABORTED
+            del self.open[name]
+
+    @invariant()
+    def blocks_are_conserved(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        cache, scheduler = self.engine.cache, self.engine.scheduler
+        assert {s.request.request_id for s in (*scheduler.running, *scheduler.waiting)} == self.open.keys()
+        assert all(sequence.cache is None for sequence in scheduler.waiting)
+        held = [block for sequence in scheduler.running for block in sequence.kv.blocks]
+        shared = [b for s in scheduler.running for b in s.kv.blocks[: s.kv.shared_tokens // BLOCK]]
+        assert len(set(held)) == cache.used_blocks == cache.total_blocks - cache.free_blocks
+        assert all(held.count(block) == 1 for block in set(held) - set(shared))
+        assert all(sequence.kv.length <= sequence.kv.capacity for sequence in scheduler.running)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        due = sum(len(tokens) + 1 for tokens in self.open.values())
+        for _ in range(3 * due):  # each step brings a token, or a chunk of what is computed again
+            self.step(1)
+        assert not self.open, "somebody starves"
+        self.step(1)
+        assert_all_free(self.engine, self.drafter)
+        assert self.engine.cache.allocate(self.engine.cache.total_blocks * BLOCK) is not None, "a block leaked"
+
+
+def test_whatever_comes_blocks_are_conserved_and_texts_stay_right(model):
+    keys = [(p, s) for p in range(len(PROMPTS)) for s in range(len(SAMPLINGS))]
+    requests = [
+        GenerationRequest(f"{p} {s}", PROMPTS[p], SAMPLINGS[s], LONGEST, ignore_eos=True, policy="off") for p, s in keys
+    ]
+    outputs, _ = finished(engine_of(model, LARGE), requests)
+    answers = {key: tokens_of(outputs[f"{key[0]} {key[1]}"]) for key in keys}
+    machine = type("ServingModel", (Serving,), {"model": model, "answers": answers})
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=10, stateful_step_count=25, deadline=None, derandomize=True)
+    )
