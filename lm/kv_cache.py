@@ -274,5 +274,11 @@ class KVCache:
         """Copy what lies in some slots to others."""
         device = self._storages[0].device
         source, target = upload(sources, device), upload(targets, device)
-        for storage in self._storages:
-            storage.index_copy_(1, target, storage.index_select(1, source))
+        if device.type == "cuda":
+            from lm.cuda.elementwise import move_entries  # Triton is not installed everywhere.
+
+            for storage in self._storages:
+                move_entries(storage, source, target)
+        else:
+            for storage in self._storages:
+                storage.index_copy_(1, target, storage.index_select(1, source))

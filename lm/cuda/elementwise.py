@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from lm.cpu.elementwise import TORCH, TorchElementwise, is_silu
-from lm.cuda.elementwise_kernels import gate_rows, norm_rows, rotate_and_store
+from lm.cuda.elementwise_kernels import copy_entries, gate_rows, norm_rows, rotate_and_store
 
 GATE_BLOCK = 1024
 WARP_NUMBERS = 512
@@ -66,6 +66,19 @@ def store_rotated(
         heads.stride(0), keys.stride(0), values.stride(0),
         QUERIES=queries, KEYS=kept, DIM=dim, PAD=triton.next_power_of_2(dim // 2), NORMS=norms is not None, num_warps=1,
     )  # fmt: skip
+
+
+def move_entries(store: Tensor, sources: Tensor, targets: Tensor) -> None:
+    """Copy what lies in the slots `sources` int64 [n] of `store` [tensors, slots, heads, dim] to `targets`.
+
+    Two launches: torch's indexing takes dozens where a store has more than 2^31 numbers. By way of a place aside, since
+    an entry may move to where another one was.
+    """
+    count, size = len(sources), store[0, 0].numel()
+    aside = store.new_empty(len(store), count, size)
+    grid = (count, len(store), triton.cdiv(size, GATE_BLOCK))
+    for slots, back in ((sources, False), (targets, True)):
+        copy_entries[grid](store, aside, slots, count, store.stride(0), SIZE=size, BLOCK=GATE_BLOCK, BACK=back)
 
 
 def _norm(

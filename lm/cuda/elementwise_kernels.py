@@ -97,3 +97,20 @@ def round_rows(rows_ptr, out_ptr, scales_ptr, SIZE: tl.constexpr, PAD: tl.conste
     scale = tl.maximum(tl.max(tl.abs(numbers), 0), 1e-12) / 448.0
     tl.store(scales_ptr + row, scale)
     tl.store(out_ptr + places, (numbers / scale).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def copy_entries(
+    store_ptr, aside_ptr, slots_ptr, count, tensor_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr
+):  # fmt: skip
+    """Grid [count, tensors, blocks of an entry]: what lies in some slots of each tensor of the store to a place aside,
+    [tensors, count, SIZE], or BACK from there."""
+    index, tensor = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < SIZE
+    stored = store_ptr + tensor * tensor_stride + tl.load(slots_ptr + index) * SIZE + columns
+    aside = aside_ptr + (tensor * count + index) * SIZE + columns
+    if BACK:
+        tl.store(stored, tl.load(aside, mask=inside), mask=inside)
+    else:
+        tl.store(aside, tl.load(stored, mask=inside), mask=inside)

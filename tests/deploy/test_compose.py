@@ -130,9 +130,10 @@ def examples_fit(config: Config) -> None:
     for part, model in ((config.verifier, config.verifier.target), (config.drafter, config.drafter.model)):
         if part.resources.num_gpus and model is not None:
             weights_gb, token_bytes = MODELS[model.model]
+            ranks = model.tensor_parallel
             assert part.kv_cache_tokens != "auto" or part.resources.num_gpus == 1
             tokens = config.limits.max_context_tokens if part.kv_cache_tokens == "auto" else part.kv_cache_tokens
-            needed = weights_gb + tokens * token_bytes / 1e9 + SPARE_GB
+            needed = (weights_gb + tokens * token_bytes / 1e9) / ranks + SPARE_GB
             shared = part.resources.num_gpus < 1
             accelerator = part.resources.accelerator_type or "L40S"  # deploy/compose.gpu.yml asks for 48 GB
             device = f"{accelerator}{'' if shared else part}"

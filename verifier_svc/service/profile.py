@@ -58,6 +58,9 @@ def warm_up(model: LanguageModel, cache: KVCache) -> None:
     """Run passes on an idle engine's cache, so that no request waits for first calls if the profile was stored."""
     for tokens in WARM_UP_TOKENS:
         _pass_s(model, cache, 1, 1, tokens)
+    for top_p in (1.0, 0.9):  # Kernels that only sampled requests need.
+        logits = torch.zeros(1, model.vocab_size, device=model.device)
+        choose_tokens(logits, [Row(SamplingParams(temperature=1.0, top_p=top_p), 0)])
 
 
 def _curve(model: LanguageModel, cache: KVCache, sequences: int, context_tokens: int, until_s: float) -> CostCurve:

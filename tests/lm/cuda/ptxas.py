@@ -18,7 +18,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from lm.cuda.attention import kernel_constants
 from lm.cuda.attention_kernels import attend_split, combine_splits
-from lm.cuda.elementwise_kernels import gate_rows, norm_rows, rotate_and_store, round_rows
+from lm.cuda.elementwise_kernels import copy_entries, gate_rows, norm_rows, rotate_and_store, round_rows
 from lm.cuda.sampling import CUT_BLOCK, DRAW_BLOCK
 from lm.cuda.sampling_kernels import find_cuts, perturb_rows
 
@@ -60,6 +60,7 @@ def _elementwise() -> dict[Any, dict[str, Any]]:
     run = {"num_warps": 8, "num_stages": 2}
     return {
         norm_rows: {"SIZE": 4096, "PAD": 4096, "ADDS": True, "POST": True, "NORMS": True, **run},
+        copy_entries: {"SIZE": 1024, "BLOCK": 1024, "BACK": True, **run},
         gate_rows: {"SIZE": 14336, "BLOCK": 1024, "GELU": True, **run},
         rotate_and_store: {"QUERIES": 32, "KEYS": 8, "DIM": 128, "PAD": 64, "NORMS": True, **run, "num_warps": 1},
     }

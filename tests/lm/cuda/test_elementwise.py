@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from triton.runtime import interpreter
 
 from lm.cpu.elementwise import TORCH
-from lm.cuda.elementwise import TritonElementwise, store_rotated
+from lm.cuda.elementwise import TritonElementwise, move_entries, store_rotated
 from lm.layers.fuse import fuse_layers
 from lm.layers.fused import Norm
 from lm.model import LanguageModel
@@ -77,6 +77,14 @@ def test_rotation_on_the_way_into_the_store(dtype: torch.dtype, dim: int) -> Non
     close(keys[slots], expected[:, 6:8])
     assert torch.equal(values[slots], value_heads)
     assert not keys[[1, 2, 4, 5, 6, 8]].any()
+
+
+def test_entries_move_at_once_also_to_where_others_were() -> None:
+    store = rows(3, 9, 2, 700)
+    expected, source, target = store.clone(), torch.tensor([3, 5, 8]), torch.tensor([2, 3, 5])
+    expected[:, target] = store[:, source]
+    move_entries(store, source, target)
+    assert torch.equal(store, expected)
 
 
 FUSED = {
