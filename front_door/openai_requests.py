@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from front_door.tool_calls import Finder, FreeCalls, PlainText
-from front_door.tools import SPACING, ChatInput
+from front_door.tools import SPACING, ChatInput, Input, Many
 from treeline.errors import FieldViolation, InvalidRequestError
 from treeline.v1 import generation_pb2 as pb
 
@@ -37,11 +37,11 @@ class StructuredOutputs(BaseModel):
 
     definition: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Many[str] | None = None
     grammar: str | None = None
 
 
-class Body(BaseModel):
+class Body(Input):
     """What chat and text completions have in common. Fields that Treeline does not know are ignored, and named in the
     response header `x-treeline-ignored`."""
 
@@ -62,8 +62,8 @@ class Body(BaseModel):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     max_tokens: Int64 | None = None
     min_tokens: Int64 | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[TokenId] = []
+    stop: str | Many[str] | None = None
+    stop_token_ids: Many[TokenId] = Field(default=[])
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     ignore_eos: bool = False
@@ -176,7 +176,7 @@ class ChatBody(Body, ChatInput):
 class CompletionBody(Body):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Many[str] | Many[TokenId] | Many[Many[TokenId]]
     logprobs: Int64 | None = None
     echo: bool = False
 
@@ -229,7 +229,7 @@ class TokenizeBody(ChatInput):
         return pb.TokenizeRequest(prompt=self.prompt or "")
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(Input):
     """POST /detokenize."""
 
-    tokens: list[TokenId]
+    tokens: Many[TokenId]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, Json
+from pydantic import BaseModel, ConfigDict, Field, Json, model_validator
 
 from front_door.tool_calls import SPELLINGS, BoundCalls, Finder, FreeCalls, PlainText
 from treeline.errors import FieldViolation, InvalidRequestError
@@ -20,6 +20,26 @@ You can call these functions:
 {functions}
 To call one, answer with its name and arguments as JSON and nothing else, one call a line:
 {{"name": "...", "arguments": {{...}}}}"""
+
+
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]
+"""A list that is refused at its first wrong element: a body has room for a million of them."""
+
+
+class Input(BaseModel):
+    """A body. Its texts are Unicode: half a surrogate pair, which JSON can spell, is no text."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, fields: Any) -> Any:
+        for name, value in fields.items() if isinstance(fields, dict) else ():
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except (UnicodeEncodeError, RecursionError):
+                problem = "is nested too deeply, or holds half a surrogate pair"
+                raise InvalidRequestError(FieldViolation(name, problem)) from None
+        return fields
 
 
 class Function(BaseModel):
@@ -66,8 +86,8 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: str | list[TextPart] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: str | Many[TextPart] | None = None
+    tool_calls: Many[ToolCall] | None = None
 
     @property
     def text(self) -> str:
@@ -78,11 +98,11 @@ class Message(BaseModel):
         return pb.ChatMessage(role=self.role, content=self.text, fields=json.dumps(fields) if fields else "")
 
 
-class ChatInput(BaseModel):
+class ChatInput(Input):
     """A chat, and what its template gets in addition."""
 
-    messages: list[Message] = Field(default=[], min_length=1)
-    tools: list[Tool] = []
+    messages: Many[Message] = Field(default=[], min_length=1)
+    tools: Many[Tool] = []
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = {}

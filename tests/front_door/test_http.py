@@ -7,7 +7,9 @@ import urllib.request
 
 import openai
 import pytest
+from pydantic import ValidationError
 
+from front_door.openai_requests import ChatBody
 from tests.front_door.test_server import METRICS, with_front_door
 from tests.verifier_svc.fake_engine import FakeEngine, until
 from treeline.config import Config, LimitsConfig, ServerConfig
@@ -317,6 +319,22 @@ def test_a_token_is_needed_where_one_is_configured(tmp_path):
     with pytest.raises(openai.AuthenticationError):
         with_client(ask, config=config, api_key="wrong")
     assert with_client(ask, config=config, api_key="letmein") == ("a0 ", 200)
+
+
+@pytest.mark.parametrize("fields", [{"stop": ["\ud800"]}, {"chat_template_kwargs": {"a": "\ud800"}}])
+def test_half_a_surrogate_pair_is_no_text(fields):
+    async def scenario(client, s):
+        body = json.dumps({"messages": HELLO, **fields}).encode()
+        return await asyncio.to_thread(post, s.door.http.port, "/v1/chat/completions", body)
+
+    status, _, answer = with_client(scenario)
+    assert (status, answer["error"]["param"]) == (400, next(iter(fields)))
+
+
+def test_a_long_list_is_refused_at_its_first_wrong_element():
+    with pytest.raises(ValidationError) as caught:
+        ChatBody.model_validate({"messages": HELLO, "stop_token_ids": ["x"] * 100_000})
+    assert len(caught.value.errors()) == 1
 
 
 def test_bodies_are_bounded_and_must_be_json():

@@ -233,9 +233,10 @@ def _chat(check: _Checker, chat: pb.Chat, info: ServedModel) -> Chat:
 
 
 def _object(check: _Checker, field: str, text: str) -> dict[str, Any]:
-    """The JSON object in `text`; empty for no text."""
+    """The JSON object in `text`; empty for no text. Half a surrogate pair, which JSON can spell, is no text."""
     try:
         value = json.loads(text or "{}")
+        json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         value = None
     return value if check.that(isinstance(value, dict), field, "is no JSON object") else {}

@@ -199,6 +199,14 @@ def test_other_models_are_not_found():
     assert prompt_of(model="m", prompt="hello") == "hello"
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"a": "\\ud800"}', "[" * 10000])
+def test_what_a_template_gets_is_a_json_object_of_unicode(text):
+    for wrong in ({"template_arguments": text}, {"messages": [pb.ChatMessage(role="user", content="x", fields=text)]}):
+        given = {"messages": [pb.ChatMessage(role="user", content="hi")]} | wrong
+        with pytest.raises(InvalidRequestError, match=r"chat\.\S*(template_arguments|fields): is no JSON object"):
+            prompt_of(chat=pb.Chat(**given))
+
+
 def test_chat_needs_a_template():
     bare = ServedModel("m", "arch", "float32", 100, 64, frozenset(), has_chat_template=False)
     with pytest.raises(InvalidRequestError, match="no chat template"):
