@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from drafter_svc.proposer import Children, Frontier, Proposer, Root
 from planner.fast.acceptance import accepts
-from planner.fast.rule import Frontier as Priced
-from planner.fast.rule import another_layer
+from planner.fast.rule import PricedFrontier, another_layer
 from planner.policies import Layer
 from planner.policies.base import places_by_score
 from treeline.forest import COLUMNS, ROOT, Forest, Source
@@ -87,7 +86,7 @@ class GrowingForest:
         self._join(layer, new, above, kept)
         self._decision = (layer, kept)
 
-    def next(self, plan: Plan) -> tuple[Frontier, list[Priced]]:
+    def next(self, plan: Plan) -> tuple[Frontier, list[PricedFrontier]]:
         """The next frontier, chosen by the policy from the last layer, and the prices of its nodes tree by tree.
 
         In a full tree only nodes better than its worst can have children that stay.
@@ -106,7 +105,7 @@ class GrowingForest:
         self._asked, self._asked_trees = nodes, trees
         acceptance = np.bincount(trees, self._scores[nodes], len(self._sizes)).tolist()
         priced = [
-            Priced(self._policy, weight, count, acceptance[tree], self._depth, sampled)
+            PricedFrontier(self._policy, weight, count, acceptance[tree], self._depth, sampled)
             for tree, (count, weight, sampled) in enumerate(
                 zip(self._count(trees).tolist(), self._weights.tolist(), self._sampled.tolist(), strict=True)
             )
@@ -194,7 +193,7 @@ def grow(roots: list[Root], plan: Plan, proposer: Proposer) -> Forest:
         children = proposer.propose(roots, _joined(frontiers, starts))
         ends = np.cumsum([len(frontier.tree_of) for frontier in frontiers]).tolist()
         starts = [0, *ends[:-1]]
-        priced: list[Priced] = []
+        priced: list[PricedFrontier] = []
         for index, (forest, start, end) in enumerate(zip(forests, starts, ends, strict=True)):
             forest.add_layer(_between(children, start, end), plan, len(roots))
             frontiers[index], worth = forest.next(plan)

@@ -1,8 +1,8 @@
-"""What verifier and drafter say to each other, once per step for the whole batch.
+"""The messages between verifier and drafter, one each way per step for the whole batch; with their codecs.
 
-The verifier owns a request's tokens; the drafter owns only a cache that it can always rebuild from tokens. A message
-names the tokens from `start` on; a drafter that holds fewer than `start` of them answers with what it does hold, and
-the verifier sends the rest in the next step. Nothing here is ever waited for without a time-out.
+The verifier owns a request's tokens; the drafter owns a cache that it can always rebuild from tokens. A message carries
+the tokens from `start` on. A drafter that holds fewer than `start` tokens answers with the number it holds, and the
+verifier sends the rest in the next step. Every wait has a time-out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from treeline.sampling import SamplingParams
 from treeline.v1 import drafting_pb2 as pb
 
 _EXPONENT = np.uint16(0x7F80)
-"""Of bfloat16: all ones stand for infinity or NaN."""
+"""Exponent bits of bfloat16; all ones mean infinity or NaN."""
 NO_FEATURES = np.zeros((0, 0), np.uint16)
 
 
@@ -45,17 +45,17 @@ class DraftSequence:
 
     Attributes:
         session_id: unique per request and verifier; lives until released.
-        start: index in the whole sequence (prompt and output) of `token_ids[0]`.
-        token_ids: committed tokens from `start` to the end of the sequence, the last one being the tree's root. A
-            drafter that holds `start` tokens or more drops what it holds from `start` on and appends these.
-        sampling: lets the drafter propose under the same position-keyed noise as the target.
-        prompt_tokens: where the answer begins in the whole sequence; its penalties count from here on.
+        start: index of `token_ids[0]` in the sequence of prompt and output.
+        token_ids: committed tokens from `start` to the end of the sequence; the last one is the tree's root. A drafter
+            that holds more than `start` tokens replaces those from `start` on.
+        sampling: lets the drafter propose under the target's own position-keyed noise.
+        prompt_tokens: index at which the answer begins; penalties of the answer count from here.
         policy: spelling understood by `planner.policies.parse_policy`.
-        max_nodes: most draft nodes this request may still use in this step; 0 means only bring the cache up to date.
-        max_depth: deepest node wanted: the draft model runs no more layers than that.
-        weight: value of this request's tokens relative to others (priority).
-        features: uint16 [k, width], the bits of bfloat16: what the target made of the tokens just before the last k of
-            the whole sequence. Only tokens whose features were not sent before need to have theirs among them.
+        max_nodes: most draft nodes of this tree; 0 only brings the cache up to date.
+        max_depth: deepest layer of this tree.
+        weight: value of this request's tokens, 1 on average.
+        features: uint16 [k, width], bits of bfloat16: the target's hidden states of the tokens before the last k of the
+            sequence. Those that were sent before may be left out.
     """
 
     session_id: int
@@ -80,8 +80,8 @@ class DraftRequest:
     """One batched draft step.
 
     Attributes:
-        plan: the verifier's plan: its prices and calibration decide how these trees grow. Over a stream it is sent only
-            when it has changed.
+        plan: the verifier's plan, by whose prices and calibration the trees grow. A stream carries it only when it has
+            changed.
         released: sessions whose state the drafter may drop.
     """
 
@@ -93,13 +93,13 @@ class DraftRequest:
 
 @dataclass(frozen=True)
 class DraftStats:
-    """What the drafting of one step cost on the drafter's clock.
+    """The cost of drafting one step, by the drafter's clock.
 
     Attributes:
-        draft_s: seconds spent on this step.
+        draft_s: seconds of the whole draft.
         layer_nodes: nodes run through the draft model, one entry per tree layer.
         catch_up_tokens: committed tokens run through the draft model to bring its cache up to date.
-        layer_s: seconds of each tree layer, one per entry of layer_nodes (empty if not timed).
+        layer_s: seconds of each tree layer, one per entry of layer_nodes; empty if not timed.
     """
 
     draft_s: float = 0.0
@@ -114,8 +114,8 @@ class DraftReply:
 
     Attributes:
         forest: one tree for each sequence of the request, in its order.
-        held: for each session that could not be drafted, how many tokens the drafter does hold.
-        refused: trees that were no trees, and have been emptied.
+        held: for each session that could not be drafted, the number of tokens that the drafter holds.
+        refused: malformed trees, which were emptied.
     """
 
     step_id: int
@@ -126,42 +126,42 @@ class DraftReply:
 
 
 class Drafter(Protocol):
-    """Anything that grows trees: a language model or a draft head."""
+    """Anything that grows trees."""
 
     @property
     def features(self) -> FeatureSpec | None:
-        """What it reads of the target's passes; None if nothing."""
+        """What it reads of the target's hidden states; None if nothing."""
         ...
 
     def draft(self, request: DraftRequest) -> DraftReply:
-        """Release, catch up and draft. Called from one thread at a time."""
+        """Release sessions, catch up with new tokens, and draft. Called from one thread at a time."""
         ...
 
     def close(self) -> None: ...
 
 
 class DraftLink(Protocol):
-    """The verifier's end of the way to its drafter: in this process, or over one gRPC stream."""
+    """The verifier's link to its drafter: in this process, or over one gRPC stream."""
 
     def draft(self, request: DraftRequest, timeout_s: float) -> DraftReply | None:
-        """The reply to `request`, or None if there is none in time (the step then goes on unspeculated)."""
+        """The reply to `request`, or None if there is none in time: the step then goes on without drafts."""
         ...
 
     @property
     def ready(self) -> bool:
-        """False while the drafter is known to be away; drafting is then not even tried."""
+        """False while the drafter is known to be away: nothing is then sent to it."""
         ...
 
     @property
     def features(self) -> FeatureSpec | None:
-        """What the drafter wants to see of the target's passes; None if nothing, or while it is away."""
+        """What the drafter reads of the target's hidden states; None if nothing, or while it is away."""
         ...
 
     def close(self) -> None: ...
 
 
 def request_to_proto(request: DraftRequest, sent: Plan | None = None) -> pb.DraftRequest:
-    """The message for `request`. `sent`: the plan that this stream carried last; the same one is not sent again."""
+    """The message for `request`. `sent`: the plan that the stream carried last, which is not sent again."""
     return pb.DraftRequest(
         step_id=request.step_id,
         sequences=[_sequence_to_proto(sequence) for sequence in request.sequences],
@@ -171,11 +171,11 @@ def request_to_proto(request: DraftRequest, sent: Plan | None = None) -> pb.Draf
 
 
 def request_from_proto(message: pb.DraftRequest, plan: Plan | None = None) -> DraftRequest:
-    """The request in `message`. `plan`: of the stream's previous request; it holds until another one is sent.
+    """The request in `message`. `plan`: of the stream's previous request, in force until another one comes.
 
     Raises:
         ValueError: there is no plan, a session occurs twice, a sequence has no tokens, or sampling parameters or
-            features have no meaning.
+            features are invalid.
     """
     sequences = [_sequence_from_proto(sequence) for sequence in message.sequences]
     if len({sequence.session_id for sequence in sequences}) != len(sequences):
@@ -198,11 +198,11 @@ def reply_to_proto(reply: DraftReply) -> pb.DraftResponse:
 
 
 def reply_from_proto(message: pb.DraftResponse, request: DraftRequest, vocab_size: int) -> DraftReply:
-    """The answer to `request` in `message`, safe to use: what is wrong with a tree costs that tree.
+    """The answer to `request` in `message`, with malformed trees emptied.
 
     Raises:
-        ValueError: it is no answer to `request`: another number of trees, sessions nobody asked for, columns of
-            different lengths, senseless statistics.
+        ValueError: the message does not answer `request` (number of trees, unknown sessions), columns differ in length,
+            or statistics are out of range.
     """
     sequences = request.sequences
     forest = forest_from_proto(message.forest)
@@ -213,7 +213,7 @@ def reply_from_proto(message: pb.DraftResponse, request: DraftRequest, vocab_siz
     lengths = {sequence.session_id: sequence.length for sequence in sequences}
     held = {one.session_id: one.tokens for one in message.held}
     if any(tokens >= lengths.get(session_id, 0) for session_id, tokens in held.items()):
-        raise ValueError("a session is said to hold tokens that it was never given")
+        raise ValueError("a session holds more tokens than it was sent, or is unknown")
     check_numbers(message, {})
     if max(len(message.layer_s), len(message.layer_nodes)) > MAX_TREE_DEPTH:
         raise ValueError("statistics of drafting out of range")

@@ -1,4 +1,4 @@
-"""The draft trees of a batch as one set of columns, from the drafter over the wire to rule and walk; their codec."""
+"""The draft trees of a batch as one set of columns, from the drafter over the wire to rule and walk; with its codec."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Source(IntEnum):
 
 @dataclass(frozen=True)
 class Forest:
-    """Trees one behind the other, n nodes in all; in each tree parents come before children.
+    """Trees one after the other, n nodes in total; in each tree parents come before children.
 
-    A root (the last committed token of a request) is not a node. Siblings carry distinct tokens.
+    The root, a request's last committed token, is not a node. Siblings have distinct tokens.
 
         Tree 0: a, and b below a. Tree 1: none. Tree 2: c.
         token_ids [a, b, c]   parents [-1, 0, -1]   sizes [2, 0, 1]
@@ -83,19 +83,19 @@ class Forest:
 
     @cached_property
     def starts(self) -> NDArray[np.intp]:
-        """intp [trees]; the first node of each tree."""
+        """intp [trees]; index of the first node of each tree."""
         return self.sizes.cumsum() - self.sizes
 
     @cached_property
     def tree_of(self) -> NDArray[np.intp]:
-        """intp [n]; whose node it is."""
+        """intp [n]; index of each node's tree."""
         return np.arange(len(self.sizes)).repeat(self.sizes)
 
     @cached_property
     def jumps(self) -> list[NDArray[np.intp]]:
-        """intp [1 + n] each; where every node's path leads in 1, 2, 4, ... steps up.
+        """intp [1 + n] each; every node's ancestor 1, 2, 4, ... steps up.
 
-        Node u is 1 + u; index 0 stands for all roots, which lead to themselves. The last one leads everything there.
+        Node u has index 1 + u. Index 0 stands for all roots, and is its own ancestor. In the last array all are 0.
         """
         jump = np.zeros(len(self.parents) + 1, np.intp)
         np.multiply(self.parents + (1 + self.starts)[self.tree_of], self.parents != ROOT, out=jump[1:])
@@ -110,12 +110,12 @@ class Forest:
         """intp [n]; 1 for children of a root."""
         depths = np.ones(len(self.parents) + 1, np.intp)
         depths[0] = 0
-        for jump in self.jumps[:-1]:  # every round doubles the distance that is looked up the path
+        for jump in self.jumps[:-1]:  # every round doubles the distance covered
             depths += depths[jump]
         return depths[1:]
 
     def paths(self) -> Iterator[list[list[int]]]:
-        """Of each tree, the token ids down to each of its nodes, that node's included."""
+        """For each tree, the token ids down to each of its nodes, itself included."""
         nodes = zip(self.token_ids.tolist(), self.parents.tolist(), strict=True)
         for size in self.sizes.tolist():
             paths: list[list[int]] = []
@@ -132,19 +132,19 @@ class Forest:
         return products[1:]
 
     def tree(self, index: int) -> Forest:
-        """One of the trees by itself."""
+        """One tree alone."""
         first = self.starts.item(index)
         nodes = slice(first, first + self.sizes.item(index))
         return Forest(self.sizes[index : index + 1], *(getattr(self, name)[nodes] for name in COLUMNS))
 
     def spread(self, places: Sequence[int], trees: int) -> Forest:
-        """The same trees among `trees` of them, at these rising places; the others are empty."""
+        """A forest of `trees` trees with these at the increasing indices `places`, and the others empty."""
         sizes = np.zeros(trees, np.intp)
         sizes[np.asarray(places, np.intp)] = self.sizes
         return Forest(sizes, *(getattr(self, name) for name in COLUMNS))
 
     def select(self, keep: NDArray[np.bool_]) -> Forest:
-        """The kept nodes. `keep` [n] must be closed under parents.
+        """The forest of the kept nodes. `keep` [n] must be closed under parents.
 
         Raises:
             ValueError: a kept node's parent is not kept.
@@ -165,7 +165,7 @@ class Forest:
         return Forest(sizes, self.token_ids[kept], parents, *columns)
 
     def without(self, bad: NDArray[np.bool_]) -> tuple[Forest, int]:
-        """The forest without the nodes of every tree that has a `bad` [n] node, and how many trees those were."""
+        """The forest with every tree emptied that has a `bad` [n] node, and the number of these trees."""
         trees = np.zeros(len(self.sizes), np.bool_)
         trees[self.tree_of[bad]] = True
         good = ~trees[self.tree_of]
@@ -204,10 +204,10 @@ def forest_from_proto(message: pb.Forest) -> Forest:
 def checked(
     forest: Forest, max_nodes: NDArray[np.intp], max_depths: NDArray[np.intp], vocab_size: int
 ) -> tuple[Forest, int]:
-    """A forest from another process, every tree that must not be verified emptied; and how many those were.
+    """A forest from another process with every malformed or too large tree emptied, and the number of these trees.
 
     Args:
-        max_nodes, max_depths: [trees]; what each tree was allowed.
+        max_nodes, max_depths: [trees]; the limits of each tree.
     """
     tree_of, indices = forest.tree_of, np.arange(len(forest.tree_of)) - forest.starts[forest.tree_of]
     bad = (forest.sizes > max_nodes)[tree_of]
@@ -217,7 +217,7 @@ def checked(
     bad |= forest.sources > max(Source)
     forest, refused = forest.without(bad)
     bad = forest.depths > max_depths[forest.tree_of]
-    # Twins: the same token below the same parent. Sorted, they are neighbours.
+    # Twins have the same token and the same parent. Sorted, they are neighbours.
     above = np.where(forest.parents == ROOT, -1 - forest.tree_of, forest.jumps[0][1:])
     order = np.lexsort((forest.token_ids, above))
     twins = (np.diff(above[order]) == 0) & (np.diff(forest.token_ids[order]) == 0)

@@ -24,7 +24,7 @@ PORTS_TRIED = 64
 
 _TTFT_BUCKETS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _ITL_BUCKETS = tuple(round(0.002 * 1.15**i, 4) for i in range(50))
-"""2 ms to 1.9 s, 15 % apart: the planner holds the 95th percentile to a few per cent, and reads it off these."""
+"""2 ms to 1.9 s, 15 % apart: the planner controls the 95th percentile, which it reads from these, to a few per cent."""
 _E2E_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 3, 5, 8, 12, 20, 30, 60, 120, 300)
 _PHASE_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2)
 _LENGTH_BUCKETS = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 8)
@@ -51,7 +51,7 @@ class VerifierMetrics:
         self._price = gauge("price_tokens_per_second", "Tokens per second of its cost that a node had to bring")
         self._goodput = gauge("expected_goodput_tokens_per_second", "Goodput expected of the last drafted step")
         self._plan_version = gauge("plan_version", "Version of the plan in force")
-        self.refused_plans = counter("plans_refused", "Plans that made no sense and were left out")
+        self.refused_plans = counter("plans_refused", "Malformed plans that were ignored")
         self._drafter_ready = gauge("drafter_ready", "1 while drafting is possible")
         self._drafter_problem = gauge("drafter_problem", "1 while the target hardly ever agrees with the drafter")
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens run")
@@ -122,7 +122,7 @@ class VerifierMetrics:
                 self._accepted_at.labels(str(depth - 1)).inc()
 
     def observe_tokens(self, tokens: int, seconds: float) -> None:
-        """`tokens` reached a stream `seconds` after those before them: each waited an equal share."""
+        """`tokens` reached a stream `seconds` after the previous ones, and share the gap equally."""
         for _ in range(tokens):
             self._itl.observe(seconds / tokens)
 
@@ -151,7 +151,7 @@ class VerifierMetrics:
             self._targets.labels(str(target_met).lower()).inc()
 
     def observe_prefix(self, prompt_tokens: int, cached_tokens: int) -> None:
-        """A prompt was looked up in the prefix cache, and so many of its tokens were there."""
+        """A prompt was looked up in the prefix cache, which held `cached_tokens` of its tokens."""
         self._prefix_queries.inc(prompt_tokens)
         self._prefix_hits.inc(cached_tokens)
 
@@ -185,7 +185,7 @@ class DrafterMetrics:
 
 
 class PlannerMetrics:
-    """What the planner knows of each verifier, and how good its knowledge is."""
+    """The planner's plan for each verifier, and the errors of its predictions."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def gauge(name: str, text: str, *labels: str) -> Gauge:

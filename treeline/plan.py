@@ -53,7 +53,7 @@ class PaperFit:
     rho: float
 
 
-Reading = tuple[int, NDArray[np.float64], NDArray[np.float64]]
+CurveReading = tuple[int, NDArray[np.float64], NDArray[np.float64]]
 """(shortest context, float64 [n], float64 [n]): seconds of passes over 0 .. n - 1 tokens at that context, and those
 that each further context token per sequence adds."""
 
@@ -87,7 +87,7 @@ class CostModel:
     paper: PaperFit | None = None
 
     @cached_property
-    def readings(self) -> dict[tuple[int, int], Reading]:
+    def readings(self) -> dict[tuple[int, int], CurveReading]:
         """Cache of `planner.fast.cost` by (sequences, n): every step reads the curves."""
         return {}
 

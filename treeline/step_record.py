@@ -1,4 +1,4 @@
-"""What an engine step did and cost: the only thing that the planner learns from."""
+"""The record of an engine step, the only thing that the planner learns from; with its codec."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from treeline.v1 import planning_pb2 as pb
 
 @dataclass(frozen=True)
 class NodeOutcomes:
-    """Verified nodes whose parent was accepted: the only ones whose acceptance was observed. Columns of equal length.
+    """Verified nodes whose parent was accepted: only their acceptance is observed. Columns of equal length.
 
     Attributes:
         sources, depths: uint8 [k].
@@ -42,7 +42,7 @@ _NO_OUTCOMES = NodeOutcomes(_BYTES, _BYTES, _BOOLS, _BOOLS, np.zeros(0, np.float
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one engine step did and cost; the planner learns from nothing else.
+    """What one engine step did and cost.
 
     Attributes:
         sequences: decoding requests verified in the step.
@@ -54,22 +54,21 @@ class StepRecord:
         running: requests with a slot: those that decode, and those whose prompts are not complete.
         waiting: requests without a slot.
         startable: requests whose prompts found no room in this step and could start in the next.
-        draft_s: seconds that drafting took in all: messages, waiting for the drafter, pruning.
-        drafter_s: seconds the drafter itself worked.
+        draft_s: seconds of drafting: messages, waiting for the drafter, pruning.
+        drafter_s: seconds by the drafter's own clock.
         draft_layer_nodes: nodes run per layer of the draft model.
         verify_s: seconds of the verification pass and sampling.
-        predicted_verify_s: what the plan's cost model said of this pass before it ran.
+        predicted_verify_s: the plan's prediction of `verify_s`.
         step_s: seconds of the whole step.
-        goodput: weighted tokens per second this step was expected to bring at the chosen size, 0 if undrafted.
-        price: R + mu * Q of this step, tokens per second, 0 if undrafted.
-        node_s: worth of the best node that was drafted and not verified, as seconds at the price; 0 if there was none.
-        catch_up_tokens: what the drafter ran to bring its cache up to date; where they are many, the step does not
-            teach draft costs.
-        drafted_requests: requests that the drafter was asked to draft for.
+        goodput: weighted tokens per second expected at the chosen size; 0 if undrafted.
+        price: R + mu * Q of this step, tokens per second; 0 if undrafted.
+        node_s: gain of the best drafted node that was not verified, in seconds at the price; 0 if there was none.
+        catch_up_tokens: committed tokens that the drafter ran to bring its cache up to date.
+        drafted_requests: requests that were drafted for.
         pass_how: how the verification pass ran: "replayed" (a captured CUDA graph), "eager" (the same, uncaptured), or
             "packed" (without padding; the only way on a CPU).
-        gaps: (seconds, tokens) per request that got tokens behind its first one: since when it waited, how many came.
-        first_token_s: per request that got its first token: seconds from its arrival.
+        gaps: (seconds since its last tokens, tokens) for each request that received further tokens.
+        first_token_s: seconds from its arrival for each request that received its first token.
         preempted: requests that gave their KV blocks to others, and wait to be computed again.
     """
 
@@ -145,7 +144,7 @@ def step_from_proto(message: pb.StepRecord) -> StepRecord:
     if not message.step_s or message.prefill_tokens > message.tokens or message.sequences > message.tokens:
         raise ValueError("a step without seconds, or with fewer tokens than sequences or prompt tokens")
     if message.drafter_s and message.draft_s < MIN_SECONDS:
-        raise ValueError("the drafter worked in no time")
+        raise ValueError("the drafter worked for no time")
     outcomes = message.outcomes
     columns = (outcomes.sources, outcomes.depths, outcomes.flags)
     sources, depths, flags = (np.frombuffer(column, np.uint8) for column in columns)
@@ -153,7 +152,7 @@ def step_from_proto(message: pb.StepRecord) -> StepRecord:
     if len({len(sources), len(depths), len(flags), len(draft_probs)}) != 1:
         raise ValueError("outcome columns differ in length")
     if len(sources) > _MAX_OUTCOMES or (sources >= SOURCES).any() or not depths.all():
-        raise ValueError("an outcome of no source or depth, or too many outcomes")
+        raise ValueError("an outcome with an unknown source or depth 0, or too many outcomes")
     sampled, accepted, first = ((flags & bit) > 0 for bit in (_SAMPLED, _ACCEPTED, _FIRST))
     return from_message(
         message,

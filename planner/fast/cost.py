@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from treeline.plan import CostCurve, CostModel, PaperFit, Reading
+from treeline.plan import CostCurve, CostModel, CurveReading, PaperFit
 
 MAX_PAPER_EXPONENT = 50.0
 """Keeps exp() finite. The paper's rule refuses a tree long before it costs e^50 times its first node."""
@@ -35,7 +35,7 @@ def pass_s(cost: CostModel, sequences: int, context_tokens: int, tokens: int) ->
     return float(seconds[tokens]) + max(0, context_tokens - short) * float(per_context_token[tokens])
 
 
-def catches_up(catch_up_tokens: int, requests: int) -> bool:
+def is_catching_up(catch_up_tokens: int, requests: int) -> bool:
     """Whether a draft ran so many committed tokens that its seconds do not predict the next draft's."""
     return catch_up_tokens > ORDINARY_CATCH_UP_TOKENS * requests
 
@@ -108,7 +108,7 @@ def curve_seconds(curve: CostCurve, tokens: NDArray[np.int64]) -> NDArray[np.flo
     return seconds + np.maximum(0, tokens - curve.tokens[-1]) * _mean_slope(curve)
 
 
-def _reading(cost: CostModel, sequences: int, max_tokens: int) -> Reading:
+def _reading(cost: CostModel, sequences: int, max_tokens: int) -> CurveReading:
     """The curves at 0 to at least `max_tokens` tokens, interpolated once per plan."""
     # Rounded up to a power of two, so that steps of other sizes, and those that look ahead, find it in the cache.
     size = 1 << max(8, (max_tokens + NODES_AHEAD).bit_length())
@@ -118,7 +118,7 @@ def _reading(cost: CostModel, sequences: int, max_tokens: int) -> Reading:
     return reading
 
 
-def _read(cost: CostModel, sequences: int, tokens: NDArray[np.intp]) -> Reading:
+def _read(cost: CostModel, sequences: int, tokens: NDArray[np.intp]) -> CurveReading:
     parts = [share * _curve(cost, index, tokens) for index, share in curve_weights(cost.verify, sequences)]
     seconds = parts[0] if len(parts) == 1 else parts[0] + parts[1]
     per_context_token = _context_seconds(cost.verify, sequences, tokens)

@@ -100,12 +100,12 @@ class DraftGate:
             return Decision(probed, "probing", self._draft_s(probed, cost))
         return Decision(0, f"drafting would lose {-gain:.1f} of {prices.sequences} tokens")
 
-    def drafted(self, offer: Offer, draft_s: float, caught_up: bool) -> None:
+    def drafted(self, offer: Offer, draft_s: float, catching_up: bool) -> None:
         """Learn from a draft that came in time.
 
         Args:
             draft_s: seconds that it took.
-            caught_up: the drafter ran many committed tokens first. A probe then continues with the next draft, whose
+            catching_up: the drafter ran many committed tokens first. A probe then continues with the next draft, whose
                 seconds show what drafting costs.
         """
         self.lates = 0
@@ -118,7 +118,7 @@ class DraftGate:
         # A gate that closes waits for its first probe as if this draft had been one.
         owed_s = draft_s * min(1.0, PROBE_REQUESTS / offer.requests)
         self._credit_s = self._credit_s - owed_s if self._probing else -owed_s
-        self._probing = self._probing and caught_up
+        self._probing = self._probing and catching_up
 
     def late(self, waited_s: float, now_s: float) -> None:
         """No draft came within `waited_s`: pause drafting."""

@@ -88,7 +88,7 @@ class Pruning:
         return f"{said}; the next would bring {brings}"
 
 
-class Frontier(NamedTuple):
+class PricedFrontier(NamedTuple):
     """Nodes of one request that the draft model would run next. `acceptance`: the sum of a(u) over them."""
 
     policy: Policy
@@ -147,7 +147,7 @@ def prune_batch(
     )
 
 
-def another_layer(frontiers: list[Frontier], plan: Plan) -> bool:
+def another_layer(frontiers: list[PricedFrontier], plan: Plan) -> bool:
     """Whether running these nodes through the draft model pays for the whole batch, at the plan's price.
 
     A node's children gain their total acceptance, and cost drafting the node and verifying at least one of them.

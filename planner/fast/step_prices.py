@@ -23,7 +23,7 @@ class StepPrices:
     Attributes:
         sequences: B, the requests that decode.
         prompt_tokens: prompt tokens of the step, as decoded tokens of the same cost.
-        waiting: Q, requests that could start when the step ends.
+        startable: Q, requests that could start when the step ends.
         wait_cost: what these and the prompts of the step lose while it runs, in decoding requests; Q by default.
         overhead_s: what a step takes besides drafting and the pass.
         seconds: float64 [n]; of a pass over 0 .. n - 1 tokens, roots, nodes and prompt tokens alike.
@@ -32,7 +32,7 @@ class StepPrices:
 
     sequences: int
     prompt_tokens: int
-    waiting: int
+    startable: int
     wait_cost: float
     overhead_s: float
     seconds: NDArray[np.float64]
@@ -44,7 +44,7 @@ class StepPrices:
         plan: Plan,
         sequences: int,
         context_tokens: int,
-        waiting: int,
+        startable: int,
         max_nodes: int,
         prompt_tokens: int = 0,
         prompts: int = 0,
@@ -59,9 +59,9 @@ class StepPrices:
         prompt_tokens = as_decoded(plan.cost, prompt_tokens)
         most = sequences + prompt_tokens + max_nodes
         seconds = verify_seconds(plan.cost, max(1, sequences), context_tokens, most)
-        wait_cost = waiting_cost(plan.wait_factor, waiting, prompts)
+        wait_cost = waiting_cost(plan.wait_factor, startable, prompts)
         overhead_s = plan.cost.step_overhead_s
-        return cls(sequences, prompt_tokens, waiting, wait_cost, overhead_s, seconds, plan.step_budget_s)
+        return cls(sequences, prompt_tokens, startable, wait_cost, overhead_s, seconds, plan.step_budget_s)
 
     @property
     def base_tokens(self) -> int:
@@ -112,10 +112,10 @@ class StepPrices:
         return float(gains.min(initial=np.inf))
 
 
-def waiting_cost(wait_factor: float, waiting: int, prompts: int) -> float:
+def waiting_cost(wait_factor: float, startable: int, prompts: int) -> float:
     """What waiting requests lose while a step runs, in decoding requests.
 
-    Ordinarily each of `waiting` counts as one, and the running `prompts` as none: their step is under way. A factor
+    Ordinarily each of `startable` counts as one, and the running `prompts` as none: their step is under way. A factor
     above 1 says that first tokens come too late, and then both count.
     """
-    return wait_factor * (waiting + prompts) - prompts
+    return wait_factor * (startable + prompts) - prompts

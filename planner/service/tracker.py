@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression, least_squares
 
-from planner.fast.cost import catches_up, context_token_s, curve_seconds, curve_weights
+from planner.fast.cost import context_token_s, curve_seconds, curve_weights, is_catching_up
 from planner.service.rls import RecursiveLeastSquares
 from treeline.plan import CostCurve, CostModel, PaperFit, VerifierProfile
 from treeline.step_record import StepRecord
@@ -188,7 +188,7 @@ class DraftCosts:
 
     def observe(self, record: StepRecord) -> None:
         """Learn from a step in which the drafter worked, unless it had much to catch up with."""
-        if not record.drafter_s or catches_up(record.catch_up_tokens, record.drafted_requests):
+        if not record.drafter_s or is_catching_up(record.catch_up_tokens, record.drafted_requests):
             return
         layers = record.draft_layer_nodes
         parts_s = self.seconds * [1.0, record.drafted_requests, len(layers), sum(layers)]

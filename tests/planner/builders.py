@@ -49,18 +49,20 @@ class Pruned(Pruning):
     keep: list[np.ndarray]
 
 
-def prices_of(plan: Plan, sequences: int, prompt_tokens: int = 0, waiting: int = 0) -> StepPrices:
-    return StepPrices.of(plan, sequences, 64, waiting, 32 * sequences, prompt_tokens)
+def prices_of(plan: Plan, sequences: int, prompt_tokens: int = 0, startable: int = 0) -> StepPrices:
+    return StepPrices.of(plan, sequences, 64, startable, 32 * sequences, prompt_tokens)
 
 
-def prune(drafted: list[Drafted], plan: Plan, draft_s: float = 0.0, prompt_tokens: int = 0, waiting: int = 0) -> Pruned:
+def prune(
+    drafted: list[Drafted], plan: Plan, draft_s: float = 0.0, prompt_tokens: int = 0, startable: int = 0
+) -> Pruned:
     forest = Forest.join([one.tree for one in drafted])
     requests = Requests(
         np.asarray([one.weight for one in drafted], np.float32),
         np.asarray([one.sampled for one in drafted]),
         np.asarray([one.policy.priced for one in drafted]),
     )
-    prices = prices_of(plan, len(drafted), prompt_tokens, waiting)
+    prices = prices_of(plan, len(drafted), prompt_tokens, startable)
     pruning = prune_batch(forest, requests, plan.calibration, prices, draft_s)
     ends = np.cumsum(forest.sizes)[:-1]
     return Pruned(**vars(pruning), keep=np.split(pruning.chosen, ends))

@@ -1,4 +1,4 @@
-"""What happens to every generation call whatever its method: malformed messages, errors to statuses, counting."""
+"""The interceptor of generation calls: malformed messages, errors as statuses, counting."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from treeline.v1 import generation_pb2 as pb
 logger = logging.getLogger(__name__)
 
 DEADLINE_SLACK_S = 0.02
-"""A call that is cancelled this shortly before its deadline has met its deadline: timers fire a little early."""
+"""A call that is cancelled this shortly before its deadline has exceeded it: timers fire a little early."""
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 _PREFIX = f"/{SERVICE}/"
 
 
 class CallObserver(Protocol):
-    """Told of each call: its method ("Generate"), at its end also its gRPC code name ("OK") and how long it took."""
+    """Counts calls: at the start by method ("Generate"), at the end also by gRPC code name ("OK"), with the seconds."""
 
     def started(self, method: str) -> None: ...
 
@@ -36,9 +36,9 @@ class CallObserver(Protocol):
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Gives every call of the generation service its right status.
 
-    - A message that protobuf cannot parse (text that is not UTF-8, say) becomes INVALID_ARGUMENT.
-    - A TreelineError becomes its own status with details; a failed upstream call's status goes through unchanged.
-    - Anything else becomes INTERNAL: logged here, the client sees only the id it is logged under.
+    - A message that protobuf cannot parse (for example text that is not UTF-8) becomes INVALID_ARGUMENT.
+    - A TreelineError becomes its own status with details. The status of a failed upstream call passes unchanged.
+    - Any other exception becomes INTERNAL. It is logged here under an id, and the client sees the id alone.
 
     Handlers must be unary-unary coroutines or unary-stream async generators, which are closed when the call ends.
     """

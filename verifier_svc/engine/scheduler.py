@@ -125,7 +125,7 @@ class Scheduler:
             plan,
             len(decoding),
             context_tokens=context_tokens // max(1, len(sequences)),
-            waiting=_startable(prompts[len(prefilling) :], most),
+            startable=_startable(prompts[len(prefilling) :], most),
             max_nodes=len(decoding) * self._limits.max_tree_nodes,
             prompt_tokens=sum([tokens for _, tokens in prefilling]),
             prompts=len(prefilling),
@@ -143,7 +143,7 @@ class Scheduler:
         if not decoding or plan.version == 0:
             return most
         roots, context_tokens = len(decoding), sum([s.kv.length for s in decoding]) // len(decoding)
-        plain = StepPrices.of(plan, roots, context_tokens, waiting=0, max_nodes=0)
+        plain = StepPrices.of(plan, roots, context_tokens, startable=0, max_nodes=0)
         # Most tokens of the pass are the first prompt's, and see as much context as it has by now.
         beside_prompt = StepPrices.of(plan, roots, max(context_tokens, prompts[0].kv.length), 0, 0, most)
         longest_s = MAX_STRETCH * max(1.0, len(prompts) / roots) * plan.wait_factor * plain.undrafted_s

@@ -38,7 +38,7 @@ def step_record(
         emitted_tokens=sum([len(walk.tokens) for walk in verified.walks]),
         running=batch.running,
         waiting=batch.waiting,
-        startable=batch.prices.waiting,
+        startable=batch.prices.startable,
         draft_s=drafts.draft_s,
         drafter_s=drafts.stats.draft_s,
         draft_layer_nodes=drafts.stats.layer_nodes,

@@ -1,4 +1,4 @@
-"""From a request's grammar to its compiled form: off the engine's thread, bounded, and each one once."""
+"""Compiles the grammars of requests: outside the engine's thread, with bounds, and cached."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ LIMITS = LLParserLimits(initial_lexer_fuel=250_000, max_lexer_states=25_000, ver
 
 
 class GrammarCompiler:
-    """Compiles for one tokenizer. May take a second, so that it wants a thread of its own."""
+    """Compiles for one tokenizer. A call may take a second, so it needs a thread of its own."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, info: ServedModel) -> None:
         self._hf_tokenizer, self._info = tokenizer, info
         self._compiled = lru_cache(CACHED_GRAMMARS)(self._compile)
 
     def __call__(self, given: pb.Grammar) -> Grammar:
-        """Raises InvalidRequestError, which says where the grammar is wrong."""
+        """Raises InvalidRequestError with the position of the mistake."""
         kind = given.WhichOneof("kind")
         if kind is None:
             raise InvalidRequestError(FieldViolation("grammar", "give one of json_schema, regex, lark, choice"))
@@ -69,6 +69,6 @@ _SPELLINGS: dict[str, Callable[[str], str]] = {
 
 
 def _choice(texts: Iterable[str]) -> str:
-    """One of these texts, as a Lark grammar; empty for none."""
+    """A Lark grammar that matches one of these texts; empty if there are none."""
     spelled = " | ".join(json.dumps(text) for text in texts)
     return f"start: {spelled}" if spelled else ""

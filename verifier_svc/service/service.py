@@ -1,4 +1,4 @@
-"""The generation service of one verifier: text in, engine requests through, text out."""
+"""The generation service of one verifier: from gRPC requests to engine requests, and from chunks to messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TOKENISING_THREADS = 2
-"""A long prompt must not hold up the streams or all other prompts, nor may prompts take every core."""
+"""A long prompt must neither block the streams nor all other prompts; prompts must not take every core."""
 _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -66,7 +66,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         verifier: VerifierConfig,
         plan: Callable[[], Plan],
     ) -> None:
-        """`plan`: gives the plan in force."""
+        """`plan`: returns the plan in force."""
         self._engine, self._tokenizer, self._info, self._plan = engine, tokenizer, info, plan
         self._limits, self._verifier = limits, verifier
         self._tokenising = ThreadPoolExecutor(TOKENISING_THREADS, "tokenise")
@@ -184,7 +184,7 @@ def chunk_to_proto(chunk: Chunk, tokenizer: PreTrainedTokenizerFast) -> pb.Gener
 
 
 def completion_to_proto(completion: Completion, request: GenerationRequest) -> pb.GenerateComplete:
-    """The last message of a stream: how it ended, and what was in force."""
+    """The last message of a stream: how it ended, and with which seed and policy."""
     totals, matched = completion.speculation, completion.matched_stop
     return pb.GenerateComplete(
         finish_reason=_FINISH_REASONS[completion.finish_reason],

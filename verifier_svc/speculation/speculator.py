@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from planner.fast.acceptance import accepts
-from planner.fast.cost import catches_up
+from planner.fast.cost import is_catching_up
 from planner.fast.gate import Decision, DraftGate, Offer
 from planner.fast.rule import Pruning, Requests, prune_batch
 from treeline.config import LimitsConfig
@@ -167,8 +167,8 @@ class Speculator:
         forest, stats = drafts.forest, drafts.stats
         assert drafts.pruning is not None
         gains = drafts.pruning.gains[requests.priced[forest.tree_of] & (forest.sources != Source.NGRAM)]
-        caught_up = catches_up(stats.catch_up_tokens, len(drafts.sessions))
-        self.gate.drafted(Offer(asked, gains, stats.layer_nodes), min(drafts.draft_s, expected_s), caught_up)
+        catching_up = is_catching_up(stats.catch_up_tokens, len(drafts.sessions))
+        self.gate.drafted(Offer(asked, gains, stats.layer_nodes), min(drafts.draft_s, expected_s), catching_up)
 
     def _grafted(self, batch: Batch, forest: Forest, depths: list[int]) -> Forest:
         """The forest with continuations from the requests' own texts.

@@ -30,7 +30,7 @@ def gate_that_saw(gains: np.ndarray, requests: int = 1) -> DraftGate:
 
 def drafts(gate: DraftGate, cost: CostModel, requests: int = 1, waiting: int = 0, **changes) -> int:
     """For how many requests it would draft."""
-    prices = prices_of(plan_with(cost), requests, waiting=waiting)
+    prices = prices_of(plan_with(cost), requests, startable=waiting)
     return gate.decide(requests, prices, cost, 0.0, **changes).requests
 
 
@@ -119,7 +119,7 @@ def test_a_probe_that_had_much_to_catch_up_goes_on_with_one_that_has_not():
     for _ in range(8):
         asked.append(drafts(gate, SATURATED, 32))
         if asked[-1]:
-            gate.drafted(offer(WORTHY, PROBE_REQUESTS), 0.01, caught_up=len(asked) == 1)
+            gate.drafted(offer(WORTHY, PROBE_REQUESTS), 0.01, catching_up=len(asked) == 1)
     assert asked == [PROBE_REQUESTS, PROBE_REQUESTS, 0, 0, 0, 0, 0, 0]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from planner.fast.acceptance import accepts
 from planner.fast.cost import verify_seconds
-from planner.fast.rule import MAX_ACCEPTANCE, Frontier, another_layer
+from planner.fast.rule import MAX_ACCEPTANCE, PricedFrontier, another_layer
 from planner.policies import parse_policy
 from tests.planner.builders import Drafted, linear_cost, plan_with, prices_of, prune, random_tree
 from treeline.forest import ROOT, Forest
@@ -130,7 +130,7 @@ def test_waiting_requests_raise_the_price_and_shrink_the_tree():
     tree = Forest.of_tree(list(range(8)), [-1, 0, 1, 2, 3, 4, 5, 6], [0.8] * 8)
     candidates = [Drafted(tree, SMART, 1.0, False)]
     alone = prune(candidates, plan)
-    queued = prune(candidates, plan, waiting=8)
+    queued = prune(candidates, plan, startable=8)
     assert queued.price > alone.price
     assert queued.keep[0].sum() < alone.keep[0].sum()
 
@@ -173,7 +173,7 @@ def test_nodes_that_pay_are_never_refused_before_they_are_looked_at(shape):
         candidates = [Drafted(random_tree(random, 5), SMART, 1.0, False) for _ in range(3)]
         plan = plan_with(CostModel((curve(random, shape),), step_overhead_s=0.001))
         prompt_tokens, waiting = int(random.integers(0, 5)), int(random.integers(0, 3))
-        pruning = prune(candidates, plan, prompt_tokens=prompt_tokens, waiting=waiting)
+        pruning = prune(candidates, plan, prompt_tokens=prompt_tokens, startable=waiting)
         prices, margin = prices_of(plan, 3, prompt_tokens, waiting), float(random.uniform(0, 0.2))
         brings = pruning.expected_tokens - 3 - pruning.price * (pruning.predicted_verify_s - prices.undrafted_s)
         greatest = max((path_scores(one, plan).max() for one in candidates if len(one.tree)), default=0.0)
@@ -208,8 +208,8 @@ def test_nothing_drafted_is_plain_decoding():
     assert pruning.predicted_verify_s == pytest.approx(0.031)
 
 
-def frontier(policy, scores: list[float], depth: int = 1) -> Frontier:
-    return Frontier(policy, 1.0, len(scores), sum(scores), depth, False)
+def frontier(policy, scores: list[float], depth: int = 1) -> PricedFrontier:
+    return PricedFrontier(policy, 1.0, len(scores), sum(scores), depth, False)
 
 
 def test_another_layer_is_run_while_it_brings_more_than_its_price():

@@ -55,7 +55,7 @@ def decided(
         readings = {"inter_token_p95": (itl_p95_s, now_s), "time_to_first_token_p95": (ttft_p95_s, now_s)}
         state.latency.update(PROMETHEUS, readings)
         plan = maker.make(state)
-    pruning = prune([Drafted(TREE, parse_policy("smart"), 1.0, False)] * BATCH, plan, waiting=waiting)
+    pruning = prune([Drafted(TREE, parse_policy("smart"), 1.0, False)] * BATCH, plan, startable=waiting)
     return Outcome(plan, pruning.kept / BATCH)
 
 

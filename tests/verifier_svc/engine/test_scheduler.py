@@ -120,7 +120,7 @@ def test_a_queue_of_prompts_raises_the_price_of_a_second(model):
     for name in ("second", "third", "fourth"):
         add(name, 40)
     batch = engine.scheduler.schedule(plan)
-    assert (len(batch.decoding), len(batch.prefilling), batch.prices.waiting) == (1, 1, 1)
+    assert (len(batch.decoding), len(batch.prefilling), batch.prices.startable) == (1, 1, 1)
     assert batch.prices.price(10.0) == pytest.approx(10.0 * (1 + 1))
 
 
