@@ -137,7 +137,7 @@ def check(path: str, raw: bytes, status: int, answer: bytes) -> None:
         error = json.loads(answer)["error"]
         assert error.keys() == {"message", "type", "param", "code"}, (path, raw[:1000], answer)
         assert (bool(error["message"]), error["type"]) == (True, "invalid_request_error")
-        assert error["param"] or status != 400 or not is_object(raw), (path, raw[:1000], answer)
+        assert error["param"] is not None or status != 400 or not is_object(raw), (path, raw[:1000], answer)
     assert b"internal" not in answer.lower(), (path, raw[:1000], answer)
 
 

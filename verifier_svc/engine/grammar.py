@@ -33,6 +33,14 @@ class GrammarState:
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
+        self._forced: list[int] | None = None  # not yet looked for
+
+    @property
+    def forced(self) -> list[int]:
+        """Tokens of the text that must come next; the model may spell that text in other tokens."""
+        if self._forced is None:
+            self._forced = self._matcher.compute_ff_tokens()
+        return self._forced
 
     def take(self, token_id: int) -> None:
         """Advance by the answer's next token.
@@ -40,6 +48,7 @@ class GrammarState:
         Raises:
             ValueError: the token is not allowed: the grammar is at a dead end, or has become too complex.
         """
+        self._forced = None
         if not self._matcher.consume_token(token_id):
             raise ValueError(f"the grammar ends: {self._matcher.get_error().splitlines()[0]}")
 

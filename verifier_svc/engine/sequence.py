@@ -187,6 +187,11 @@ class Sequence:
         )
 
     @property
+    def forced(self) -> list[int]:
+        """Tokens that its grammar leaves no choice about."""
+        return self.grammar.forced if self.grammar is not None else []
+
+    @property
     def is_argmax(self) -> bool:
         """Whether its next tokens are the argmax of the unchanged logits."""
         is_free = self.grammar is None and self.output_tokens >= self.request.min_tokens

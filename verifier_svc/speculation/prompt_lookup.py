@@ -1,7 +1,7 @@
 """Prompt lookup: where a text repeats an earlier part of itself, draft the earlier continuation.
 
 The continuations are grafted into the draft model's trees: below the root, and below every node whose path ends as an
-earlier part of the text did.
+earlier part of the text did. What a grammar forces is drafted in the same way.
 """
 
 from __future__ import annotations
@@ -41,10 +41,16 @@ class PromptLookup:
         self._calibration: Calibration | None = None
         self._accepts: list[list[list[float]]] = []
 
-    def read(self, session_id: int, token_ids: list[int]) -> float:
-        """P(`token_ids` continue as before); 0 if their end is new. They may only have grown since the last call."""
+    def read(self, session_id: int, token_ids: list[int], forced: list[int] | None = None) -> float:
+        """P(`token_ids` continue as before, or as a grammar forces them to); 0 if their end is new.
+
+        They may only have grown since the last call.
+        """
         text = self._texts.setdefault(session_id, _Text())
         text.read(token_ids)
+        text.forced = forced or []
+        if forced:
+            return PROBS[MAX_AGREED]
         return PROBS[min(text.agreed, MAX_AGREED)] if text.follows is not None else 0.0
 
     def forget(self, session_id: int) -> None:
@@ -100,6 +106,7 @@ class _Text:
         newest: for each n-gram, the index of the token after its last occurrence.
         follows: index of the token after the earlier occurrence of the text's end; None if the end is new.
         agreed: how many tokens before it are repeated.
+        forced: tokens that a grammar puts behind the text.
     """
 
     def __init__(self) -> None:
@@ -107,6 +114,7 @@ class _Text:
         self.newest: dict[tuple[int, int], int] = {}
         self.follows: int | None = None
         self.agreed = 0
+        self.forced: list[int] = []
         self._read = 0
 
     def read(self, token_ids: list[int]) -> None:
@@ -159,6 +167,10 @@ class _Graft:
     def grow(self) -> bool:
         """Add the text's continuations; returns whether there were any."""
         text, newest = self._text, self._text.newest
+        node: int | None = ROOT
+        for depth, token in enumerate(text.forced[: self._allowance.max_depth], start=1):
+            if node is not None:
+                node = self._add(node, depth, token, MAX_AGREED)
         if text.follows is not None:
             self._offer(ROOT, 0, text.follows, text.agreed)
         last = text.token_ids[-1]
@@ -170,24 +182,32 @@ class _Graft:
 
     def _offer(self, node: int, depth: int, follows: int, agreed: int) -> None:
         """Continue below `node` with the text from `follows` on; past its end the text repeats from `follows`."""
-        text, own = self._text.token_ids, len(self._tokens)
+        text = self._text.token_ids
         period = len(text) - follows
         for step in range(self._allowance.max_depth - depth):
-            token, agreed = text[follows + step % period], min(agreed + (step > 0), MAX_AGREED)
-            at = self._child.get((node, token))
-            if at is None:
-                if len(self.token_ids) == self._allowance.nodes:
-                    return
-                at = own + len(self.token_ids)
-                self._child[node, token] = at
-                self.token_ids.append(token)
-                self.parents.append(node)
-                self.draft_probs.append(PROBS[agreed])
-            elif at < own:
-                worth = self._accepts[min(depth + step + 1, DEPTHS)][agreed]
-                if worth > self._worth[at]:
-                    self._worth[at], self.overruled[at] = worth, PROBS[agreed]
-            node = at
+            agreed = min(agreed + (step > 0), MAX_AGREED)
+            added = self._add(node, depth + step + 1, text[follows + step % period], agreed)
+            if added is None:
+                return
+            node = added
+
+    def _add(self, node: int, depth: int, token: int, agreed: int) -> int | None:
+        """The child of `node` that carries `token`, new if there was none; None if there is no room for it."""
+        own = len(self._tokens)
+        at = self._child.get((node, token))
+        if at is None:
+            if len(self.token_ids) == self._allowance.nodes:
+                return None
+            at = own + len(self.token_ids)
+            self._child[node, token] = at
+            self.token_ids.append(token)
+            self.parents.append(node)
+            self.draft_probs.append(PROBS[agreed])
+        elif at < own:
+            worth = self._accepts[min(depth, DEPTHS)][agreed]
+            if worth > self._worth[at]:
+                self._worth[at], self.overruled[at] = worth, PROBS[agreed]
+        return at
 
     def _agreed(self, node: int, follows: int) -> int:
         """How many tokens before `follows` equal the last ones of the text followed by the path to `node`."""

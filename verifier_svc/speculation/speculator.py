@@ -171,7 +171,7 @@ class Speculator:
         self.gate.drafted(Offer(asked, gains, stats.layer_nodes), min(drafts.draft_s, expected_s), catching_up)
 
     def _grafted(self, batch: Batch, forest: Forest, depths: list[int]) -> Forest:
-        """The forest with continuations from the requests' own texts.
+        """The forest with continuations from the requests' own texts, and with what their grammars force.
 
         The rule weighs them against the drafter's nodes. A fixed policy gets them only if it has no tree.
         """
@@ -179,21 +179,22 @@ class Speculator:
             return forest
         allowances = []
         for sequence, size, depth in zip(batch.decoding, forest.sizes.tolist(), depths, strict=True):
-            self._lookup.read(sequence.session_id, sequence.token_ids)
+            self._lookup.read(sequence.session_id, sequence.token_ids, sequence.forced)
             fits = sequence.policy.priced or not size
             nodes = self._scheduler.tree_nodes(sequence) - size if fits else 0
             allowances.append(Allowance(sequence.session_id, not sequence.request.sampling.greedy, nodes, depth))
         return self._lookup.graft(forest, allowances, batch.plan.calibration)
 
     def _looked_up(self, batch: Batch, requests: Requests, depths: list[int], refusal: str) -> Drafts:
-        """Continuations from the requests' own texts alone, if they pay."""
+        """Continuations from the requests' own texts and grammars alone, if they pay."""
         prices, decoding = batch.prices, batch.decoding
         empty = Forest.empty(len(decoding))
         none = Drafts(empty, empty, None, prices.undrafted_s, refusal=refusal)
         wanting = np.asarray(depths) > 0
         if self._lookup is None or not np.count_nonzero(wanting):
             return none
-        probs = np.asarray([self._lookup.read(s.session_id, s.token_ids) for s in decoding], np.float32) * wanting
+        read = [self._lookup.read(s.session_id, s.token_ids, s.forced) for s in decoding]
+        probs = np.asarray(read, np.float32) * wanting
         if not np.count_nonzero(probs):
             return none
         must_pay, margin = bool(requests.priced[wanting].all()), LOOKUP_MARGIN * len(decoding)

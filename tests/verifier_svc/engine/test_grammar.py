@@ -150,3 +150,13 @@ def test_a_resumed_answer_goes_on_in_its_grammar(model, compile_grammar):
     for cut in (1, 9, len(whole) - 1):
         resumed = GenerationRequest(**vars(request) | {"delivered_token_ids": tuple(whole[:cut])})
         assert whole[:cut] + tokens_of(answer(model, resumed, "off")) == whole
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
+def test_what_a_grammar_forces_is_drafted_without_a_drafter_that_knows_it(model, compile_grammar, sampling):
+    (prompt,) = prompts(model, 1, seed=5)
+    grammar = compile_grammar(pb.Grammar(lark='start: "a long text that leaves no choice, " ("yes" | "no")'))
+    request = GenerationRequest("r", prompt, sampling, 80, grammar=grammar)
+    plain, drafted = (answer(model, request, policy, Known()) for policy in ("off", "chain:8"))
+    assert text_of(drafted) == text_of(plain)
+    assert drafted[-1].speculation.steps < plain[-1].speculation.steps / 2

@@ -120,3 +120,13 @@ def test_every_tree_of_a_batch_gets_its_own_and_stays_within_its_allowance():
             alone = grafted([tree], [text], nodes=5, depth=6)
             assert paths(forest.tree(index)) == paths(alone)
             assert paths(alone)[: len(tree)] == paths(tree)
+
+
+def test_what_a_grammar_forces_is_proposed_within_the_allowance():
+    lookup = PromptLookup()
+    assert lookup.read(0, [1, 2], [7, 8, 9]) > 0.9
+    tree = lookup.graft(Forest.of_tree([7, 5], [ROOT, 0], [0.1, 0.1]), [Allowance(0, False, 1, 3)], PRIOR)
+    assert paths(tree) == [(7,), (7, 5), (7, 8)]
+    assert tree.draft_probs[[0, 2]].min() > 0.9, "it is surer of 7 than the model"
+    assert lookup.graft(Forest.empty(1), [Allowance(0, True, 8, 2)], PRIOR).token_ids.tolist() == [7, 8]
+    assert lookup.read(0, [1, 2, 7]) == 0, "once taken, it is text"
