@@ -117,6 +117,7 @@ def test_a_dead_raylet_ends_the_service_with_a_reason(serving):
     serving.check_nothing_is_left()
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_service_cleanly(serving):
     serving.process.send_signal(signal.SIGTERM)
     assert serving.process.wait(30) == 0
@@ -142,7 +143,7 @@ def test_a_second_interrupt_ends_the_service_at_once(serving):
     [
         ("limits", {"max_context_tokens": 4096}, "verifier did not start: limits.max_context_tokens is 4096"),
         ("planner", {"resources": {"num_gpus": 64}}, "the services ask for 64 GPUs"),
-        ("drafter", {"kind": "head", "head": "nowhere"}, "drafter did not start: "),
+        pytest.param("drafter", {"kind": "head", "head": "nowhere"}, "drafter did not start: ", marks=pytest.mark.slow),
     ],
 )
 def test_a_start_that_fails_says_why_in_one_line(target, tmp_path, section, values, cause):
