@@ -1,4 +1,4 @@
-"""A small client of the generation service."""
+"""The client of the generation service."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from treeline.v1.generation_pb2_grpc import GenerationServiceStub
 MAX_MESSAGE_BYTES = 4 << 20
 CALL_TIMEOUT_S = 10.0
 RETRY_S = 0.2
-"""Between rounds of all servers while a broken stream looks for one."""
+"""Between rounds over all servers while a broken stream looks for one."""
 
 
 class TreelineClient:
     """Talks to front doors, or to a verifier directly. Failed calls raise TreelineErrors.
 
-    A stream whose front door goes away is resumed by itself through the same or another one; each token comes once.
+    A stream whose front door goes away resumes through the same or another one; each token comes once.
 
     Args:
-        targets: "host:port", or several of them, of which one at a time is used.
+        targets: one or several "host:port"; one at a time is used.
         token: bearer token, if the server asks for one.
         tls_ca: certificate file to trust; without it the connection is not encrypted.
-        resume_wait_s: how long a broken stream looks for a server that goes on with it.
+        resume_wait_s: how long a broken stream looks for a server that resumes it.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class TreelineClient:
         return self._stream(request, timeout_s)
 
     def abort(self, *request_ids: str) -> int:
-        """End requests by id; returns how many of them were open."""
+        """End requests by id. Returns how many of them were open."""
         try:
             return self._call("Abort", pb.AbortRequest(request_ids=request_ids)).aborted
         except UnknownRequestError:
@@ -163,7 +163,7 @@ class TreelineClient:
         return self._call("GetModelInfo", pb.GetModelInfoRequest())
 
     def tokenize(self, prompt: str | None = None, *, messages: Sequence[Mapping[str, str]] | None = None) -> list[int]:
-        """The token ids of a text or a chat, as `generate` would see them."""
+        """The token ids of a text or a chat, as `generate` uses them."""
         chat = None if messages is None else _chat(messages)
         return list(self._call("Tokenize", pb.TokenizeRequest(prompt=prompt, chat=chat)).token_ids)
 
@@ -185,7 +185,7 @@ class TreelineClient:
     ) -> Iterator[pb.GenerateChunk | pb.GenerateComplete]:
         identify(request)
         started_s = time.monotonic()
-        lost_s, failures = None, 0  # since the last message: when the stream broke, and calls that failed
+        lost_s, failures = None, 0  # since the last message: when the stream broke, and failed calls
         while True:
             left_s = None if timeout_s is None else max(0.0, started_s + timeout_s - time.monotonic())
             call = self._stub.Generate(request, timeout=left_s, metadata=self._metadata)
@@ -199,14 +199,14 @@ class TreelineClient:
                 return
             except grpc.RpcError as error:
                 problem, is_open = self._error(error), error.code() is grpc.StatusCode.ALREADY_EXISTS
-                # A server that has not noticed yet that it lost us still has the request open.
+                # A server that has not noticed the lost connection still has the request open.
                 if not (is_lost(error) or (is_open and failures)) or isinstance(problem, StreamLostError):
                     raise problem from None
             finally:
                 call.cancel()
             lost_s, failures = lost_s or time.monotonic(), failures + 1
             waited_s = time.monotonic() - lost_s
-            # Without any token there is nothing to save: every server is asked once.
+            # Without any token there is nothing to resume: each server is tried once.
             if waited_s > self._resume_wait_s or (not request.resume.token_ids and failures >= len(self._targets)):
                 raise problem
             self._use_next()
@@ -221,7 +221,7 @@ class TreelineClient:
         self._current = (self._current + 1) % len(self._targets)
 
     def _call(self, method: str, request: Any) -> Any:
-        """The answer of the first server that can be reached."""
+        """The answer of the first reachable server."""
         for tries_left in reversed(range(len(self._targets))):
             try:
                 return getattr(self._stub, method)(request, timeout=CALL_TIMEOUT_S, metadata=self._metadata)
@@ -233,7 +233,7 @@ class TreelineClient:
 
     def _error(self, error: Any) -> Exception:
         if error.code() is grpc.StatusCode.UNAVAILABLE and not error.trailing_metadata():
-            # Not an answer of the service: the transport itself failed.
+            # The transport failed, not the service.
             return UnavailableError(f"cannot reach {self.target}: {(error.details() or '').rpartition(': ')[2]}")
         return from_rpc_error(error)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 class TreelineError(Exception):
-    """Base of the errors that are shown to users as one clear line."""
+    """Base of the errors that users see as one clear line."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class FieldViolation:
 
 
 class InvalidRequestError(TreelineError):
-    """INVALID_ARGUMENT: the request can never succeed as it is."""
+    """INVALID_ARGUMENT: the request cannot succeed unless it changes."""
 
     def __init__(self, *violations: FieldViolation) -> None:
         self.violations = violations
@@ -50,11 +50,11 @@ class DuplicateRequestError(TreelineError):
 
 
 class UnavailableError(TreelineError):
-    """UNAVAILABLE: nothing can take the request right now; try again later."""
+    """UNAVAILABLE: no server can take the request now; try again later."""
 
 
 class DrainingError(UnavailableError):
-    """UNAVAILABLE: this replica is shutting down; another one will take the request."""
+    """UNAVAILABLE: this replica is shutting down; another one can take the request."""
 
 
 class EngineFailedError(UnavailableError):
@@ -70,11 +70,11 @@ class StreamLostError(UnavailableError):
 
 
 class RequestBrokenError(TreelineError):
-    """INTERNAL: the service failed on this request; the message names the id to look up in its log."""
+    """INTERNAL: the service failed on this request; the message names the id in its log."""
 
 
 class RequestFailedError(TreelineError):
-    """Any other way a call can fail, as a client sees it; `code` is the gRPC status code's name."""
+    """Any other failure of a call, as a client sees it; `code` is the gRPC status code's name."""
 
     def __init__(self, code: str, message: str) -> None:
         self.code = code
@@ -82,4 +82,4 @@ class RequestFailedError(TreelineError):
 
 
 class ConfigError(TreelineError):
-    """A configuration file or a model that cannot be used."""
+    """A configuration file or a model cannot be used."""

@@ -1,4 +1,4 @@
-"""Sampling parameters of one request, as every service understands them."""
+"""Sampling parameters of a request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 class SamplingParams:
     """How the target's next-token distribution is shaped.
 
-    In this order: logit bias; repetition, frequency and presence penalty; temperature; top-k, top-p, min-p.
+    They apply in this order: logit bias; repetition, frequency and presence penalty; temperature; top-k, top-p, min-p.
 
     Attributes:
         temperature: 0 means greedy.
@@ -41,12 +41,12 @@ class SamplingParams:
 
     @property
     def is_argmax(self) -> bool:
-        """Whether the token is that of the largest logit as it is."""
+        """Whether the token is the argmax of the unchanged logits."""
         return self.greedy and not self.penalises and not self.logit_bias
 
     @property
     def penalises(self) -> bool:
-        """Whether the tokens before the next one change its logits."""
+        """Whether earlier tokens change the next one's logits."""
         return self.repetition_penalty != 1.0 or self.counts_answer
 
     @property

@@ -1,4 +1,4 @@
-"""gRPC channels and servers as every service uses them: TLS, bearer tokens, keepalive and limits in one place."""
+"""The gRPC channels and servers of all services: TLS, bearer tokens, keepalive and limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out of it."""
+"""The engine's input and output: requests, chunks, completions, load."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class GenerationRequest:
 
     Attributes:
         max_tokens: output tokens at most; prompt and output together fit the context.
-        stop: the text ends before the first of these, or behind it if it is to be included.
-        min_tokens: so many tokens come before any that ends the answer, and before stop strings are looked for.
-        include_stop: the text holds the stop string or stop token that ended it.
-        skip_special_tokens: special tokens are no part of the text.
-        grammar: what the whole answer must match.
-        logprobs: None for no log-probabilities, else how many top tokens to give beside the chosen one.
-        explain, explain_tree: add to each chunk why it came as it did; with every node of its tree.
+        stop: the text ends before the first of these, or after it with `include_stop`.
+        min_tokens: until this many tokens, no token ends the answer and stop strings are ignored.
+        include_stop: keep the stop string or stop token that ends the text.
+        skip_special_tokens: leave special tokens out of the text.
+        grammar: the grammar of the whole answer.
+        logprobs: number of top tokens to report in addition to the chosen one; None for no log-probabilities.
+        explain, explain_tree: explain each chunk, without or with every node of its tree.
         policy: spelling understood by `planner.policies.parse_policy`.
-        max_nodes, max_depth: the request's own tree limits; None leaves the deployment's.
+        max_nodes, max_depth: the request's own tree limits; None for the deployment's.
         priority: -4 to 4; higher is admitted first and its tokens weigh more.
-        target_ms: time per output token that was asked for; None for as fast as it goes.
-        delivered_token_ids: the answer's tokens that another verifier has delivered already.
-        elapsed_s: since the first arrival of a resumed request.
+        target_ms: requested time per output token; None for no target.
+        delivered_token_ids: tokens of the answer that another verifier has delivered.
+        elapsed_s: seconds since the first arrival of a resumed request.
         time_to_first_token_s: from that arrival to its first token.
         client, client_weight: whose request it is, and what the client's share weighs among those of others.
     """
@@ -86,7 +86,7 @@ class TokenLogprobs:
 
 
 class NodeFate(Enum):
-    """What became of a draft node."""
+    """The fate of a draft node."""
 
     PRUNED = "pruned"
     REJECTED = "rejected"
@@ -105,7 +105,7 @@ class ExplainedNode(NamedTuple):
 
 @dataclass(frozen=True)
 class StepExplanation:
-    """Why one step's tokens came as they did. Counts and nodes are this request's, the rest is the batch's."""
+    """How one step made its tokens. Counts and nodes are this request's, all else is the batch's."""
 
     drafted_nodes: int
     verified_nodes: int
@@ -126,7 +126,7 @@ class Chunk:
     """All tokens of one step.
 
     Attributes:
-        text: may lag behind `token_ids`: half a character, or half a stop string, waits.
+        text: may lag behind `token_ids`: part of a character, or of a stop string, is held back.
         waited_s: seconds since the request's previous tokens, or since its arrival.
         first: whether these are the request's first tokens.
     """
@@ -141,7 +141,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class SpeculationTotals:
-    """Over a request's verification steps."""
+    """Sums over a request's verification steps."""
 
     steps: int = 0
     drafted_nodes: int = 0
@@ -163,9 +163,9 @@ class Completion:
     """The last output of a request.
 
     Attributes:
-        matched_stop: the stop token id or the stop string, if one ended it.
-        target_met: whether its mean time per output token was the one asked for; None if none was, or for one token.
-        cached_tokens: of the prompt, that were taken from the prefix cache.
+        matched_stop: the stop token id or stop string that ended the request, if any.
+        target_met: whether the mean time per output token met the target; None without a target, or for one token.
+        cached_tokens: prompt tokens taken from the prefix cache.
     """
 
     finish_reason: FinishReason
@@ -182,7 +182,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Load:
-    """How busy an engine is. Rates are over the last seconds; the problem is that of `AcceptanceAlarm`."""
+    """The load of an engine. Rates are over the last seconds; the problem is `AcceptanceAlarm`'s."""
 
     num_requests_running: int
     num_requests_waiting: int

@@ -1,4 +1,4 @@
-"""Who runs: continuous batching over slots and KV blocks."""
+"""Decides which requests run: continuous batching over slots and KV blocks."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Batch:
         plan: the plan in force.
         decoding: sequences whose root is to be verified, with a tree or without.
         prefilling: (sequence, tokens) chunks of prompts.
-        finished_prompts: those of `prefilling` whose prompt ends with this chunk; they get their first token.
-        preempted: those that gave their blocks to others; they wait again.
+        finished_prompts: sequences of `prefilling` whose prompt ends with this chunk; they get their first token.
+        preempted: sequences that lost their blocks to others and wait again.
         prices: what this step costs.
         context_tokens: committed tokens of all sequences together.
         running, waiting: requests that run and that wait.
@@ -66,10 +66,10 @@ class Batch:
 class Scheduler:
     """The one registry of the engine's open sequences, waiting and running; owns the reservation of KV blocks.
 
-    A request holds the blocks of its tokens, and what is left is room for trees. Where blocks run out, trees give way,
-    then the request that came last of the lowest priority: it waits, and is computed again when there is room. The
-    first of all never gives way, so somebody always gets on. With prefix caching, what earlier prompts and answers
-    left in the cache is not computed again.
+    A request holds the blocks of its tokens; free blocks are room for trees. When blocks run out, the trees give theirs
+    back, then the latest request of the lowest priority is preempted: it waits, and is computed again later. The first
+    request of all is never preempted, so the batch always progresses. With prefix caching, tokens whose KV earlier
+    prompts and answers left in the cache are not computed again.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Scheduler:
         self._shares = FairShares()
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn."""
+        """Queue a sequence."""
         self.waiting.append(sequence)
 
     def find(self, request_ids: Iterable[str]) -> list[Sequence]:
@@ -99,11 +99,11 @@ class Scheduler:
         return [s for s in (*self.running, *self.waiting) if s.request.request_id in wanted]
 
     def tree_nodes(self, sequence: Sequence) -> int:
-        """The most draft nodes that this step of a running request may verify: there is room for them."""
+        """The most draft nodes that this step may verify for a running request: its limit, or its room in the cache."""
         return min(self._wanted_nodes(sequence), sequence.kv.capacity - len(sequence.token_ids))
 
     def schedule(self, plan: Plan) -> Batch:
-        """Let those who run go on, admit what fits, then take all who decode and prompt chunks up to the budget."""
+        """Give running requests their next blocks, admit what fits, then take all decoding and some prompt chunks."""
         self._remember_prompts()
         preempted = self._hold_next_tokens()
         if not preempted:
@@ -135,16 +135,16 @@ class Scheduler:
         return Batch(plan, decoding, prefilling, finished_prompts, preempted, prices, context_tokens, *counts)
 
     def _prompt_budget(self, decoding: list[Sequence], prompts: list[Sequence], plan: Plan) -> int:
-        """Most prompt tokens of this step: what MAX_STRETCH and the step budget allow by the plan's costs.
+        """Most prompt tokens of this step that MAX_STRETCH and the step budget allow, by the plan's costs.
 
-        The whole chunk where nothing decodes, and under the built-in plan, whose costs are a guess.
+        The whole chunk if nothing decodes, and under the built-in plan, whose costs are a guess.
         """
         most = self._prefill_chunk_tokens
         if not decoding or plan.version == 0:
             return most
         roots, context_tokens = len(decoding), sum([s.kv.length for s in decoding]) // len(decoding)
         plain = StepPrices.of(plan, roots, context_tokens, startable=0, max_nodes=0)
-        # Most tokens of the pass are the first prompt's, and see as much context as it has by now.
+        # Most tokens of the pass belong to the first prompt, and attend to its context so far.
         beside_prompt = StepPrices.of(plan, roots, max(context_tokens, prompts[0].kv.length), 0, 0, most)
         longest_s = MAX_STRETCH * max(1.0, len(prompts) / roots) * plan.wait_factor * plain.undrafted_s
         longest_s = min(longest_s, plan.step_budget_s - plan.cost.step_overhead_s)
@@ -152,7 +152,7 @@ class Scheduler:
         return min(most, max(int(fitting / plan.cost.prompt_ratio), LEAST_CHUNK_TOKENS))
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, waiting or running, and free its blocks."""
+        """Remove a sequence, waiting or running, and free its blocks."""
         if sequence.cache is None:
             self.waiting.remove(sequence)
         else:
@@ -162,7 +162,7 @@ class Scheduler:
             self._shares.give_back(request.client, sequence.remaining_tokens, request.client_weight)
 
     def _remember_prompts(self) -> None:
-        """Prompts that the last step finished can be shared while their requests still run."""
+        """Share the prompts that the last step finished, while their requests still run."""
         if self._prefix_caching:
             for sequence in self.running:
                 if sequence.is_prefilled and not sequence.is_remembered:
@@ -170,7 +170,7 @@ class Scheduler:
                     sequence.is_remembered = True
 
     def _hold_next_tokens(self) -> list[Sequence]:
-        """Give each running sequence room for all its tokens; returns those that were preempted for it."""
+        """Give each running sequence blocks for all its tokens. Returns the sequences that were preempted for them."""
         if all(sequence.kv.capacity >= len(sequence.token_ids) for sequence in self.running):
             return []
         preempted: list[Sequence] = []
@@ -193,7 +193,7 @@ class Scheduler:
             self._cache.shrink(sequence.kv, len(sequence.token_ids))
 
     def _leave_room_for_trees(self, decoding: list[Sequence]) -> None:
-        """Share what nobody holds among those who would draft; it can be had back at any time."""
+        """Divide the free blocks among the requests that may draft; they can be reclaimed at any time."""
         short = [s for s in decoding if s.kv.capacity < len(s.token_ids) + self._wanted_nodes(s)]
         if not short:
             return
@@ -211,13 +211,13 @@ class Scheduler:
         return limit if most is None else min(most, limit)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the queue, with all its tokens; its blocks are free, and known to the prefix cache."""
+        """Return a sequence to the queue, with all its tokens; the prefix cache still knows its freed blocks."""
         self._release(sequence)
         sequence.preemptions += 1
         self.add(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        """Take a sequence out of the running ones and free its blocks."""
+        """Remove a sequence from the running ones and free its blocks."""
         self.running.remove(sequence)
         # The tokens of a failed sequence may be fewer than its cache holds.
         if self._prefix_caching and sequence.finish_reason is not FinishReason.FAILED:
@@ -240,9 +240,9 @@ class Scheduler:
             self.running.append(sequence)
 
     def _next(self) -> Sequence:
-        """Of the highest aged priority: who was preempted, then the client whose turn it is, resumed streams first.
+        """Of the highest aged priority: preempted requests, then the client whose turn it is, resumed streams first.
 
-        No request rises above the highest priority that waits: among equals, waiting long does not outweigh a share.
+        No request ages above the highest waiting priority, so that waiting long does not outweigh a client's share.
         """
         now, highest = self._clock(), max(s.request.priority for s in self.waiting)
 
@@ -259,11 +259,11 @@ class Scheduler:
         self._shares.start(request.client, tokens, request.client_weight, earliest)
 
     def _place(self, sequence: Sequence) -> SequenceCache | None:
-        """Blocks for all tokens of a waiting sequence, if everybody who runs can still take one more block each.
+        """Blocks for all tokens of a waiting sequence, if each running one can still take one more block.
 
-        Without those, who is admitted would soon be preempted, and computed for nothing.
+        Without that reserve the admitted request would soon be preempted, and its work lost.
         """
-        # The last token is always run: its logits give the next one.
+        # The last token always runs: its logits give the next one.
         prefix = sequence.token_ids[:-1] if self._prefix_caching else []
         tokens, headroom = len(sequence.token_ids), len(self.running) + 1 if self.running else 0
         cache = self._cache.allocate(tokens, prefix, headroom)
@@ -274,12 +274,12 @@ class Scheduler:
 
 
 def _standing(sequence: Sequence) -> float:
-    """Who stands highest is preempted last. All rise alike, so that the order never changes: the first gets on."""
+    """The sequence with the highest standing is preempted last. All age alike, so the order never changes."""
     request = sequence.request
     return request.priority - (sequence.arrived_s + request.elapsed_s) / AGEING_S
 
 
 def _startable(prompts: list[Sequence], budget: int) -> int:
-    """How many of these prompts a step with so many prompt tokens runs, the last one perhaps in part."""
+    """How many of these prompts a step of `budget` prompt tokens starts."""
     before = np.cumsum([0, *(prompt.uncomputed_tokens for prompt in prompts)])
     return int((before[:-1] < budget).sum())

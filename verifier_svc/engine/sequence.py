@@ -26,11 +26,10 @@ class Sequence:
     Attributes:
         session_id: names this request to the drafter.
         token_ids: prompt and output; when decoding, the last one is the root and has no KV yet.
-        ending_token_ids: end-of-sequence and stop tokens that end it.
-        grammar: where the answer stands in its grammar.
+        ending_token_ids: the end-of-sequence and stop tokens that end it.
+        grammar: the answer's position in its grammar.
         cache: None while waiting.
-        cached_tokens: of the prompt, that were taken from the prefix cache; no pass ran them, so that nobody has seen
-            their hidden states.
+        cached_tokens: prompt tokens taken from the prefix cache; no pass ran them, so their hidden states are unknown.
         admitted_tokens: how many of `token_ids` it had when it was admitted last, all of which run like a prompt.
         preemptions: how often it lost its blocks to others and had to begin again with what it had.
         is_remembered: what it was admitted with is in the prefix cache.

@@ -1,4 +1,4 @@
-"""Prompts to token ids: chats go through the model's template, and the text of a message stays text."""
+"""Prompts to token ids. Chats go through the model's template; no message can spell a control token."""
 
 from __future__ import annotations
 
