@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu_check.parts import Finding, Scale, on_device, parts, toy
+from bench.gpu_check.parts import Finding, parts
+from bench.gpu_check.scale import Scale, on_device, toy
 
 
 @torch.inference_mode()

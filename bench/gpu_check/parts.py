@@ -1,4 +1,4 @@
-"""The parts of the check, and how large they are."""
+"""The parts of the check."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 import triton
+from torch import nn
 
+from bench.gpu_check.scale import Scale
 from bench.step.limits import ModelSize, Point, measure_limit
 from bench.step.shapes import random_model
 from lm.attention import AttentionOptions, TreeAttention
 from lm.cuda.attention import PaddedBatch, attend
+from lm.cuda.fp8 import Fp8Linear
 from lm.cuda.layout import BUCKETS, bucket
 from lm.cuda.static_pass import StaticPasses
 from lm.kv_cache import KVCache, LayerShape
@@ -30,76 +33,15 @@ from treeline.sampling import SamplingParams
 Finding = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Scale:
-    """How large the parts are.
-
-    Attributes:
-        attention: (group, head size, tokens, context) of single attention calls.
-        trees: nodes of each sequence, of passes that are compared; each hangs behind up to `most_prompt` tokens.
-        sampling: (rows, vocabulary).
-        shape: of the model that is timed, `store_tokens` its KV cache.
-        points: (tokens, sequences, context) of timed passes.
-        repeats: of everything that is timed.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    attention: tuple[tuple[int, int, int, int], ...]
-    trees: tuple[list[int], ...]
-    most_prompt: int
-    sampling: tuple[tuple[int, int], ...]
-    shape: str
-    store_tokens: int
-    points: tuple[tuple[int, int, int], ...]
-    repeats: int
-
-    @property
-    def name(self) -> Literal["cpu", "cuda"]:
-        return "cuda" if self.device.type == "cuda" else "cpu"
-
-
-def on_device() -> Scale:
-    heads = ((1, 64), (3, 80), (4, 128), (7, 128), (8, 256))
-    calls = ((1, 1024), (8, 8192), (31, 1000), (128, 2048), (512, 512), (1, 32768))
-    counts = [(tokens, sequences) for sequences in (1, 8, 64) for tokens in (1, 8, 32, 64, 128, 512)]
-    points = [(*each, context) for each in counts if each[0] >= each[1] for context in (64, 1024)]
-    return Scale(
-        device=torch.device("cuda"),
-        dtype=torch.bfloat16,
-        attention=tuple((*head, *call) for head in heads for call in calls),
-        trees=([1], [5, 1, 9], [1] * 9, [33], [60, 60]),
-        most_prompt=40,
-        sampling=tuple((rows, 151_936) for rows in (1, 64, 256, 512)),
-        shape="llama-8b",
-        store_tokens=131_072,
-        points=(*points, (1, 1, 7900), (8, 8, 7900), (32, 1, 7900)),
-        repeats=20,
-    )
-
-
-def toy() -> Scale:
-    return Scale(
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        attention=((4, 16, 3, 70),),
-        trees=([2, 1],),
-        most_prompt=2,
-        sampling=((4, 300),),
-        shape="llama-tiny",
-        store_tokens=512,
-        points=((2, 1, 20),),
-        repeats=1,
-    )
-
-
 def parts(scale: Scale) -> Iterator[tuple[str, Callable[[], Finding]]]:
     """In order of what is worth most if time runs out."""
     yield "machine", lambda: machine(scale)
     yield "attention", lambda: attention(scale)
     yield "passes", lambda: passes(scale)
     yield "sampling", lambda: sampling(scale)
-    yield "model", lambda: model(scale)
+    yield "fp8", lambda: fp8(scale)
+    yield "model", lambda: model(scale, scale.shapes[0], scale.points)
+    yield "second model", lambda: model(scale, scale.shapes[1], scale.points[:2])
 
 
 def machine(scale: Scale) -> Finding:
@@ -182,8 +124,13 @@ def _exact_attention(
 
 
 def passes(scale: Scale) -> Finding:
-    """A small model's captured passes over random batches against its packed ones, with garbage in free slots."""
-    small = random_model("llama-tiny", ModelConfig(device=scale.name, dtype="float32"))
+    """Small models' captured passes over random batches against their packed ones, with garbage in free slots."""
+    found = {shape: _passes(scale, shape) for shape in ("llama-tiny", "qwen3-tiny")}
+    return {**found, "wrong": [problem for finding in found.values() for problem in finding["wrong"]]}
+
+
+def _passes(scale: Scale, shape: str) -> Finding:
+    small = random_model(shape, ModelConfig(device=scale.name, dtype="float32"))
     wrong: list[str] = []
     rng, cache = np.random.default_rng(0), small.new_cache(2048, 16)
     small.passes.padded = True
@@ -242,10 +189,26 @@ def sampling(scale: Scale) -> Finding:
     return {"rows": found, "wrong": wrong}
 
 
-def model(scale: Scale) -> Finding:
+def fp8(scale: Scale) -> Finding:
+    """A product of 8-bit numbers beside the one it stands for; microseconds of both."""
+    rows, wrong = [], []
+    plain = nn.Linear(*scale.product, bias=False, dtype=torch.bfloat16, device=scale.device)
+    rounded = Fp8Linear(plain)
+    for tokens in scale.product_tokens:
+        inputs = torch.randn(1, tokens, scale.product[0], dtype=torch.bfloat16, device=scale.device)
+        exact = plain(inputs).float()
+        error = ((rounded(inputs).float() - exact).norm() / exact.norm()).item()
+        us = [1e6 * _seconds(partial(layer, inputs), scale) for layer in (rounded, plain)]
+        rows.append({"tokens": tokens, "error": error, "us": us[0], "bfloat16_us": us[1]})
+        if not error <= 0.1:  # Both factors are off by up to 1/16, and by 0.026 in the mean square.
+            wrong.append(f"a product of 8-bit numbers is off: {rows[-1]}")
+    return {"rows": rows, "wrong": wrong}
+
+
+def model(scale: Scale, shape: str, points: tuple[tuple[int, int, int], ...]) -> Finding:
     """Seconds to capture, and milliseconds of passes beside the least that reading the weights takes."""
     on_cuda = scale.device.type == "cuda"
-    large = random_model(scale.shape, ModelConfig(device=scale.name, dtype="bfloat16" if on_cuda else "float32"))
+    large = random_model(shape, ModelConfig(device=scale.name, dtype="bfloat16" if on_cuda else "float32"))
     large.passes.padded = True
     cache = large.new_cache(scale.store_tokens, "auto")
     for tensor in (*cache.keys, *cache.values):
@@ -256,7 +219,7 @@ def model(scale: Scale) -> Finding:
     capture_s = time.perf_counter() - started_s
     limit = measure_limit(large.dtype, scale.device, 512 << 20 if on_cuda else 1 << 20)
     size, rows, wrong = ModelSize.of(large.hf, large), [], []
-    for point in scale.points:
+    for point in points:
         tokens, sequences, context = point
         packed = []
         for _ in range(sequences):

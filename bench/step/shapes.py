@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from bench.step.limits import ModelSize
 from bench.step.measure import Subject
@@ -27,6 +27,26 @@ SHAPES = {
         num_key_value_heads=8,
         max_position_embeddings=8192,
     ),
+    "qwen3-8b": Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=4096,
+        intermediate_size=12_288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=8192,
+    ),
+    "qwen3-tiny": Qwen3Config(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=2048,
+    ),
     "llama-tiny": LlamaConfig(
         vocab_size=512,
         hidden_size=64,
@@ -37,7 +57,7 @@ SHAPES = {
         max_position_embeddings=2048,
     ),
 }
-"""Llama 3.1 8B (arXiv 2407.21783, table 3), and one small enough for anything."""
+"""Llama 3.1 8B (arXiv 2407.21783, table 3), Qwen3 8B (arXiv 2505.09388, table 1), and small ones."""
 
 
 @torch.inference_mode()

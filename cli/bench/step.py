@@ -24,7 +24,7 @@ def step(
     ] = None,
     shape: Annotated[
         str | None,
-        typer.Option(help="Measure a model of this shape with random weights instead: llama-8b, llama-tiny."),
+        typer.Option(help="Measure a model of this shape with random weights instead: llama-8b, qwen3-8b."),
     ] = None,
     curves: Annotated[
         Path | None, typer.Option(help="With --shape: write its profile here, for `treeline simulate --curves`.")

@@ -27,9 +27,9 @@ def test_every_part_runs_and_imports_no_service(tmp_path):
     run = subprocess.run([sys.executable, "-c", START, tmp_path], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
     found = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert list(found) == ["machine", "attention", "passes", "sampling", "model"]
+    assert list(found) == ["machine", "attention", "passes", "sampling", "fp8", "model", "second model"]
     assert found["attention"]["rows"][0]["error"] < 1e-5
-    assert found["model"]["rows"][0]["how"] == "eager"
+    assert found["model"]["rows"][0]["how"] == found["second model"]["rows"][0]["how"] == "eager"
     assert found["sampling"]["rows"][0]["same"] == 1.0
 
 

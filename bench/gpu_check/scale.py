@@ -1,0 +1,78 @@
+"""How large the parts of the check are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the parts are.
+
+    Attributes:
+        attention: (group, head size, tokens, context) of single attention calls.
+        trees: nodes of each sequence, of passes that are compared; each hangs behind up to `most_prompt` tokens.
+        sampling: (rows, vocabulary).
+        product: inputs and outputs of a product of 8-bit numbers, for each of `product_tokens`.
+        shapes: of the models that are timed, `store_tokens` their KV cache.
+        points: (tokens, sequences, context) of timed passes; of the second model the first two alone.
+        repeats: of everything that is timed.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    attention: tuple[tuple[int, int, int, int], ...]
+    trees: tuple[list[int], ...]
+    most_prompt: int
+    sampling: tuple[tuple[int, int], ...]
+    product: tuple[int, int]
+    product_tokens: tuple[int, ...]
+    shapes: tuple[str, str]
+    store_tokens: int
+    points: tuple[tuple[int, int, int], ...]
+    repeats: int
+
+    @property
+    def name(self) -> Literal["cpu", "cuda"]:
+        return "cuda" if self.device.type == "cuda" else "cpu"
+
+
+def on_device() -> Scale:
+    heads = ((1, 64), (3, 80), (4, 128), (7, 128), (8, 256))
+    calls = ((1, 1024), (8, 8192), (31, 1000), (128, 2048), (512, 512), (1, 32768))
+    counts = [(tokens, sequences) for sequences in (1, 8, 64) for tokens in (1, 8, 32, 64, 128, 512)]
+    points = [(*each, context) for each in counts if each[0] >= each[1] for context in (64, 1024)]
+    return Scale(
+        device=torch.device("cuda"),
+        dtype=torch.bfloat16,
+        attention=tuple((*head, *call) for head in heads for call in calls),
+        trees=([1], [5, 1, 9], [1] * 9, [33], [60, 60]),
+        most_prompt=40,
+        sampling=tuple((rows, 151_936) for rows in (1, 64, 256, 512)),
+        product=(4096, 28_672),
+        product_tokens=(1, 8, 64, 512),
+        shapes=("llama-8b", "qwen3-8b"),
+        store_tokens=131_072,
+        points=((1, 1, 1024), (32, 1, 1024), *points, (1, 1, 7900), (8, 8, 7900), (32, 1, 7900)),
+        repeats=20,
+    )
+
+
+def toy() -> Scale:
+    return Scale(
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        attention=((4, 16, 3, 70),),
+        trees=([2, 1],),
+        most_prompt=2,
+        sampling=((4, 300),),
+        product=(256, 64),
+        product_tokens=(8,),
+        shapes=("llama-tiny", "qwen3-tiny"),
+        store_tokens=512,
+        points=((2, 1, 20),),
+        repeats=1,
+    )
