@@ -128,7 +128,8 @@ def demo(
     loaded = load_config(config)
     # Later rounds must not find the first one's prompts computed.
     verifier = loaded.verifier.model_copy(update={"prefix_caching": False})
-    checked = loaded.model_copy(update={"verifier": verifier})
+    metrics = loaded.metrics.model_copy(update={"prometheus": "auto"})
+    checked = loaded.model_copy(update={"verifier": verifier, "metrics": metrics})
     check_startable(checked)
     console.print("starting the services on Ray Serve ...")
     from deploy.run import run

@@ -23,9 +23,11 @@ from ray.serve._private.common import DeploymentStatusInfo
 from ray.serve.schema import ApplicationStatus, DeploymentStatus
 
 from deploy.app import APP, application
+from deploy.local_prometheus import find
 from deploy.running import LOST_STOP_S, STOP_S, RunningApp, cause, statuses
 from treeline.config import Config
 from treeline.errors import ConfigError
+from treeline.rpc.channels import reachable_host
 
 SERVING_TIMEOUT_S = 60.0
 """From the start of all replicas until the front door has found a verifier."""
@@ -33,8 +35,6 @@ OBJECT_STORE_BYTES = 100 << 20
 STATUS_INTERVAL_S = 0.2
 PACKAGES = Path(__file__).resolve().parent.parent
 """The folder that holds our packages."""
-RAY_LOGS = "/tmp/ray/session_latest/logs"
-"""Where Ray logs unless it is told otherwise."""
 
 
 def run(config: Config, *, block: bool, report: Callable[[str], None] = lambda phase: None) -> RunningApp:
@@ -50,10 +50,16 @@ def run(config: Config, *, block: bool, report: Callable[[str], None] = lambda p
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     config = config.with_absolute_paths()
-    logs = RAY_LOGS
+    logs = f"{os.environ.get('RAY_TMPDIR', '/tmp')}/ray/session_latest/logs"  # until Ray says where
     try:
         report("starting Ray")
         logs = _start_ray(config)
+        prometheus, missing = find(config, joined=bool(os.environ.get("RAY_ADDRESS")))
+        if missing:
+            report(missing)
+        if prometheus is not None:
+            planner = config.planner.model_copy(update={"prometheus_url": prometheus.url})
+            config = config.model_copy(update={"planner": planner})
         secured = with_secret(config, Path(logs).parent)
         report("starting the services")
         serve.start(proxy_location="Disabled")
@@ -62,6 +68,11 @@ def run(config: Config, *, block: bool, report: Callable[[str], None] = lambda p
         report("waiting for the front door to find a verifier")
         front_door = serve.get_deployment_handle("front-door", APP)
         endpoint = front_door.serving_endpoint.remote().result(timeout_s=SERVING_TIMEOUT_S)
+        if prometheus is not None:
+            host = reachable_host(config.server.host)
+            port = front_door.http_port.remote().result(timeout_s=SERVING_TIMEOUT_S)
+            prometheus.start(config, f"{host}:{port}", Path(logs).parent / "prometheus", Path(logs))
+            report(f"prometheus listens at {prometheus.url}")
     except TimeoutError:
         _shut_down()
         raise ConfigError(
@@ -77,7 +88,7 @@ def run(config: Config, *, block: bool, report: Callable[[str], None] = lambda p
         _shut_down()
         raise
     secret = None if secured is config else secured.internal.token_file
-    app = RunningApp(endpoint, config.metrics.targets_file, secret)
+    app = RunningApp(endpoint, secret, prometheus)
     if block:
         app.stop_on_signals()  # before anybody is told that it serves, and may stop it
         page = f" and {config.server.page}" if config.server.page else ""
@@ -120,14 +131,14 @@ def _start_ray(config: Config) -> str:
         if os.environ.get("RAY_ADDRESS"):
             context = init()
         else:
-            wanted = sum(part.resources.num_cpus * part.resources.replicas for part in parts)
+            wanted = sum(part.resources.num_cpus * part.resources.most_replicas for part in parts)
             context = init(
                 address="local",
                 num_cpus=max(os.cpu_count() or 1, int(wanted) + 1),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
             )
-            gpus_wanted = sum(part.resources.num_gpus * part.resources.replicas for part in parts)
+            gpus_wanted = sum(part.resources.num_gpus * part.resources.most_replicas for part in parts)
             gpus = ray.cluster_resources().get("GPU", 0)
             if gpus_wanted > gpus:
                 raise ConfigError(f"the services ask for {gpus_wanted:g} GPUs (num_gpus), this machine has {gpus:g}")

@@ -1,13 +1,11 @@
-"""The application while it runs: watched, told of to Prometheus, and ended."""
+"""The application while it runs: watched, and ended."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -21,11 +19,11 @@ from ray.serve._private.common import DeploymentStatusInfo
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ReplicaState
 
-from deploy.app import APP, DISCOVERY_TIMEOUT_S, SHUTDOWN_GRACE_S
+from deploy.app import APP
+from deploy.local_prometheus import LocalPrometheus
 from deploy.ray_processes import RayProcesses
+from deploy.replicas import DISCOVERY_TIMEOUT_S, SHUTDOWN_GRACE_S
 
-SERVICES = ("planner", "drafter", "verifier", "front-door")
-TARGETS_INTERVAL_S = 5.0
 JOIN_INTERVAL_S = 0.2
 CHECK_INTERVAL_S = 2.0
 """Between looks at Ray and the application while they serve: each costs the controller a call."""
@@ -40,15 +38,14 @@ left to drain."""
 class RunningApp:
     """The application, started. `endpoint`: "host:port" of the clients' port."""
 
-    def __init__(self, endpoint: str, targets_file: Path, secret: Path | None = None) -> None:
-        """`secret`: the file of this run's own secret, if it has one."""
+    def __init__(self, endpoint: str, secret: Path | None = None, prometheus: LocalPrometheus | None = None) -> None:
+        """`secret`: the file of this run's own secret, if it has one; `prometheus`: what measures it, if started."""
         self.endpoint = endpoint
-        self._targets_file, self._secret = targets_file, secret
+        self._secret, self._prometheus = secret, prometheus
         self._ray = RayProcesses()
         self._stopping = threading.Event()
         self._silent_checks, self._failing = 0, ""
-        for watch in (self._keep_targets, self._keep_status):
-            threading.Thread(target=watch, name=watch.__name__, daemon=True).start()
+        threading.Thread(target=self._keep_status, name="keep-status", daemon=True).start()
 
     def stop_on_signals(self) -> None:
         """Let SIGINT and SIGTERM end `wait`. A second one ends everything at once."""
@@ -91,19 +88,10 @@ class RunningApp:
     def _remove(self) -> None:
         """Leave no process or file of ours."""
         self._ray.kill()
-        for file in (self._targets_file, self._secret):
-            if file is not None:
-                file.unlink(missing_ok=True)
-
-    def _keep_targets(self) -> None:
-        """Keep Prometheus told of the replicas' pages, which move when replicas are replaced."""
-        while True:
-            with contextlib.suppress(Exception):  # a service may be down right now; the next round will tell
-                targets = _metrics_targets()
-                if not self._stopping.is_set():
-                    write_targets(self._targets_file, targets)
-            if self._stopping.wait(TARGETS_INTERVAL_S):
-                return
+        if self._prometheus is not None:
+            self._prometheus.stop()
+        if self._secret is not None:
+            self._secret.unlink(missing_ok=True)
 
     def _keep_status(self) -> None:
         """Keep `wait` told of the application; a Ray that is gone leaves this thread waiting."""
@@ -116,16 +104,6 @@ class RunningApp:
                 failing_since_s = (failing_since_s or time.monotonic()) if failure else None
                 if failing_since_s is not None and time.monotonic() - failing_since_s > FAILING_S:
                     self._failing = failure
-
-
-def write_targets(path: Path, targets: dict[str, list[str]]) -> None:
-    """Write Prometheus' file_sd JSON, whole or not at all."""
-    entries = [{"targets": pages, "labels": {"service": service}} for service, pages in targets.items() if pages]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(entries, file, indent=2)
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)
 
 
 def _end_application() -> None:
@@ -147,19 +125,6 @@ def _failure() -> str:
         if not serve.status().applications[APP].deployments[failing.name].replica_states.get(ReplicaState.RUNNING):
             return f"{failing.name} does not come back: {cause(failing.message)}"
     return ""
-
-
-def _metrics_targets() -> dict[str, list[str]]:
-    handles = {service: serve.get_deployment_handle(service, APP) for service in SERVICES}
-    answers = {service: handle.broadcast("metrics_target") for service, handle in handles.items()}
-    return {
-        service: [
-            page
-            for page in answer.results(timeout_s=DISCOVERY_TIMEOUT_S, return_exceptions=True)
-            if isinstance(page, str)
-        ]
-        for service, answer in answers.items()
-    }
 
 
 def cause(message: str) -> str:

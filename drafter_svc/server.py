@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,6 +76,10 @@ class DrafterServer:
         """Raise RuntimeError if this replica can no longer draft."""
         await self._service.check()
 
+    def stats(self) -> dict[str, float]:
+        """For the autoscaler, see `DraftingService.stats`."""
+        return self._service.stats()
+
     async def stop(self, grace_s: float = 5) -> None:
         """Report NOT_SERVING, end the streams, free everything. Verifiers decode plainly."""
         await self._health.enter_graceful_shutdown()
@@ -94,6 +99,8 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
         self._metrics = metrics
         self._stream_numbers = itertools.count(1)
         self._streams = 0
+        self._in_queue_s = self._drafting_s = 0.0  # since the statistics of `_told_s`
+        self._told_s = time.monotonic()
 
     async def Draft(
         self, request_iterator: AsyncIterator[pb.DraftRequest], context: grpc.aio.ServicerContext
@@ -109,7 +116,7 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
                 except ValueError as error:
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
                 plan = request.plan
-                yield await loop.run_in_executor(self._worker, self._draft, request, stream)
+                yield await loop.run_in_executor(self._worker, self._draft, request, stream, time.monotonic())
         finally:
             self._streams -= 1
             # Not awaited, since this may be a cancellation. The single worker runs it after a step in progress.
@@ -131,6 +138,14 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
             streams=self._streams,
         )
 
+    def stats(self) -> dict[str, float]:
+        """Since the last call: verifiers connected, how many waited for their turn, and the share of time drafting."""
+        now_s = time.monotonic()
+        elapsed_s, self._told_s = max(1e-3, now_s - self._told_s), now_s
+        queued, busy = self._in_queue_s / elapsed_s, self._drafting_s / elapsed_s
+        self._in_queue_s = self._drafting_s = 0.0
+        return {"streams": self._streams, "queued": queued, "busy": busy}
+
     async def check(self) -> None:
         """Raise RuntimeError if the drafter's thread accepts no work."""
         await asyncio.get_running_loop().run_in_executor(self._worker, lambda: None)
@@ -140,8 +155,11 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
         await asyncio.get_running_loop().run_in_executor(self._worker, self._drafter.close)
         self._worker.shutdown(wait=False)
 
-    def _draft(self, request: DraftRequest, stream: int) -> pb.DraftResponse:
+    def _draft(self, request: DraftRequest, stream: int, received_s: float) -> pb.DraftResponse:
+        begun_s = time.monotonic()
         reply = self._drafter.draft(request, stream)
+        self._in_queue_s += begun_s - received_s
+        self._drafting_s += time.monotonic() - begun_s
         self._measure(reply)
         return reply_to_proto(reply)
 

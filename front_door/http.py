@@ -29,6 +29,7 @@ from front_door.openai_responses import ChatDialect, CompletionDialect, Dialect,
 from front_door.service import FrontDoor
 from treeline.config import ServerConfig
 from treeline.errors import ConfigError, InvalidRequestError, TreelineError
+from treeline.rpc.channels import DiscoverPages
 from treeline.rpc.status import RETRY_DELAY_S, code_of, from_rpc_error, retry_s
 from treeline.rpc.tokens import TokenFile
 from treeline.v1 import generation_pb2 as pb
@@ -90,9 +91,10 @@ class HttpServer:
         door: FrontDoor,
         tokens: TokenFile | None,
         registry: CollectorRegistry,
+        pages: DiscoverPages,
     ) -> HttpServer:
         """Raises ConfigError if the port is taken, or a certificate cannot be read."""
-        app = create_app(door, registry, tokens, max_body_bytes)
+        app = create_app(door, registry, tokens, max_body_bytes, pages)
         settings = uvicorn.Config(
             app,
             config.host,
@@ -161,7 +163,9 @@ class Guard:
         await self._app(scope, bounded, send)
 
 
-def create_app(door: FrontDoor, registry: CollectorRegistry, tokens: TokenFile | None, max_body_bytes: int) -> FastAPI:
+def create_app(
+    door: FrontDoor, registry: CollectorRegistry, tokens: TokenFile | None, max_body_bytes: int, pages: DiscoverPages
+) -> FastAPI:
     """The HTTP application. With `tokens`, all but `OPEN_PATHS` ask for one of them as a bearer token."""
     app = FastAPI(title="Treeline", docs_url=None, redoc_url=None)
     app.add_middleware(Guard, tokens=tokens, max_body_bytes=max_body_bytes)
@@ -230,6 +234,12 @@ def create_app(door: FrontDoor, registry: CollectorRegistry, tokens: TokenFile |
     @app.get("/metrics")
     async def metrics() -> Response:
         return PlainTextResponse(generate_latest(registry), media_type="text/plain; version=0.0.4")
+
+    @app.get("/targets")
+    async def targets() -> list[dict[str, Any]]:
+        """Of Prometheus' HTTP service discovery: the metrics pages of all replicas, which move."""
+        found = await pages()
+        return [{"targets": sorted(found[service]), "labels": {"service": service}} for service in found]
 
     return app
 

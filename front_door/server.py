@@ -15,7 +15,7 @@ from front_door.service import FrontDoor
 from front_door.streams import MAX_SILENT, MAX_WATCHES, StreamLimits
 from treeline.config import Config
 from treeline.metrics import FrontDoorMetrics, serve_metrics
-from treeline.rpc.channels import Discover, add_standard_services, bind, new_server
+from treeline.rpc.channels import Discover, DiscoverPages, add_standard_services, bind, new_server
 from treeline.rpc.interceptors import SERVICE, CallInterceptor
 from treeline.rpc.tokens import TokenFile
 from treeline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
@@ -23,6 +23,10 @@ from treeline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_ser
 EXTRA_RPCS = 256
 """Calls allowed in addition to open generation requests: health checks, load, aborts."""
 SERVING_CHECK_INTERVAL_S = 0.1
+
+
+async def no_pages() -> dict[str, list[str]]:
+    return {}
 
 
 class FrontDoorServer:
@@ -47,8 +51,10 @@ class FrontDoorServer:
         self._server, self._door, self._health = server, door, health_servicer
 
     @classmethod
-    async def start(cls, config: Config, verifiers: Discover) -> FrontDoorServer:
+    async def start(cls, config: Config, verifiers: Discover, pages: DiscoverPages = no_pages) -> FrontDoorServer:
         """A front door that listens.
+
+        `pages`: finds the metrics pages ("host:port") of all replicas, by service.
 
         Raises:
             ConfigError: the port is taken, or a certificate or token file cannot be read.
@@ -56,11 +62,12 @@ class FrontDoorServer:
         registry = CollectorRegistry()
         metrics = FrontDoorMetrics(registry)
         generating = config.limits.max_running_requests + config.limits.max_waiting_requests
+        calls = generating * config.verifier.resources.most_replicas + EXTRA_RPCS
         server = new_server(
             config.server,
             config.limits.max_message_bytes,
             interceptors=[StreamLimits(), CallInterceptor(metrics)],
-            max_concurrent_rpcs=generating * config.verifier.resources.replicas + EXTRA_RPCS + MAX_SILENT + MAX_WATCHES,
+            max_concurrent_rpcs=calls + MAX_SILENT + MAX_WATCHES,
         )
         health_servicer = await add_standard_services(server, SERVICE)
 
@@ -77,7 +84,7 @@ class FrontDoorServer:
         add_GenerationServiceServicer_to_server(door, server)
         http = None
         if config.server.http.enabled:
-            http = await HttpServer.start(config.server, config.limits.max_message_bytes, door, tokens, registry)
+            http = await HttpServer.start(config.server, config.limits.max_message_bytes, door, tokens, registry, pages)
         await server.start()
         return cls(server, endpoint, serve_metrics(registry, config.metrics), door, health_servicer, http)
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +30,7 @@ class Section(BaseModel):
 
 
 class ResourcesConfig(Section):
-    """What Ray reserves for one replica."""
+    """What Ray reserves for one replica, and how many there are."""
 
     num_cpus: float = Field(default=0.5, ge=0)
     num_gpus: float = Field(default=0, ge=0)
@@ -40,6 +39,33 @@ class ResourcesConfig(Section):
         default={}, description="custom Ray resources: they put a replica on the nodes that offer them"
     )
     replicas: int = Field(default=1, ge=1)
+
+    @property
+    def most_replicas(self) -> int:
+        return self.replicas
+
+
+class ReplicaRange(Section):
+    """The load decides how many replicas there are."""
+
+    min: int = Field(default=1, ge=1)
+    max: int = Field(ge=1)
+    up_after_s: float = Field(default=5.0, ge=0, description="how long more replicas are wanted before they start")
+    down_after_s: float = Field(default=120.0, ge=0, description="how long fewer are wanted before one drains")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ReplicaRange:
+        if self.max < self.min:
+            raise ValueError(f"max is {self.max}, but min is {self.min}")
+        return self
+
+
+class ScaledResourcesConfig(ResourcesConfig):
+    replicas: Annotated[int, Field(ge=1)] | ReplicaRange = 1  # type: ignore[assignment]
+
+    @property
+    def most_replicas(self) -> int:
+        return self.replicas.max if isinstance(self.replicas, ReplicaRange) else self.replicas
 
 
 BlockTokens = Annotated[int, Field(ge=1, le=256)] | Literal["auto"]
@@ -98,7 +124,7 @@ class LimitsConfig(Section):
 
 class VerifierConfig(Section):
     target: ModelConfig = ModelConfig()
-    resources: ResourcesConfig = ResourcesConfig(num_cpus=1)
+    resources: ScaledResourcesConfig = ScaledResourcesConfig(num_cpus=1)
     kv_cache_tokens: CacheTokens = Field(default=16384, description="auto: what the device has room for")
     kv_block_tokens: BlockTokens = Field(default="auto", description="auto: 128 on CUDA, else 16")
     prefill_chunk_tokens: int = Field(default=256, ge=16, description="most prompt tokens in one step")
@@ -142,7 +168,7 @@ class DrafterConfig(Section):
     endpoints: list[str] = Field(
         default=[], description="host:port of drafters outside this application, used in place of its own"
     )
-    resources: ResourcesConfig = ResourcesConfig(num_cpus=0.5)
+    resources: ScaledResourcesConfig = ScaledResourcesConfig(num_cpus=0.5)
     max_sessions: int = Field(default=256, ge=1)
     kv_cache_tokens: CacheTokens = 16384
 
@@ -227,9 +253,9 @@ class MetricsConfig(Section):
 
     host: str = "127.0.0.1"
     base_port: int = Field(default=9400, ge=0, le=65535, description="0 takes any free port")
-    targets_file: Path = Field(
-        default=Path(tempfile.gettempdir()) / "treeline" / "prometheus-targets.json",
-        description="where the running application lists its pages for Prometheus (file_sd)",
+    prometheus: Literal["none", "auto"] = Field(
+        default="none",
+        description="auto: `treeline serve` starts the prometheus on PATH, if there is one, and the planner reads it",
     )
     token_file: Path | None = Field(default=None, description="who reads a page shows one of these bearer tokens")
 

@@ -89,7 +89,6 @@ def serving(tmp_path_factory) -> Iterator[Serving]:
     target = save_tiny_model(folder / "target")
     drafter = DrafterConfig(kind="model+ngram", model=ModelConfig(model=str(target), dtype="float32", threads=1))
     config = tiny_config(target, drafter).model_dump(mode="json")
-    config["metrics"]["targets_file"] = str(folder / "targets.json")
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     process = subprocess.Popen(
         [sys.executable, "-c", "from cli.main import main; main()", "serve", "--config", str(folder / "config.yaml")],

@@ -77,10 +77,8 @@ def test_the_gpu_file_changes_the_image_the_configuration_and_the_devices_only()
 
 def test_the_services_find_each_other():
     assert mounts("treeline")["/etc/treeline/config.yaml"] == "./deploy/config/compose.yaml"
-    targets = str(CONFIG.metrics.targets_file.parent)
-    assert mounts("treeline")[targets] == mounts("prometheus")["/etc/prometheus/targets"]
     scrape = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["scrape_configs"][0]
-    assert CONFIG.metrics.targets_file.match(scrape["file_sd_configs"][0]["files"][0])
+    assert scrape["http_sd_configs"][0]["url"] == f"http://treeline:{CONFIG.server.http.port}/targets"
     provisioning = ROOT / mounts("grafana")["/etc/grafana/provisioning"]
     source = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())["datasources"][0]
     assert source["url"] == "http://prometheus:9090"

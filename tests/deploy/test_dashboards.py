@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import socket
 import subprocess
+import threading
 import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +23,11 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
+from deploy.local_prometheus import LocalPrometheus
 from deploy.monitoring import __main__ as generated
-from deploy.running import write_targets
 from planner.service import latency
 from tests.deploy.services import Services
-from treeline.config import MetricsConfig
+from treeline.config import Config, MetricsConfig
 from treeline.metrics import VerifierMetrics, serve_metrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -205,7 +207,6 @@ def prometheus_folder(tmp_path) -> Path:
     """Prometheus' configuration as its container sees it."""
     for name in ("prometheus.yml", "rules.yml"):
         shutil.copy(DEPLOY / "prometheus" / name, tmp_path)
-    (tmp_path / "targets").mkdir()
     return tmp_path
 
 
@@ -218,11 +219,28 @@ def test_promtool_accepts_the_configuration(prometheus_folder):
     assert f"{len(RULES) + len(RECORDS)} rules found" in checked.stdout
 
 
+@contextmanager
+def targets_page(targets: list[dict[str, Any]]) -> Iterator[str]:
+    """A front door's HTTP port, as far as Prometheus sees it; gives "host:port"."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/targets" else 404)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(targets).encode())
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 class Api:
     """Prometheus' query API."""
 
-    def __init__(self, port: int) -> None:
-        self._url = f"http://127.0.0.1:{port}/api/v1"
+    def __init__(self, url: str) -> None:
+        self._url = f"{url}/api/v1"
 
     def get(self, path: str, **parameters: str) -> Any:
         with urllib.request.urlopen(f"{self._url}/{path}?{urllib.parse.urlencode(parameters)}", timeout=5) as answer:
@@ -241,37 +259,26 @@ class Api:
 
 
 @pytest.mark.skipif(not shutil.which("prometheus"), reason="needs prometheus")
-def test_a_real_prometheus_answers_every_query(prometheus_folder):
+def test_a_real_prometheus_answers_every_query(tmp_path):
     services = Services(CollectorRegistry())
     services.work()
     target = f"127.0.0.1:{serve_metrics(services.registry, MetricsConfig(base_port=0))}"
-    write_targets(prometheus_folder / "targets" / "treeline.json", {"verifier": [target], "drafter": []})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        "prometheus",
-        f"--config.file={prometheus_folder / 'prometheus.yml'}",
-        f"--storage.tsdb.path={prometheus_folder / 'data'}",
-        f"--web.listen-address=127.0.0.1:{port}",
-    ]
-    with (prometheus_folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    api, deadline = Api(port), time.monotonic() + 60
-    try:
-        while api.scrapes(target) < 4:
-            assert process.poll() is None, (prometheus_folder / "log").read_text()
-            assert time.monotonic() < deadline, (prometheus_folder / "log").read_text()
-            services.work()
-            time.sleep(0.5)
-        answers = {name: api.query(substituted(query)) for name, query in QUERIES.items()}
-        marked = {name: api.query(query) for name, query in ANNOTATIONS.items()}
-        firing = {alert for alert, query in ALERTS.items() if api.query(query)}
-        groups = api.get("rules")["groups"]
-        measured = asyncio.run(latency.measure_all(f"http://127.0.0.1:{port}"))
-    finally:
-        process.terminate()
-        process.wait(10)
+    prometheus = LocalPrometheus("prometheus")
+    api, deadline = Api(prometheus.url), time.monotonic() + 60
+    with targets_page([{"targets": [target], "labels": {"service": "verifier"}}]) as front_door:
+        prometheus.start(Config(), front_door, tmp_path, tmp_path)
+        try:
+            while api.scrapes(target) < 4:
+                assert time.monotonic() < deadline, (tmp_path / "prometheus.log").read_text()
+                services.work()
+                time.sleep(0.5)
+            answers = {name: api.query(substituted(query)) for name, query in QUERIES.items()}
+            marked = {name: api.query(query) for name, query in ANNOTATIONS.items()}
+            firing = {alert for alert, query in ALERTS.items() if api.query(query)}
+            groups = api.get("rules")["groups"]
+            measured = asyncio.run(latency.measure_all(prometheus.url))
+        finally:
+            prometheus.stop()
     assert [name for name, answer in answers.items() if not answer] == []
     assert marked["Replica started"]
     assert not marked["Replica gone"]

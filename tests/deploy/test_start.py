@@ -40,10 +40,8 @@ def serve(folder: Path, config: dict) -> subprocess.Popen:
     )
 
 
-def plain(target: Path, folder: Path) -> dict:
-    config = tiny_config(target).model_dump(mode="json")
-    config["metrics"]["targets_file"] = str(folder / "targets.json")
-    return config
+def plain(target: Path) -> dict:
+    return tiny_config(target).model_dump(mode="json")
 
 
 def test_folders_named_like_our_packages_do_not_matter(target, tmp_path):
@@ -51,7 +49,7 @@ def test_folders_named_like_our_packages_do_not_matter(target, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('the wrong package')")
     (tmp_path / "model").symlink_to(target)
-    config = plain(target, tmp_path)
+    config = plain(target)
     config["verifier"]["target"]["model"] = "model"
     process = serve(tmp_path, config)
     try:
@@ -75,7 +73,6 @@ class Serving:
 
     process: subprocess.Popen
     started: list[psutil.Process]
-    targets_file: Path
 
     def raylet(self) -> psutil.Process:
         return next(one for one in self.started if one.name() == "raylet")
@@ -83,12 +80,11 @@ class Serving:
     def check_nothing_is_left(self) -> None:
         _, alive = psutil.wait_procs(self.started, timeout=3)
         assert not alive
-        assert not self.targets_file.exists()
 
 
 @pytest.fixture
 def serving(target, tmp_path) -> Iterator[Serving]:
-    process = serve(tmp_path, plain(target, tmp_path))
+    process = serve(tmp_path, plain(target))
     started: list[psutil.Process] = []
     try:
         lines = []
@@ -97,9 +93,9 @@ def serving(target, tmp_path) -> Iterator[Serving]:
             if "serving at" in line:
                 break
         assert "serving at" in lines[-1], lines
-        time.sleep(5)  # for it to have looked once at what runs, and to have written its targets file
+        time.sleep(5)  # for it to have looked once at what runs
         started += psutil.Process(process.pid).children(recursive=True)
-        yield Serving(process, started, tmp_path / "targets.json")
+        yield Serving(process, started)
     finally:
         for one in (*started, psutil.Process(process.pid) if process.poll() is None else None):
             if one is not None and one.is_running():
@@ -147,7 +143,7 @@ def test_a_second_interrupt_ends_the_service_at_once(serving):
     ],
 )
 def test_a_start_that_fails_says_why_in_one_line(target, tmp_path, section, values, cause):
-    config = plain(target, tmp_path)
+    config = plain(target)
     config[section] = {**config[section], **values}
     process = serve(tmp_path, config)
     _, errors = process.communicate(timeout=400)

@@ -106,6 +106,21 @@ def test_steps_are_drafted_and_answered_in_order(model_folder):
     with_server(config_of(model_config(model_folder)), use)
 
 
+def test_the_autoscaler_hears_how_busy_the_drafter_is(model_folder):
+    async def use(server, channel):
+        server.stats()
+        streams = [DraftingServiceStub(channel).Draft() for _ in range(2)]
+        for step_id in range(1, 4):
+            await asyncio.gather(*(exchange(stream, message(REPEATING, 7), step_id=step_id) for stream in streams))
+        stats = server.stats()
+        assert stats["streams"] == 2
+        assert 0 < stats["busy"] <= 1
+        assert 0 < stats["queued"] <= 1  # one of two waits for the other
+        assert server.stats()["busy"] == 0
+
+    with_server(config_of(model_config(model_folder)), use)
+
+
 def test_a_session_that_is_behind_says_what_it_holds_and_catches_up(model_folder):
     async def use(server, channel):
         stream = DraftingServiceStub(channel).Draft()

@@ -17,13 +17,14 @@ from treeline.config import Config, LimitsConfig, ServerConfig
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-def with_client(scenario, *engines, config=None, api_key="none", **options):
+def with_client(scenario, *engines, config=None, api_key="none", pages=None, **options):
     async def run(s):
         url = f"http://127.0.0.1:{s.door.http.port}/v1"
         async with openai.AsyncOpenAI(base_url=url, api_key=api_key, max_retries=0, **options) as client:
             return await scenario(client, s)
 
-    return with_front_door(run, *(engines or [FakeEngine()]), **({"config": config} if config else {}))
+    given = {"config": config, "pages": pages}
+    return with_front_door(run, *(engines or [FakeEngine()]), **{k: v for k, v in given.items() if v is not None})
 
 
 def post(port, path, body, headers=None):
@@ -302,6 +303,28 @@ def test_ids_go_in_and_out_and_ignored_fields_are_named():
     status, headers, body = with_client(scenario)
     assert (status, headers["x-request-id"], body["id"]) == (200, "mine", "chatcmpl-mine")
     assert headers["x-treeline-ignored"] == "frobnicate, user"
+
+
+def test_prometheus_finds_the_pages_of_all_replicas(tmp_path):
+    (tmp_path / "tokens").write_text("letmein\n")
+    server = ServerConfig(port=0, http={"port": 0}, token_file=tmp_path / "tokens")
+
+    async def pages():
+        return {"verifier": ["b:2", "a:1"], "drafter": []}
+
+    async def scenario(client, s):
+        answer = await client.with_options(base_url=f"http://127.0.0.1:{s.door.http.port}").get(
+            "/targets", cast_to=object
+        )
+        with pytest.raises(openai.AuthenticationError):
+            await client.with_options(api_key="wrong").get("../targets", cast_to=object)
+        return answer
+
+    config = Config(server=server, metrics=METRICS)
+    assert with_client(scenario, config=config, api_key="letmein", pages=pages) == [
+        {"targets": ["a:1", "b:2"], "labels": {"service": "verifier"}},
+        {"targets": [], "labels": {"service": "drafter"}},
+    ]
 
 
 def test_a_token_is_needed_where_one_is_configured(tmp_path):

@@ -10,7 +10,7 @@ from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from front_door.server import FrontDoorServer
+from front_door.server import FrontDoorServer, no_pages
 from front_door.streams import MAX_SILENT, MAX_WATCHES
 from tests.verifier_svc.fake_engine import FakeEngine, FakeVerifier, fake_verifier, until
 from tests.verifier_svc.service.test_service import collect, details, failure, request
@@ -40,7 +40,9 @@ class Setup:
         return (await check(health_pb2.HealthCheckRequest(), timeout=2)).status
 
 
-def with_front_door(scenario, *engines: FakeEngine, config: Config = CONFIG, credentials=None, timeout_s=20):
+def with_front_door(
+    scenario, *engines: FakeEngine, config: Config = CONFIG, credentials=None, timeout_s=20, pages=no_pages
+):
     async def run():
         async with AsyncExitStack() as stack:
             verifiers = [await stack.enter_async_context(fake_verifier(engine, config)) for engine in engines]
@@ -51,7 +53,7 @@ def with_front_door(scenario, *engines: FakeEngine, config: Config = CONFIG, cre
                     raise ConnectionError("the controller is away")
                 return list(found)
 
-            door = await FrontDoorServer.start(config, discover)
+            door = await FrontDoorServer.start(config, discover, pages)
             stack.push_async_callback(door.stop, 0)
             channel = (
                 grpc.aio.secure_channel(door.endpoint, credentials)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 Discover = Callable[[], Awaitable[list[str]]]
 """Finds the live "host:port" endpoints of a service; called again whenever they may have changed."""
+DiscoverPages = Callable[[], Awaitable[dict[str, list[str]]]]
+"""Finds the "host:port" of the metrics pages of all replicas, by service."""
+OWN_ADDRESS = "TREELINE_ADDRESS"
+"""Environment variable: under which address other nodes reach this one, where a server listens on all interfaces."""
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
 """Health checks need no token, so that orchestrators can make them."""
@@ -119,6 +124,8 @@ def reachable_host(host: str) -> str:
     """`host`, or this machine's own address if `host` stands for all interfaces."""
     if host not in ("0.0.0.0", "::", "[::]"):
         return host
+    if address := os.environ.get(OWN_ADDRESS):
+        return address
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # sends nothing: only asks which interface leads out

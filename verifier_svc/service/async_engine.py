@@ -78,7 +78,7 @@ class AsyncEngine:
         on_output: Callable[[Chunk | Completion], None] = lambda output: None,
     ) -> None:
         self.engine = engine
-        self._max_open = max_running + max_waiting
+        self.max_running, self._max_open = max_running, max_running + max_waiting
         self._max_waiting = max_waiting
         self._on_step, self._on_output = on_step, on_output
         self._alarm = AcceptanceAlarm()

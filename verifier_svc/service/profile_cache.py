@@ -45,10 +45,23 @@ def verification_profile(model: LanguageModel, cache: KVCache, refresh: bool = F
     return curves
 
 
+def stored_profiles() -> dict[str, str]:
+    """The text of every stored profile, by file name: for other nodes."""
+    return {path.name: path.read_text() for path in _folder().glob("*.json")}
+
+
+def keep_profiles(profiles: dict[str, str]) -> None:
+    """Store what `stored_profiles` of another node gave, unless it is here already. They say what they are of."""
+    for name, text in profiles.items():
+        path = _folder() / Path(name).name
+        if not path.exists():
+            _write(path, text)
+
+
 def profile_path(identity: dict[str, Any]) -> Path:
     """The file of the profile that `identity` describes."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return cache_folder() / "profiles" / f"{identity['model'].replace('/', '--')}-{digest[:12]}.json"
+    return _folder() / f"{identity['model'].replace('/', '--')}-{digest[:12]}.json"
 
 
 def _identity(model: LanguageModel, cache: KVCache) -> dict[str, Any]:
@@ -103,12 +116,19 @@ def _points(curve: dict[str, Any]) -> tuple[tuple[int, ...], tuple[float, ...]]:
 
 
 def _save(path: Path, identity: dict[str, Any], curves: tuple[CostCurve, ...]) -> None:
-    """Write to a temporary file and rename it, so that no reader sees half a file."""
-    text = json.dumps({"identity": identity, "curves": [asdict(curve) for curve in curves]}, indent=1)
+    _write(path, json.dumps({"identity": identity, "curves": [asdict(curve) for curve in curves]}, indent=1) + "\n")
+
+
+def _folder() -> Path:
+    return cache_folder() / "profiles"
+
+
+def _write(path: Path, text: str) -> None:
+    """Aside and moved into place, so that nobody ever reads half a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".profile-", delete=False) as file:
-            file.write(text + "\n")
+            file.write(text)
         os.replace(file.name, path)
     except OSError as error:
         logger.warning("the device profile cannot be stored in %s: %s", path.parent, error.strerror)

@@ -122,6 +122,17 @@ class VerifierServer:
         """Raise RuntimeError if this verifier can no longer serve."""
         self._engine.check()
 
+    def stats(self) -> dict[str, float]:
+        """For the autoscaler: requests, how many may run, and whether a latency objective is missed now."""
+        load, signals = self._engine.load(), self._watcher.plan.signals
+        late = any(s.objective_s and s.value_s and s.value_s > s.objective_s for s in signals)
+        return {
+            "running": load.num_requests_running,
+            "waiting": load.num_requests_waiting,
+            "slots": self._engine.max_running,
+            "late": float(late),
+        }
+
     async def stop(self, grace_s: float = 5) -> None:
         """Say NOT_SERVING, refuse new requests, let running ones end within `grace_s`, free everything."""
         await self._health.enter_graceful_shutdown()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import random
 import time
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 RECONNECT_S = 0.5
 """Between attempts to connect: requests decode plainly meanwhile."""
+BALANCE_S = 10.0
+"""Between looks at how many verifiers other drafters have: as often as the autoscaler learns of the load."""
 INFO_TIMEOUT_S = 5.0
 """For GetDrafterInfo: a drafter answers it at once, unless its machine is overloaded."""
 LOST_TIMEOUTS = 10
@@ -132,13 +135,27 @@ class GrpcLink:
         endpoints = await self._discover()
         if len(endpoints) < 2:
             return next(iter(endpoints), None)
-        infos = await asyncio.gather(*map(self._ask_info, endpoints), return_exceptions=True)
         loads = {
             endpoint: (endpoint == self._left, info.sessions, info.streams, random.random())
-            for endpoint, info in zip(endpoints, infos, strict=True)
-            if not isinstance(info, BaseException)
+            for endpoint, info in (await self._infos(endpoints)).items()
         }
         return min(loads, key=loads.__getitem__, default=endpoints[0])
+
+    async def _leave_if_crowded(self, endpoint: str, stream: grpc.aio.StreamStreamCall) -> None:
+        """End `stream` once another drafter has two verifiers fewer, as one that has started since has."""
+        while True:
+            await asyncio.sleep(BALANCE_S * random.uniform(0.5, 1.5))  # not all verifiers of a drafter at once
+            with contextlib.suppress(Exception):  # discovery asks another system; the next look will tell
+                infos = await self._infos(await self._discover())
+                streams = {other: info.streams for other, info in infos.items()}
+                if streams.get(endpoint, 0) >= 2 + min(streams.values(), default=0):
+                    await stream.done_writing()  # the answer under way still comes
+                    return
+
+    async def _infos(self, endpoints: list[str]) -> dict[str, pb.GetDrafterInfoResponse]:
+        """What each drafter that answers says of itself."""
+        infos = await asyncio.gather(*map(self._ask_info, endpoints), return_exceptions=True)
+        return {e: info for e, info in zip(endpoints, infos, strict=True) if not isinstance(info, BaseException)}
 
     async def _ask_info(self, endpoint: str) -> pb.GetDrafterInfoResponse:
         async with connect(endpoint, self._config.internal, self._config.limits.max_message_bytes) as channel:
@@ -164,10 +181,12 @@ class GrpcLink:
                     lost_s = LOST_TIMEOUTS * self._config.verifier.draft_timeout_s
                     connection = self._connection = _Connection(info, stream, self._vocab_size, lost, lost_s)
                     logger.info("drafting with %s at %s", info.drafter, endpoint)
+                    leaving = asyncio.create_task(self._leave_if_crowded(endpoint, stream), name="draft-balance")
                     try:
                         async for message in stream:
                             connection.receive(message)
                     finally:
+                        leaving.cancel()
                         self._connection = None
                         connection.end()
             except TimeoutError:

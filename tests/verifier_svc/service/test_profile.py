@@ -15,7 +15,7 @@ from tests.lm.helpers import pad_passes
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from verifier_svc.service import profile, profile_cache
 from verifier_svc.service.profile import profile_verification
-from verifier_svc.service.profile_cache import verification_profile
+from verifier_svc.service.profile_cache import keep_profiles, stored_profiles, verification_profile
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,18 @@ def test_a_profile_of_passes_that_ran_slowly_is_not_kept(model, folder, monkeypa
     assert verification_profile(model, cache)
     assert not list(folder.rglob("*.json"))
     assert "not stored" in caplog.text
+
+
+def test_profiles_of_another_node_need_no_measurement(model, folder, monkeypatch):
+    cache = model.new_cache(512, 16)
+    curves = verification_profile(model, cache)
+    sent = stored_profiles()
+    monkeypatch.setenv("TREELINE_CACHE", str(folder / "another"))
+    calls = measured(monkeypatch)
+    keep_profiles({**sent, "../../outside.json": "{}"})
+    assert verification_profile(model, cache) == curves
+    assert not calls
+    assert not (folder / "outside.json").exists()
 
 
 def test_curves_are_monotone_and_leave_the_cache_idle(model):

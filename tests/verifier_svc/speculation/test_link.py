@@ -184,6 +184,24 @@ def test_the_least_loaded_drafter_is_taken_and_kept(monkeypatch):
     with_drafters(2, use, monkeypatch)
 
 
+def test_a_verifier_leaves_a_drafter_for_one_that_has_two_verifiers_fewer(monkeypatch):
+    monkeypatch.setattr(link_module, "BALANCE_S", 0.05)
+
+    async def use(steps: Steps, first: ScriptedDrafter, second: ScriptedDrafter) -> None:
+        second.sessions = 5
+        await steps.ready()
+        first.streams += 1  # another verifier has come
+        async with asyncio.timeout(5):
+            while (first.streams, second.streams) != (1, 1):
+                await asyncio.sleep(0.02)
+        await steps.ready()
+        assert await steps.draft() is not None
+        await asyncio.sleep(0.3)
+        assert second.streams == 1  # and stays
+
+    with_drafters(2, use, monkeypatch)
+
+
 def test_a_verifier_moves_when_its_drafter_breaks(monkeypatch):
     async def use(steps: Steps, first: ScriptedDrafter, second: ScriptedDrafter) -> None:
         second.sessions = 5

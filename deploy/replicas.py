@@ -1,0 +1,171 @@
+"""The four services inside Serve replicas, and how they find each other."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any, Protocol
+
+import ray.util
+from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from treeline.config import LOOPBACK, Config
+from treeline.rpc.channels import OWN_ADDRESS, Discover, reachable_host
+
+DISCOVERY_TIMEOUT_S = 5.0
+SHUTDOWN_GRACE_S = 5.0
+
+
+class Server(Protocol):
+    """What the four services have in common."""
+
+    endpoint: str
+    metrics_port: int
+
+    async def check(self) -> None: ...
+
+    async def stop(self, grace_s: float = ...) -> None: ...
+
+
+class Replica:
+    """Runs one server inside a Serve replica."""
+
+    server: Server
+    metrics_host: str
+    _asked_from = ""
+
+    def configured(self, config: dict[str, Any]) -> Config:
+        """The checked configuration. Servers on all interfaces then name Ray's own address of this node."""
+        os.environ.setdefault(OWN_ADDRESS, ray.util.get_node_ip_address())
+        checked = Config.model_validate(config)
+        self.metrics_host = checked.metrics.host
+        return checked
+
+    async def endpoint(self, asked_from: str) -> str:
+        """ "host:port" of this replica's gRPC server. `asked_from`: Ray's address of the node that wants to know."""
+        self._asked_from = asked_from
+        return self.server.endpoint
+
+    async def metrics_target(self) -> str:
+        """ "host:port" of this replica's metrics page, as others reach it."""
+        return f"{reachable_host(self.metrics_host)}:{self.server.metrics_port}"
+
+    async def process_id(self) -> int:
+        """Of the process that this replica runs in, on its node."""
+        return os.getpid()
+
+    async def check_health(self) -> None:
+        if problem := unreachable(self.server.endpoint, self._asked_from, ray.util.get_node_ip_address()):
+            raise RuntimeError(problem)
+        await self.server.check()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "server"):  # absent if the constructor failed
+            await self.server.stop(SHUTDOWN_GRACE_S)
+
+
+class PlannerReplica(Replica):
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
+        from planner.service.server import PlannerServer
+
+        self.server = await PlannerServer.start(self.configured(config))
+
+
+class DrafterReplica(Replica):
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
+        from drafter_svc.server import DrafterServer
+
+        self.drafter = self.server = await DrafterServer.start(self.configured(config))
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return self.drafter.stats()
+
+
+class VerifierReplica(Replica):
+    async def __init__(self, config: dict[str, Any], drafter: DeploymentHandle, planner: DeploymentHandle) -> None:  # type: ignore[misc]
+        from verifier_svc.service.profile_cache import keep_profiles
+        from verifier_svc.service.server import VerifierServer
+
+        checked = self.configured(config)
+        for profiles in await _ask_all(_equals(), "profiles"):
+            keep_profiles(profiles)
+        self.verifier = self.server = await VerifierServer.start(checked, drafters(checked, drafter), discover(planner))
+
+    async def profiles(self) -> dict[str, str]:
+        """The device profiles of this node, by file name: a new verifier on an equal device need not measure."""
+        from verifier_svc.service.profile_cache import stored_profiles
+
+        return stored_profiles()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return self.verifier.stats()
+
+
+class FrontDoorReplica(Replica):
+    async def __init__(self, config: dict[str, Any], services: dict[str, DeploymentHandle]) -> None:  # type: ignore[misc]
+        from front_door.server import FrontDoorServer
+
+        services = {**services, "front-door": _equals()}
+
+        async def pages() -> dict[str, list[str]]:
+            found = await asyncio.gather(*(_ask_all(handle, "metrics_target") for handle in services.values()))
+            return dict(zip(services, found, strict=True))
+
+        checked = self.configured(config)
+        self.front_door = self.server = await FrontDoorServer.start(checked, discover(services["verifier"]), pages)
+
+    async def serving_endpoint(self) -> str:
+        """ "host:port" of the clients' port, once there is a verifier behind it."""
+        await self.front_door.until_serving()
+        return self.front_door.endpoint
+
+    async def http_port(self) -> int:
+        """0 if HTTP is not enabled."""
+        return self.front_door.http.port if self.front_door.http else 0
+
+
+def discover(handle: DeploymentHandle) -> Discover:
+    """Asks all live replicas of a deployment where they listen."""
+
+    async def endpoints() -> list[str]:
+        return await _ask_all(handle, "endpoint", ray.util.get_node_ip_address())
+
+    return endpoints
+
+
+def drafters(config: Config, handle: DeploymentHandle) -> Discover:
+    """The drafters that a verifier may use: those that the configuration names, else this application's own."""
+
+    async def named() -> list[str]:
+        return config.drafter.endpoints
+
+    return named if config.drafter.endpoints else discover(handle)
+
+
+def unreachable(endpoint: str, asked_from: str, own_address: str) -> str:
+    """Why a peer that asked from another node cannot reach `endpoint`; empty if it can, for all that is known."""
+    if not asked_from or asked_from == own_address or endpoint.rpartition(":")[0].strip("[]") not in LOOPBACK:
+        return ""
+    return f"{endpoint} cannot be reached from {asked_from}: set internal.host to 0.0.0.0 or an address of this network"
+
+
+def _equals() -> DeploymentHandle:
+    """The deployment that this replica is one of."""
+    context = serve.get_replica_context()
+    return serve.get_deployment_handle(context.deployment, context.app_name)
+
+
+async def _ask_all(handle: DeploymentHandle, method: str, *arguments: str) -> list[Any]:
+    """The answers of all replicas that run; those that fail are left out.
+
+    Raises:
+        TimeoutError: they did not come within DISCOVERY_TIMEOUT_S.
+    """
+    answers = handle.broadcast(method, *arguments).results_async(return_exceptions=True)
+    try:
+        found = await asyncio.wait_for(answers, DISCOVERY_TIMEOUT_S)
+    except DeploymentUnavailableError:  # none runs
+        return []
+    return [answer for answer in found if not isinstance(answer, BaseException)]
