@@ -103,6 +103,14 @@ def test_a_size_that_cannot_be_captured_runs_uncaptured_and_is_tried_again(
     assert model.passes.padded
 
 
+def test_ranks_in_lockstep_do_not_run_a_pass_in_another_way(device: Device, model: LanguageModel) -> None:
+    """The others would wait for it, or add up other numbers."""
+    model.passes.in_lockstep = True
+    device.fails = [torch.OutOfMemoryError("no memory")]
+    with pytest.raises(torch.OutOfMemoryError):
+        one_pass(model, model.new_cache(64, 16))
+
+
 def test_little_free_memory_is_said_and_does_not_last(
     device: Device, model: LanguageModel, caplog: pytest.LogCaptureFixture
 ) -> None:
