@@ -31,6 +31,7 @@ setup(
         "rich>=14",
         "safetensors>=0.5",
         "scipy>=1.17",
+        "structlog>=26.1",
         "tokenizers>=0.22",
         "torch==2.13.0",
         "transformers>=5.23,<6",

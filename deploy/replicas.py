@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray.util
 from ray import serve
+from ray.serve._private.logging_utils import get_serve_logs_dir
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from treeline.config import LOOPBACK, Config
 from treeline.rpc.channels import OWN_ADDRESS, Discover, reachable_host
+from treeline.telemetry import logs
 
 DISCOVERY_TIMEOUT_S = 5.0
 SHUTDOWN_GRACE_S = 5.0
@@ -37,10 +40,11 @@ class Replica:
     _asked_from = ""
 
     def configured(self, config: dict[str, Any]) -> Config:
-        """The checked configuration. Servers on all interfaces then name Ray's own address of this node."""
+        """The checked configuration. Sets the log up; servers on all interfaces name Ray's address of this node."""
         os.environ.setdefault(OWN_ADDRESS, ray.util.get_node_ip_address())
         checked = Config.model_validate(config)
         self.metrics_host = checked.metrics.host
+        logs.configure(checked.logging, serve.get_replica_context().deployment, Path(get_serve_logs_dir()))
         return checked
 
     async def endpoint(self, asked_from: str) -> str:

@@ -26,6 +26,11 @@ class Call(Protocol):
     async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...], /) -> None: ...
 
 
+def address_of(call: Call) -> str:
+    """Where a call comes from, without the port."""
+    return unquote(call.peer()).partition(":")[2].rpartition(":")[0].strip("[]")  # "ipv6:%5B::1%5D:4711"
+
+
 class Clients:
     """Names the client of each call and keeps its quotas. Without tokens, all calls of one address are one client."""
 
@@ -37,12 +42,13 @@ class Clients:
 
     def of(self, call: Call) -> Client:
         """Whose call this is."""
-        address = unquote(call.peer()).partition(":")[2].rpartition(":")[0].strip("[]")  # "ipv6:%5B::1%5D:4711"
         if self._tokens is None:
-            return Client(address)
+            return Client(address_of(call))
         given = next((value for key, value in call.invocation_metadata() or () if key == "authorization"), "")
         # It was accepted when the call came in, and may have expired since.
-        return self._tokens.client(given if isinstance(given, str) else given.decode("latin-1")) or Client(address)
+        return self._tokens.client(given if isinstance(given, str) else given.decode("latin-1")) or Client(
+            address_of(call)
+        )
 
     @contextmanager
     def admitted(self, client: Client, request: pb.GenerateRequest) -> Iterator[None]:

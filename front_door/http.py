@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import json
 import math
+import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import uvicorn
@@ -19,11 +21,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, generate_latest
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from front_door.access import AccessLog
 from front_door.openai_requests import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from front_door.openai_responses import ChatDialect, CompletionDialect, Dialect, Reply
 from front_door.service import FrontDoor
@@ -53,6 +56,8 @@ HTTP_STATUS = {
     _Code.DEADLINE_EXCEEDED: HTTPStatus.GATEWAY_TIMEOUT,
 }
 """Every other code is an INTERNAL_SERVER_ERROR."""
+CLIENT_GONE = "499"
+"""In the log, the status of a call whose client hung up before the answer, as nginx has it."""
 RETRYABLE = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
@@ -92,9 +97,10 @@ class HttpServer:
         tokens: TokenFile | None,
         registry: CollectorRegistry,
         pages: DiscoverPages,
+        access: AccessLog,
     ) -> HttpServer:
         """Raises ConfigError if the port is taken, or a certificate cannot be read."""
-        app = create_app(door, registry, tokens, max_body_bytes, pages)
+        app = create_app(door, registry, tokens, max_body_bytes, pages, access)
         settings = uvicorn.Config(
             app,
             config.host,
@@ -136,17 +142,34 @@ class _Server(uvicorn.Server):
 
 
 class Guard:
-    """Asks for a bearer token and bounds the body, before anything is parsed."""
+    """Asks for a bearer token and bounds the body, before anything is parsed. Names and logs every call."""
 
-    def __init__(self, app: ASGIApp, tokens: TokenFile | None, max_body_bytes: int) -> None:
-        self._app, self._tokens, self._max_body_bytes = app, tokens, max_body_bytes
+    def __init__(self, app: ASGIApp, tokens: TokenFile | None, max_body_bytes: int, access: AccessLog) -> None:
+        self._app, self._tokens, self._max_body_bytes, self._access = app, tokens, max_body_bytes, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        headers = Headers(scope=scope)
-        path = scope["path"]
+        headers, path = Headers(scope=scope), scope["path"]
         is_open = path in OPEN_PATHS or path.startswith("/page/")
+        request_id = scope.setdefault("state", {})["request_id"] = headers.get("x-request-id") or uuid.uuid4().hex
+        method, code, started_s = f"{scope['method']} {quote(path)}", CLIENT_GONE, time.perf_counter()
+
+        async def named(message: Message) -> None:
+            nonlocal code
+            if message["type"] == "http.response.start":
+                code = str(message["status"])
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        self._access.started(method)
+        try:
+            await self._guarded(scope, receive, named, is_open)
+        finally:
+            self._access.handled(method, code, time.perf_counter() - started_s, quiet=is_open)
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send, is_open: bool) -> None:
+        headers = Headers(scope=scope)
         if not (is_open or self._tokens is None or self._tokens.client(headers.get("authorization", ""))):
             return await error_response(HTTPStatus.UNAUTHORIZED, "a valid bearer token is needed")(scope, receive, send)
         size = 0
@@ -164,11 +187,16 @@ class Guard:
 
 
 def create_app(
-    door: FrontDoor, registry: CollectorRegistry, tokens: TokenFile | None, max_body_bytes: int, pages: DiscoverPages
+    door: FrontDoor,
+    registry: CollectorRegistry,
+    tokens: TokenFile | None,
+    max_body_bytes: int,
+    pages: DiscoverPages,
+    access: AccessLog,
 ) -> FastAPI:
     """The HTTP application. With `tokens`, all but `OPEN_PATHS` ask for one of them as a bearer token."""
     app = FastAPI(title="Treeline", docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, tokens=tokens, max_body_bytes=max_body_bytes)
+    app.add_middleware(Guard, tokens=tokens, max_body_bytes=max_body_bytes, access=access)
 
     @app.exception_handler(TreelineError)
     async def treeline_error(request: Request, error: TreelineError) -> Response:
@@ -269,13 +297,10 @@ def _failed(error: TreelineError) -> Response:
 
 
 async def _answer(door: FrontDoor, dialect: Dialect, body: ChatBody | CompletionBody, call: Request) -> Response:
-    request_id = call.headers.get("x-request-id") or uuid.uuid4().hex
-    context = HttpCall(call)
+    request_id, context = call.state.request_id, HttpCall(call)
     info = await door.GetModelInfo(pb.GetModelInfoRequest(), context)
     requests = body.requests(request_id, info.tool_call_format)
-    headers = {"x-request-id": request_id}
-    if body.ignored:
-        headers["x-treeline-ignored"] = ", ".join(body.ignored)
+    headers = {"x-treeline-ignored": ", ".join(body.ignored)} if body.ignored else {}
     echoed = [request.prompt if isinstance(body, CompletionBody) and body.echo else "" for request in requests]
     reply = Reply(dialect, request_id, info.model, echoed, body.finders(info.tool_call_format))
     if not body.stream:

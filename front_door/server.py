@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import grpc
 from grpc_health.v1 import health, health_pb2
 from prometheus_client import CollectorRegistry
 
+from front_door.access import AccessLog
 from front_door.clients import Clients
 from front_door.http import HttpServer
 from front_door.routing import VerifierPool
@@ -19,6 +21,8 @@ from treeline.rpc.channels import Discover, DiscoverPages, add_standard_services
 from treeline.rpc.interceptors import SERVICE, CallInterceptor
 from treeline.rpc.tokens import TokenFile
 from treeline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
+
+logger = logging.getLogger(__name__)
 
 EXTRA_RPCS = 256
 """Calls allowed in addition to open generation requests: health checks, load, aborts."""
@@ -60,13 +64,13 @@ class FrontDoorServer:
             ConfigError: the port is taken, or a certificate or token file cannot be read.
         """
         registry = CollectorRegistry()
-        metrics = FrontDoorMetrics(registry)
+        metrics, access = FrontDoorMetrics(registry), AccessLog()
         generating = config.limits.max_running_requests + config.limits.max_waiting_requests
         calls = generating * config.verifier.resources.most_replicas + EXTRA_RPCS
         server = new_server(
             config.server,
             config.limits.max_message_bytes,
-            interceptors=[StreamLimits(), CallInterceptor(metrics)],
+            interceptors=[StreamLimits(), CallInterceptor(metrics, access)],
             max_concurrent_rpcs=calls + MAX_SILENT + MAX_WATCHES,
         )
         health_servicer = await add_standard_services(server, SERVICE)
@@ -80,12 +84,15 @@ class FrontDoorServer:
         endpoint = bind(server, config.server, config.server.port)
         tokens = TokenFile(config.server.token_file) if config.server.token_file else None
         pool = await VerifierPool.start(config, verifiers, show_health)
-        door = FrontDoor(pool, Clients(tokens), config.server.resume_wait_s)
+        door = FrontDoor(pool, Clients(tokens), config.server.resume_wait_s, config.logging.prompts)
         add_GenerationServiceServicer_to_server(door, server)
         http = None
         if config.server.http.enabled:
-            http = await HttpServer.start(config.server, config.limits.max_message_bytes, door, tokens, registry, pages)
+            http = await HttpServer.start(
+                config.server, config.limits.max_message_bytes, door, tokens, registry, pages, access
+            )
         await server.start()
+        logger.info("front door at %s, HTTP port %s", endpoint, http.port if http else "off")
         return cls(server, endpoint, serve_metrics(registry, config.metrics), door, health_servicer, http)
 
     async def until_serving(self) -> None:

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 
-from front_door.clients import Call, Clients
+from front_door.access import answering, completed
+from front_door.clients import Call, Clients, address_of
 from front_door.routing import Verifier, VerifierPool
 from front_door.stream import ResumableStream
 from treeline.errors import DrainingError, DuplicateRequestError, UnavailableError, UnknownRequestError
@@ -22,8 +23,8 @@ PLAN_TIMEOUT_S = 2.0
 class FrontDoor(pb_grpc.GenerationServiceServicer):
     """Forwards calls to the verifiers of `pool`. Errors are raised, so the server needs a CallInterceptor."""
 
-    def __init__(self, pool: VerifierPool, clients: Clients, resume_wait_s: float) -> None:
-        self.pool = pool
+    def __init__(self, pool: VerifierPool, clients: Clients, resume_wait_s: float, log_prompts: bool = False) -> None:
+        self.pool, self._log_prompts = pool, log_prompts
         self._clients = clients
         self._resume_wait_s = resume_wait_s
         self.draining = False
@@ -34,14 +35,24 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
         if self.draining:
             raise DrainingError("this front door is shutting down")
         identify(request)
-        client = self._clients.of(context)
-        with self._clients.admitted(client, request), self._opened(client, request.request_id):
+        client, address, resumes = self._clients.of(context), address_of(context), request.HasField("resume")
+        with (
+            answering(request, client, address, self._log_prompts) as fields,
+            self._clients.admitted(client, request),
+            self._opened(client, request.request_id),
+        ):
             await context.send_initial_metadata(identity(request))
             metadata = _metadata(client)
             stream = ResumableStream(request, metadata, self.pool, self._resume_wait_s, lambda: self.draining)
-            async with aclosing(stream.responses(context)) as responses:
-                async for response in responses:
-                    yield response
+            try:
+                async with aclosing(stream.responses(context)) as responses:
+                    async for response in responses:
+                        if response.HasField("complete"):
+                            fields |= completed(response.complete)
+                        yield response
+            finally:
+                fields |= {"verifier": stream.endpoint, "resumed": stream.losses + resumes}
+                fields.setdefault("completion_tokens", stream.delivered_tokens)
 
     async def Abort(self, request: pb.AbortRequest, context: Call) -> pb.AbortResponse:
         """Asks every verifier: the request may have come through another front door.

@@ -37,6 +37,10 @@ class ResumableStream:
         metadata: names the client to the verifier.
         wait_s: how long the stream may be without a verifier before it ends with UNAVAILABLE.
         draining: whether this front door shuts down, so that a client had better resume through another one.
+
+    Attributes:
+        losses: how many verifiers it has lost.
+        endpoint: of the verifier that had it last.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class ResumableStream:
         self._is_resumed = request.HasField("resume")
         self._lost_s: float | None = None  # since when no verifier has had the stream
         self._futile_runs = 0
+        self.losses = 0
+        self.endpoint = ""
 
     @property
     def delivered_tokens(self) -> int:
@@ -71,6 +77,7 @@ class ResumableStream:
         while True:
             call = verifier.stub.Generate(self._request, timeout=context.time_remaining(), metadata=self._metadata)
             verifier.in_flight += 1
+            self.endpoint = verifier.endpoint
             try:
                 async for response in call:
                     self._note(response)
@@ -107,7 +114,8 @@ class ResumableStream:
         """The verifier that takes over from `lost`."""
         lost.serving = False  # until a poll says otherwise
         self._is_resumed = True
-        logger.info("request %s: verifier %s: %s", self._request.request_id, lost.endpoint, problem)
+        self.losses += 1
+        logger.info("verifier %s: %s", lost.endpoint, problem, extra={"request_id": self._request.request_id})
         self._lost_s = self._lost_s or time.monotonic()
         while self._futile_runs < MAX_FUTILE_RUNS and time.monotonic() < self._lost_s + self._wait_s:
             if self._draining():

@@ -260,6 +260,14 @@ class MetricsConfig(Section):
     token_file: Path | None = Field(default=None, description="who reads a page shows one of these bearer tokens")
 
 
+class LoggingConfig(Section):
+    """Of all services, each into a file of its own in the folder of Ray Serve's logs."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    prompts: bool = Field(default=False, description="access lines hold the prompts")
+
+
 class InternalConfig(Section):
     """Ports between the services. On one machine they stay on loopback."""
 
@@ -281,6 +289,7 @@ class Config(Section):
     planner: PlannerConfig = PlannerConfig()
     limits: LimitsConfig = LimitsConfig()
     metrics: MetricsConfig = MetricsConfig()
+    logging: LoggingConfig = LoggingConfig()
     internal: InternalConfig = InternalConfig()
 
     def with_absolute_paths(self) -> Config:

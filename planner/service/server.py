@@ -71,6 +71,7 @@ class PlannerServer:
         endpoint = bind(server, config.internal)
         metrics_port = serve_metrics(registry, config.metrics)
         await server.start()
+        logger.info("planner at %s", endpoint)
         tasks = [
             asyncio.create_task(servicer.make_plans(), name="plans"),
             asyncio.create_task(servicer.read_latency(), name="latency"),

@@ -12,7 +12,9 @@ from copy import deepcopy
 import pytest
 from prometheus_client import CollectorRegistry
 
+from front_door.access import AccessLog
 from front_door.http import create_app
+from front_door.server import no_pages
 from tests.front_door.test_http import post
 from tests.front_door.test_http_tools import TOOLS, TURNS
 from tests.front_door.test_server import with_front_door
@@ -146,7 +148,7 @@ def test_mutated_bodies_are_answered_or_refused_and_leave_nothing(count):
     rng = random.Random(count)
 
     async def scenario(s):
-        app = create_app(s.door._door, CollectorRegistry(), None, 1 << 20)
+        app = create_app(s.door._door, CollectorRegistry(), None, 1 << 20, no_pages, AccessLog())
         statuses: Counter[int] = Counter()
 
         async def some(count):

@@ -124,10 +124,21 @@ class FakeEngine:
                     break
                 yield Chunk(f"{self.name}{step} ", [65, 66], _logprobs(request), _explanation(request))
             steps = request.max_tokens // 2
-            totals = SpeculationTotals(steps, drafted_nodes=4 * steps, verified_nodes=3 * steps, accepted_nodes=steps)
+            totals = SpeculationTotals(
+                steps, drafted_nodes=4 * steps, verified_nodes=3 * steps, accepted_nodes=steps, price_sum=1.5 * steps
+            )
             prompt_tokens = len(request.prompt_token_ids)
             yield Completion(
-                reason, None, prompt_tokens, 2 * steps, 0.01, 0.02, 0.03, totals, cached_tokens=prompt_tokens - 1
+                reason,
+                None,
+                prompt_tokens,
+                2 * steps,
+                0.01,
+                0.02,
+                0.03,
+                totals,
+                cached_tokens=prompt_tokens - 1,
+                preemptions=1,
             )
         finally:
             self.open.discard(request.request_id)

@@ -43,8 +43,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     Handlers must be unary-unary coroutines or unary-stream async generators, which are closed when the call ends.
     """
 
-    def __init__(self, observer: CallObserver | None = None) -> None:
-        self._observer = observer
+    def __init__(self, *observers: CallObserver) -> None:
+        self._observers = observers
 
     async def intercept_service(self, continuation: Callable, handler_call_details: grpc.HandlerCallDetails) -> Any:
         handler = await continuation(handler_call_details)
@@ -83,8 +83,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def _finish(self, method: str, context: grpc.aio.ServicerContext, answer: Callable[[], Any]) -> Any:
         code, started_s = grpc.StatusCode.OK, time.perf_counter()
-        if self._observer:
-            self._observer.started(method)
+        for observer in self._observers:
+            observer.started(method)
         try:
             return await answer()
         except asyncio.CancelledError:
@@ -103,8 +103,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             logger.exception("%s failed: %s", method, error_id)
             await abort_with(context, RequestBrokenError(f"internal error; the service's log has it as {error_id}"))
         finally:
-            if self._observer:
-                self._observer.handled(method, code.name, time.perf_counter() - started_s)
+            for observer in self._observers:
+                observer.handled(method, code.name, time.perf_counter() - started_s)
 
 
 def _parsed(request: Any) -> Any:

@@ -266,30 +266,34 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("queue_s", "time_to_first_token_s", "total_s")
+    __slots__ = ("queue_s", "time_to_first_token_s", "total_s", "preemptions")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     TIME_TO_FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     TOTAL_S_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     time_to_first_token_s: float
     total_s: float
-    def __init__(self, queue_s: _Optional[float] = ..., time_to_first_token_s: _Optional[float] = ..., total_s: _Optional[float] = ...) -> None: ...
+    preemptions: int
+    def __init__(self, queue_s: _Optional[float] = ..., time_to_first_token_s: _Optional[float] = ..., total_s: _Optional[float] = ..., preemptions: _Optional[int] = ...) -> None: ...
 
 class SpeculationSummary(_message.Message):
-    __slots__ = ("steps", "drafted_nodes", "verified_nodes", "accepted_nodes", "mean_accepted_length", "mean_tree_nodes")
+    __slots__ = ("steps", "drafted_nodes", "verified_nodes", "accepted_nodes", "mean_accepted_length", "mean_tree_nodes", "mean_price")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     DRAFTED_NODES_FIELD_NUMBER: _ClassVar[int]
     VERIFIED_NODES_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_NODES_FIELD_NUMBER: _ClassVar[int]
     MEAN_ACCEPTED_LENGTH_FIELD_NUMBER: _ClassVar[int]
     MEAN_TREE_NODES_FIELD_NUMBER: _ClassVar[int]
+    MEAN_PRICE_FIELD_NUMBER: _ClassVar[int]
     steps: int
     drafted_nodes: int
     verified_nodes: int
     accepted_nodes: int
     mean_accepted_length: float
     mean_tree_nodes: float
-    def __init__(self, steps: _Optional[int] = ..., drafted_nodes: _Optional[int] = ..., verified_nodes: _Optional[int] = ..., accepted_nodes: _Optional[int] = ..., mean_accepted_length: _Optional[float] = ..., mean_tree_nodes: _Optional[float] = ...) -> None: ...
+    mean_price: float
+    def __init__(self, steps: _Optional[int] = ..., drafted_nodes: _Optional[int] = ..., verified_nodes: _Optional[int] = ..., accepted_nodes: _Optional[int] = ..., mean_accepted_length: _Optional[float] = ..., mean_tree_nodes: _Optional[float] = ..., mean_price: _Optional[float] = ...) -> None: ...
 
 class GenerateComplete(_message.Message):
     __slots__ = ("finish_reason", "stop_token_id", "stop_string", "usage", "timings", "speculation", "seed", "request_id", "policy")

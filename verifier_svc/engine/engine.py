@@ -197,13 +197,14 @@ class Engine:
     def _accept(self, batch: Batch, drafts: Drafts, verified: Verified) -> list[Advance]:
         """Give every walked sequence its tokens."""
         now_s, advances, first_row = self._clock(), [], 0
+        price = drafts.pruning.price if drafts.pruning else 0.0
         sequences = batch.decoding + batch.finished_prompts
         for place, (sequence, walk) in enumerate(zip(sequences, verified.walks, strict=True)):
             drafted, kept = drafts.sizes(place)
             with _confined(sequence):
                 waited_s, first = sequence.receive(now_s)
                 if place < len(batch.decoding):
-                    sequence.count_step(drafted, kept, len(walk.accepted))
+                    sequence.count_step(drafted, kept, len(walk.accepted), price)
                 text, taken = sequence.accept(walk.tokens)
                 logprobs = token_logprobs(sequence, walk, taken, verified.logits, first_row)
                 chunk = Chunk(text, walk.tokens[:taken], logprobs, waited_s=waited_s, first=first)
@@ -241,7 +242,8 @@ def _confined(sequence: Sequence) -> Iterator[None]:
     try:
         yield
     except Exception:
-        logger.exception("request %s ends: processing it failed", sequence.request.request_id)
+        fields = {"request_id": sequence.request.public_id, "client": sequence.request.client}
+        logger.exception("the request ends: processing it failed", extra=fields)
         sequence.finish_reason = FinishReason.FAILED
 
 

@@ -59,6 +59,11 @@ class GenerationRequest:
     client_weight: float = 1.0
 
     @property
+    def public_id(self) -> str:
+        """The id that its client knows; the engine's own starts with the client's name."""
+        return self.request_id.removeprefix(f"{self.client}/")
+
+    @property
     def target_s(self) -> float | None:
         """`target_ms` in seconds."""
         return None if self.target_ms is None else self.target_ms / 1000
@@ -147,6 +152,7 @@ class SpeculationTotals:
     drafted_nodes: int = 0
     verified_nodes: int = 0
     accepted_nodes: int = 0
+    price_sum: float = 0.0
 
     @property
     def mean_accepted_length(self) -> float:
@@ -157,6 +163,11 @@ class SpeculationTotals:
     def mean_tree_nodes(self) -> float:
         return self.verified_nodes / self.steps if self.steps else 0.0
 
+    @property
+    def mean_price(self) -> float:
+        """Tokens per second of its cost that a node had to bring; steps without drafts count as 0."""
+        return self.price_sum / self.steps if self.steps else 0.0
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -166,6 +177,7 @@ class Completion:
         matched_stop: the stop token id or stop string that ended the request, if any.
         target_met: whether the mean time per output token met the target; None without a target, or for one token.
         cached_tokens: prompt tokens taken from the prefix cache.
+        preemptions: how often it lost its blocks to other requests and was computed again.
     """
 
     finish_reason: FinishReason
@@ -178,6 +190,7 @@ class Completion:
     speculation: SpeculationTotals
     target_met: bool | None = None
     cached_tokens: int = 0
+    preemptions: int = 0
 
 
 @dataclass(frozen=True)

@@ -157,13 +157,14 @@ class Sequence:
             self.finish_reason, self.matched_stop = FinishReason.STOP, self.detokenizer.matched_stop
         return text
 
-    def count_step(self, drafted: int, verified: int, accepted: int) -> None:
+    def count_step(self, drafted: int, verified: int, accepted: int, price: float) -> None:
         totals = self.totals
         self.totals = SpeculationTotals(
             steps=totals.steps + 1,
             drafted_nodes=totals.drafted_nodes + drafted,
             verified_nodes=totals.verified_nodes + verified,
             accepted_nodes=totals.accepted_nodes + accepted,
+            price_sum=totals.price_sum + price,
         )
 
     def completion(self, now: float) -> Completion:
@@ -182,6 +183,7 @@ class Sequence:
             time_to_first_token_s=first_token_s - self.arrived_s,
             total_s=now - self.arrived_s,
             speculation=self.totals,
+            preemptions=self.preemptions,
             target_met=now - first_token_s <= target_s * gaps if target_s is not None and gaps > 0 else None,
         )
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import grpc
+from structlog.contextvars import bind_contextvars
 
 import treeline
 from treeline.config import LimitsConfig, VerifierConfig
@@ -76,6 +77,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         identify(request)
+        bind_contextvars(request_id=request.request_id)
         checked, prompt = parse_generate(request, self._info, self._limits, self._verifier)
         grammar = await self._compiled(request.grammar) if request.HasField("grammar") else None
         checked = replace(checked, grammar=grammar)
@@ -90,7 +92,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                 if isinstance(output, Chunk):
                     yield pb.GenerateResponse(chunk=chunk_to_proto(output, self._tokenizer))
                 elif output.finish_reason is FinishReason.FAILED:
-                    raise RequestBrokenError(f"internal error; the verifier's log has it as {owned.request_id}")
+                    raise RequestBrokenError(f"internal error; the verifier's log has it as {request.request_id}")
                 else:
                     yield pb.GenerateResponse(complete=completion_to_proto(output, generation))
 
@@ -199,9 +201,14 @@ def completion_to_proto(completion: Completion, request: GenerationRequest) -> p
             queue_s=completion.queue_s,
             time_to_first_token_s=completion.time_to_first_token_s,
             total_s=completion.total_s,
+            preemptions=completion.preemptions,
         ),
         speculation=pb.SpeculationSummary(
-            **vars(totals),
+            steps=totals.steps,
+            drafted_nodes=totals.drafted_nodes,
+            verified_nodes=totals.verified_nodes,
+            accepted_nodes=totals.accepted_nodes,
+            mean_price=totals.mean_price,
             mean_accepted_length=totals.mean_accepted_length,
             mean_tree_nodes=totals.mean_tree_nodes,
         ),

@@ -1,0 +1,101 @@
+"""The access log: one line per call at the clients' ports, with what explains how the call went."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from operator import add
+from typing import Any
+
+import grpc
+
+from treeline.rpc.tokens import Client
+from treeline.v1 import generation_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+MAX_PROMPT_CHARS = 4096
+"""Of a prompt in a line, where prompts are asked for."""
+Fields = dict[str, Any]
+_answers: ContextVar[list[Fields] | None] = ContextVar("answers", default=None)
+"""The answers that the call of this context has asked for. Tasks of one call share the list."""
+_COMBINED: dict[type, Callable[[Any, Any], Any]] = {
+    int: add,
+    float: max,
+    str: lambda one, other: one if one == other else f"{one},{other}",
+}
+
+
+class AccessLog:
+    """Writes the lines; a `CallObserver`. A call that went well without generating anything is a line for debugging."""
+
+    def started(self, method: str) -> None:
+        """Call it in the call's own task."""
+        _answers.set([])
+
+    def handled(self, method: str, code: str, seconds: float, quiet: bool = False) -> None:
+        """`quiet`: whether this call is for debugging even if it failed."""
+        answers = _answers.get() or []
+        matters = not quiet and (answers or code not in ("OK", "200"))
+        fields = {"method": method, "code": code, "seconds": seconds, **_combined(answers)}
+        logger.log(logging.INFO if matters else logging.DEBUG, "%s %s", method, code, extra=_rounded(fields))
+
+
+@contextmanager
+def answering(request: pb.GenerateRequest, client: Client, address: str, prompts: bool) -> Iterator[Fields]:
+    """The fields of one answer, which its call's line will have. They may be added to until the answer ends."""
+    fields: Fields = {"request_id": request.request_id, "client": client.name, "address": address}
+    if prompts:
+        asked = request.WhichOneof("input")
+        fields["prompt"] = str(getattr(request, asked))[:MAX_PROMPT_CHARS] if asked else ""
+    answers = _answers.get()
+    if answers is not None:
+        answers.append(fields)
+    try:
+        yield fields
+    except (asyncio.CancelledError, GeneratorExit):
+        fields["error"] = "cancelled"
+        raise
+    except grpc.aio.AioRpcError as error:
+        fields["error"] = error.details() or error.code().name
+        raise
+    except Exception as error:
+        fields["error"] = str(error)
+        raise
+
+
+def completed(complete: pb.GenerateComplete) -> Fields:
+    """What the end of an answer says of it. `queue_s`, `prefill_s` and `decode_s` add up to its whole time."""
+    times, speculation, usage = complete.timings, complete.speculation, complete.usage
+    return {
+        "policy": complete.policy,
+        "price": speculation.mean_price,
+        "finish": pb.FinishReason.Name(complete.finish_reason).removeprefix("FINISH_REASON_").lower(),
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.cached_prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "queue_s": times.queue_s,
+        "prefill_s": max(0.0, times.time_to_first_token_s - times.queue_s),
+        "first_token_s": times.time_to_first_token_s,
+        "decode_s": max(0.0, times.total_s - times.time_to_first_token_s),
+        "accepted_length": speculation.mean_accepted_length,
+        "tree_nodes": speculation.mean_tree_nodes,
+        "preemptions": times.preemptions,
+    }
+
+
+def _combined(answers: list[Fields]) -> Fields:
+    """The fields of several answers to one call (OpenAI's `n`): counts add up, of times and means the largest."""
+    together: Fields = {}
+    for answer in answers:
+        for name, value in answer.items():
+            known = together.get(name)
+            together[name] = value if known is None else _COMBINED[type(value)](known, value)
+    return together
+
+
+def _rounded(fields: Fields) -> Fields:
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in fields.items()}

@@ -1,0 +1,104 @@
+"""The access log answers what an operator asks: who, what, how long, why."""
+
+import asyncio
+import json
+import logging
+import urllib.request
+
+import pytest
+
+from tests.front_door.test_http import HELLO, post
+from tests.front_door.test_server import METRICS, with_front_door
+from tests.verifier_svc.fake_engine import FakeEngine, until
+from tests.verifier_svc.service.test_service import collect, failure, request
+from treeline.config import Config, LoggingConfig, ServerConfig
+from treeline.errors import EngineFailedError
+from treeline.v1 import generation_pb2 as pb
+
+
+@pytest.fixture
+def lines(caplog):
+    """The access lines so far."""
+    caplog.set_level(logging.INFO, "front_door")
+    return lambda: [vars(record) for record in caplog.records if record.name == "front_door.access"]
+
+
+def test_a_line_says_why_a_request_took_its_time(lines):
+    async def scenario(s):
+        await collect(s.stub.Generate(request(request_id="r1", speculation=pb.SpeculationOptions(policy="off"))))
+        await asyncio.to_thread(
+            post,
+            s.door.http.port,
+            "/v1/chat/completions",
+            {"model": "fake", "messages": HELLO, "max_tokens": 6, "n": 2},
+            {"x-request-id": "r2"},
+        )
+        return s.verifiers[0].endpoint
+
+    endpoint = with_front_door(scenario, FakeEngine())
+    first, second = lines()
+    assert (first["method"], first["code"], first["request_id"]) == ("Generate", "OK", "r1")
+    assert (first["client"], first["address"]) == ("127.0.0.1", "127.0.0.1")
+    assert (first["policy"], first["price"], first["finish"], first["verifier"]) == ("off", 1.5, "length", endpoint)
+    parts = first["queue_s"], first["prefill_s"], first["decode_s"]
+    assert parts == (0.01, 0.01, 0.01)
+    assert (first["accepted_length"], first["resumed"], first["preemptions"]) == (2.0, 0, 1)
+    assert first["completion_tokens"] > 0
+    assert (second["method"], second["code"]) == ("POST /v1/chat/completions", "200")
+    assert second["request_id"].startswith("r2")
+    assert second["completion_tokens"] == 12
+
+
+def test_prompts_and_tokens_stay_out_unless_prompts_are_asked_for(lines, caplog, tmp_path):
+    (tmp_path / "tokens").write_text("letmein name=search\n")
+    server = ServerConfig(port=0, http={"port": 0}, token_file=tmp_path / "tokens")
+    body = {"model": "fake", "messages": [{"role": "user", "content": "between us"}], "max_tokens": 2}
+
+    async def ask(s):
+        for token in ("letmein", "letmeout"):
+            await asyncio.to_thread(
+                post, s.door.http.port, "/v1/chat/completions", body, {"authorization": f"Bearer {token}"}
+            )
+
+    for prompts in (False, True):
+        caplog.clear()
+        with_front_door(
+            ask, FakeEngine(), config=Config(server=server, metrics=METRICS, logging=LoggingConfig(prompts=prompts))
+        )
+        said = json.dumps(lines(), default=str)
+        assert ("between us" in said) == prompts
+        assert "letme" not in said
+        answered, refused = lines()
+        assert (answered["client"], refused["code"]) == ("search", "401")
+
+
+def test_failures_and_lost_verifiers_are_told(lines, caplog):
+    async def scenario(s):
+        engine = s.engines[0]
+        moved = asyncio.create_task(collect(s.stub.Generate(request(request_id="moved"))))
+        await until(lambda: len(engine.requests) == 2)
+        engine.fail = None
+        await moved
+        engine.capacity = 0
+        await failure(s.stub.Generate(request(request_id="refused")))
+
+    with_front_door(scenario, FakeEngine(step_s=0.2, fail=EngineFailedError("it died")))
+    moved, refused = lines()
+    assert (moved["resumed"], moved["code"], moved["completion_tokens"]) == (1, "OK", 6)
+    (lost,) = [vars(record) for record in caplog.records if record.name == "front_door.stream"]
+    assert lost["request_id"] == "moved"
+    assert (refused["code"], refused["completion_tokens"]) == ("RESOURCE_EXHAUSTED", 0)
+    assert "queue is full" in refused["error"]
+
+
+def test_every_answer_names_its_request_and_what_is_polled_is_not_logged(lines):
+    async def scenario(s):
+        url = f"http://127.0.0.1:{s.door.http.port}"
+        _, named, _ = await asyncio.to_thread(post, s.door.http.port, "/tokenize", {"prompt": "x"})
+        poll = urllib.request.Request(f"{url}/health", headers={"x-request-id": "mine"})
+        with await asyncio.to_thread(urllib.request.urlopen, poll) as polled:
+            return named["x-request-id"], polled.headers["x-request-id"]
+
+    named, mine = with_front_door(scenario, FakeEngine())
+    assert (len(named), mine) == (32, "mine")
+    assert lines() == []
