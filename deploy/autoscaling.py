@@ -13,7 +13,7 @@ from treeline.config import ReplicaRange
 LOOK_BACK_S = 10.0
 """Statistics are averaged over this long: two windows of the latency quantiles."""
 QUEUED = 0.5
-"""Requests that wait on average for the whole time: fewer are bursts that a step or two admit."""
+"""Mean number of requests without a slot: fewer are short bursts."""
 LATE, IN_TIME = 0.5, 0.1
 """Share of the time that an objective is missed: above the first, the planner alone cannot hold it; below the second,
 one verifier fewer may."""

@@ -38,6 +38,7 @@ class Occupancy(NamedTuple):
     """Published by the engine's thread after each step, read by the event loop."""
 
     running: int
+    queued: int
     kv_blocks_used: int
 
 
@@ -87,7 +88,7 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._inbox: list[GenerationRequest | str] = []  # new requests, and ids to abort, in order
         self._recent: deque[StepRecord] = deque(maxlen=4096)
-        self._occupancy = Occupancy(0, 0)
+        self._occupancy = Occupancy(0, 0, 0)
         self._draining = self._stopping = False
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -123,13 +124,18 @@ class AsyncEngine:
         self._tell(*known)
         return len(known)
 
+    @property
+    def queued(self) -> int:
+        """Requests that the last step had no slot or blocks for: not those that came since."""
+        return self._occupancy.queued
+
     def load(self) -> Load:
         """The present load."""
         cutoff = time.time() - RATE_WINDOW_S
         recent = [record for record in list(self._recent) if record.unix_s >= cutoff]
         decoded = sum(r.sequences for r in recent)
         last = self._recent[-1] if self._recent else None
-        running, kv_blocks_used = self._occupancy
+        running, _, kv_blocks_used = self._occupancy
         return Load(
             num_requests_running=running,
             num_requests_waiting=max(0, len(self._streams) - running),
@@ -205,7 +211,8 @@ class AsyncEngine:
             with own_cores(self.engine.model.device):
                 while self._take_in():
                     outputs, record = self.engine.step()
-                    self._occupancy = Occupancy(len(self.engine.scheduler.running), self.engine.cache.used_blocks)
+                    scheduler, cache = self.engine.scheduler, self.engine.cache
+                    self._occupancy = Occupancy(len(scheduler.running), len(scheduler.waiting), cache.used_blocks)
                     self._deliver(outputs)
                     if record is not None:
                         self._recent.append(record)

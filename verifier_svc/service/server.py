@@ -123,12 +123,12 @@ class VerifierServer:
         self._engine.check()
 
     def stats(self) -> dict[str, float]:
-        """For the autoscaler: requests, how many may run, and whether a latency objective is missed now."""
+        """For the autoscaler: requests with and without a slot, the slots, and whether an objective is missed now."""
         load, signals = self._engine.load(), self._watcher.plan.signals
         late = any(s.objective_s and s.value_s and s.value_s > s.objective_s for s in signals)
         return {
             "running": load.num_requests_running,
-            "waiting": load.num_requests_waiting,
+            "waiting": self._engine.queued,
             "slots": self._engine.max_running,
             "late": float(late),
         }

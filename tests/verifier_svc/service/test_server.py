@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lm.model import LanguageModel
 from tests.verifier_svc.service.test_service import failure
 from tests.verifier_svc.services import Services, running_services, save_tiny_model, tiny_config
-from treeline.config import Config, DrafterConfig, ModelConfig
+from treeline.config import Config, DrafterConfig, ModelConfig, ObjectivesConfig
 from treeline.errors import ConfigError
 from treeline.v1 import generation_pb2 as pb
 
@@ -269,3 +269,24 @@ def test_the_thread_that_loads_has_ended_when_it_serves(target):
         alive = with_services(scenario, tiny_config(target))
     assert loaded_in
     assert not alive
+
+
+def test_the_autoscaler_hears_of_requests_and_of_missed_objectives(target):
+    config = tiny_config(target)
+    objectives = ObjectivesConfig(inter_token_p95_ms=0.001)
+    planner = config.planner.model_copy(update={"objectives": objectives})
+
+    async def scenario(services: Services):
+        before = services.verifier.stats()
+        answers = asyncio.gather(*(answer(services, ask(max_tokens=200)) for _ in range(12)))
+        stats, late = [before], before
+        while not late["late"]:
+            await asyncio.sleep(0.02)
+            stats.append(late := services.verifier.stats())
+        await answers
+        return before, stats
+
+    before, stats = with_services(scenario, config.model_copy(update={"planner": planner}))
+    assert before == {"running": 0, "waiting": 0, "slots": 8, "late": 0}
+    assert max(s["running"] for s in stats) == 8
+    assert max(s["waiting"] for s in stats) >= 4
