@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from treeline.config import LOOPBACK, Config
 from treeline.rpc.channels import OWN_ADDRESS, Discover, reachable_host
-from treeline.telemetry import logs
+from treeline.telemetry import logs, tracing
 
 DISCOVERY_TIMEOUT_S = 5.0
 SHUTDOWN_GRACE_S = 5.0
@@ -44,7 +44,9 @@ class Replica:
         os.environ.setdefault(OWN_ADDRESS, ray.util.get_node_ip_address())
         checked = Config.model_validate(config)
         self.metrics_host = checked.metrics.host
-        logs.configure(checked.logging, serve.get_replica_context().deployment, Path(get_serve_logs_dir()))
+        service = serve.get_replica_context().deployment
+        logs.configure(checked.logging, service, Path(get_serve_logs_dir()))
+        tracing.configure(checked.tracing, service)
         return checked
 
     async def endpoint(self, asked_from: str) -> str:

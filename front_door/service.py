@@ -13,6 +13,7 @@ from front_door.stream import ResumableStream
 from treeline.errors import DrainingError, DuplicateRequestError, UnavailableError, UnknownRequestError
 from treeline.request import CLIENT, WEIGHT, identify, identity
 from treeline.rpc.tokens import Client
+from treeline.telemetry import tracing
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
 
@@ -37,12 +38,13 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
         identify(request)
         client, address, resumes = self._clients.of(context), address_of(context), request.HasField("resume")
         with (
+            tracing.span("generate", _headers(context)) as span,
             answering(request, client, address, self._log_prompts) as fields,
             self._clients.admitted(client, request),
             self._opened(client, request.request_id),
         ):
             await context.send_initial_metadata(identity(request))
-            metadata = _metadata(client)
+            metadata = (*_metadata(client), *span.headers)
             stream = ResumableStream(request, metadata, self.pool, self._resume_wait_s, lambda: self.draining)
             try:
                 async with aclosing(stream.responses(context)) as responses:
@@ -53,6 +55,7 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
             finally:
                 fields |= {"verifier": stream.endpoint, "resumed": stream.losses + resumes}
                 fields.setdefault("completion_tokens", stream.delivered_tokens)
+                span.note(fields)
 
     async def Abort(self, request: pb.AbortRequest, context: Call) -> pb.AbortResponse:
         """Asks every verifier: the request may have come through another front door.
@@ -109,6 +112,10 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
             yield
         finally:
             self._open.remove(request)
+
+
+def _headers(context: Call) -> dict[str, str | bytes]:
+    return dict(context.invocation_metadata() or ())
 
 
 def _metadata(client: Client) -> tuple[tuple[str, str], ...]:

@@ -268,6 +268,14 @@ class LoggingConfig(Section):
     prompts: bool = Field(default=False, description="access lines hold the prompts")
 
 
+class TracingConfig(Section):
+    """OpenTelemetry traces of requests, off by default."""
+
+    endpoint: str | None = Field(
+        default=None, description='OTLP/gRPC collector, "http://host:4317"; needs the extra `tracing`'
+    )
+
+
 class InternalConfig(Section):
     """Ports between the services. On one machine they stay on loopback."""
 
@@ -290,6 +298,7 @@ class Config(Section):
     limits: LimitsConfig = LimitsConfig()
     metrics: MetricsConfig = MetricsConfig()
     logging: LoggingConfig = LoggingConfig()
+    tracing: TracingConfig = TracingConfig()
     internal: InternalConfig = InternalConfig()
 
     def with_absolute_paths(self) -> Config:

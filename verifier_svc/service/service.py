@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -18,6 +19,7 @@ from treeline.config import LimitsConfig, VerifierConfig
 from treeline.errors import FieldViolation, InvalidRequestError, RequestBrokenError
 from treeline.plan import Plan, plan_summary
 from treeline.request import CLIENT, WEIGHT, identify, identity
+from treeline.telemetry import tracing
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
 from verifier_svc.engine.grammar import Grammar
@@ -87,14 +89,24 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             generation, request_id=_owned(client, generation.request_id), client=client, client_weight=weight
         )
         await context.send_initial_metadata(identity(request))
-        async with aclosing(self._engine.generate(owned)) as outputs:  # type: ignore[type-var]
+        with tracing.span("verify", dict(context.invocation_metadata() or ())) as span:
+            async with aclosing(self._traced(owned, span)) as outputs:  # type: ignore[type-var]
+                async for output in outputs:
+                    if isinstance(output, Chunk):
+                        yield pb.GenerateResponse(chunk=chunk_to_proto(output, self._tokenizer))
+                    elif output.finish_reason is FinishReason.FAILED:
+                        raise RequestBrokenError(f"internal error; the verifier's log has it as {request.request_id}")
+                    else:
+                        yield pb.GenerateResponse(complete=completion_to_proto(output, generation))
+
+    async def _traced(self, request: GenerationRequest, span: tracing.Span) -> AsyncIterator[Chunk | Completion]:
+        """What the engine brings, and where its time went as parts of `span`."""
+        span.note({"request_id": request.public_id, "policy": request.policy})
+        async with aclosing(self._engine.generate(request)) as outputs:  # type: ignore[type-var]
             async for output in outputs:
-                if isinstance(output, Chunk):
-                    yield pb.GenerateResponse(chunk=chunk_to_proto(output, self._tokenizer))
-                elif output.finish_reason is FinishReason.FAILED:
-                    raise RequestBrokenError(f"internal error; the verifier's log has it as {request.request_id}")
-                else:
-                    yield pb.GenerateResponse(complete=completion_to_proto(output, generation))
+                if isinstance(output, Completion):
+                    _add_parts(span, output)
+                yield output
 
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
         client, _ = _owner(context)
@@ -145,6 +157,25 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     async def _token_ids(self, prompt: Prompt) -> list[int]:
         return await asyncio.get_running_loop().run_in_executor(self._tokenising, token_ids_of, prompt, self._tokenizer)
+
+
+def _add_parts(span: tracing.Span, completion: Completion) -> None:
+    ended_s, totals = time.time(), completion.speculation
+    arrived_s = ended_s - completion.total_s
+    admitted_s, first_token_s = arrived_s + completion.queue_s, arrived_s + completion.time_to_first_token_s
+    span.part("queue", arrived_s, admitted_s)
+    span.part("prefill", admitted_s, first_token_s, prompt_tokens=completion.prompt_tokens)
+    span.part(
+        "decode",
+        first_token_s,
+        ended_s,
+        completion_tokens=completion.completion_tokens,
+        steps=totals.steps,
+        drafted_nodes=totals.drafted_nodes,
+        verified_nodes=totals.verified_nodes,
+        accepted_nodes=totals.accepted_nodes,
+        price=totals.mean_price,
+    )
 
 
 def _owner(context: grpc.aio.ServicerContext) -> tuple[str, float]:
