@@ -148,9 +148,10 @@ def _adjust(scores: Tensor, rows: list[Row]) -> None:
             counted.add(place, ids, params.presence_penalty + params.frequency_penalty * counts)
     bound = [place for place, row in enumerate(rows) if row.allowed is not None]
     if bound:
-        places = upload(np.asarray(bound, np.int64), scores.device)
-        forbidden = upload(~np.stack([np.asarray(rows[place].allowed) for place in bound]), scores.device)
-        scores[places] = scores[places].masked_fill(forbidden, -torch.inf)
+        forbidden = np.zeros(scores.shape, np.bool_)  # Of all rows: one pass in place takes a fourth of four copies.
+        for place in bound:
+            np.logical_not(rows[place].allowed, out=forbidden[place])
+        scores.masked_fill_(upload(forbidden, scores.device), -torch.inf)
     added.apply(torch.add)
     repeated.apply(lambda before, penalty: torch.where(before < 0, before * penalty, before / penalty))
     counted.apply(torch.sub)
