@@ -73,7 +73,7 @@ def test_twenty_times_down_to_one_verifier(service, streams):
 def test_twenty_times_redeployed(service, streams):
     seconds = []
     for turn in range(20):
-        new_s = redeploy(service, prefill_chunk_tokens=32 + turn % 2)
+        new_s = redeploy(service, prefill_chunk_tokens=33 + turn % 2)
         seconds.append((new_s, streams.go_on()))
         assert not streams.problems
     report("new verifier, next answers", seconds, streams)
