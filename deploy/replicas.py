@@ -97,7 +97,9 @@ class VerifierReplica(Replica):
         checked = self.configured(config)
         for profiles in await _ask_all(_equals(), "profiles"):
             keep_profiles(profiles)
-        self.verifier = self.server = await VerifierServer.start(checked, drafters(checked, drafter), discover(planner))
+        self.verifier = self.server = await VerifierServer.start(
+            checked, drafters(checked, drafter), discover(planner), str(serve.get_replica_context().rank.rank)
+        )
 
     async def profiles(self) -> dict[str, str]:
         """The device profiles of this node, by file name: a new verifier on an equal device need not measure."""

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health
-from prometheus_client import CollectorRegistry
 
 from drafter_svc.drafter import DrafterInfo, TreeDrafter, build_drafter, find_head
 from lm.store import load_tokenizer, resolve_model, vocabulary_sha256
@@ -20,8 +19,9 @@ from planner.fast.builtin_plan import builtin_plan
 from planner.policies import parse_policy
 from treeline.config import DEFAULT_MODEL, Config, LimitsConfig
 from treeline.drafting import DraftReply, DraftRequest, reply_to_proto, request_from_proto
-from treeline.metrics import DrafterMetrics, serve_metrics
+from treeline.metrics import DrafterMetrics
 from treeline.rpc.channels import add_standard_services, bind, new_server
+from treeline.telemetry.page import new_registry, serve_metrics
 from treeline.v1 import drafting_pb2 as pb
 from treeline.v1 import drafting_pb2_grpc as pb_grpc
 
@@ -61,7 +61,7 @@ class DrafterServer:
         """
         worker = ThreadPoolExecutor(1, thread_name_prefix="drafter")
         drafter = await asyncio.get_running_loop().run_in_executor(worker, _build, config)
-        registry = CollectorRegistry()
+        registry = new_registry()
         service = DraftingService(drafter, config.limits, worker, DrafterMetrics(registry))
         server = new_server(config.internal, config.limits.max_message_bytes)
         pb_grpc.add_DraftingServiceServicer_to_server(service, server)

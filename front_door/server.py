@@ -7,7 +7,6 @@ import logging
 
 import grpc
 from grpc_health.v1 import health, health_pb2
-from prometheus_client import CollectorRegistry
 
 from front_door.access import AccessLog
 from front_door.clients import Clients
@@ -16,10 +15,11 @@ from front_door.routing import VerifierPool
 from front_door.service import FrontDoor
 from front_door.streams import MAX_SILENT, MAX_WATCHES, StreamLimits
 from treeline.config import Config
-from treeline.metrics import FrontDoorMetrics, serve_metrics
+from treeline.metrics import FrontDoorMetrics
 from treeline.rpc.channels import Discover, DiscoverPages, add_standard_services, bind, new_server
 from treeline.rpc.interceptors import SERVICE, CallInterceptor
 from treeline.rpc.tokens import TokenFile
+from treeline.telemetry.page import new_registry, serve_metrics
 from treeline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class FrontDoorServer:
         Raises:
             ConfigError: the port is taken, or a certificate or token file cannot be read.
         """
-        registry = CollectorRegistry()
+        registry = new_registry()
         metrics, access = FrontDoorMetrics(registry), AccessLog()
         generating = config.limits.max_running_requests + config.limits.max_waiting_requests
         calls = generating * config.verifier.resources.most_replicas + EXTRA_RPCS

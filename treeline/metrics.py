@@ -5,22 +5,11 @@ Each process has a registry of its own and its own page; nothing is shared betwe
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-
-from treeline.config import MetricsConfig
-from treeline.errors import ConfigError
-from treeline.rpc.tokens import TokenFile
 from treeline.step_record import StepRecord
 
-if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
-
 PREFIX = "treeline"
-PORTS_TRIED = 64
 
 _TTFT_BUCKETS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _ITL_BUCKETS = tuple(round(0.002 * 1.15**i, 4) for i in range(50))
@@ -28,6 +17,7 @@ _ITL_BUCKETS = tuple(round(0.002 * 1.15**i, 4) for i in range(50))
 _E2E_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 3, 5, 8, 12, 20, 30, 60, 120, 300)
 _PHASE_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2)
 _LENGTH_BUCKETS = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 8)
+_TOKEN_BUCKETS = tuple(2**i for i in range(16))
 _NODE_BUCKETS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 
 
@@ -48,6 +38,8 @@ class VerifierMetrics:
         self._waiting = gauge("num_requests_waiting", "Requests in the queue")
         self._kv_used = gauge("kv_blocks_used", "KV cache blocks in use")
         self._kv_total = gauge("kv_blocks", "KV cache blocks in all")
+        self._kv_share = gauge("kv_cache_usage_perc", "Share of the KV cache in use; 1 is all")
+        self._speedup = gauge("estimated_speedup", "Speed of recent steps over plain decoding's, by the plan's costs")
         self._price = gauge("price_tokens_per_second", "Tokens per second of its cost that a node had to bring")
         self._goodput = gauge("expected_goodput_tokens_per_second", "Goodput expected of the last drafted step")
         self._plan_version = gauge("plan_version", "Version of the plan in force")
@@ -83,6 +75,10 @@ class VerifierMetrics:
         )
         self._queue_time = histogram("request_queue_time_seconds", "From arrival to admission", _TTFT_BUCKETS)
         self._e2e = histogram("e2e_request_latency_seconds", "From arrival to the end", _E2E_BUCKETS)
+        self._prefill_time = histogram("request_prefill_time_seconds", "From admission to first token", _TTFT_BUCKETS)
+        self._decode_time = histogram("request_decode_time_seconds", "From the first token to the end", _E2E_BUCKETS)
+        self._prompt_length = histogram("request_prompt_tokens", "Tokens of a request's prompt", _TOKEN_BUCKETS)
+        self._answer_length = histogram("request_generation_tokens", "Tokens of a request's answer", _TOKEN_BUCKETS)
         self._length = histogram(
             "request_mean_accepted_length", "Tokens per verification step of a request", _LENGTH_BUCKETS
         )
@@ -121,6 +117,9 @@ class VerifierMetrics:
             if accepted:
                 self._accepted_at.labels(str(depth - 1)).inc()
 
+    def set_speedup(self, ratio: float) -> None:
+        self._speedup.set(ratio)
+
     def observe_tokens(self, tokens: int, seconds: float) -> None:
         """`tokens` reached a stream `seconds` after the previous ones, and share the gap equally."""
         for _ in range(tokens):
@@ -132,6 +131,7 @@ class VerifierMetrics:
     def observe_finished(
         self,
         reason: str,
+        prompt_tokens: int,
         completion_tokens: int,
         queue_s: float,
         ttft_s: float,
@@ -142,6 +142,10 @@ class VerifierMetrics:
         """A request has ended."""
         self._finished.labels(reason).inc()
         self._queue_time.observe(queue_s)
+        self._prefill_time.observe(max(0.0, ttft_s - queue_s))
+        self._decode_time.observe(max(0.0, total_s - ttft_s))
+        self._prompt_length.observe(prompt_tokens)
+        self._answer_length.observe(completion_tokens)
         self._e2e.observe(total_s)
         if completion_tokens > 1:
             self._tpot.observe((total_s - ttft_s) / (completion_tokens - 1))
@@ -162,6 +166,7 @@ class VerifierMetrics:
         self._waiting.set(waiting)
         self._kv_used.set(kv_used)
         self._kv_total.set(kv_total)
+        self._kv_share.set(kv_used / kv_total)
         self._drafter_ready.set(drafter_ready)
         self._drafter_problem.set(problem)
 
@@ -246,33 +251,3 @@ class FrontDoorMetrics:
         self._handled.labels(method, code).inc()
         self._seconds.labels(method).observe(seconds)
         self.in_flight.labels(method).dec()
-
-
-def _guarded(page: WSGIApplication, tokens: TokenFile) -> WSGIApplication:
-    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        if tokens.client(environ.get("HTTP_AUTHORIZATION", "")) is None:
-            start_response("401 Unauthorized", [("WWW-Authenticate", "Bearer")])
-            return [b"a valid bearer token is needed\n"]
-        return page(environ, start_response)
-
-    return answer
-
-
-def serve_metrics(registry: CollectorRegistry, config: MetricsConfig) -> int:
-    """Serve /metrics on the first free port from `config.base_port` on (0: any free port). Returns the port.
-
-    Raises:
-        ConfigError: none of them is free, or the token file cannot be read.
-    """
-    tokens = TokenFile(config.token_file) if config.token_file else None
-    ports = range(config.base_port, config.base_port + PORTS_TRIED) if config.base_port else [0]
-    for port in ports:
-        try:
-            server, _ = start_http_server(port, config.host, registry)
-            if tokens is not None and (page := server.get_app()):
-                server.set_app(_guarded(page, tokens))
-            return server.server_port
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise ConfigError(f"cannot serve metrics on {config.host}:{port}: {error.strerror}") from None
-    raise ConfigError(f"no free port for metrics in {config.base_port}..{config.base_port + PORTS_TRIED - 1}")

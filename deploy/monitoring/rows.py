@@ -31,6 +31,7 @@ DRAFTED, VERIFIED, ACCEPTED, DRAFTS = (
 def rows() -> dict[str, list[Any]]:
     """Panels by the title of their row."""
     return {
+        "What does speculation buy me now": benefit(),
         "Traffic and latency": traffic(),
         "Objectives": objectives(),
         "Queue and KV cache": capacity(),
@@ -39,6 +40,12 @@ def rows() -> dict[str, list[Any]]:
         "Planner": planner(),
         "Drafter": drafter(),
     }
+
+
+def benefit() -> list[Any]:
+    ratio = {"{{model_name}} {{replica}}": f"treeline_estimated_speedup{{{ON}}}"}
+    text = "Speed of recent steps over that of plain decoding by the plan's costs. 1: speculation buys nothing."
+    return [lines("Estimated speed-up over plain decoding", "none", ratio, text, width=24)]
 
 
 def traffic() -> list[Any]:

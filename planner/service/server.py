@@ -12,17 +12,17 @@ from collections.abc import AsyncIterator
 import aiohttp
 import grpc
 from grpc_health.v1 import health
-from prometheus_client import CollectorRegistry
 
 from planner.service.client import MAX_MESSAGE_BYTES
 from planner.service.latency import PROMETHEUS, PrometheusError, read_prometheus
 from planner.service.loop import PlanMaker, VerifierState
 from planner.service.objectives import FIRST_TOKEN, INTER_TOKEN
 from treeline.config import Config, PlannerConfig
-from treeline.metrics import PlannerMetrics, serve_metrics
+from treeline.metrics import PlannerMetrics
 from treeline.plan import Plan, plan_to_proto, profile_from_proto
 from treeline.rpc.channels import add_standard_services, bind, new_server
 from treeline.step_record import step_from_proto
+from treeline.telemetry.page import new_registry, serve_metrics
 from treeline.v1 import planning_pb2 as pb
 from treeline.v1 import planning_pb2_grpc as pb_grpc
 
@@ -63,7 +63,7 @@ class PlannerServer:
         Raises:
             ConfigError: a port is taken, or a certificate or token file cannot be read.
         """
-        registry = CollectorRegistry()
+        registry = new_registry()
         servicer = PlanningServicer(config, PlannerMetrics(registry))
         server = new_server(config.internal, MAX_MESSAGE_BYTES)
         pb_grpc.add_PlanningServiceServicer_to_server(servicer, server)

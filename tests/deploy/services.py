@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from treeline.metrics import DrafterMetrics, FrontDoorMetrics, PlannerMetrics, VerifierMetrics
 from treeline.step_record import NodeOutcomes, StepRecord
+from treeline.telemetry.page import labelled
 
 
 @dataclass
@@ -18,7 +19,9 @@ class Services:
     registry: CollectorRegistry
 
     def __post_init__(self) -> None:
-        self.verifier, self.drafter = VerifierMetrics(self.registry), DrafterMetrics(self.registry)
+        of_a_verifier = CollectorRegistry()
+        self.verifier, self.drafter = VerifierMetrics(of_a_verifier), DrafterMetrics(self.registry)
+        self.registry.register(labelled(of_a_verifier, model_name="m", replica="0"))
         self.planner, self.front_door = PlannerMetrics(self.registry), FrontDoorMetrics(self.registry)
 
     def work(self) -> None:
@@ -59,9 +62,10 @@ class Services:
             outcomes=outcomes,
         )
         self.verifier.observe_step(step)
+        self.verifier.set_speedup(1.5)
         self.verifier.observe_first_token(0.1)
         self.verifier.observe_tokens(3, 0.07)
-        self.verifier.observe_finished("stop", 3, queue_s=0.01, ttft_s=0.1, total_s=0.5, accepted_length=3.0)
+        self.verifier.observe_finished("stop", 32, 3, queue_s=0.01, ttft_s=0.1, total_s=0.5, accepted_length=3.0)
         self.verifier.set_load(running=1, waiting=0, kv_used=4, kv_total=64, drafter_ready=True, problem=False)
         self.verifier.observe_prefix(prompt_tokens=32, cached_tokens=16)
 

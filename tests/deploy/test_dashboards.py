@@ -28,7 +28,8 @@ from deploy.monitoring import __main__ as generated
 from planner.service import latency
 from tests.deploy.services import Services
 from treeline.config import Config, MetricsConfig
-from treeline.metrics import VerifierMetrics, serve_metrics
+from treeline.metrics import VerifierMetrics
+from treeline.telemetry.page import serve_metrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/treeline.json").read_text())

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 from grpc_health.v1 import health
-from prometheus_client import CollectorRegistry
 
 from lm.model import LanguageModel
 from lm.parallel import load_model
@@ -17,11 +16,12 @@ from lm.store import vocabulary_sha256
 from planner.service.client import PlanWatcher, StepReporter
 from treeline.config import Config
 from treeline.errors import ConfigError
-from treeline.metrics import VerifierMetrics, serve_metrics
+from treeline.metrics import VerifierMetrics
 from treeline.plan import VerifierProfile
 from treeline.rpc.channels import Discover, add_standard_services, bind, new_server, reachable_host
 from treeline.rpc.interceptors import SERVICE, CallInterceptor
 from treeline.step_record import StepRecord
+from treeline.telemetry.page import labelled, new_registry, serve_metrics
 from treeline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from verifier_svc.engine.engine import Engine
 from verifier_svc.engine.request import Chunk, Completion
@@ -30,6 +30,7 @@ from verifier_svc.service.chat import tool_call_format
 from verifier_svc.service.profile import warm_up
 from verifier_svc.service.profile_cache import verification_profile
 from verifier_svc.service.service import GenerationServicer
+from verifier_svc.service.speedup import Speedup
 from verifier_svc.service.validation import ServedModel
 from verifier_svc.speculation.link import GrpcLink, wait_for_info
 
@@ -69,14 +70,14 @@ class VerifierServer:
         self._link, self._watcher, self._reporter, self._load_task = link, watcher, reporter, load_task
 
     @classmethod
-    async def start(cls, config: Config, drafter: Discover, planner: Discover) -> VerifierServer:
-        """Load the model, profile the device and listen.
+    async def start(cls, config: Config, drafter: Discover, planner: Discover, replica: str = "0") -> VerifierServer:
+        """Load the model, profile the device and listen. `replica`: its name in metrics, which outlives restarts.
 
         Raises:
             ConfigError: the model cannot be served as configured, or a port is taken.
         """
         loop, verifier_id = asyncio.get_running_loop(), uuid.uuid4().hex
-        registry = CollectorRegistry()
+        registry = new_registry()
         metrics = VerifierMetrics(registry)
         with ThreadPoolExecutor(1, LOADER) as loader:
             model = await loop.run_in_executor(loader, load_model, config.verifier.target)
@@ -90,12 +91,17 @@ class VerifierServer:
             await loop.run_in_executor(loader, warm_up, model, core.cache)
         info = await wait_for_info(link, DRAFTER_WAIT_S)
         profile = VerifierProfile(curves, info.layer_s if info else 0.0, info.node_s if info else 0.0)
-        metrics_port = serve_metrics(registry, config.metrics)
+        page = labelled(registry, model_name=model.name, replica=replica)
+        metrics_port = serve_metrics(page, config.metrics)
         metrics_url = f"http://{reachable_host(config.metrics.host)}:{metrics_port}/metrics"
         reporter = StepReporter(planner, verifier_id, metrics_url, profile, config.internal)
 
+        speedup = Speedup()
+
         def on_step(record: StepRecord) -> None:
             metrics.observe_step(record)
+            if watcher.plan.version:  # the built-in plan knows no costs of this device
+                metrics.set_speedup(speedup.observe(record, watcher.plan.cost))
             reporter.report(record)
 
         limits = config.limits
@@ -171,6 +177,7 @@ def _observe_output(metrics: VerifierMetrics, output: Chunk | Completion) -> Non
         metrics.observe_prefix(output.prompt_tokens, output.cached_tokens)
         metrics.observe_finished(
             output.finish_reason,
+            output.prompt_tokens,
             output.completion_tokens,
             output.queue_s,
             output.time_to_first_token_s,

@@ -24,9 +24,9 @@ from planner.service.loop import PlanMaker, VerifierState
 from planner.service.server import PlannerServer
 from tests.planner.builders import linear_cost, record
 from treeline.config import Config, LimitsConfig, MetricsConfig, ObjectivesConfig, PlannerConfig
-from treeline.metrics import serve_metrics
 from treeline.plan import Plan, VerifierProfile, plan_from_proto, profile_to_proto
 from treeline.step_record import step_to_proto
+from treeline.telemetry.page import serve_metrics
 from treeline.v1 import planning_pb2 as pb
 from treeline.v1.planning_pb2_grpc import PlanningServiceStub
 
