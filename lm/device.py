@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lm.cpu.grouped_linear import kernel_for
 from lm.cpu.native import library
-from lm.cpu.quantized import holds_groups
+from lm.cpu.quantized import suits_kernels
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
 
@@ -37,8 +37,9 @@ def torch_device(name: str, rank: int | None = None) -> torch.device:
 
 
 def torch_dtype(config: ModelConfig, folder: Path | None = None) -> torch.dtype:
-    """The weights' type. "auto" is bfloat16 where the device multiplies it faster than float32, but for weights that
-    our kernels read in groups of a few bits.
+    """The type of weights and states. "auto" is bfloat16 where the device multiplies it faster than float32, but for
+    weights on the CPU that our kernels read in fewer bytes: those are multiplied in float32 or in integers, where a
+    token's bits do not depend on what else is in the pass.
 
     Args:
         folder: of the weights' files, where there are some.
@@ -60,7 +61,7 @@ def torch_dtype(config: ModelConfig, folder: Path | None = None) -> torch.dtype:
     if not multiplies_bfloat16(device):
         return torch.float32
     ours = device.type == "cpu" and config.quantization == "auto" and library() is not None
-    return torch.float32 if ours and folder is not None and holds_groups(folder) else torch.bfloat16
+    return torch.float32 if ours and folder is not None and suits_kernels(folder) else torch.bfloat16
 
 
 def _check_grouped(config: ModelConfig, asked: str, has_kernel: bool) -> None:

@@ -105,7 +105,7 @@ class LanguageModel:
         except Exception as error:  # The reader of damaged weights raises anything.
             raise ConfigError(f"cannot load model '{config.model}': {one_line(error)}") from error
         model = cls(hf, tokenizer, config.name or model_name(config.model), config.cuda_graphs == "require")
-        if config.arithmetic == "int8" and not model.arithmetic:
+        if config.arithmetic == "int8" and "int8" not in model.arithmetic:
             raise ConfigError(f"arithmetic 'int8' needs weights in groups: set quantization for '{config.model}'")
         logger.info("%s computes in %s", model.name, model.arithmetic or str(model.dtype).removeprefix("torch."))
         return model

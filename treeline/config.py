@@ -81,7 +81,8 @@ class ModelConfig(Section):
     name: str | None = Field(default=None, description="name under which it is served; the model's own by default")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="auto: bfloat16 where the device is fast with it, else and for weights that stay in groups float32",
+        description="auto: float32 on the CPU for weights that come in bfloat16 or in groups, which stay as small as "
+        "they come; else bfloat16 where the device is fast with it, else float32",
     )
     quantization: Quantization = Field(
         default="auto",

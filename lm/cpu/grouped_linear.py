@@ -1,4 +1,4 @@
-"""Linear layers that multiply by weights of 4 or 8 bits in groups, with this project's own kernels."""
+"""Linear layers whose weights take fewer bytes than float32, multiplied by this project's own kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lm.cpu.native import library, typed
-from lm.cpu.quantized import GroupedWeight
+from lm.cpu.quantized import Bfloat16Weight, GroupedWeight
 
 
 class Kernel(IntEnum):
@@ -63,17 +63,16 @@ def _multiply() -> Callable[..., None]:
 
 
 class GroupedLinear(nn.Module):
-    """A frozen linear layer on the CPU, float32 in and out.
+    """A frozen linear layer on the CPU, float32 in and out. Weights in bfloat16 take a float32 kernel.
 
     With an int8 kernel, 32 neighbouring inputs of a token are rounded to 255 steps between plus and minus their largest
     magnitude. A row's result does not depend on the others, and all int8 kernels give the same bits.
     """
 
-    def __init__(self, weight: GroupedWeight, bias: Tensor | None, kernel: Kernel) -> None:
+    def __init__(self, weight: GroupedWeight | Bfloat16Weight, bias: Tensor | None, kernel: Kernel) -> None:
         super().__init__()
         self.kernel = kernel
-        self.out_features, groups = weight.scale.shape
-        self.in_features = groups * weight.codes.shape[2]
+        self.out_features, self.in_features = weight.shape
         self.tiles = weight.tiles()
         self.bias = None if bias is None else bias.detach().float().contiguous()
         self.struct = LinearStruct(

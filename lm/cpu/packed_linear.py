@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lm.cpu.grouped_linear import GroupedLinear, Kernel, kernel_for
-from lm.cpu.quantized import GROUP, GroupedWeight, find_groups, round_to_q4_1, round_to_q8_0
+from lm.cpu.grouped_linear import GroupedLinear, kernel_for, kernels
+from lm.cpu.quantized import GROUP, Bfloat16Weight, GroupedWeight, find_smaller, round_to_q4_1, round_to_q8_0
 from lm.device import has_bfloat16_kernels
 from treeline.config import Arithmetic, Quantization
 
-ROUNDING: dict[Quantization, Callable[[Tensor], GroupedWeight | None]] = {
-    "auto": find_groups,
+ROUNDING: dict[Quantization, Callable[[Tensor], GroupedWeight | Bfloat16Weight | None]] = {
+    "auto": find_smaller,
     "none": lambda weight: None,
     "int8": round_to_q8_0,
     "int4": round_to_q4_1,
@@ -58,22 +58,22 @@ def pack_linear_layers(model: nn.Module, quantization: Quantization = "auto", ar
     Args:
         quantization, arithmetic: as in `ModelConfig`; rounding needs a kernel, float32, and whole groups.
     """
-    kernel = kernel_for(arithmetic)
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             # Subclasses may compute something else.
             if type(layer) is nn.Linear and layer.weight.device.type == "cpu":
                 rounding = "int8" if quantization == "int4" and layer is head else quantization
-                setattr(parent, name, _packed(layer, rounding, kernel))
+                setattr(parent, name, _packed(layer, rounding, arithmetic))
 
 
-def _packed(layer: nn.Linear, quantization: Quantization, kernel: Kernel | None) -> nn.Module:
+def _packed(layer: nn.Linear, quantization: Quantization, arithmetic: Arithmetic) -> nn.Module:
     weight = layer.weight.detach()
-    if kernel is not None and weight.dtype == torch.float32 and weight.shape[1] % GROUP == 0:
-        groups = ROUNDING[quantization](weight)
-        if groups is not None:
-            return GroupedLinear(groups, layer.bias, kernel)
+    if kernels() and weight.dtype == torch.float32 and weight.shape[1] % GROUP == 0:
+        smaller = ROUNDING[quantization](weight)
+        kernel = kernel_for("float32" if isinstance(smaller, Bfloat16Weight) else arithmetic)
+        if smaller is not None and kernel is not None:
+            return GroupedLinear(smaller, layer.bias, kernel)
     return PackedLinear(layer) if weight.dtype in packed_dtypes() else layer
 
 
@@ -91,6 +91,6 @@ def read_bytes(model: nn.Module) -> int:
 
 
 def arithmetic_of(model: nn.Module) -> str:
-    """How products with weights in groups are computed, for people: "int8 by avx512_vnni"; empty without such."""
+    """How our kernels compute products, for people: "int8 by avx512_vnni"; empty if they compute none."""
     kernels = {module.kernel for module in model.modules() if isinstance(module, GroupedLinear)}
     return ", ".join(f"{kernel.arithmetic} by {kernel.instructions}" for kernel in sorted(kernels))

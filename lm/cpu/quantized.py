@@ -1,6 +1,7 @@
-"""Weights whose groups of 32 neighbours share a scale, with 4 or 8 bits each, as GGUF files hold them.
+"""Weights in fewer bytes than float32: in bfloat16, or in groups of 32 neighbours that share a scale, with 4 or 8 bits
+each, as GGUF files hold them.
 
-Formats go by their names in GGUF: Q4_0, Q4_1 and Q8_0.
+Formats of groups go by their names in GGUF: Q4_0, Q4_1 and Q8_0.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,11 @@ class GroupedWeight:
     scale: Tensor
     minimum: Tensor | None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.codes.shape[0], self.codes.shape[1] * self.codes.shape[2]
+
     def floats(self) -> Tensor:
         """float32 [rows, columns]."""
         scale, codes = self.scale.float()[..., None], self.codes.float()
@@ -60,6 +66,39 @@ class GroupedWeight:
         return words
 
 
+@dataclass(frozen=True)
+class Bfloat16Weight:
+    """A matrix of bfloat16 [rows, columns], the columns in whole groups."""
+
+    values: Tensor
+    bits: ClassVar[int] = 16
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.values.shape[0], self.values.shape[1]
+
+    def tiles(self) -> Tensor:
+        """uint8 [tiles, groups, bytes]: as `GroupedWeight.tiles`; of two neighbours in a word the first is lowest."""
+        return _tiled(self.values.view(torch.int32).unflatten(1, (-1, GROUP // 2)))
+
+
+def find_smaller(weight: Tensor) -> GroupedWeight | Bfloat16Weight | None:
+    """A float32 matrix [rows, columns] in groups or in bfloat16, such that not one bit of it is lost; else None."""
+    return find_groups(weight) or find_bfloat16(weight)
+
+
+def find_bfloat16(weight: Tensor) -> Bfloat16Weight | None:
+    """The bfloat16 numbers that a float32 matrix [rows, columns] was made of, if it was; else None."""
+    if weight.dtype != torch.float32 or weight.shape[1] % GROUP:
+        return None
+    values = weight[:1].bfloat16()
+    if not torch.equal(values.float(), weight[:1]):
+        return None
+    values = weight.bfloat16()
+    return Bfloat16Weight(values) if torch.equal(values.float(), weight) else None
+
+
 def find_groups(weight: Tensor) -> GroupedWeight | None:
     """The groups that a float32 matrix [rows, columns] was made of, such that not one bit of it is lost; else None."""
     if weight.dtype != torch.float32 or weight.shape[1] % GROUP:
@@ -72,15 +111,19 @@ def find_groups(weight: Tensor) -> GroupedWeight | None:
     return None
 
 
-def holds_groups(folder: Path) -> bool:
-    """Whether a folder's safetensors were made of groups, told by the smallest matrix of the first file."""
+def suits_kernels(folder: Path) -> bool:
+    """Whether our kernels read a folder's safetensors in fewer bytes than float32, told by the smallest matrix of the
+    first file. The weights of experts are no linear layers, and would stay in float32."""
     path = min(folder.glob("*.safetensors"), default=None)
     if path is None:
         return False
     with safe_open(path, "pt") as weights:
         shapes = {name: weights.get_slice(name).get_shape() for name in weights.offset_keys()}
         matrices = [(math.prod(shape), name) for name, shape in shapes.items() if len(shape) == 2]
-        return bool(matrices) and find_groups(weights.get_tensor(min(matrices)[1])) is not None
+        if not matrices or any(".experts." in name for name in shapes):
+            return False
+        smallest = weights.get_tensor(min(matrices)[1])
+        return smallest.dtype == torch.bfloat16 or find_groups(smallest) is not None
 
 
 def round_to_q4_1(weight: Tensor) -> GroupedWeight:

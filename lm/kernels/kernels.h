@@ -28,7 +28,7 @@ enum { FLOAT32, FLOAT32_WIDE, AVX2, AVX_VNNI, AVX512_VNNI };
 /* Whether the processor can. */
 int treeline_runs(int kernel);
 
-/* Weights in groups: per ROWS outputs features_in / GROUP groups of 4 or 8 `bits`, as linear.c says; rows beyond
+/* Weights in groups: per ROWS outputs features_in / GROUP groups of 4, 8 or 16 `bits`, as linear.c says; rows beyond
    features_out are padding. */
 typedef struct {
     const uint8_t *tiles;

@@ -1,7 +1,7 @@
-/* Products with weights kept in groups of 4 or 8 bits, as GGUF files hold them.
+/* Products with weights kept in groups of 4 or 8 bits, as GGUF files hold them, or in bfloat16.
  *
  * A weight is scale * code + minimum, in float32 and rounded once, so that products are those of the plain float32
- * weights. Outputs are interleaved by ROWS, so that a vector holds neighbouring ones, and a sum over the inputs runs in
+ * weights; bfloat16 is the high half of a float32. Outputs are interleaved by ROWS, so that a vector holds neighbouring ones, and a sum over the inputs runs in
  * their order in one accumulator per output: a token's bits depend neither on what else is in the pass nor on how wide
  * vectors are. Compiled twice: see linear_wide.c. */
 #include <stdlib.h>
@@ -33,11 +33,14 @@ typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias
 typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 /* A group of a tile: float16 scale [ROWS], with 4 bits float16 minimum [ROWS], then words [GROUP * bits / 32][ROWS] of
- * codes side by side, the first input's lowest. With 8 bits the minimum is -128 scales. */
-INLINE int64_t group_bytes(int bits) { return 2 * ROWS * (bits == 4 ? 2 : 1) + GROUP * ROWS * bits / 8; }
+ * codes side by side, the first input's lowest. With 8 bits the minimum is -128 scales. With 16 bits (bfloat16) there
+ * are only the words. */
+INLINE int64_t scale_bytes(int bits) { return bits == 16 ? 0 : 2 * ROWS * (bits == 4 ? 2 : 1); }
+
+INLINE int64_t group_bytes(int bits) { return scale_bytes(bits) + GROUP * ROWS * bits / 8; }
 
 INLINE const uint32_t *words_of(const uint8_t *group, int bits, int word) {
-    return (const uint32_t *)(group + 2 * ROWS * (bits == 4 ? 2 : 1)) + word * ROWS;
+    return (const uint32_t *)(group + scale_bytes(bits)) + word * ROWS;
 }
 
 INLINE vf from_half(const uint16_t *halves) {
@@ -50,6 +53,8 @@ INLINE vf from_half(const uint16_t *halves) {
 /* Codes stay where they are in the low half of their word, which makes them greater by a power of two; the scale of
  * place j is smaller by the same. */
 INLINE void scales_of(const uint8_t *group, int bits, int vector, vf scales[4], vf *minimum) {
+    scales[0] = *minimum = (vf){0};
+    if (bits == 16) return;
     const uint16_t *halves = (const uint16_t *)group + LANES * vector;
     vf scale = from_half(halves);
     for (int j = 0; j < 16 / bits; j++) scales[j] = scale * (1.0f / (1 << bits * j));
@@ -58,6 +63,7 @@ INLINE void scales_of(const uint8_t *group, int bits, int vector, vf scales[4], 
 }
 
 INLINE vf decode(vu word, int bits, int j, vf scale, vf minimum) {
+    if (bits == 16) return (vf)(word << 16);
     uint32_t mask = ((1u << bits) - 1) << bits * j;
     /* The product is exact, so that the sum is rounded once. */
     return __builtin_convertvector((vi)(word & mask), vf) * scale + minimum;
@@ -89,6 +95,8 @@ INLINE void multiply_few(
     }
     for (int w = 0; w < GROUP * bits / 32; w++) {
         vu word[VECTORS];
+        if (bits == 16) for (int line = 0; line < 2; line++) /* the processor's own stops at the end of a page */
+            __builtin_prefetch(words_of(group, bits, w) + 16 * line + 1024, 0, 2);
         for (int v = 0; v < count; v++) word[v] = *(const vu *)(words_of(group, bits, w) + LANES * (first + v));
         for (int half = 0; half < 2; half++) {
             for (int j = 0; j < 16 / bits; j++, inputs++)
@@ -179,7 +187,8 @@ void SIZED(treeline_float_linear)(
         for (int64_t start = 0; start < tokens; start += TOKEN_BLOCK) {
             int64_t block = tokens - start < TOKEN_BLOCK ? tokens - start : TOKEN_BLOCK;
             if (bits == 4) multiply_tile(codes, 4, inputs + start * features_in, groups, sums, block);
-            else multiply_tile(codes, 8, inputs + start * features_in, groups, sums, block);
+            else if (bits == 8) multiply_tile(codes, 8, inputs + start * features_in, groups, sums, block);
+            else multiply_tile(codes, 16, inputs + start * features_in, groups, sums, block);
             for (int64_t t = 0; t < block; t++) {
                 if (bias) for (int64_t r = 0; r < rows; r++) sums[t][r] += bias[first + r];
                 memcpy(outputs + (start + t) * features_out + first, sums[t], rows * sizeof(float));

@@ -27,12 +27,16 @@ def test_auto_on_the_cpu_is_what_its_kernels_are_made_for(monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(not kernels(), reason="the kernels were not built")
-def test_auto_is_float32_for_weights_that_the_kernels_read_in_groups(
+def test_auto_is_float32_for_weights_that_the_kernels_read_in_fewer_bytes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(device, "has_bfloat16_kernels", lambda: True)
     weight = torch.randn(32, 64)
-    for stored, dtype in ((round_to_q4_1(weight).floats(), torch.float32), (weight, torch.bfloat16)):
+    for stored, dtype in (
+        (round_to_q4_1(weight).floats(), torch.float32),
+        (weight.bfloat16(), torch.float32),
+        (weight, torch.bfloat16),
+    ):
         save_file(
             {"norm": torch.ones(64), "large": torch.randn(64, 64), "small": stored}, tmp_path / "model.safetensors"
         )
