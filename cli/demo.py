@@ -138,7 +138,8 @@ def demo(
     try:
         server = checked.server
         token = read_tokens(server.token_file)[0] if server.token_file else None
-        with TreelineClient(app.endpoint, token, server.tls.certificate if server.tls else None) as client:
+        tls_ca = server.tls.certificate if server.tls else None
+        with TreelineClient(app.endpoint, token, tls_ca, allow_plaintext_token=server.allow_insecure) as client:
             if kill:
                 show_kill(client, console, max_tokens, app.kill_verifier)
             else:

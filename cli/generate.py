@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Annotated
 
 import typer
-from google.protobuf.json_format import MessageToDict
 
-from cli.options import DEFAULT_SERVER, Server, TlsCa, Token
+from cli.options import DEFAULT_SERVER, PlaintextToken, Server, TlsCa, Token
 from treeline.client import TreelineClient
+from treeline.client.as_dict import as_dict
 from treeline.v1 import generation_pb2 as pb
 
 
@@ -56,6 +56,7 @@ def generate(
     server: Server = DEFAULT_SERVER,
     token: Token = None,
     tls_ca: TlsCa = None,
+    plaintext_token: PlaintextToken = False,
 ) -> None:
     """Stream an answer from a running service (see `treeline serve`).
 
@@ -67,7 +68,7 @@ def generate(
     messages = [{"role": "user", "content": text}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    with TreelineClient(server, token, tls_ca) as client:
+    with TreelineClient(server, token, tls_ca, allow_plaintext_token=plaintext_token) as client:
         answer = client.generate(
             text if raw else None,
             messages=None if raw else messages,
@@ -129,8 +130,7 @@ def show_json(answer: Iterator[pb.GenerateChunk | pb.GenerateComplete]) -> None:
     """{"chunk": ...} lines, then one {"complete": ...} line, fields as in generation.proto."""
     for message in answer:
         kind = "chunk" if isinstance(message, pb.GenerateChunk) else "complete"
-        fields = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-        typer.echo(json.dumps({kind: fields}, ensure_ascii=False))
+        typer.echo(json.dumps({kind: as_dict(message)}, ensure_ascii=False))
 
 
 def show_steps(answer: Iterator[pb.GenerateChunk | pb.GenerateComplete]) -> None:

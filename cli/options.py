@@ -20,6 +20,14 @@ TlsCa = Annotated[
     Path | None,
     typer.Option(envvar="TREELINE_TLS_CA", help="Certificate file to trust; without it, no TLS.", show_default=False),
 ]
+PlaintextToken = Annotated[
+    bool,
+    typer.Option(
+        "--allow-plaintext-token",
+        envvar="TREELINE_ALLOW_PLAINTEXT_TOKEN",
+        help="Send the token beyond this machine without TLS.",
+    ),
+]
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", "-c", help="Configuration file; defaults where it says nothing.", show_default=False),

@@ -10,7 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from cli.options import DEFAULT_SERVER, Server, TlsCa, Token
+from cli.options import DEFAULT_SERVER, PlaintextToken, Server, TlsCa, Token
 from treeline.client import TreelineClient
 from treeline.v1 import generation_pb2 as pb
 
@@ -21,10 +21,11 @@ def top(
     server: Server = DEFAULT_SERVER,
     token: Token = None,
     tls_ca: TlsCa = None,
+    plaintext_token: PlaintextToken = False,
 ) -> None:
     """Show load, speed and speculation of a running service until Ctrl-C."""
     console = Console()
-    with TreelineClient(server, token, tls_ca) as client:
+    with TreelineClient(server, token, tls_ca, allow_plaintext_token=plaintext_token) as client:
         info = client.model_info()
         title = f"{info.model} at {server}"
         if once:

@@ -5,7 +5,7 @@ pip install ./treeline && python examples/client.py "Why is the sky blue?" [host
 
 import sys
 
-from treeline.client import TreelineClient
+from treeline import Client
 from treeline.errors import TreelineError
 from treeline.v1.generation_pb2 import GenerateChunk
 
@@ -13,7 +13,7 @@ question = sys.argv[1]
 server = sys.argv[2] if len(sys.argv) > 2 else "127.0.0.1:50051"
 
 try:
-    with TreelineClient(server) as client:
+    with Client(server) as client:
         for message in client.generate(messages=[{"role": "user", "content": question}], max_tokens=100, timeout_s=60):
             if isinstance(message, GenerateChunk):
                 print(message.text, end="", flush=True)

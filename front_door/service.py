@@ -43,12 +43,14 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
             self._clients.admitted(client, request),
             self._opened(client, request.request_id),
         ):
-            await context.send_initial_metadata(identity(request))
-            metadata = (*_metadata(client), *span.headers)
+            metadata, begun = (*_metadata(client), *span.headers), False
             stream = ResumableStream(request, metadata, self.pool, self._resume_wait_s, lambda: self.draining)
             try:
                 async with aclosing(stream.responses(context)) as responses:
                     async for response in responses:
+                        if not begun:  # Not before: until a stream has begun, gRPC's own retries may send it again.
+                            await context.send_initial_metadata(identity(request))
+                            begun = True
                         if response.HasField("complete"):
                             fields |= completed(response.complete)
                         yield response

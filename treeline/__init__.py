@@ -1,7 +1,24 @@
-"""What every Treeline service speaks: the draft tree, the plan, requests, configuration, contracts, the client.
+"""What every Treeline service speaks: the draft tree, the plan, requests, configuration, contracts, the clients.
 
 Nothing here imports torch or ray, so a client installs just this package, as treeline-client.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from treeline.client import AsyncClient, Client
+
+__all__ = ["AsyncClient", "Client", "__version__"]
 __version__ = "0.1.0"
 """Of both distributions, treeline-client and treeline-serve."""
+
+
+def __getattr__(name: str) -> Any:
+    """The clients, once somebody asks for them: the planner's fast path does without grpc."""
+    if name not in __all__:
+        raise AttributeError(f"module 'treeline' has no attribute {name!r}")
+    import treeline.client
+
+    return getattr(treeline.client, name)

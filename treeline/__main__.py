@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from google.protobuf.json_format import MessageToJson
-
 from treeline import __version__
 from treeline.client import TreelineClient
+from treeline.client.as_dict import as_dict
 from treeline.errors import ConfigError, TreelineError
 
 DEFAULT_SERVER = "127.0.0.1:50051"
@@ -31,7 +31,8 @@ def client_command(arguments: Sequence[str]) -> int:
     """Run `generate`, `load` or `models` against a service; returns the exit status."""
     given = parser().parse_args(arguments)
     try:
-        with TreelineClient(given.server, given.token, given.tls_ca) as client:
+        plaintext = given.allow_plaintext_token
+        with TreelineClient(given.server, given.token, given.tls_ca, allow_plaintext_token=plaintext) as client:
             given.run(client, given)
     except KeyboardInterrupt:
         return 130
@@ -49,6 +50,12 @@ def parser() -> argparse.ArgumentParser:
     )
     service.add_argument("--token", default=environ("TREELINE_TOKEN"), help="bearer token")
     service.add_argument("--tls-ca", type=Path, default=environ("TREELINE_TLS_CA"), help="certificate file to trust")
+    service.add_argument(
+        "--allow-plaintext-token",
+        action="store_true",
+        default=bool(environ("TREELINE_ALLOW_PLAINTEXT_TOKEN")),
+        help="send the token beyond this machine without TLS",
+    )
     whole = argparse.ArgumentParser(
         "treeline", description="Client of a Treeline service. Running a service needs the package treeline-serve."
     )
@@ -75,11 +82,11 @@ def _generate(client: TreelineClient, given: argparse.Namespace) -> None:
 
 
 def _load(client: TreelineClient, _: argparse.Namespace) -> None:
-    print(MessageToJson(client.load(), preserving_proto_field_name=True))
+    print(json.dumps(as_dict(client.load()), indent=2))
 
 
 def _models(client: TreelineClient, _: argparse.Namespace) -> None:
-    print(MessageToJson(client.model_info(), preserving_proto_field_name=True))
+    print(json.dumps(as_dict(client.model_info()), indent=2))
 
 
 if __name__ == "__main__":

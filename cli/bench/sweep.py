@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import ConfigFile, JsonFile, Limit, Prompts, TlsCa, Token, numbers
+from cli.options import ConfigFile, JsonFile, Limit, PlaintextToken, Prompts, TlsCa, Token, numbers
+from treeline.client import TreelineClient
 from treeline.config import load_config
 from treeline.errors import ConfigError
 
@@ -59,6 +60,7 @@ def sweep(
     ] = None,
     token: Token = None,
     tls_ca: TlsCa = None,
+    plaintext_token: PlaintextToken = False,
     json_file: JsonFile = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here.")] = None,
 ) -> None:
@@ -89,7 +91,8 @@ def sweep(
 
     def start() -> Swept:
         if target is not None:
-            return _service(target, token, tls_ca, settings)
+            client = TreelineClient(target, token, tls_ca, max_retries=0, allow_plaintext_token=plaintext_token)
+            return _service(client, settings)
         return _engine(config, loaded, settings, drafts)
 
     results, complete = _run(settings, loaded, start)
@@ -101,11 +104,10 @@ def sweep(
         raise typer.Exit(INTERRUPTED)
 
 
-def _service(target: str, token: str | None, tls_ca: Path | None, settings: Settings) -> Swept:
+def _service(client: TreelineClient, settings: Settings) -> Swept:
     from bench.systems import RemoteSystem
-    from treeline.client import TreelineClient
 
-    return RemoteSystem(TreelineClient(target, token, tls_ca), max(settings.concurrency))
+    return RemoteSystem(client, max(settings.concurrency))
 
 
 def _engine(config: Path | None, prompts: list[Prompt], settings: Settings, drafts: Acceptance | None) -> Swept:

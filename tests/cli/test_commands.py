@@ -70,7 +70,7 @@ def test_json_lines(service):
     messages = [json.loads(line) for line in result.stdout.splitlines()]
     assert [message["chunk"]["text"] for message in messages[:-1]] == ["a0 ", "a1 "]
     complete = messages[-1]["complete"]
-    assert (complete["finish_reason"], complete["seed"]) == ("FINISH_REASON_LENGTH", "5")
+    assert (complete["finish_reason"], complete["seed"]) == ("FINISH_REASON_LENGTH", 5)
     assert complete["usage"]["completion_tokens"] == 4
     assert messages[0]["chunk"]["logprobs"] == []
 
@@ -79,7 +79,7 @@ def test_json_keeps_zeros_and_a_bad_bias_is_named(service):
     _, endpoint = service
     ask = ["generate", "x", "--raw", "--json", "--seed", "0", "--max-tokens", "2", "--server", endpoint]
     complete = json.loads(treeline(*ask).stdout.splitlines()[-1])["complete"]
-    assert (complete["seed"], complete["usage"]["cached_prompt_tokens"]) == ("0", 0)
+    assert (complete["seed"], complete["usage"]["cached_prompt_tokens"]) == (0, 0)
     wrong = treeline(*ask, "--logit-bias", "seven")
     assert wrong.exit_code == 2
     assert "TOKEN_ID:BIAS" in wrong.stderr

@@ -1,14 +1,18 @@
 import asyncio
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
+import grpc
 import pytest
 
+import treeline
 from front_door.server import FrontDoorServer
-from tests.verifier_svc.fake_engine import FakeEngine, fake_verifier
+from tests.verifier_svc.fake_engine import FakeEngine, fake_verifier, until
 from treeline.client import TreelineClient
 from treeline.config import Config, InternalConfig, MetricsConfig, ServerConfig
 from treeline.errors import (
+    ConfigError,
     DrainingError,
     InvalidRequestError,
     QueueFullError,
@@ -16,7 +20,9 @@ from treeline.errors import (
     UnavailableError,
     UnknownModelError,
 )
+from treeline.rpc import status
 from treeline.v1 import generation_pb2 as pb
+from treeline.v1.generation_pb2_grpc import GenerationServiceStub
 
 
 def with_client(use, engine: FakeEngine | None = None, config: Config | None = None, **client_options):
@@ -80,7 +86,7 @@ def test_errors_come_back_as_what_they_were():
             list(client.generate("x"))
         return invalid.value
 
-    error = with_client(use)
+    error = with_client(use, max_retries=0)
     assert {v.field for v in error.violations} == {"sampling.top_p", "stopping.max_tokens"}
 
 
@@ -123,6 +129,15 @@ def test_deadlines_tokens_and_lost_servers(tmp_path):
     assert with_client(refused, config=config, token="wrong") == "UNAUTHENTICATED"
     with TreelineClient("127.0.0.1:1") as client, pytest.raises(UnavailableError, match=r"cannot reach 127\.0\.0\.1:1"):
         client.load()
+
+
+class SoonFree(FakeEngine):
+    """Has room for one more with each request."""
+
+    async def generate(self, request):
+        self.capacity += 1
+        async for item in super().generate(request):
+            yield item
 
 
 @asynccontextmanager
@@ -174,3 +189,97 @@ def test_a_stream_whose_servers_stay_away_says_so():
     engine = FakeEngine(step_s=0.02)
     with_client(use, engine, resume_wait_s=0.5)
     assert len(engine.requests) > 1, "it was not resumed"
+
+
+def test_the_whole_text_and_every_field_of_a_chat():
+    asked = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    chat = [{"role": "user", "content": "x"}, asked]
+
+    def use(client, engine):
+        text = client.generate(messages=chat, template_arguments={"tools": [1]}, max_tokens=6).text()
+        return text, bytes(engine.requests[0].prompt_token_ids)
+
+    text, prompt = with_client(use)
+    assert text == "a0 a1 a2 "
+    assert prompt == b'<tools>[1]<user>x<assistant>[{"id": "1"}]<assistant>'
+
+
+def test_a_refused_call_comes_again_when_the_server_says(monkeypatch):
+    monkeypatch.setattr(status, "RETRY_DELAY_S", 0.05)
+
+    def use(client, engine):
+        return client.generate("x", max_tokens=4).text()
+
+    assert with_client(use, SoonFree(capacity=-2)) == "a0 a1 "
+    for engine, options in ((SoonFree(capacity=-3), {}), (SoonFree(capacity=-2), {"max_retries": 1})):
+        with pytest.raises(QueueFullError):
+            with_client(use, engine, **options)
+
+
+def test_no_retry_outlasts_the_deadline():
+    def use(client, engine):
+        with pytest.raises(QueueFullError):
+            client.generate("x", timeout_s=0.5).text()
+
+    started_s = time.monotonic()
+    with_client(use, FakeEngine(capacity=0))  # which says: in a second
+    assert time.monotonic() - started_s < 1
+
+
+def test_grpc_retries_by_its_own_configuration(monkeypatch):
+    monkeypatch.setattr(status, "RETRY_DELAY_S", 0.05)
+    config = (Path(treeline.__file__).parents[1] / "examples" / "retries.json").read_text()
+    config = config.replace('"0.5s"', '"30s"').replace('"5s"', '"30s"')
+
+    async def run():
+        request = pb.GenerateRequest(prompt="x", stopping=pb.StoppingParams(max_tokens=4))
+        async with two_doors([SoonFree(capacity=-2)]) as (door, _):
+            channel = grpc.aio.insecure_channel(door.endpoint, [("grpc.service_config", config)])
+            async with channel:
+                return [response async for response in GenerationServiceStub(channel).Generate(request)]
+
+    started_s = time.monotonic()
+    assert "".join(response.chunk.text for response in asyncio.run(run())) == "a0 a1 "
+    assert time.monotonic() - started_s < 10, "it did not wait as told, but as configured"
+
+
+@pytest.mark.parametrize("target", ["10.0.0.1:1", "example.com:1", "[2001:db8::1]:1"])
+def test_tokens_leave_the_machine_only_encrypted(target):
+    with pytest.raises(ConfigError, match="plain text"):
+        TreelineClient(["localhost:1", target], "t")
+    TreelineClient(target, "t", allow_plaintext_token=True).close()
+    TreelineClient(target).close()
+    TreelineClient(["127.0.0.2:1", "[::1]:1", "unix:/run/treeline"], "t").close()
+
+
+def test_asyncio():
+    async def run():
+        engine = FakeEngine(step_s=0.01)
+        async with fake_verifier(engine) as verifier, treeline.AsyncClient(verifier.endpoint) as client:
+            answers = await asyncio.gather(*(client.generate("x", max_tokens=n).text() for n in (2, 6)))
+            others = (await client.model_info()).model, (await client.load()).kv_blocks_total, await client.abort("x")
+            ids = await client.tokenize("hé")
+            round_trip = await client.detokenize(ids)
+            answer = client.generate("x", max_tokens=100)
+            async for _ in answer:
+                break
+            await answer.aclose()
+            await until(lambda: not engine.open)
+            with pytest.raises(InvalidRequestError):
+                await client.generate("x", top_p=2.0).text()
+            return answers, others, round_trip
+
+    assert asyncio.run(run()) == (["a0 ", "a0 a1 a2 "], ("fake", 64, 0), "hé")
+
+
+def test_an_asyncio_stream_outlives_its_front_door():
+    async def run():
+        async with AsyncExitStack() as stack:
+            doors = await stack.enter_async_context(two_doors([FakeEngine(step_s=0.02)]))
+            client = await stack.enter_async_context(treeline.AsyncClient([door.endpoint for door in doors]))
+            answer = client.generate("hello", max_tokens=40)
+            first = await anext(answer)
+            await doors[0].stop(0)
+            return first.text + await answer.text()
+
+    assert asyncio.run(run()) == "".join(f"a{step} " for step in range(20))

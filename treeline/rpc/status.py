@@ -33,6 +33,7 @@ DOMAIN = "treeline"
 RETRY_DELAY_S = 1
 DELIVERED = "delivered_tokens"
 """Metadata of STREAM_LOST's ErrorInfo: how many tokens the client had received."""
+PUSHBACK = "grpc-retry-pushback-ms"
 MAX_MESSAGE_CHARS = 1_000
 """A status travels in HTTP/2 trailers, which peers bound to a few kilobytes."""
 
@@ -88,14 +89,15 @@ def to_status(error: TreelineError) -> Status:
 async def abort_with(context: grpc.aio.ServicerContext, error: TreelineError) -> None:
     """End a call with `error`'s status. Raises grpc.aio.AbortError, as `context.abort` does."""
     rich = rpc_status.to_status(to_status(error))
-    await context.abort(rich.code, rich.details, rich.trailing_metadata)
+    delay_s = retry_s(error) if rich.code in _RETRYABLE else None
+    await context.abort(rich.code, rich.details, (*rich.trailing_metadata, *_pushback(delay_s)))
 
 
 async def abort_as(context: grpc.aio.ServicerContext, error: grpc.aio.AioRpcError) -> None:
     """End a call exactly as an upstream call ended: same code, message and details."""
     status = _status_of(error)
     trailers = rpc_status.to_status(status).trailing_metadata if status else ()
-    await context.abort(error.code(), error.details() or "", trailers)
+    await context.abort(error.code(), error.details() or "", (*trailers, *_pushback(retry_delay_s(error))))
 
 
 def from_rpc_error(error: Any) -> TreelineError:
@@ -119,11 +121,22 @@ def reason_of(error: Any) -> str:
     return _detail(error, ErrorInfo()).reason
 
 
+def retry_delay_s(error: Any) -> float | None:
+    """After how many seconds the server of a failed call invites another one, if it does."""
+    info = _detail(error, RetryInfo())
+    return info.retry_delay.ToTimedelta().total_seconds() if info.HasField("retry_delay") else None
+
+
 def is_lost(error: Any) -> bool:
     """Whether a call failed because its server or the way there went away, so that another server may take it over."""
     code = error.code()
     # A server that is killed resets its streams, which is INTERNAL; our own INTERNAL errors carry details.
     return code is _Code.UNAVAILABLE or (code is _Code.INTERNAL and _status_of(error) is None)
+
+
+def _pushback(delay_s: float | None) -> tuple[tuple[str, str], ...]:
+    """The trailer that says the same as RetryInfo to gRPC's own retries (examples/retries.json)."""
+    return () if delay_s is None else ((PUSHBACK, str(round(1000 * delay_s))),)
 
 
 def _detail(error: Any, detail: D) -> D:

@@ -1,0 +1,117 @@
+"""What becomes of a request whose calls fail. Decides only: the clients make the calls and wait."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import grpc
+
+from treeline.errors import StreamLostError, TreelineError, UnavailableError
+from treeline.rpc.status import from_rpc_error, is_lost, retry_delay_s
+from treeline.v1 import generation_pb2 as pb
+
+RETRY_S = 0.2
+"""Between rounds over all servers while a broken stream looks for one."""
+MOST_JITTER = 1.5
+"""A delay that the server named is stretched by up to this factor: clients refused together come back one by one."""
+
+
+class Servers:
+    """The addresses of a client, of which one at a time is in use."""
+
+    def __init__(self, targets: list[str]) -> None:
+        self.targets, self.current = targets, 0
+
+    @property
+    def target(self) -> str:
+        return self.targets[self.current]
+
+    def use_next(self) -> None:
+        self.current = (self.current + 1) % len(self.targets)
+
+    def error(self, error: Any) -> TreelineError:
+        """The TreelineError behind a call to the server in use that failed."""
+        if error.code() is grpc.StatusCode.UNAVAILABLE and not error.trailing_metadata():
+            # The transport failed, not the service.
+            return UnavailableError(f"cannot reach {self.target}: {(error.details() or '').rpartition(': ')[2]}")
+        return from_rpc_error(error)
+
+
+class Attempts:
+    """The calls of one request, one after the other.
+
+    Args:
+        request: what is streamed; gathers what a server needs to resume it. None for a call with one response.
+        timeout_s: for all calls together.
+    """
+
+    def __init__(
+        self,
+        servers: Servers,
+        request: pb.GenerateRequest | None,
+        timeout_s: float | None,
+        resume_wait_s: float,
+        max_retries: int,
+    ) -> None:
+        self._servers, self._request = servers, request
+        self._timeout_s, self._resume_wait_s, self._retries_left = timeout_s, resume_wait_s, max_retries
+        self._started_s = time.monotonic()
+        self._lost_s: float | None = None  # since the last message: when the stream broke, and failed calls
+        self._failures = 0
+
+    @property
+    def left_s(self) -> float | None:
+        """What the next call may take."""
+        return None if self._timeout_s is None else max(0.0, self._started_s + self._timeout_s - time.monotonic())
+
+    def message(self, response: pb.GenerateResponse) -> pb.GenerateChunk | pb.GenerateComplete:
+        """What `response` brings, noted so that the stream can be resumed behind it."""
+        assert self._request is not None
+        self._lost_s, self._failures = None, 0
+        resume = self._request.resume
+        if not resume.token_ids:
+            resume.time_to_first_token_s = time.monotonic() - self._started_s
+        resume.token_ids.extend(response.chunk.token_ids)
+        return response.chunk if response.HasField("chunk") else response.complete
+
+    def failed(self, error: Any) -> float:
+        """Seconds to wait before the next call, to the server then in use. `error`: the grpc.RpcError.
+
+        Raises:
+            TreelineError: the request has failed.
+        """
+        problem = self._servers.error(error)
+        # A server that has not noticed the lost connection still has the request open.
+        is_open = error.code() is grpc.StatusCode.ALREADY_EXISTS and self._failures > 0
+        if isinstance(problem, StreamLostError):
+            raise problem from None
+        self._failures += 1
+        begun = self._request is not None and bool(self._request.resume.token_ids)
+        wait_s = (self._until_resumed if begun else self._until_retried)(error, is_lost(error) or is_open)
+        left_s = self.left_s
+        if wait_s is None or (left_s is not None and wait_s >= left_s):
+            raise problem from None
+        if begun and self._request is not None:
+            self._request.resume.elapsed_s = time.monotonic() - self._started_s
+        return wait_s
+
+    def _until_resumed(self, error: Any, lost: bool) -> float | None:
+        self._lost_s = self._lost_s or time.monotonic()
+        if not lost or time.monotonic() - self._lost_s > self._resume_wait_s:
+            return None
+        self._servers.use_next()
+        return RETRY_S if self._failures >= len(self._servers.targets) else 0.0
+
+    def _until_retried(self, error: Any, lost: bool) -> float | None:
+        """Before the first token: the other servers at once, then as the server says."""
+        told_s = retry_delay_s(error)
+        if lost:
+            self._servers.use_next()
+            if self._failures % len(self._servers.targets):
+                return 0.0
+        if told_s is None or not self._retries_left:
+            return None
+        self._retries_left -= 1
+        return told_s * random.uniform(1.0, MOST_JITTER)

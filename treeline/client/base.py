@@ -1,0 +1,217 @@
+"""What both clients share: their settings and the requests they send."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import grpc
+
+from treeline.client.attempts import Attempts, Servers
+from treeline.errors import ConfigError
+from treeline.request import identify
+from treeline.rpc.channels import client_options
+from treeline.v1 import generation_pb2 as pb
+
+MAX_MESSAGE_BYTES = 4 << 20
+CALL_TIMEOUT_S = 10.0
+
+AnswerT = TypeVar("AnswerT")
+Message = pb.GenerateChunk | pb.GenerateComplete
+ChatMessages = Sequence[Mapping[str, Any]]
+
+
+class BaseClient(ABC, Generic[AnswerT]):
+    """Talks to front doors, or to a verifier directly. Failed calls raise TreelineErrors.
+
+    A stream whose front door goes away resumes through the same or another one; each token comes once.
+
+    Args:
+        targets: one or several "host:port"; one at a time is used.
+        token: bearer token, if the server asks for one.
+        tls_ca: certificate file to trust; without it the connection is not encrypted.
+        resume_wait_s: how long a broken stream looks for a server that resumes it.
+        max_retries: how often a call that failed before its first token is sent again, after the time that the server
+            named. A server that cannot be reached names none.
+        allow_plaintext_token: send the token over connections that leave this machine without encryption.
+
+    Raises:
+        ConfigError: the certificate cannot be read, or the token would leave this machine in plain text.
+    """
+
+    def __init__(
+        self,
+        targets: str | Sequence[str],
+        token: str | None = None,
+        tls_ca: Path | None = None,
+        resume_wait_s: float = 60.0,
+        max_retries: int = 2,
+        allow_plaintext_token: bool = False,
+    ) -> None:
+        credentials = None
+        if tls_ca is not None:
+            try:
+                credentials = grpc.ssl_channel_credentials(tls_ca.read_bytes())
+            except OSError as error:
+                raise ConfigError(f"cannot read {tls_ca}: {error.strerror}") from None
+        self._servers = Servers([targets] if isinstance(targets, str) else list(targets))
+        exposed = [target for target in self._servers.targets if not _is_local(target)]
+        if token and credentials is None and exposed and not allow_plaintext_token:
+            raise ConfigError(f"the token would go to {exposed[0]} in plain text: set tls_ca, or allow_plaintext_token")
+        options = client_options(MAX_MESSAGE_BYTES)
+        self._channels = [self._connect(target, credentials, options) for target in self._servers.targets]
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._resume_wait_s, self._max_retries = resume_wait_s, max_retries
+
+    @property
+    def target(self) -> str:
+        """The "host:port" in use."""
+        return self._servers.target
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: ChatMessages | None = None,
+        token_ids: Sequence[int] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+        continue_final_message: bool | None = None,
+        add_generation_prompt: bool | None = None,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        include_stop: bool = False,
+        ignore_eos: bool = False,
+        min_tokens: int | None = None,
+        skip_special_tokens: bool = True,
+        logprobs: int | None = None,
+        grammar: pb.Grammar | None = None,
+        explain: bool = False,
+        explain_tree: bool = False,
+        policy: str | None = None,
+        max_nodes: int | None = None,
+        max_depth: int | None = None,
+        priority: int = 0,
+        target_time_per_output_token_ms: float | None = None,
+        model: str = "",
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> AnswerT:
+        """Stream an answer: chunks as they are produced, then one GenerateComplete. `.text()` gives the whole text.
+
+        Exactly one of `prompt`, `messages` ({"role", "content"} each, and what else the chat template reads) and
+        `token_ids` is needed; the other arguments are the fields of GenerateRequest, left to the server's defaults
+        where None. Closing the answer (or leaving its loop) aborts the request.
+
+        Raises:
+            ValueError: none or several inputs are given, or a value does not fit its field.
+            InvalidRequestError, QueueFullError, UnknownModelError, DuplicateRequestError, UnavailableError: as named.
+            RequestFailedError: any other failure; `.code` is "DEADLINE_EXCEEDED", "CANCELLED", "UNAUTHENTICATED", ...
+        """
+        if sum(given is not None for given in (prompt, messages, token_ids)) != 1:
+            raise ValueError("give exactly one of prompt, messages and token_ids")
+        request = pb.GenerateRequest(
+            request_id=request_id,
+            model=model,
+            prompt=prompt,
+            token_ids=None if token_ids is None else pb.TokenIds(ids=token_ids),
+            chat=chat_of(messages, template_arguments, continue_final_message, add_generation_prompt),
+            sampling=pb.SamplingParams(
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
+                logit_bias=logit_bias,
+                seed=seed,
+            ),
+            stopping=pb.StoppingParams(
+                max_tokens=max_tokens,
+                stop=stop,
+                stop_token_ids=stop_token_ids,
+                include_stop=include_stop,
+                ignore_eos=ignore_eos,
+                min_tokens=min_tokens,
+            ),
+            output=pb.OutputOptions(
+                logprobs=logprobs, explain=explain, explain_tree=explain_tree, skip_special_tokens=skip_special_tokens
+            ),
+            speculation=pb.SpeculationOptions(policy=policy, max_nodes=max_nodes, max_depth=max_depth),
+            priority=priority,
+            grammar=grammar,
+            target_time_per_output_token_ms=target_time_per_output_token_ms,
+        )
+        identify(request)
+        return self._stream(request, timeout_s)
+
+    @abstractmethod
+    def _connect(self, target: str, credentials: grpc.ChannelCredentials | None, options: Sequence[Any]) -> Any:
+        """A channel to `target`."""
+
+    @abstractmethod
+    def _stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> AnswerT:
+        """The answer to a request with an id and a seed."""
+
+    @property
+    def _channel(self) -> Any:
+        """The one in use."""
+        return self._channels[self._servers.current]
+
+    def _attempts(self, request: pb.GenerateRequest | None, timeout_s: float | None) -> Attempts:
+        return Attempts(self._servers, request, timeout_s, self._resume_wait_s, self._max_retries)
+
+
+def chat_of(
+    messages: ChatMessages | None,
+    template_arguments: Mapping[str, Any] | None = None,
+    continue_final_message: bool | None = None,
+    add_generation_prompt: bool | None = None,
+) -> pb.Chat | None:
+    """A chat as the contract has it: what a message holds besides role and content is JSON."""
+    if messages is None:
+        return None
+    turn: dict[str, Any] = {
+        "continue_final_message": continue_final_message,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    return pb.Chat(
+        messages=[
+            pb.ChatMessage(role=m["role"], content=m.get("content") or "", fields=_json(m, {"role", "content"}))
+            for m in messages
+        ],
+        template_arguments=_json(template_arguments or {}),
+        **turn,
+    )
+
+
+def texts_of(messages: Iterable[Message]) -> list[str]:
+    """The text of a whole answer."""
+    return ["".join(message.text for message in messages if isinstance(message, pb.GenerateChunk))]
+
+
+def _json(fields: Mapping[str, Any], known: set[str] = frozenset()) -> str:  # type: ignore[assignment]
+    return json.dumps({name: fields[name] for name in fields.keys() - known}) if fields.keys() - known else ""
+
+
+def _is_local(target: str) -> bool:
+    """Whether what is sent to `target` stays on this machine."""
+    host = target.rpartition(":")[0].strip("[]")
+    try:
+        return target.startswith("unix:") or host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
