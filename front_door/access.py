@@ -40,7 +40,7 @@ class AccessLog:
         """`quiet`: whether this call is for debugging even if it failed."""
         answers = _answers.get() or []
         matters = not quiet and (answers or code not in ("OK", "200"))
-        fields = {"method": method, "code": code, "seconds": seconds, **_combined(answers)}
+        fields = {"method": method, "code": code, "seconds": seconds, **combined(answers)}
         logger.log(logging.INFO if matters else logging.DEBUG, "%s %s", method, code, extra=_rounded(fields))
 
 
@@ -87,7 +87,7 @@ def completed(complete: pb.GenerateComplete) -> Fields:
     }
 
 
-def _combined(answers: list[Fields]) -> Fields:
+def combined(answers: list[Fields]) -> Fields:
     """The fields of several answers to one call (OpenAI's `n`): counts add up, of times and means the largest."""
     together: Fields = {}
     for answer in answers:

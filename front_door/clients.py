@@ -10,6 +10,7 @@ from typing import Protocol
 from urllib.parse import unquote
 
 from treeline.errors import FieldViolation, InvalidRequestError, QuotaExceededError
+from treeline.request import answers_of
 from treeline.rpc.tokens import Client, TokenFile
 from treeline.v1 import generation_pb2 as pb
 
@@ -61,15 +62,16 @@ class Clients:
         if request.priority > client.priority:
             problem = f"is {request.priority}; this token may ask for {client.priority} at most"
             raise InvalidRequestError(FieldViolation("priority", problem))
-        if self._open[client.name] >= client.concurrent:
+        answers = answers_of(request)
+        if self._open[client.name] + answers > client.concurrent:
             raise QuotaExceededError(f"{client.concurrent} requests of this token are open, as many as it may have")
         if not request.HasField("resume"):  # It counted when it began, perhaps elsewhere.
             self._take_turn(client)
-        self._open[client.name] += 1
+        self._open[client.name] += answers
         try:
             yield
         finally:
-            self._open[client.name] -= 1
+            self._open[client.name] -= answers
             self._open += Counter()  # forgets those without open requests
 
     def _take_turn(self, client: Client) -> None:

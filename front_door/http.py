@@ -32,7 +32,9 @@ from front_door.openai_responses import ChatDialect, CompletionDialect, Dialect,
 from front_door.service import FrontDoor
 from treeline.config import ServerConfig
 from treeline.errors import ConfigError, InvalidRequestError, TreelineError
+from treeline.request import answers_of, index_of
 from treeline.rpc.channels import DiscoverPages
+from treeline.rpc.merged import merged
 from treeline.rpc.status import RETRY_DELAY_S, code_of, from_rpc_error, retry_s
 from treeline.rpc.tokens import TokenFile
 from treeline.v1 import generation_pb2 as pb
@@ -301,15 +303,19 @@ async def _answer(door: FrontDoor, dialect: Dialect, body: ChatBody | Completion
     info = await door.GetModelInfo(pb.GetModelInfoRequest(), context)
     requests = body.requests(request_id, info.tool_call_format)
     headers = {"x-treeline-ignored": ", ".join(body.ignored)} if body.ignored else {}
-    echoed = [request.prompt if isinstance(body, CompletionBody) and body.echo else "" for request in requests]
+    echoed = [
+        request.prompt if isinstance(body, CompletionBody) and body.echo else ""
+        for request in requests
+        for _ in range(body.n)
+    ]
     reply = Reply(dialect, request_id, info.model, echoed, body.finders(info.tool_call_format))
     if not body.stream:
         answers = await _unless_gone(call, asyncio.ensure_future(_collected(door, requests, context)))
         return JSONResponse(reply.whole(answers), headers=headers)
-    merged = _merged(door, requests, context)
-    first = await anext(merged)  # what is refused at once is refused with its own status
+    responses = _merged(door, requests, context)
+    first = await anext(responses)  # what is refused at once is refused with its own status
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    events = _events(reply, first, merged, include_usage)
+    events = _events(reply, first, responses, include_usage)
     return StreamingResponse(events, media_type="text/event-stream", headers=headers | {"Cache-Control": "no-cache"})
 
 
@@ -327,8 +333,8 @@ async def _unless_gone(call: Request, work: asyncio.Future[Any]) -> Any:
 async def _collected(
     door: FrontDoor, requests: list[pb.GenerateRequest], context: HttpCall
 ) -> list[list[pb.GenerateResponse]]:
-    """All responses of each request. If one fails, all of them end."""
-    answers: list[list[pb.GenerateResponse]] = [[] for _ in requests]
+    """All responses of each answer. If one fails, all of them end."""
+    answers: list[list[pb.GenerateResponse]] = [[] for request in requests for _ in range(answers_of(request))]
     async with aclosing(_merged(door, requests, context)) as responses:  # type: ignore[type-var]
         async for index, response in responses:
             answers[index].append(response)
@@ -339,38 +345,10 @@ Indexed = tuple[int, pb.GenerateResponse]
 
 
 async def _merged(door: FrontDoor, requests: list[pb.GenerateRequest], context: HttpCall) -> AsyncIterator[Indexed]:
-    """The responses of all requests as they come, each with its request's index. Closing it aborts them all."""
-    if len(requests) == 1:
-        async with aclosing(door.Generate(requests[0], context)) as responses:  # type: ignore[type-var]
-            async for response in responses:
-                yield 0, response
-        return
-    queue: asyncio.Queue[Indexed | BaseException | None] = asyncio.Queue(maxsize=len(requests))
-
-    async def read(index: int, request: pb.GenerateRequest) -> None:
-        try:
-            async with aclosing(door.Generate(request, context)) as responses:  # type: ignore[type-var]
-                async for response in responses:
-                    await queue.put((index, response))
-            await queue.put(None)
-        except Exception as error:
-            await queue.put(error)
-
-    tasks = [asyncio.create_task(read(index, request)) for index, request in enumerate(requests)]
-    try:
-        open_requests = len(tasks)
-        while open_requests:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                open_requests -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    """The responses of all requests as they come, each with its answer's index. Closing it aborts them all."""
+    async with aclosing(merged([door.Generate(request, context) for request in requests])) as responses:
+        async for place, response in responses:
+            yield place * answers_of(requests[0]) + index_of(response), response
 
 
 async def _events(

@@ -10,10 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from front_door.tool_calls import Finder, FreeCalls, PlainText
 from front_door.tools import SPACING, ChatInput, Input, Many
 from treeline.errors import FieldViolation, InvalidRequestError
+from treeline.request import MAX_ANSWERS
 from treeline.v1 import generation_pb2 as pb
 
-MAX_CHOICES = 16
-"""Most answers (`n`, times prompts) of one HTTP request: each one is a request of its own behind the front door."""
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
@@ -50,7 +49,7 @@ class Body(Input):
     model: str = ""
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    n: int = Field(default=1, ge=1, le=MAX_ANSWERS)
     temperature: float | None = None
     top_p: float | None = None
     top_k: Int64 | None = None
@@ -101,10 +100,11 @@ class Body(Input):
         return pb.Grammar(json_schema=json.dumps(SPACING | wanted.json_schema.definition))
 
     def common(self, request_id: str, index: int, grammar: pb.Grammar | None) -> pb.GenerateRequest:
-        """Everything but the input, for the answer number `index`."""
+        """Everything but the input, for the prompt number `index`: `n` answers."""
         request = pb.GenerateRequest(
             request_id=f"{request_id}-{index}" if index else request_id,
             model=self.model,
+            n=self.n,
             priority=self.priority,
             grammar=grammar,
             target_time_per_output_token_ms=self.target_time_per_output_token_ms,
@@ -136,7 +136,7 @@ class Body(Input):
             ),
         )
         if self.seed is not None:
-            request.sampling.seed = (self.seed + index) % 2**64  # each of n answers draws its own noise
+            request.sampling.seed = (self.seed + index * self.n) % 2**64  # each answer draws its own noise
         return request
 
 
@@ -148,7 +148,7 @@ class ChatBody(Body, ChatInput):
     top_logprobs: Int64 | None = None
 
     def requests(self, request_id: str, tool_call_format: str) -> list[pb.GenerateRequest]:
-        """One generation request for each of the n answers.
+        """The generation request.
 
         Raises:
             InvalidRequestError: tools and an answer's format exclude each other, or a tool is chosen that is not there.
@@ -158,16 +158,15 @@ class ChatBody(Body, ChatInput):
         if grammar is not None and not isinstance(finder, PlainText):
             field = "response_format" if self.structured_outputs is None else "structured_outputs"
             raise InvalidRequestError(FieldViolation(field, "needs tool_choice none where there are tools"))
-        requests = [self.common(request_id, index, grammar or binding) for index in range(self.n)]
-        for request in requests:
-            request.chat.CopyFrom(chat)
-            if self.max_completion_tokens is not None:
-                request.stopping.max_tokens = self.max_completion_tokens
-            if self.logprobs:
-                request.output.logprobs = self.top_logprobs or 0
-            if isinstance(finder, FreeCalls):
-                request.output.skip_special_tokens = False  # the marks of a call may be such
-        return requests
+        request = self.common(request_id, 0, grammar or binding)
+        request.chat.CopyFrom(chat)
+        if self.max_completion_tokens is not None:
+            request.stopping.max_tokens = self.max_completion_tokens
+        if self.logprobs:
+            request.output.logprobs = self.top_logprobs or 0
+        if isinstance(finder, FreeCalls):
+            request.output.skip_special_tokens = False  # the marks of a call may be such
+        return [request]
 
     def finders(self, tool_call_format: str) -> list[Finder]:
         return [self.finder(tool_call_format) for _ in range(self.n)]
@@ -189,29 +188,28 @@ class CompletionBody(Body):
         return self.prompt  # type: ignore[return-value]
 
     def requests(self, request_id: str, tool_call_format: str = "") -> list[pb.GenerateRequest]:
-        """n generation requests for each prompt, in the prompts' order.
+        """A generation request for each prompt.
 
         Raises:
             InvalidRequestError: there are too many of them, or none; or what is to be echoed is unknown here.
         """
         prompts: list[Any] = list(self.prompts)
-        if not 1 <= len(prompts) * self.n <= MAX_CHOICES:
-            problem = f"{len(prompts)} prompts times n = {self.n}: 1 to {MAX_CHOICES} answers are possible"
+        if not 1 <= len(prompts) * self.n <= MAX_ANSWERS:
+            problem = f"{len(prompts)} prompts times n = {self.n}: 1 to {MAX_ANSWERS} answers are possible"
             raise InvalidRequestError(FieldViolation("prompt", problem))
         if self.echo and (self.logprobs is not None or not isinstance(prompts[0], str)):
             problem = "needs prompts that are texts, and no logprobs: those of a prompt are not computed"
             raise InvalidRequestError(FieldViolation("echo", problem))
         requests: list[pb.GenerateRequest] = []
         for prompt in prompts:
-            for _ in range(self.n):
-                request = self.common(request_id, len(requests), self.grammar)
-                if isinstance(prompt, str):
-                    request.prompt = prompt
-                else:
-                    request.token_ids.ids.extend(prompt)
-                if self.logprobs is not None:
-                    request.output.logprobs = self.logprobs
-                requests.append(request)
+            request = self.common(request_id, len(requests), self.grammar)
+            if isinstance(prompt, str):
+                request.prompt = prompt
+            else:
+                request.token_ids.ids.extend(prompt)
+            if self.logprobs is not None:
+                request.output.logprobs = self.logprobs
+            requests.append(request)
         return requests
 
     def finders(self, tool_call_format: str) -> list[Finder]:

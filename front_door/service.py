@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 
-from front_door.access import answering, completed
+from front_door.access import Fields, answering, combined, completed
 from front_door.clients import Call, Clients, address_of
 from front_door.routing import Verifier, VerifierPool
 from front_door.stream import ResumableStream
@@ -44,6 +44,7 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
             self._opened(client, request.request_id),
         ):
             metadata, begun = (*_metadata(client), *span.headers), False
+            ended: list[Fields] = []
             stream = ResumableStream(request, metadata, self.pool, self._resume_wait_s, lambda: self.draining)
             try:
                 async with aclosing(stream.responses(context)) as responses:
@@ -52,10 +53,10 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
                             await context.send_initial_metadata(identity(request))
                             begun = True
                         if response.HasField("complete"):
-                            fields |= completed(response.complete)
+                            ended.append(completed(response.complete))
                         yield response
             finally:
-                fields |= {"verifier": stream.endpoint, "resumed": stream.losses + resumes}
+                fields |= combined(ended) | {"verifier": stream.endpoint, "resumed": stream.losses + resumes}
                 fields.setdefault("completion_tokens", stream.delivered_tokens)
                 span.note(fields)
 

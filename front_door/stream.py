@@ -12,7 +12,7 @@ import grpc
 from front_door.clients import Call
 from front_door.routing import Verifier, VerifierPool
 from treeline.errors import DrainingError, StreamLostError, UnavailableError
-from treeline.request import REQUEST_ID
+from treeline.request import REQUEST_ID, answers_of, delivered_tokens, ends_all, note
 from treeline.rpc.status import is_lost, reason_of
 from treeline.v1 import generation_pb2 as pb
 
@@ -62,7 +62,7 @@ class ResumableStream:
 
     @property
     def delivered_tokens(self) -> int:
-        return len(self._request.resume.token_ids)
+        return delivered_tokens(self._request)
 
     async def responses(self, context: Call) -> AsyncGenerator[pb.GenerateResponse, None]:
         """The answer's messages, each token once.
@@ -76,13 +76,13 @@ class ResumableStream:
             raise UnavailableError("no verifier can be reached")
         while True:
             call = verifier.stub.Generate(self._request, timeout=context.time_remaining(), metadata=self._metadata)
-            verifier.in_flight += 1
+            verifier.in_flight += answers_of(self._request)
             self.endpoint = verifier.endpoint
             try:
                 async for response in call:
                     self._note(response)
                     yield response
-                    if response.HasField("complete"):
+                    if ends_all(self._request, response):
                         return
                 problem, reason = "ended without a completion", ""
             except grpc.aio.AioRpcError as error:
@@ -90,7 +90,7 @@ class ResumableStream:
                     raise
                 problem, reason = f"{error.code().name}: {error.details()}", reason_of(error)
             finally:
-                verifier.in_flight -= 1
+                verifier.in_flight -= answers_of(self._request)
                 call.cancel()
             if REQUEST_ID in await call.initial_metadata():
                 self._lost_s = None
@@ -100,10 +100,7 @@ class ResumableStream:
     def _note(self, response: pb.GenerateResponse) -> None:
         """Remember what the client has by now."""
         self._futile_runs, self._lost_s = 0, None
-        resume = self._request.resume
-        if not resume.token_ids:
-            resume.time_to_first_token_s = time.monotonic() - self._arrived_s
-        resume.token_ids.extend(response.chunk.token_ids)
+        note(self._request, response, time.monotonic() - self._arrived_s)
 
     def _is_passing(self, error: grpc.aio.AioRpcError) -> bool:
         """Whether another verifier, or the same one a little later, may do better."""

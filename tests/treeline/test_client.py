@@ -1,6 +1,7 @@
 import asyncio
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -10,6 +11,7 @@ import treeline
 from front_door.server import FrontDoorServer
 from tests.verifier_svc.fake_engine import FakeEngine, fake_verifier, until
 from treeline.client import TreelineClient
+from treeline.client.base import texts_of
 from treeline.config import Config, InternalConfig, MetricsConfig, ServerConfig
 from treeline.errors import (
     ConfigError,
@@ -270,6 +272,65 @@ def test_asyncio():
             return answers, others, round_trip
 
     assert asyncio.run(run()) == (["a0 ", "a0 a1 a2 "], ("fake", 64, 0), "hé")
+
+
+def test_several_answers_to_one_prompt():
+    def use(client, engine):
+        answer = client.generate("x", n=3, seed=2**64 - 2, max_tokens=6, request_id="r")
+        messages = list(answer)
+        return messages, [(r.request_id, r.sampling.seed) for r in engine.requests]
+
+    messages, asked = with_client(use)
+    assert asked == [("r", 2**64 - 2), ("r#1", 2**64 - 1), ("r#2", 0)]
+    ends = [message for message in messages if isinstance(message, pb.GenerateComplete)]
+    assert sorted((end.index, end.seed) for end in ends) == [(0, 2**64 - 2), (1, 2**64 - 1), (2, 0)]
+    assert texts_of(messages) == ["a0 a1 a2 "] * 3
+
+
+def test_abort_ends_all_answers():
+    def use(client, engine):
+        answer = client.generate("x", n=3, max_tokens=200, request_id="r")
+        assert [next(answer).index for _ in range(4)]
+        assert client.abort("r") == 1
+        return {m.finish_reason for m in answer if isinstance(m, pb.GenerateComplete)}
+
+    assert with_client(use, FakeEngine(step_s=0.02)) == {pb.FINISH_REASON_ABORTED}
+
+
+def test_what_asks_for_too_many_answers_is_refused():
+    def use(client, engine):
+        for n in (0, -1, 17):
+            with pytest.raises(InvalidRequestError, match="n: is"):
+                client.generate("x", n=n).text()
+
+    with_client(use)
+
+
+def test_all_answers_outlive_their_front_door():
+    """Those that have ended do not come again."""
+
+    class Uneven(FakeEngine):
+        async def generate(self, request):
+            most = 10 if request.request_id.endswith("#1") else request.max_tokens
+            async for item in super().generate(replace(request, max_tokens=most)):
+                yield item
+
+    async def run():
+        async with AsyncExitStack() as stack:
+            doors = await stack.enter_async_context(two_doors([Uneven(step_s=0.02)]))
+            client = await stack.enter_async_context(treeline.AsyncClient([door.endpoint for door in doors]))
+            answer = client.generate("hello", n=3, max_tokens=40)
+            messages = []
+            async for message in answer:
+                messages.append(message)
+                if isinstance(message, pb.GenerateComplete) and message.index == 1:
+                    await doors[0].stop(0)
+            return messages
+
+    messages = asyncio.run(run())
+    assert texts_of(messages) == ["".join(f"a{step} " for step in range(steps)) for steps in (20, 5, 20)]
+    ends = [message.index for message in messages if isinstance(message, pb.GenerateComplete)]
+    assert sorted(ends) == [0, 1, 2]
 
 
 def test_an_asyncio_stream_outlives_its_front_door():

@@ -26,8 +26,12 @@ class AsyncAnswer(AsyncIterator[Message]):
         return await anext(self._messages)
 
     async def text(self) -> str:
-        """The whole text, once it has ended."""
-        return texts_of([message async for message in self])[0]
+        """The whole text (of the first answer, with `n`), once it has ended."""
+        return (await self.texts())[0]
+
+    async def texts(self) -> list[str]:
+        """The whole text of each of `n` answers."""
+        return texts_of([message async for message in self])
 
     async def aclose(self) -> None:
         """Abort the request."""

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from treeline.errors import StreamLostError, TreelineError, UnavailableError
+from treeline.request import delivered_tokens, note
 from treeline.rpc.status import from_rpc_error, is_lost, retry_delay_s
 from treeline.v1 import generation_pb2 as pb
 
@@ -70,10 +71,7 @@ class Attempts:
         """What `response` brings, noted so that the stream can be resumed behind it."""
         assert self._request is not None
         self._lost_s, self._failures = None, 0
-        resume = self._request.resume
-        if not resume.token_ids:
-            resume.time_to_first_token_s = time.monotonic() - self._started_s
-        resume.token_ids.extend(response.chunk.token_ids)
+        note(self._request, response, time.monotonic() - self._started_s)
         return response.chunk if response.HasField("chunk") else response.complete
 
     def failed(self, error: Any) -> float:
@@ -88,7 +86,7 @@ class Attempts:
         if isinstance(problem, StreamLostError):
             raise problem from None
         self._failures += 1
-        begun = self._request is not None and bool(self._request.resume.token_ids)
+        begun = self._request is not None and delivered_tokens(self._request) > 0
         wait_s = (self._until_resumed if begun else self._until_retried)(error, is_lost(error) or is_open)
         left_s = self.left_s
         if wait_s is None or (left_s is not None and wait_s >= left_s):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -108,9 +109,12 @@ class BaseClient(ABC, Generic[AnswerT]):
         target_time_per_output_token_ms: float | None = None,
         model: str = "",
         request_id: str = "",
+        n: int | None = None,
         timeout_s: float | None = None,
     ) -> AnswerT:
         """Stream an answer: chunks as they are produced, then one GenerateComplete. `.text()` gives the whole text.
+
+        With `n`, the messages of that many answers come side by side, each with its index; `.texts()` gives all texts.
 
         Exactly one of `prompt`, `messages` ({"role", "content"} each, and what else the chat template reads) and
         `token_ids` is needed; the other arguments are the fields of GenerateRequest, left to the server's defaults
@@ -154,6 +158,7 @@ class BaseClient(ABC, Generic[AnswerT]):
             speculation=pb.SpeculationOptions(policy=policy, max_nodes=max_nodes, max_depth=max_depth),
             priority=priority,
             grammar=grammar,
+            n=n,
             target_time_per_output_token_ms=target_time_per_output_token_ms,
         )
         identify(request)
@@ -200,8 +205,11 @@ def chat_of(
 
 
 def texts_of(messages: Iterable[Message]) -> list[str]:
-    """The text of a whole answer."""
-    return ["".join(message.text for message in messages if isinstance(message, pb.GenerateChunk))]
+    """The whole text of each answer."""
+    texts: defaultdict[int, str] = defaultdict(str)
+    for message in messages:
+        texts[message.index] += message.text if isinstance(message, pb.GenerateChunk) else ""
+    return [texts[index] for index in sorted(texts)]
 
 
 def _json(fields: Mapping[str, Any], known: set[str] = frozenset()) -> str:  # type: ignore[assignment]

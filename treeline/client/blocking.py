@@ -26,8 +26,12 @@ class Answer(Iterator[Message]):
         return next(self._messages)
 
     def text(self) -> str:
-        """The whole text, once it has ended."""
-        return texts_of(self)[0]
+        """The whole text (of the first answer, with `n`), once it has ended."""
+        return self.texts()[0]
+
+    def texts(self) -> list[str]:
+        """The whole text of each of `n` answers."""
+        return texts_of(self)
 
     def close(self) -> None:
         """Abort the request."""

@@ -18,7 +18,8 @@ import treeline
 from treeline.config import LimitsConfig, VerifierConfig
 from treeline.errors import FieldViolation, InvalidRequestError, RequestBrokenError
 from treeline.plan import Plan, plan_summary
-from treeline.request import CLIENT, WEIGHT, identify, identity
+from treeline.request import CLIENT, MAX_ANSWERS, WEIGHT, identify, identity
+from treeline.rpc.merged import merged
 from treeline.telemetry import tracing
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
@@ -26,7 +27,15 @@ from verifier_svc.engine.grammar import Grammar
 from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, Load, NodeFate
 from verifier_svc.service.chat import Prompt, token_ids_of
 from verifier_svc.service.grammars import GrammarCompiler
-from verifier_svc.service.validation import ServedModel, parse_detokenize, parse_generate, parse_tokenize, with_prompt
+from verifier_svc.service.validation import (
+    ServedModel,
+    answer_id,
+    parse_detokenize,
+    parse_generate,
+    parse_tokenize,
+    split,
+    with_prompt,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -89,15 +98,20 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             generation, request_id=_owned(client, generation.request_id), client=client, client_weight=weight
         )
         await context.send_initial_metadata(identity(request))
+        answers = split(owned, request)
         with tracing.span("verify", dict(context.invocation_metadata() or ())) as span:
-            async with aclosing(self._traced(owned, span)) as outputs:  # type: ignore[type-var]
-                async for output in outputs:
+            # The prompt's KV is in the prefix cache once the first answer has begun.
+            streams = merged([self._traced(answer, span) for _, answer in answers], first_alone=True)
+            async with aclosing(streams) as outputs:
+                async for place, output in outputs:
+                    index, answer = answers[place]
                     if isinstance(output, Chunk):
-                        yield pb.GenerateResponse(chunk=chunk_to_proto(output, self._tokenizer))
+                        yield pb.GenerateResponse(chunk=chunk_to_proto(output, self._tokenizer, index))
                     elif output.finish_reason is FinishReason.FAILED:
                         raise RequestBrokenError(f"internal error; the verifier's log has it as {request.request_id}")
                     else:
-                        yield pb.GenerateResponse(complete=completion_to_proto(output, generation))
+                        seeded = replace(generation, sampling=answer.sampling)
+                        yield pb.GenerateResponse(complete=completion_to_proto(output, seeded, index))
 
     async def _traced(self, request: GenerationRequest, span: tracing.Span) -> AsyncIterator[Chunk | Completion]:
         """What the engine brings, and where its time went as parts of `span`."""
@@ -110,7 +124,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
         client, _ = _owner(context)
-        return pb.AbortResponse(aborted=self._engine.abort([_owned(client, each) for each in request.request_ids]))
+        ids = [[_owned(client, answer_id(each, i)) for i in range(MAX_ANSWERS)] for each in request.request_ids]
+        return pb.AbortResponse(aborted=sum(self._engine.abort(answers) > 0 for answers in ids))
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadResponse:
         return pb.GetLoadResponse(
@@ -195,9 +210,9 @@ def _owned(client: str, request_id: str) -> str:
     return f"{client}/{request_id}" if client else request_id
 
 
-def chunk_to_proto(chunk: Chunk, tokenizer: PreTrainedTokenizerFast) -> pb.GenerateChunk:
-    """The message of one engine step."""
-    message = pb.GenerateChunk(text=chunk.text, token_ids=chunk.token_ids)
+def chunk_to_proto(chunk: Chunk, tokenizer: PreTrainedTokenizerFast, index: int = 0) -> pb.GenerateChunk:
+    """The message of one engine step. `index`: of the answer."""
+    message = pb.GenerateChunk(text=chunk.text, token_ids=chunk.token_ids, index=index)
     for position in chunk.logprobs:
         entry = message.logprobs.add()
         tokens = [(position.token_id, position.logprob), *position.top]
@@ -216,7 +231,7 @@ def chunk_to_proto(chunk: Chunk, tokenizer: PreTrainedTokenizerFast) -> pb.Gener
     return message
 
 
-def completion_to_proto(completion: Completion, request: GenerationRequest) -> pb.GenerateComplete:
+def completion_to_proto(completion: Completion, request: GenerationRequest, index: int = 0) -> pb.GenerateComplete:
     """The last message of a stream: how it ended, and with which seed and policy."""
     totals, matched = completion.speculation, completion.matched_stop
     return pb.GenerateComplete(
@@ -246,4 +261,5 @@ def completion_to_proto(completion: Completion, request: GenerationRequest) -> p
         seed=request.sampling.seed,
         request_id=request.request_id,
         policy=request.policy,
+        index=index,
     )

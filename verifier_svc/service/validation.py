@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from planner.policies import parse_policy
 from treeline.config import LimitsConfig, VerifierConfig
 from treeline.errors import FieldViolation, InvalidRequestError, UnknownModelError
+from treeline.request import MAX_ANSWERS
 from treeline.rpc.tokens import MAX_PRIORITY
 from treeline.sampling import SamplingParams
 from treeline.v1 import generation_pb2 as pb
@@ -89,7 +90,7 @@ def parse_generate(
         max_depth=_optional(check, request.speculation, "speculation.max_depth", 0, limits.max_tree_depth),
         priority=request.priority,
         target_ms=_optional(check, request, "target_time_per_output_token_ms", 0.1, 60000.0),
-        delivered_token_ids=tuple(_token_ids(check, "resume.token_ids", request.resume.token_ids, info)),
+        delivered_token_ids=_delivered(check, request, info),
         elapsed_s=request.resume.elapsed_s,
         time_to_first_token_s=request.resume.time_to_first_token_s,
     )
@@ -103,6 +104,8 @@ def parse_generate(
         "sampling.seed",
         "is needed to resume: the one that the broken stream named",
     )
+    n = _optional(check, request, "n", 1, MAX_ANSWERS) or 1
+    check.that(len(request.resume.answers) <= n, "resume.answers", f"are more than {n}")
     check.that(
         len(request.stopping.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
         "stopping.stop_token_ids",
@@ -145,6 +148,35 @@ def with_prompt(
         problem = f"has {delivered} tokens, more than the {max_tokens} of the whole answer"
         raise InvalidRequestError(FieldViolation("resume.token_ids", problem))
     return replace(request, prompt_token_ids=prompt_token_ids, max_tokens=max_tokens)
+
+
+def answer_id(request_id: str, index: int) -> str:
+    """The id of one answer in the engine."""
+    return f"{request_id}#{index}" if index else request_id
+
+
+def split(request: GenerationRequest, asked: pb.GenerateRequest) -> list[tuple[int, GenerationRequest]]:
+    """What each of the answers that are `asked` for needs of the engine, with its index. Complete ones need nothing.
+
+    Answer i is drawn with seed + i, as if it had been asked for alone.
+    """
+    n = asked.n or 1
+    if n == 1:
+        return [(0, request)]
+    resumed = [*asked.resume.answers, *(pb.ResumedAnswer() for _ in range(n))]
+    return [
+        (
+            index,
+            replace(
+                request,
+                request_id=answer_id(request.request_id, index),
+                sampling=replace(request.sampling, seed=(request.sampling.seed + index) % 2**64),
+                delivered_token_ids=tuple(resumed[index].token_ids),
+            ),
+        )
+        for index in range(n)
+        if not resumed[index].complete
+    ]
 
 
 def parse_tokenize(request: pb.TokenizeRequest, info: ServedModel) -> Prompt:
@@ -255,6 +287,13 @@ def _token_ids(check: _Checker, field: str, ids: Sequence[int], info: ServedMode
         problem = f"is {ids[wrong]}, outside the vocabulary of {info.vocab_size} tokens"
         check.that(False, f"{field}[{wrong}]", problem)
     return list(ids)
+
+
+def _delivered(check: _Checker, request: pb.GenerateRequest, info: ServedModel) -> tuple[int, ...]:
+    """The tokens that were delivered before; of several answers, those of the longest one."""
+    answers = [request.resume.token_ids, *(answer.token_ids for answer in request.resume.answers)]
+    field = "resume.answers" if request.resume.answers else "resume"
+    return max((tuple(_token_ids(check, f"{field}.token_ids", ids, info)) for ids in answers), key=len)
 
 
 def _sampling(check: _Checker, given: pb.SamplingParams, info: ServedModel) -> SamplingParams:

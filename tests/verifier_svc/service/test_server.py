@@ -114,6 +114,30 @@ def test_a_seed_gives_one_text_whatever_the_policy(target):
     assert of_seed_7[0] != of_seed_8[0]
 
 
+def test_each_of_n_answers_is_that_of_its_seed_under_every_policy(target):
+    """And the prompt is computed once, for the first of them."""
+
+    async def scenario(services):
+        async def together(policy: str) -> tuple[list[list[int]], list[int]]:
+            request = ask(f"{policy} {PROMPT}" * 4, 12, policy, temperature=0.9, seed=7)
+            request.n = 3
+            tokens, cached = [[], [], []], [0, 0, 0]
+            async for response in services.stub.Generate(request):
+                tokens[response.chunk.index] += response.chunk.token_ids
+                cached[response.complete.index] |= response.complete.usage.cached_prompt_tokens
+            return tokens, cached
+
+        for policy in ("off", "chain:4", "smart"):
+            tokens, cached = await together(policy)
+            assert cached[0] == 0
+            assert min(cached[1:]) >= 16, "no whole block of the prompt came from the cache"
+            alone = [ask(f"{policy} {PROMPT}" * 4, 12, "off", temperature=0.9, seed=7 + i) for i in range(3)]
+            assert tokens == [(await answer(services, request))[0] for request in alone]
+        await nothing_left(services)
+
+    with_services(scenario, tiny_config(target, drafters(target)["both"]))
+
+
 def test_sixteen_streams_with_cancellations_and_deadlines_leave_nothing(target):
     """Half of the streams run to their end; a quarter are dropped and a quarter run out of time, at random moments."""
     chance = random.Random(0)
