@@ -122,6 +122,7 @@ def _deployment(
         health_check_period_s=HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=SHUTDOWN_GRACE_S + 5,
         max_constructor_retry_count=MAX_START_ATTEMPTS,
+        logging_config={"enable_access_log": False},  # of calls by handle: each service asks the others each second
         **count,
     )
     return wrap(replica)

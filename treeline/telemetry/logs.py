@@ -47,6 +47,9 @@ def _formatter(config: LoggingConfig, service: str) -> logging.Formatter:
     def name_service(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
         return {**event, "service": service}
 
+    def leave_out_rays(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+        return {name: value for name, value in event.items() if not name.startswith("_ray")}
+
     as_text = [structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0, pad_level=False, repr_native_str=True)]
     as_json = [
         name_service,
@@ -64,6 +67,7 @@ def _formatter(config: LoggingConfig, service: str) -> logging.Formatter:
         ],
         processors=[
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            leave_out_rays,
             *(as_json if config.format == "json" else as_text),
         ],
     )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 
+import numpy as np
+from numpy.typing import NDArray
+
 from planner.fast.cost import as_decoded, pass_s
 from treeline.plan import CostModel
 from treeline.step_record import StepRecord
@@ -13,30 +16,37 @@ WINDOW_S = 5.0
 
 
 class Speedup:
-    """Estimated speed-up over plain decoding, by the plan's own costs, over the last WINDOW_S of steps."""
+    """Estimated speed-up over plain decoding, over the last WINDOW_S of steps."""
 
     def __init__(self) -> None:
-        self._steps: deque[tuple[float, float, float]] = deque()  # (Unix time, plain seconds, seconds) of each
+        self._steps: deque[tuple[float, NDArray[np.float64]]] = deque()  # (Unix time, `_seconds`) of each
 
     def observe(self, record: StepRecord, cost: CostModel) -> float:
-        """The ratio with this step: the sum of plain seconds over the sum of steps' seconds.
+        """The ratio with this step; 1 while nothing is drafted.
 
-        A step that gave its B sequences e tokens behind their first ones stands for e / B plain steps, each of
-        C(B) seconds. The first of them would have run the same prompt tokens. 3 sequences, 6 tokens, C(3) = 20 ms,
-        done in 30 ms: 2 x 20 / 30 = 1.33.
+        A step that gave its B sequences e tokens behind their first ones stands for k = e / B plain steps. The first
+        of them would have run the same prompt tokens. The plan's curve says how much smaller their passes are; how
+        fast the device is now, neighbours included, is measured. 3 sequences got 6 tokens; the curve has 27 ms for
+        the pass with its nodes and 18 ms without; measured were 54 ms, 4 ms around it, 10 ms of drafting. Plain:
+        2 x (18 x 54 / 27 + 4) = 80 ms; speed-up: 80 / 68.
         """
-        self._steps.append((record.unix_s, _plain_s(record, cost), record.step_s))
+        self._steps.append((record.unix_s, _seconds(record, cost)))
         while self._steps[0][0] < record.unix_s - WINDOW_S:
             self._steps.popleft()
-        return sum(plain for _, plain, _ in self._steps) / sum(spent for _, _, spent in self._steps)
+        plain_s, predicted_s, verify_s, around_s, step_s = np.sum([seconds for _, seconds in self._steps], axis=0)
+        return float((plain_s * verify_s / predicted_s + around_s) / step_s)
 
 
-def _plain_s(record: StepRecord, cost: CostModel) -> float:
-    decoding, prompt = record.sequences, record.prefill_tokens
-    context_tokens = record.context_tokens // max(1, record.running)
-    first = pass_s(cost, max(1, decoding), context_tokens, decoding + as_decoded(cost, prompt))
-    if not decoding:
-        return first + cost.step_overhead_s
-    steps = (record.emitted_tokens - len(record.first_token_s)) / decoding
-    more = (steps - 1) * (pass_s(cost, decoding, context_tokens, decoding) + cost.step_overhead_s)
-    return first + cost.step_overhead_s + more
+def _seconds(record: StepRecord, cost: CostModel) -> NDArray[np.float64]:
+    """Predicted: k plain passes, the pass with its nodes. Measured: that pass, k times what is around it, the step."""
+    prompt, context_tokens = as_decoded(cost, record.prefill_tokens), record.context_tokens // max(1, record.running)
+
+    def predicted_s(tokens: int) -> float:
+        return pass_s(cost, max(1, record.sequences), context_tokens, record.sequences + tokens)
+
+    later_steps = 0.0
+    if record.sequences:
+        later_steps = (record.emitted_tokens - len(record.first_token_s)) / record.sequences - 1
+    plain_s = predicted_s(prompt) + later_steps * predicted_s(0)
+    around_s = (1 + later_steps) * max(0.0, record.step_s - record.draft_s - record.verify_s)
+    return np.array((plain_s, predicted_s(prompt + record.verified_nodes), record.verify_s, around_s, record.step_s))
