@@ -146,11 +146,11 @@ def _adjust(scores: Tensor, rows: list[Row]) -> None:
         if row.history is not None and params.counts_answer:
             ids, counts = np.unique(np.asarray(row.history, np.int64)[row.prompt_tokens :], return_counts=True)
             counted.add(place, ids, params.presence_penalty + params.frequency_penalty * counts)
-    bound = [place for place, row in enumerate(rows) if row.allowed is not None]
+    bound = [(place, row.allowed) for place, row in enumerate(rows) if row.allowed is not None]
     if bound:
         forbidden = np.zeros(scores.shape, np.bool_)  # Of all rows: one pass in place takes a fourth of four copies.
-        for place in bound:
-            np.logical_not(rows[place].allowed, out=forbidden[place])
+        for place, allowed in bound:
+            np.logical_not(allowed, out=forbidden[place])
         scores.masked_fill_(upload(forbidden, scores.device), -torch.inf)
     added.apply(torch.add)
     repeated.apply(lambda before, penalty: torch.where(before < 0, before * penalty, before / penalty))
