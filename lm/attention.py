@@ -69,11 +69,16 @@ def attending(context: AttentionContext) -> Iterator[None]:
         _current.reset(token)
 
 
+def is_attending() -> bool:
+    """Whether a pass of ours is running."""
+    return _current.get() is not None
+
+
 class UnsupportedAttentionError(Exception):
     """A layer asks for something that this attention does not do."""
 
 
-def _attention(
+def interface_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -100,7 +105,7 @@ def _attention(
 
 
 # No mask function is registered on purpose: for an unknown implementation transformers then builds no mask at all.
-AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionInterface.register(IMPLEMENTATION, interface_attention)
 
 
 class Probe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import logging
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from lm.features import FeatureTap
 from lm.kv_cache import KVCache, LayerShape
 from lm.layers.fuse import fuse_layers
 from lm.layers.fused import LENGTH_DEPENDENT_ROPE
+from lm.layers.older import lead_to_interface
 from lm.layers.sharded import Shard, keep_shard
 from lm.packed import PackedSequence
 from lm.passes import Passes
@@ -77,6 +79,7 @@ class LanguageModel:
         torch.set_float32_matmul_precision("highest")
         tokenizer = load_tokenizer(folder)
         try:
+            lead_to_interface(json.loads((folder / "config.json").read_text()).get("model_type"))
             with progress_bars(False):
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     folder,
@@ -113,6 +116,7 @@ class LanguageModel:
     @classmethod
     def from_hf(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> LanguageModel:
         """Wrap a model that is already in memory; switches its attention to ours."""
+        lead_to_interface(model.config.model_type)
         model.set_attn_implementation(IMPLEMENTATION)
         return cls(model, tokenizer, model.config.model_type)
 
@@ -201,6 +205,9 @@ def _probe(hf: PreTrainedModel) -> tuple[list[LayerShape], int, set[int | None]]
         raise refuse("it is not decoder-only")
     if hf._is_stateful:
         raise refuse("it keeps recurrent state, which a tree cannot share")
+    # MPT has it in a section of its own.
+    if getattr(getattr(config, "attn_config", config), "alibi", config.model_type == "bloom"):
+        raise refuse("its attention adds ALiBi biases")
     if hf.config._attn_implementation != IMPLEMENTATION:
         raise refuse("it does not use the attention interface of transformers")
     if "position_ids" not in inspect.signature(hf.forward).parameters:

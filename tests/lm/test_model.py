@@ -43,8 +43,10 @@ SMALL: dict[str, Any] = {
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of type conv"),
         ("llama4_text", {"head_dim": 8, "num_local_experts": 2}, "chunked_attention"),
         ("gpt_oss", {"head_dim": 8, "num_local_experts": 4}, "s_aux"),
-        ("bloom", {"n_head": 4}, "attention interface"),
-        ("falcon", {}, "attention interface"),
+        ("bloom", {"n_head": 4}, "ALiBi"),
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "ALiBi"),
+        ("falcon", {"alibi": True}, "ALiBi"),
+        ("xglm", {"d_model": 32, "attention_heads": 4, "num_layers": 2, "ffn_dim": 32}, "attention interface"),
         ("diffllama", {}, "attends more than once"),
         (
             "bart",

@@ -104,12 +104,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "youtu": LATENT | {"num_key_value_heads": 4},
     "doge": {},
     "ctrl": {},
+    "falcon": {},
+    "falcon, grouped": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "gptj": GPT | {"rotary_dim": 4},
+    "codegen": GPT | {"rotary_dim": 4},
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 5},
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_with_trees_writes_what_transformers_writes(kind: str) -> None:
-    config = AutoConfig.for_model(kind, **SHAPE | KINDS[kind])
+    config = AutoConfig.for_model(kind.partition(",")[0], **SHAPE | KINDS[kind])
     model = LanguageModel.from_hf(tiny_model(config), tiny_tokenizer())
     rng, known, requests = np.random.default_rng(1), Known(), []
     for length in (1, 4, 9, 17):
