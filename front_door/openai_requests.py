@@ -197,9 +197,10 @@ class CompletionBody(Body):
         if not 1 <= len(prompts) * self.n <= MAX_ANSWERS:
             problem = f"{len(prompts)} prompts times n = {self.n}: 1 to {MAX_ANSWERS} answers are possible"
             raise InvalidRequestError(FieldViolation("prompt", problem))
-        if self.echo and (self.logprobs is not None or not isinstance(prompts[0], str)):
-            problem = "needs prompts that are texts, and no logprobs: those of a prompt are not computed"
-            raise InvalidRequestError(FieldViolation("echo", problem))
+        if self.echo and not isinstance(prompts[0], str):
+            raise InvalidRequestError(FieldViolation("echo", "needs prompts that are texts"))
+        if self.echo and self.logprobs is not None and self.n > 1:
+            raise InvalidRequestError(FieldViolation("n", "must be 1 with both echo and logprobs"))
         requests: list[pb.GenerateRequest] = []
         for prompt in prompts:
             request = self.common(request_id, len(requests), self.grammar)
@@ -209,6 +210,8 @@ class CompletionBody(Body):
                 request.token_ids.ids.extend(prompt)
             if self.logprobs is not None:
                 request.output.logprobs = self.logprobs
+                if self.echo:
+                    request.output.prompt_logprobs = self.logprobs
             requests.append(request)
         return requests
 

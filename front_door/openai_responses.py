@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Iterable
@@ -80,7 +81,7 @@ class Reply:
             parts = [self._found(index, response) for response in responses]
             pieces = [piece for part in parts for piece in part.pieces]
             found = Found([self._echoed[index], *pieces], [call for part in parts for call in part.calls])
-            logprobs = [position for response in responses for position in response.chunk.logprobs]
+            logprobs = [position for response in responses for position in _positions(response)]
             choice = {"index": index, **self._dialect.choice(found, logprobs), **self._ending(index, complete)}
             choices.append(choice)
             completes.append(complete)
@@ -89,7 +90,7 @@ class Reply:
 
     def chunk(self, index: int, response: pb.GenerateResponse, first: bool) -> dict[str, Any]:
         """One response of the answer number `index` as a chunk; the last one has the finish reason."""
-        found, logprobs = self._found(index, response), list(response.chunk.logprobs)
+        found, logprobs = self._found(index, response), _positions(response)
         if first:
             found.pieces.insert(0, self._echoed[index])
         choice = {"index": index, **self._dialect.delta(found, logprobs, first), "finish_reason": None}
@@ -180,6 +181,10 @@ def _token(entry: pb.TokenLogprob) -> dict[str, Any]:
     return {"token": entry.text, "logprob": entry.logprob, "bytes": list(entry.text.encode())}
 
 
+def _positions(response: pb.GenerateResponse) -> list[pb.PositionLogprobs]:
+    return [*response.chunk.prompt_logprobs, *response.chunk.logprobs]
+
+
 def _chat_logprobs(positions: list[pb.PositionLogprobs]) -> dict[str, Any] | None:
     if not positions:
         return None
@@ -191,6 +196,6 @@ def _completion_logprobs(positions: list[pb.PositionLogprobs]) -> dict[str, Any]
         return None
     return {
         "tokens": [p.chosen.text for p in positions],
-        "token_logprobs": [p.chosen.logprob for p in positions],
+        "token_logprobs": [None if math.isnan(p.chosen.logprob) else p.chosen.logprob for p in positions],
         "top_logprobs": [{top.text: top.logprob for top in p.top} for p in positions],
     }

@@ -142,11 +142,13 @@ def test_completions_echo_their_prompts():
         streamed = ["", ""]
         async for chunk in await client.completions.create(**ask, stream=True):
             streamed[chunk.choices[0].index] += chunk.choices[0].text
-        with pytest.raises(openai.BadRequestError) as caught:
-            await client.completions.create(**ask | {"logprobs": 1})
-        return [choice.text for choice in whole.choices], streamed, caught.value.param
+        scored = await client.completions.create(**ask | {"logprobs": 1, "prompt": "hi"})
+        return [choice.text for choice in whole.choices], streamed, scored.choices[0].logprobs
 
-    assert with_client(scenario) == (["hia0 a1 ", "hoa0 a1 "], ["hia0 a1 ", "hoa0 a1 "], "echo")
+    texts, streamed, logprobs = with_client(scenario)
+    assert texts == streamed == ["hia0 a1 ", "hoa0 a1 "]
+    assert logprobs.tokens == ["h", "i", *"ABAB"]
+    assert logprobs.token_logprobs == [None, -2.0, *[-0.5] * 4]
 
 
 @pytest.mark.parametrize(

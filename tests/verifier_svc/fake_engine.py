@@ -122,7 +122,9 @@ class FakeEngine:
                 if request.request_id in self._aborted:
                     reason = FinishReason.ABORTED
                     break
-                yield Chunk(f"{self.name}{step} ", [65, 66], _logprobs(request), _explanation(request))
+                of_prompt = _prompt_logprobs(request) if step == 0 else ()
+                explanation = _explanation(request)
+                yield Chunk(f"{self.name}{step} ", [65, 66], _logprobs(request), explanation, prompt_logprobs=of_prompt)
             steps = request.max_tokens // 2
             totals = SpeculationTotals(
                 steps, drafted_nodes=4 * steps, verified_nodes=3 * steps, accepted_nodes=steps, price_sum=1.5 * steps
@@ -156,6 +158,13 @@ def _logprobs(request: GenerationRequest) -> list[TokenLogprobs]:
     if request.logprobs is None:
         return []
     return [TokenLogprobs(token, -0.5, ((token, -0.5), (1, -1.5))[: request.logprobs]) for token in (65, 66)]
+
+
+def _prompt_logprobs(request: GenerationRequest) -> Sequence[TokenLogprobs]:
+    if request.prompt_logprobs is None:
+        return ()
+    first, *rest = request.prompt_token_ids
+    return [TokenLogprobs(first, math.nan, ()), *(TokenLogprobs(token, -2.0, ((token, -2.0),)) for token in rest)]
 
 
 def _explanation(request: GenerationRequest) -> StepExplanation | None:

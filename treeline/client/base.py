@@ -99,6 +99,7 @@ class BaseClient(ABC, Generic[AnswerT]):
         min_tokens: int | None = None,
         skip_special_tokens: bool = True,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
         grammar: pb.Grammar | None = None,
         explain: bool = False,
         explain_tree: bool = False,
@@ -153,7 +154,11 @@ class BaseClient(ABC, Generic[AnswerT]):
                 min_tokens=min_tokens,
             ),
             output=pb.OutputOptions(
-                logprobs=logprobs, explain=explain, explain_tree=explain_tree, skip_special_tokens=skip_special_tokens
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+                explain=explain,
+                explain_tree=explain_tree,
+                skip_special_tokens=skip_special_tokens,
             ),
             speculation=pb.SpeculationOptions(policy=policy, max_nodes=max_nodes, max_depth=max_depth),
             priority=priority,

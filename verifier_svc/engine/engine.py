@@ -27,7 +27,7 @@ from verifier_svc.engine.detokenizer import Detokenizer
 from verifier_svc.engine.request import Chunk, FinishReason, GenerationRequest
 from verifier_svc.engine.scheduler import Batch, Scheduler
 from verifier_svc.engine.sequence import Output, Sequence
-from verifier_svc.engine.step_report import explanation, step_record, token_logprobs
+from verifier_svc.engine.step_report import explanation, note_prompt_logprobs, step_record, token_logprobs
 from verifier_svc.engine.walk import Verified, Walk, target_walks
 from verifier_svc.speculation.exchange import Exchange
 from verifier_svc.speculation.hidden_states import HiddenStates
@@ -155,12 +155,15 @@ class Engine:
     def _verify(self, batch: Batch, forest: Forest) -> Verified:
         """The verification pass, and the target's walk down every tree."""
         started_s = self._clock()
-        logits = self._forward(batch, forest)
-        walks = self._walk(batch, forest, logits)
+        logits, largest = self._forward(batch, forest), self.model.passes.largest
+        if any(sequence.wants_prompt_logprobs for sequence, _ in batch.prefilling):
+            logits, largest = logits[_walked_rows(batch, forest, logits)], None
+        walks = self._walk(batch, forest, logits, largest)
         return Verified(walks, logits, self._clock() - started_s, self.model.passes.how)
 
     def _forward(self, batch: Batch, forest: Forest) -> torch.Tensor:
-        """Logits float32 [rows, vocab]: root and nodes of each decoding sequence, then one row per finished prompt."""
+        """Logits float32 [rows, vocab]: root and nodes of each decoding sequence, then one row per finished prompt, or
+        one per token of a prompt whose log-probabilities are wanted."""
         packed = []
         token_ids, first = forest.token_ids.tolist(), 0
         for sequence, size in zip(batch.decoding, forest.sizes.tolist(), strict=True):
@@ -170,18 +173,18 @@ class Engine:
             first += size
         for sequence, tokens in batch.prefilling:
             start = sequence.kv.length
-            wanted: Literal["last", "none"] = "last" if tokens == sequence.uncomputed_tokens else "none"
+            wanted: Literal["all", "last", "none"] = "last" if tokens == sequence.uncomputed_tokens else "none"
+            wanted = "all" if sequence.wants_prompt_logprobs else wanted
             packed.append(PackedSequence(sequence.kv, sequence.token_ids[start : start + tokens], None, wanted))
         return self.model.forward(packed, self.cache)
 
-    def _walk(self, batch: Batch, forest: Forest, logits: torch.Tensor) -> list[Walk]:
-        """One walk per decoding sequence, then one per finished prompt: its first token."""
+    def _walk(self, batch: Batch, forest: Forest, logits: torch.Tensor, largest: torch.Tensor | None) -> list[Walk]:
+        """One walk per decoding sequence, then one per finished prompt: its first token. `largest`: see `Passes`."""
         sequences = batch.decoding + batch.finished_prompts
         if not sequences:
             return []
         forest = forest.spread(range(len(batch.decoding)), len(sequences))
         if all(sequence.is_argmax for sequence in sequences):
-            largest = self.model.passes.largest
             chosen = argmax(logits) if largest is None else largest
         else:
             chosen = choose_tokens(logits, _rows(sequences, forest))
@@ -207,7 +210,8 @@ class Engine:
                     sequence.count_step(drafted, kept, len(walk.accepted), price)
                 text, taken = sequence.accept(walk.tokens)
                 logprobs = token_logprobs(sequence, walk, taken, verified.logits, first_row)
-                chunk = Chunk(text, walk.tokens[:taken], logprobs, waited_s=waited_s, first=first)
+                of_prompt = sequence.prompt_logprobs if first else ()
+                chunk = Chunk(text, walk.tokens[:taken], logprobs, None, waited_s, first, of_prompt)
                 advances.append(Advance(sequence, place, chunk))
             first_row += 1 + kept
         return advances
@@ -245,6 +249,24 @@ def _confined(sequence: Sequence) -> Iterator[None]:
         fields = {"request_id": sequence.request.public_id, "client": sequence.request.client}
         logger.exception("the request ends: processing it failed", extra=fields)
         sequence.finish_reason = FinishReason.FAILED
+
+
+def _walked_rows(batch: Batch, forest: Forest, logits: torch.Tensor) -> list[int]:
+    """The rows of `logits` that are walked: of a prompt only the last. What else its rows tell is noted."""
+    first = len(batch.decoding) + len(forest.token_ids)
+    walked = list(range(first))
+    for sequence, tokens in batch.prefilling:
+        finishes, rows = tokens == sequence.uncomputed_tokens, 0
+        if sequence.wants_prompt_logprobs:
+            rows = tokens
+            with _confined(sequence):
+                note_prompt_logprobs(sequence, logits[first : first + rows])
+        elif finishes:
+            rows = 1
+        first += rows
+        if finishes:
+            walked.append(first - 1)
+    return walked
 
 
 def _rows(sequences: list[Sequence], forest: Forest) -> list[Row]:

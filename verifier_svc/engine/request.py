@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import NamedTuple
@@ -22,6 +23,7 @@ class GenerationRequest:
         skip_special_tokens: leave special tokens out of the text.
         grammar: the grammar of the whole answer.
         logprobs: number of top tokens to report in addition to the chosen one; None for no log-probabilities.
+        prompt_logprobs: the same for the tokens of the prompt.
         explain, explain_tree: explain each chunk, without or with every node of its tree.
         policy: spelling understood by `planner.policies.parse_policy`.
         max_nodes, max_depth: the request's own tree limits; None for the deployment's.
@@ -45,6 +47,7 @@ class GenerationRequest:
     skip_special_tokens: bool = True
     grammar: Grammar | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     explain: bool = False
     explain_tree: bool = False
     policy: str = "smart"
@@ -134,6 +137,7 @@ class Chunk:
         text: may lag behind `token_ids`: part of a character, or of a stop string, is held back.
         waited_s: seconds since the request's previous tokens, or since its arrival.
         first: whether these are the request's first tokens.
+        prompt_logprobs: with the first tokens, if asked for: one for each token of the prompt.
     """
 
     text: str
@@ -142,6 +146,7 @@ class Chunk:
     explanation: StepExplanation | None = None
     waited_s: float = 0.0
     first: bool = False
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
 
 
 @dataclass(frozen=True)

@@ -264,7 +264,8 @@ class Scheduler:
         Without that reserve the admitted request would soon be preempted, and its work lost.
         """
         # The last token always runs: its logits give the next one.
-        prefix = sequence.token_ids[:-1] if self._prefix_caching else []
+        cached = self._prefix_caching and not sequence.wants_prompt_logprobs
+        prefix = sequence.token_ids[:-1] if cached else []
         tokens, headroom = len(sequence.token_ids), len(self.running) + 1 if self.running else 0
         cache = self._cache.allocate(tokens, prefix, headroom)
         if cache is None:

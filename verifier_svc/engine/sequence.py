@@ -11,7 +11,14 @@ from lm.sampling import Row
 from planner.policies import Policy
 from verifier_svc.engine.detokenizer import Detokenizer
 from verifier_svc.engine.grammar import GrammarState
-from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, SpeculationTotals
+from verifier_svc.engine.request import (
+    Chunk,
+    Completion,
+    FinishReason,
+    GenerationRequest,
+    SpeculationTotals,
+    TokenLogprobs,
+)
 
 TOKENS_PER_DOUBLING = 4.0
 """Tokens behind the target at which a request's tokens count double: one drafted step can make up for about as many."""
@@ -56,6 +63,12 @@ class Sequence:
     totals: SpeculationTotals = field(default_factory=SpeculationTotals)
     finish_reason: FinishReason | None = None
     matched_stop: int | str | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether every token of the prompt must run once more for its log-probability."""
+        return self.request.prompt_logprobs is not None and not self.output_tokens
 
     @property
     def prompt_tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -124,10 +125,25 @@ def token_logprobs(
     if top is None:
         return []
     rows = [first_row, *(first_row + 1 + node for node in walk.accepted)][:taken]
-    chosen, top_ids, top_values = logprobs(logits[rows], walk.tokens[:taken], top)
+    return _logprobs(logits[rows], walk.tokens[:taken], top)
+
+
+def note_prompt_logprobs(sequence: Sequence, logits: torch.Tensor) -> None:
+    """Note those of the prompt's tokens that the next rows of the prompt's pass, `logits`, predict."""
+    start, top = sequence.kv.length, sequence.request.prompt_logprobs
+    assert top is not None
+    if start == 0:  # Also after a preemption.
+        sequence.prompt_logprobs = [TokenLogprobs(sequence.token_ids[0], math.nan, ())]
+    predicted = sequence.token_ids[start + 1 : start + 1 + len(logits)]
+    sequence.prompt_logprobs += _logprobs(logits[: len(predicted)], predicted, top)
+
+
+def _logprobs(logits: torch.Tensor, tokens: list[int], top: int) -> list[TokenLogprobs]:
+    """Of each row's token, and of the `top` most likely ones."""
+    chosen, top_ids, top_values = logprobs(logits, tokens, top)
     return [
         TokenLogprobs(token, value, tuple(zip(ids, values, strict=True)))
         for token, value, ids, values in zip(
-            walk.tokens[:taken], chosen.tolist(), top_ids.tolist(), top_values.tolist(), strict=True
+            tokens, chosen.tolist(), top_ids.tolist(), top_values.tolist(), strict=True
         )
     ]

@@ -24,7 +24,15 @@ from treeline.telemetry import tracing
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
 from verifier_svc.engine.grammar import Grammar
-from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, Load, NodeFate
+from verifier_svc.engine.request import (
+    Chunk,
+    Completion,
+    FinishReason,
+    GenerationRequest,
+    Load,
+    NodeFate,
+    TokenLogprobs,
+)
 from verifier_svc.service.chat import Prompt, token_ids_of
 from verifier_svc.service.grammars import GrammarCompiler
 from verifier_svc.service.validation import (
@@ -106,7 +114,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                 async for place, output in outputs:
                     index, answer = answers[place]
                     if isinstance(output, Chunk):
-                        yield pb.GenerateResponse(chunk=chunk_to_proto(output, self._tokenizer, index))
+                        yield pb.GenerateResponse(chunk=await self._spelled(output, index))
                     elif output.finish_reason is FinishReason.FAILED:
                         raise RequestBrokenError(f"internal error; the verifier's log has it as {request.request_id}")
                     else:
@@ -167,6 +175,13 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
     ) -> pb.DetokenizeResponse:
         return pb.DetokenizeResponse(text=str(self._tokenizer.decode(parse_detokenize(request, self._info))))
 
+    async def _spelled(self, chunk: Chunk, index: int) -> pb.GenerateChunk:
+        """The chunk's message. The text of all a prompt's tokens takes long, and must not hold up other streams."""
+        if not chunk.prompt_logprobs:
+            return chunk_to_proto(chunk, self._tokenizer, index)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._tokenising, chunk_to_proto, chunk, self._tokenizer, index)
+
     async def _compiled(self, grammar: pb.Grammar) -> Grammar:
         return await asyncio.get_running_loop().run_in_executor(self._compiling, self._compile, grammar)
 
@@ -213,15 +228,8 @@ def _owned(client: str, request_id: str) -> str:
 def chunk_to_proto(chunk: Chunk, tokenizer: PreTrainedTokenizerFast, index: int = 0) -> pb.GenerateChunk:
     """The message of one engine step. `index`: of the answer."""
     message = pb.GenerateChunk(text=chunk.text, token_ids=chunk.token_ids, index=index)
-    for position in chunk.logprobs:
-        entry = message.logprobs.add()
-        tokens = [(position.token_id, position.logprob), *position.top]
-        spelled = [
-            pb.TokenLogprob(token_id=token_id, logprob=logprob, text=str(tokenizer.decode([token_id])))
-            for token_id, logprob in tokens
-        ]
-        entry.chosen.CopyFrom(spelled[0])
-        entry.top.extend(spelled[1:])
+    message.logprobs.extend(_position(position, tokenizer) for position in chunk.logprobs)
+    message.prompt_logprobs.extend(_position(position, tokenizer) for position in chunk.prompt_logprobs)
     if chunk.explanation is not None:
         nodes = [
             pb.DraftNode(**node._asdict() | {"fate": _FATES[node.fate], "text": str(tokenizer.decode([node.token_id]))})
@@ -229,6 +237,14 @@ def chunk_to_proto(chunk: Chunk, tokenizer: PreTrainedTokenizerFast, index: int 
         ]
         message.speculation.CopyFrom(pb.SpeculationStep(**vars(chunk.explanation) | {"nodes": nodes}))
     return message
+
+
+def _position(position: TokenLogprobs, tokenizer: PreTrainedTokenizerFast) -> pb.PositionLogprobs:
+    chosen, *top = (
+        pb.TokenLogprob(token_id=token_id, logprob=logprob, text=str(tokenizer.decode([token_id])))
+        for token_id, logprob in [(position.token_id, position.logprob), *position.top]
+    )
+    return pb.PositionLogprobs(chosen=chosen, top=top)
 
 
 def completion_to_proto(completion: Completion, request: GenerationRequest, index: int = 0) -> pb.GenerateComplete:

@@ -32,6 +32,8 @@ GREEDY_BELOW, MAX_TEMPERATURE = 0.01, 100.0
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 MAX_PENALTY, MAX_LOGIT_BIAS, MAX_LOGIT_BIASES = 2.0, 100.0, 300
 """As in OpenAI's API."""
+LOGPROB_BYTES = 40
+"""Of one log-probability in a message: id, value and framing take 16, the token's text seldom more than the rest."""
 MAX_VIOLATIONS = 16
 
 N = TypeVar("N", int, float)
@@ -83,6 +85,7 @@ def parse_generate(
         include_stop=request.stopping.include_stop,
         skip_special_tokens=request.output.skip_special_tokens or not request.output.HasField("skip_special_tokens"),
         logprobs=_optional(check, request.output, "output.logprobs", 0, limits.max_logprobs),
+        prompt_logprobs=_optional(check, request.output, "output.prompt_logprobs", 0, limits.max_logprobs),
         explain=request.output.explain or request.output.explain_tree,
         explain_tree=request.output.explain_tree,
         policy=_policy(check, request.speculation, verifier),
@@ -142,6 +145,10 @@ def with_prompt(
     if request.max_tokens > room:
         problem = f"{length} prompt tokens leave room for {room} of {info.max_context_tokens}, not {request.max_tokens}"
         raise InvalidRequestError(FieldViolation("stopping.max_tokens", problem))
+    entries = 0 if request.prompt_logprobs is None else length * (1 + request.prompt_logprobs)
+    if entries * LOGPROB_BYTES > limits.max_message_bytes:
+        problem = f"{entries} entries of about {LOGPROB_BYTES} bytes do not fit limits.max_message_bytes"
+        raise InvalidRequestError(FieldViolation("output.prompt_logprobs", problem))
     max_tokens = request.max_tokens or min(max(DEFAULT_MAX_TOKENS, request.min_tokens), limits.max_output_tokens, room)
     delivered = len(request.delivered_token_ids)
     if delivered > max_tokens:
@@ -170,6 +177,7 @@ def split(request: GenerationRequest, asked: pb.GenerateRequest) -> list[tuple[i
             replace(
                 request,
                 request_id=answer_id(request.request_id, index),
+                prompt_logprobs=None if index else request.prompt_logprobs,
                 sampling=replace(request.sampling, seed=(request.sampling.seed + index) % 2**64),
                 delivered_token_ids=tuple(resumed[index].token_ids),
             ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -285,6 +286,32 @@ def test_logprobs_are_those_of_the_raw_distribution(model):
     for entry, row in zip(given, expected, strict=True):
         assert entry.logprob == pytest.approx(row[entry.token_id].item(), abs=1e-4)
         assert [t for t, _ in entry.top] == row.topk(3).indices.tolist()
+
+
+def test_prompt_logprobs_are_the_same_under_every_policy_whatever_is_cached(model):
+    prompt = np.random.default_rng(3).integers(3, model.vocab_size, 70).tolist()
+    known = Known()
+    known.add(prompt, plain_greedy(model, prompt, 12))
+    plain = GenerationRequest("plain", prompt, SamplingParams(), 12, ignore_eos=True)
+    asked = [
+        replace(plain, request_id=policy, policy=policy, prompt_logprobs=2) for policy in ("off", "chain:3", "smart")
+    ]
+    engine = engine_for(model, OracleDrafter(known, model.vocab_size))
+    found = run(engine, [plain, *asked])  # the others find the prompt in the prefix cache
+    model.hf.set_attn_implementation("eager")
+    with torch.inference_mode():
+        expected = model.hf(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
+    model.hf.set_attn_implementation("treeline")
+    for request in asked:
+        first, *others = [item for item in found[request.request_id] if isinstance(item, Chunk)]
+        assert not any(chunk.prompt_logprobs for chunk in others)
+        assert [entry.token_id for entry in first.prompt_logprobs] == prompt
+        assert math.isnan(first.prompt_logprobs[0].logprob)
+        for entry, row in zip(first.prompt_logprobs[1:], expected, strict=False):
+            assert entry.logprob == pytest.approx(row[entry.token_id].item(), abs=1e-4)
+            assert [t for t, _ in entry.top] == row.topk(2).indices.tolist()
+    assert len({tuple(tokens_of(items)) for items in found.values()}) == 1
+    assert_all_free(engine)
 
 
 def test_explanations_account_for_every_token(model):
