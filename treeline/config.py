@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from treeline.errors import ConfigError
+from treeline.sampling import SamplingParams
 
 DEFAULT_MODEL = "default"
 """Stands for the embedded default model (see `lm/store.py`)."""
@@ -22,6 +27,7 @@ keep their core. About a millisecond: from one matrix product to the next, but n
 MAX_RUNNING_REQUESTS, MAX_TREE_NODES, MAX_TREE_DEPTH = 1024, 256, 32
 """What `limits` may be set to. They bound the numbers of messages between services, and the sizes of arrays."""
 
+ENVIRONMENT = "TREELINE_"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -123,6 +129,23 @@ class LimitsConfig(Section):
     max_message_bytes: int = Field(default=4 << 20, ge=1 << 16)
 
 
+class SamplingDefaults(Section):
+    """Unset fields of a request's sampling take these; where they are null, what the model's generation_config.json
+    says."""
+
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+
+    def over(self, model: SamplingParams) -> SamplingParams:
+        """The defaults in force, where `model` are the model's."""
+        return replace(model, **self.model_dump(exclude_none=True))
+
+
 class VerifierConfig(Section):
     target: ModelConfig = ModelConfig()
     resources: ScaledResourcesConfig = ScaledResourcesConfig(num_cpus=1)
@@ -131,6 +154,7 @@ class VerifierConfig(Section):
     prefill_chunk_tokens: int = Field(default=256, ge=16, description="most prompt tokens in one step")
     prefix_caching: bool = Field(default=True, description="reuse the KV of prompts that begin alike")
     draft_timeout_s: float = Field(default=1.0, gt=0)
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
     default_policy: str = "smart"
     allowed_policies: list[str] = Field(
         default=[
@@ -317,24 +341,48 @@ def _absolute(value: Any, name: str = "") -> Any:
     return value
 
 
-def load_config(path: Path | None) -> Config:
-    """The configuration in `path`, or the defaults.
+def load_config(path: Path | None, settings: Mapping[str, Any] | None = None) -> Config:
+    """The configuration in `path` (else the defaults), what the environment changes, and then what `settings` do.
+
+    A setting is named as in "server.port". The environment's names are like TREELINE_SERVER__PORT, and its values YAML.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or a field is unknown or wrong; the message is one line.
     """
-    if path is None:
-        return Config()
+    source = str(path or "configuration")
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_text()) if path else {}
+        for name, value in {**_environment(), **(settings or {})}.items():
+            data = _changed(data or {}, name.split("."), value)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
     if data is not None and not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected sections such as 'server:' at the top")
+        raise ConfigError(f"{source}: expected sections such as 'server:' at the top")
     try:
         return Config.model_validate(data or {})
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"{path}: {problems}") from None
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}{_meant(e)}" for e in error.errors())
+        raise ConfigError(f"{source}: {problems}") from None
+
+
+def _environment() -> dict[str, Any]:
+    """Settings by their dotted names."""
+    names = {name: name.removeprefix(ENVIRONMENT).lower().replace("__", ".") for name in os.environ if "__" in name}
+    return {dotted: yaml.safe_load(os.environ[n]) for n, dotted in names.items() if n.startswith(ENVIRONMENT)}
+
+
+def _changed(section: Any, path: list[str], value: Any) -> Any:
+    """`section` with another value at `path`. What is no section stays, and is refused later."""
+    if not isinstance(section, dict):
+        return section
+    name, *below = path
+    return section | {name: _changed(section.get(name) or {}, below, value) if below else value}
+
+
+def _meant(error: Any) -> str:
+    """Which field an unknown one may stand for."""
+    known = {name for section in Section.__subclasses__() for name in section.model_fields}
+    close = difflib.get_close_matches(str(error["loc"][-1]), known, 1) if error["type"] == "extra_forbidden" else []
+    return f"; did you mean {close[0]}?" if close else ""

@@ -7,6 +7,7 @@ import yaml
 
 from treeline.config import Config, load_config
 from treeline.errors import ConfigError
+from treeline.sampling import SamplingParams
 
 
 def load(tmp_path: Path, text: str) -> Config:
@@ -26,7 +27,7 @@ def test_the_defaults_survive_yaml(tmp_path):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("server: {prot: 1}", "server.prot: Extra inputs"),
+        ("server: {prot: 1}", "server.prot: Extra inputs.*; did you mean port"),
         ("serve: {}", "serve: Extra inputs"),
         ("limits: {max_running_requests: 0}", "limits.max_running_requests"),
         ("server: {port: many}", "server.port"),
@@ -64,3 +65,26 @@ def test_paths_are_made_absolute_and_model_names_stay(tmp_path, monkeypatch):
     assert config.drafter.head == str(tmp_path / "head")
     assert config.server.token_file == tmp_path / "tokens"
     assert Config().with_absolute_paths().verifier.target.model == "default"
+
+
+def test_the_environment_changes_the_file_and_settings_change_both(tmp_path, monkeypatch):
+    (tmp_path / "file.yaml").write_text("server: {port: 1, http: {port: 2}}\nverifier: {prefix_caching: true}")
+    monkeypatch.setenv("TREELINE_SERVER__PORT", "3")
+    monkeypatch.setenv("TREELINE_SERVER__HTTP__PORT", "4")
+    monkeypatch.setenv("TREELINE_VERIFIER__TARGET__MODEL", "some/model")
+    monkeypatch.setenv("TREELINE_DRAFTER__ENDPOINTS", "[a:1, b:2]")
+    monkeypatch.setenv("TREELINE_SERVER", "not:a-setting")
+    config = load_config(tmp_path / "file.yaml", {"server.port": 5})
+    assert (config.server.port, config.server.http.port) == (5, 4)
+    assert (config.verifier.target.model, config.verifier.prefix_caching) == ("some/model", True)
+    assert config.drafter.endpoints == ["a:1", "b:2"]
+    monkeypatch.setenv("TREELINE_SERVER__PRT", "3")
+    with pytest.raises(ConfigError, match=r"server\.prt: .*did you mean port"):
+        load_config(None)
+
+
+def test_sampling_defaults_of_the_operator_go_before_the_models():
+    model = SamplingParams(temperature=0.7, top_k=40)
+    config = Config.model_validate({"verifier": {"sampling_defaults": {"temperature": 0.2, "top_p": 0.9}}})
+    expected = SamplingParams(temperature=0.2, top_p=0.9, top_k=40)
+    assert config.verifier.sampling_defaults.over(model) == expected

@@ -114,7 +114,7 @@ class VerifierServer:
         )
         server = new_server(config.internal, limits.max_message_bytes, interceptors=[CallInterceptor()])
         servicer = GenerationServicer(
-            engine, model.tokenizer, _served(model, config), limits, config.verifier, lambda: watcher.plan
+            engine, model.tokenizer, served(model, config), limits, config.verifier, lambda: watcher.plan
         )
         add_GenerationServiceServicer_to_server(servicer, server)
         health_servicer = await add_standard_services(server, SERVICE)
@@ -158,7 +158,7 @@ def _check_limits(model: LanguageModel, config: Config) -> None:
         )
 
 
-def _served(model: LanguageModel, config: Config) -> ServedModel:
+def served(model: LanguageModel, config: Config) -> ServedModel:
     return ServedModel(
         name=model.name,
         architecture=model.architecture,
@@ -168,7 +168,7 @@ def _served(model: LanguageModel, config: Config) -> ServedModel:
         eos_token_ids=model.eos_token_ids,
         has_chat_template=model.tokenizer.chat_template is not None,
         tool_call_format=tool_call_format(model.tokenizer.chat_template),
-        sampling=model.sampling,
+        sampling=config.verifier.sampling_defaults.over(model.sampling),
     )
 
 

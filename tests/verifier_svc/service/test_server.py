@@ -13,11 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm.model import LanguageModel
+from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from tests.verifier_svc.service.test_service import failure
 from tests.verifier_svc.services import Services, running_services, save_tiny_model, tiny_config
 from treeline.config import Config, DrafterConfig, ModelConfig, ObjectivesConfig
 from treeline.errors import ConfigError
 from treeline.v1 import generation_pb2 as pb
+from verifier_svc.service.server import served
+from verifier_svc.service.validation import parse_generate
 
 POLICIES = ("off", "chain:4", "static:3-2-1", "eagle2:4,3,8", "smart-paper", "smart")
 PROMPT = "one two three, one two three, one two"
@@ -136,6 +139,17 @@ def test_each_of_n_answers_is_that_of_its_seed_under_every_policy(target):
         await nothing_left(services)
 
     with_services(scenario, tiny_config(target, drafters(target)["both"]))
+
+
+def test_unset_sampling_is_as_the_operator_says():
+    model = LanguageModel.from_hf(tiny_llama(), tiny_tokenizer())
+    config = Config.model_validate({"verifier": {"sampling_defaults": {"temperature": 0.5}}})
+    info = served(model, config)
+    limits, verifier = config.limits, config.verifier
+    asked, _ = parse_generate(pb.GenerateRequest(prompt="x"), info, limits, verifier)
+    cold, _ = parse_generate(ask(temperature=0.001, top_k=-1), info, limits, verifier)
+    assert asked.sampling.temperature == 0.5
+    assert (cold.sampling.temperature, cold.sampling.top_k) == (0.0, 0)
 
 
 def test_sixteen_streams_with_cancellations_and_deadlines_leave_nothing(target):

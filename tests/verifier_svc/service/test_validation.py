@@ -225,6 +225,11 @@ def test_prompt_and_output_share_the_context():
     assert tokenised(10).max_tokens == 32  # the output limit
     assert tokenised(60).max_tokens == 4  # what is left
     assert tokenised(60, **stopping(max_tokens=4)).max_tokens == 4
+    large = replace(INFO, max_context_tokens=10**6)
+    scored = pb.GenerateRequest(prompt="x", output=pb.OutputOptions(prompt_logprobs=5))
+    checked, prompt = parse_generate(scored, INFO, LIMITS, VERIFIER)
+    with pytest.raises(InvalidRequestError, match=r"output\.prompt_logprobs"):
+        with_prompt(checked, prompt, [1] * 20_000, large, LIMITS)
     for length, fields, field in [
         (64, {}, "prompt"),
         (1000, {}, "prompt"),
