@@ -56,6 +56,9 @@ proto: ## Regenerate the code of the contracts
 release-contract: $(INSTALLED) ## Record the clients' contract, which `make lint` lets nobody break
 	$(BIN)/buf build --path proto/treeline/v1/generation.proto --exclude-source-info -o proto/released.binpb
 
+docs: $(INSTALLED) ## Regenerate the reference pages
+	$(BIN)/python docs/generate.py
+
 wheels: ## Build both distributions into build/wheels, from a copy without anything untracked
 	rm -rf build/source build/wheels
 	mkdir -p build/source
@@ -66,4 +69,4 @@ wheels: ## Build both distributions into build/wheels, from a copy without anyth
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info build lm/_kernels*.so
 
-.PHONY: help setup demo serve test test-slow lint proto release-contract wheels clean
+.PHONY: help setup demo serve test test-slow lint proto release-contract docs wheels clean
