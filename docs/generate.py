@@ -87,8 +87,8 @@ def metrics_page() -> str:
     lines = [
         "# Metrics",
         "",
-        "Written by `docs/generate.py`. Names carry vLLM's stems and definitions under the prefix `treeline_`. Series of "
-        "a verifier have the labels `model_name` and `replica` as well.",
+        "Written by `docs/generate.py`. Names carry vLLM's stems and definitions under the prefix `treeline_`. Series "
+        "of a verifier have the labels `model_name` and `replica` as well.",
     ]
     for service, metrics in SERVICES.items():
         registry = CollectorRegistry()
