@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from pydantic import BaseModel
 
-from treeline.config import load_config
+from treeline.config_file import load_config
 
 
 def config(

@@ -22,7 +22,7 @@ from rich.table import Table
 from cli.options import ConfigFile
 from cli.serve import check_startable
 from treeline.client import TreelineClient
-from treeline.config import load_config
+from treeline.config_file import load_config
 from treeline.rpc.tokens import read_tokens
 from treeline.v1 import generation_pb2 as pb
 

@@ -17,7 +17,8 @@ import typer
 
 import treeline
 from cli.options import ConfigFile
-from treeline.config import Config, ServerConfig, load_config
+from treeline.config import Config, ServerConfig
+from treeline.config_file import load_config
 from treeline.rpc.tokens import read_tokens
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1.generation_pb2_grpc import GenerationServiceStub

@@ -1,17 +1,18 @@
-"""`treeline generate`: one answer, streamed to the terminal."""
+"""`treeline generate` and `treeline chat`: answers, streamed to the terminal."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cli.options import DEFAULT_SERVER, PlaintextToken, Server, TlsCa, Token
 from treeline.client import TreelineClient
 from treeline.client.as_dict import as_dict
+from treeline.client.base import Message, texts_of
 from treeline.v1 import generation_pb2 as pb
 
 
@@ -38,19 +39,33 @@ def generate(
         bool, typer.Option("--keep-special-tokens", help="Show special tokens, such as the end of a turn.")
     ] = False,
     logprobs: Annotated[int | None, typer.Option(help="With --json: log-probabilities, and of so many others.")] = None,
+    prompt_logprobs: Annotated[int | None, typer.Option(help="With --json: the same, of the prompt.")] = None,
+    n: Annotated[int | None, typer.Option(help="How many answers.")] = None,
     priority: Annotated[int, typer.Option(help="Higher goes first; -4 to 4.")] = 0,
     max_nodes: Annotated[int | None, typer.Option(help="Most draft nodes in any step.")] = None,
     max_depth: Annotated[int | None, typer.Option(help="Deepest draft layer in any step.")] = None,
     json_schema: Annotated[str | None, typer.Option(help="A JSON Schema that the answer must satisfy.")] = None,
     regex: Annotated[str | None, typer.Option(help="A regular expression that the answer must match.")] = None,
+    lark: Annotated[str | None, typer.Option(help="A grammar in Lark's notation that the answer must match.")] = None,
     choice: Annotated[list[str] | None, typer.Option(help="A text that the answer may be; repeat for others.")] = None,
     policy: Annotated[str | None, typer.Option(help="off, chain:4, eagle2:5,4,16, smart-paper, smart, ...")] = None,
     target_ms: Annotated[
         float | None, typer.Option("--target-time-per-output-token-ms", help="Favour the answer while it is slower.")
     ] = None,
+    begin: Annotated[str | None, typer.Option(help="What the assistant has said so far; the answer goes on.")] = None,
+    template_arguments: Annotated[str | None, typer.Option(help="JSON object that the chat template reads.")] = None,
+    no_generation_prompt: Annotated[
+        bool, typer.Option("--no-generation-prompt", help="Do not begin the assistant's turn.")
+    ] = False,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
+    token_ids: Annotated[bool, typer.Option("--token-ids", help="PROMPT is token ids, separated by spaces.")] = False,
+    model: Annotated[str, typer.Option(help="Refuse any other served model.", show_default=False)] = "",
+    request_id: Annotated[str, typer.Option(help="Its name in logs, and to abort it.", show_default=False)] = "",
     explain: Annotated[bool, typer.Option("--explain", help="Show each step: its text, its tree, and why.")] = False,
+    explain_tree: Annotated[
+        bool, typer.Option("--explain-tree", help="With --json: also every node of each step's tree.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print each message as one line of JSON.")] = False,
     timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds the whole answer may take.")] = None,
     server: Server = DEFAULT_SERVER,
@@ -63,15 +78,18 @@ def generate(
     Ctrl-C ends the request on the service too.
     """
     text = sys.stdin.read() if prompt == "-" else prompt
-    if raw and system is not None:
-        raise typer.BadParameter("--system needs a chat: leave --raw away")
-    messages = [{"role": "user", "content": text}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
+    is_chat = not (raw or token_ids)
+    if not is_chat and (system is not None or begin is not None):
+        raise typer.BadParameter("--system and --begin need a chat: leave --raw and --token-ids away")
+    turns = (("system", system), ("user", text), ("assistant", begin))
+    messages = [{"role": role, "content": content} for role, content in turns if content is not None]
     with TreelineClient(server, token, tls_ca, allow_plaintext_token=plaintext_token) as client:
         answer = client.generate(
-            text if raw else None,
-            messages=None if raw else messages,
+            text if raw and not token_ids else None,
+            messages=messages if is_chat else None,
+            token_ids=_ids(text) if token_ids else None,
+            template_arguments=_object(template_arguments),
+            add_generation_prompt=False if no_generation_prompt else None,
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -89,24 +107,82 @@ def generate(
             min_tokens=min_tokens,
             skip_special_tokens=not keep_special,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            n=n,
+            model=model,
+            request_id=request_id,
             priority=priority,
-            grammar=_grammar(json_schema, regex, choice),
+            grammar=_grammar(json_schema, regex, lark, choice),
             max_nodes=max_nodes,
             max_depth=max_depth,
             policy=policy,
             target_time_per_output_token_ms=target_ms,
             explain=explain,
+            explain_tree=explain_tree,
             timeout_s=timeout,
         )
-        show = show_json if as_json else show_steps if explain else show_text
+        show = show_json if as_json else show_steps if explain or explain_tree else show_text
         show(answer)
 
 
-def _grammar(json_schema: str | None, regex: str | None, choice: list[str] | None) -> pb.Grammar | None:
-    if sum(map(bool, (json_schema, regex, choice))) > 1:
-        raise typer.BadParameter("give one of --json-schema, --regex and --choice")
-    choices = pb.Choice(texts=choice) if choice else None
-    return pb.Grammar(json_schema=json_schema, regex=regex, choice=choices) if json_schema or regex or choice else None
+def chat(
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of each answer.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus mass, in (0, 1].")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same answers.")] = None,
+    policy: Annotated[str | None, typer.Option(help="off, chain:4, eagle2:5,4,16, smart-paper, smart, ...")] = None,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    server: Server = DEFAULT_SERVER,
+    token: Token = None,
+    tls_ca: TlsCa = None,
+    plaintext_token: PlaintextToken = False,
+) -> None:
+    """Talk with the served model, a line at a time, until the end of the input (Ctrl-D)."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    with TreelineClient(server, token, tls_ca, allow_plaintext_token=plaintext_token) as client:
+        while said := _line():
+            messages.append({"role": "user", "content": said})
+            sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+            answer = list(_shown(client.generate(messages=messages, policy=policy, **sampling)))  # type: ignore[arg-type]
+            messages.append({"role": "assistant", "content": texts_of(answer)[0]})
+
+
+def _line() -> str:
+    """The next line that is not empty; empty at the end of the input."""
+    while True:
+        try:
+            said = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return ""
+        if said:
+            return said
+
+
+def _grammar(
+    json_schema: str | None, regex: str | None, lark: str | None, choice: list[str] | None
+) -> pb.Grammar | None:
+    given = {"json_schema": json_schema, "regex": regex, "lark": lark, "choice": choice and pb.Choice(texts=choice)}
+    kinds: dict[str, Any] = {name: value for name, value in given.items() if value}
+    if len(kinds) > 1:
+        raise typer.BadParameter("give one of --json-schema, --regex, --lark and --choice")
+    return pb.Grammar(**kinds) if kinds else None
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split()]
+    except ValueError:
+        raise typer.BadParameter("with --token-ids, PROMPT is numbers separated by spaces") from None
+
+
+def _object(text: str | None) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text or "null")
+    except ValueError:
+        value = text
+    if value is not None and not isinstance(value, dict):
+        raise typer.BadParameter("--template-arguments is a JSON object")
+    return value
 
 
 def _biases(given: list[str]) -> dict[int, float]:
@@ -117,23 +193,29 @@ def _biases(given: list[str]) -> dict[int, float]:
         raise typer.BadParameter(f"--logit-bias is TOKEN_ID:BIAS, as in 42:-5, not {' '.join(given)}") from None
 
 
-def show_text(answer: Iterator[pb.GenerateChunk | pb.GenerateComplete]) -> None:
-    """The text alone, as it comes."""
+def show_text(answer: Iterator[Message]) -> None:
+    """The text alone, as it comes; what follows the first of several answers once all are there."""
+    texts = texts_of(_shown(answer))
+    for text in texts[1:]:
+        typer.echo(f"\n{text}")
+
+
+def _shown(answer: Iterator[Message]) -> Iterator[Message]:
+    """The same messages. The first answer's text is printed as it comes."""
     for message in answer:
-        if isinstance(message, pb.GenerateChunk):
-            typer.echo(message.text, nl=False)
-        else:
-            typer.echo()
+        if message.index == 0:
+            typer.echo(message.text if isinstance(message, pb.GenerateChunk) else "\n", nl=False)
+        yield message
 
 
-def show_json(answer: Iterator[pb.GenerateChunk | pb.GenerateComplete]) -> None:
+def show_json(answer: Iterator[Message]) -> None:
     """{"chunk": ...} lines, then one {"complete": ...} line, fields as in generation.proto."""
     for message in answer:
         kind = "chunk" if isinstance(message, pb.GenerateChunk) else "complete"
         typer.echo(json.dumps({kind: as_dict(message)}, ensure_ascii=False))
 
 
-def show_steps(answer: Iterator[pb.GenerateChunk | pb.GenerateComplete]) -> None:
+def show_steps(answer: Iterator[Message]) -> None:
     """One line a step, then a summary."""
     for message in answer:
         if isinstance(message, pb.GenerateChunk):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -15,11 +15,12 @@ from cli.config import config
 from cli.demo import demo
 from cli.distill import distill
 from cli.doctor import doctor
-from cli.generate import generate
+from cli.generate import chat, generate
 from cli.models import models
 from cli.profile import profile
 from cli.serve import serve
 from cli.top import top
+from treeline import __version__
 from treeline.config import SPIN_COUNT
 from treeline.errors import ConfigError, TreelineError
 
@@ -40,12 +41,11 @@ class ErrorGroup(TyperGroup):
 app = typer.Typer(
     name="treeline",
     cls=ErrorGroup,
-    help="Serves large language models with speculative trees that know when to stop growing.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
+app.command()(chat)
 app.command()(serve)
 app.add_typer(models, name="models")
 app.command()(profile)
@@ -57,6 +57,21 @@ app.command()(distill)
 app.command()(eval_drafter)
 app.command()(simulate)
 app.add_typer(bench, name="bench")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def treeline(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Serves large language models with speculative trees that know when to stop growing."""
 
 
 def main() -> None:

@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-models = typer.Typer(help="List the model cache, or fetch a model into it.", no_args_is_help=True)
+models = typer.Typer()
+
+
+@models.callback(invoke_without_command=True)
+def list_if_alone(context: typer.Context) -> None:
+    """List the model cache, or fetch a model into it."""
+    if context.invoked_subcommand is None:
+        list_models()
 
 
 @models.command("list")

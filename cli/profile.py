@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cli.options import ConfigFile
-from treeline.config import load_config
+from treeline.config_file import load_config
 
 
 def profile(

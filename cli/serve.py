@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import socket
+from typing import Annotated
 
 import typer
 
 from cli.options import ConfigFile
-from treeline.config import Config, load_config
+from treeline.config import Config
+from treeline.config_file import load_config
 from treeline.errors import ConfigError
 from treeline.rpc.tokens import read_tokens
 
 
-def serve(config: ConfigFile = None) -> None:
+def serve(
+    config: ConfigFile = None,
+    port: Annotated[int | None, typer.Option(help="gRPC port, in place of server.port.", show_default=False)] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="HTTP port, in place of server.http.port.", show_default=False)
+    ] = None,
+) -> None:
     """Start all services on Ray Serve and keep them running until Ctrl-C.
 
     A start that fails says why in one line (exit 2); most mistakes are found before anything starts.
     """
-    checked = load_config(config)
+    ports = {"server.port": port, "server.http.port": http_port}
+    checked = load_config(config, {name: value for name, value in ports.items() if value is not None})
     check_startable(checked)
     typer.echo("loading Ray", err=True)
     from deploy.run import run

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.options import ConfigFile, JsonFile, Limit, Prompts
-from treeline.config import Config, DrafterConfig, load_config
+from treeline.config import Config, DrafterConfig
+from treeline.config_file import load_config
 
 if TYPE_CHECKING:
     from bench.common import Prompt

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.options import ConfigFile, JsonFile, Prompts
-from treeline.config import Config, load_config
+from treeline.config import Config
+from treeline.config_file import load_config
 from treeline.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import typer
 
 from cli.options import ConfigFile, JsonFile, Limit, PlaintextToken, Prompts, TlsCa, Token, numbers
 from treeline.client import TreelineClient
-from treeline.config import load_config
+from treeline.config_file import load_config
 from treeline.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -16,6 +17,7 @@ import lm.store
 from cli.doctor import examine
 from cli.main import app
 from cli.serve import check_startable
+from treeline import __version__
 from treeline.config import Config, ServerConfig, VerifierConfig
 from treeline.errors import ConfigError
 from treeline.v1 import generation_pb2 as pb
@@ -55,6 +57,61 @@ def test_generate_passes_every_option_on(service):
     assert (request.min_tokens, request.skip_special_tokens, request.priority) == (2, False, 1)
     assert (request.max_nodes, request.max_depth, request.logprobs) == (6, 3, 0)
     assert request.grammar is not None
+
+
+def test_generate_has_the_rest_of_the_contract_too(service):
+    engine, endpoint = service
+    options = ["--n", "2", "--prompt-logprobs", "0", "--model", "fake", "--request-id", "mine", "--begin", "Well,"]
+    options += ["--template-arguments", '{"a": 1}', "--explain-tree", "--lark", "start: /a+/", "--max-tokens", "4"]
+    result = treeline("generate", "hi", *options, "--json", "--server", endpoint)
+    assert result.exit_code == 0, result.stderr
+    first, second = engine.requests
+    assert bytes(first.prompt_token_ids) == b"<a>1<user>hi<assistant>Well,"
+    assert (first.request_id, second.request_id, first.prompt_logprobs) == ("mine", "mine#1", 0)
+    assert first.explain_tree
+    assert first.grammar is not None
+    assert treeline("generate", "7 8", "--token-ids", "--server", endpoint).exit_code == 0
+    assert engine.requests[-1].prompt_token_ids == [7, 8]
+    two = treeline("generate", "hi", "--n", "2", "--max-tokens", "4", "--server", endpoint)
+    assert two.stdout == "a0 a1 \n\na0 a1 \n"
+    for wrong in (["7 x", "--token-ids"], ["7", "--raw", "--begin", "x"], ["x", "--template-arguments", "[]"]):
+        assert treeline("generate", *wrong, "--server", endpoint).exit_code == 2
+
+
+def test_a_chat_remembers_what_was_said(service):
+    engine, endpoint = service
+    options = ["--system", "be brief", "--max-tokens", "2", "--seed", "3", "--server", endpoint]
+    result = treeline("chat", *options, input="hi\n\nand?\n")
+    assert (result.exit_code, result.stdout) == (0, "a0 \na0 \n")
+    last = bytes(engine.requests[-1].prompt_token_ids)
+    assert last == b"<system>be brief<user>hi<assistant>a0 <user>and?<assistant>"
+    assert engine.requests[-1].sampling.seed == 3
+
+
+def test_the_version_and_the_model_list():
+    assert treeline("--version").stdout == f"{__version__}\n"
+    assert treeline("models").exit_code == 0
+    assert "Possible options" in treeline("generate", "x", "--prot", "1").stderr
+
+
+def test_what_cannot_be_reached_or_is_late_is_said_once(service):
+    engine, endpoint = service
+    engine.step_s = 0.02
+    late = treeline("generate", "x", "--max-tokens", "100", "--timeout", "0.1", "--server", endpoint)
+    assert late.stderr == "treeline: DEADLINE_EXCEEDED: it took longer than its timeout\n"
+    assert "]" not in treeline("generate", "x", "--server", "nonsense").stderr
+
+
+def test_ports_on_the_command_line_go_before_the_file(tmp_path, monkeypatch):
+    started = []
+    quick = SimpleNamespace(run=lambda config, **_: started.append(config))  # the real one loads Ray
+    monkeypatch.setitem(sys.modules, "deploy.run", quick)
+    monkeypatch.setattr("cli.serve.check_startable", lambda config: None)
+    (tmp_path / "c.yaml").write_text("server: {port: 1, resume_wait_s: 5}")
+    result = treeline("serve", "-c", str(tmp_path / "c.yaml"), "--port", "7001", "--http-port", "0")
+    assert result.exit_code == 0, result.stderr
+    server = started[0].server
+    assert (server.port, server.http.port, server.resume_wait_s) == (7001, 0, 5)
 
 
 def test_raw_text_from_standard_input(service):

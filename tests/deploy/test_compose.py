@@ -15,7 +15,8 @@ import yaml
 from deploy.app import Replica
 from lm.cuda.layout import BUCKETS
 from planner.policies import parse_policy
-from treeline.config import Config, load_config
+from treeline.config import Config
+from treeline.config_file import load_config
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())

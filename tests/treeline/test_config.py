@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from treeline.config import Config, load_config
+from treeline.config import Config
+from treeline.config_file import load_config
 from treeline.errors import ConfigError
 from treeline.sampling import SamplingParams
 

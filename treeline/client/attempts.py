@@ -36,7 +36,8 @@ class Servers:
         """The TreelineError behind a call to the server in use that failed."""
         if error.code() is grpc.StatusCode.UNAVAILABLE and not error.trailing_metadata():
             # The transport failed, not the service.
-            return UnavailableError(f"cannot reach {self.target}: {(error.details() or '').rpartition(': ')[2]}")
+            why = (error.details() or "").rpartition(": ")[2].rstrip("]")
+            return UnavailableError(f"cannot reach {self.target}: {why}")
         return from_rpc_error(error)
 
 

@@ -111,6 +111,8 @@ def from_rpc_error(error: Any) -> TreelineError:
         return QuotaExceededError(message, _detail(error, RetryInfo()).retry_delay.ToTimedelta().total_seconds())
     if kind is StreamLostError:
         return StreamLostError(message, int(info.metadata[DELIVERED]))
+    if code is _Code.DEADLINE_EXCEEDED and "deadline exceeded" in message.lower():
+        message = "it took longer than its timeout"  # Not "Deadline Exceeded", which the code says already.
     if kind is None and code is _Code.UNAVAILABLE:
         return UnavailableError(message)
     return kind(message) if kind else RequestFailedError(code.name, message)
