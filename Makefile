@@ -38,6 +38,12 @@ test: setup ## The whole test suite
 test-slow: setup ## Tests that take minutes: every policy against transformers on the default model
 	$(BIN)/python -m pytest -m slow --override-ini addopts="-q -s"
 
+chaos: $(INSTALLED) ## Break every service on purpose, compare every text: MINUTES=2 SEED=0
+	$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),2) --seed $(or $(SEED),0)
+
+fuzz: $(INSTALLED) ## Mutated messages to every RPC of every port: INPUTS=100000
+	$(BIN)/python -m tests.chaos.fuzz --inputs $(or $(INPUTS),100000)
+
 lint: $(INSTALLED) ## Style, types, contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -69,4 +75,4 @@ wheels: ## Build both distributions into build/wheels, from a copy without anyth
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info build lm/_kernels*.so
 
-.PHONY: help setup demo serve test test-slow lint proto release-contract docs wheels clean
+.PHONY: help setup demo serve test test-slow chaos fuzz lint proto release-contract docs wheels clean

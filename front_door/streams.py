@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
 
-from treeline.rpc.interceptors import SERVICE
+from treeline.rpc.interceptors import SERVICE, write_all
 
 MAX_SILENT = 256
 """Calls whose message has not come yet. For each one more the oldest gives way: an honest client's message comes with
@@ -41,7 +40,7 @@ class StreamLimits(grpc.aio.ServerInterceptor):
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WATCHES} such streams are open")
             self._watches += watches
             try:
-                await _write_all((handler.stream_stream or handler.unary_stream)(given, context), context)
+                await write_all((handler.stream_stream or handler.unary_stream)(given, context), context)
             finally:
                 self._watches -= watches
 
@@ -71,12 +70,3 @@ async def _first(requests: AsyncIterator[Any]) -> Any:
     async for request in requests:
         return request
     raise ConnectionError("the call ended without a message")
-
-
-async def _write_all(answer: Any, context: grpc.aio.ServicerContext) -> None:
-    """`answer`: a handler's coroutine, which writes by itself, or its generator."""
-    if not inspect.isasyncgen(answer):
-        await answer
-        return
-    async for response in answer:
-        await context.write(response)

@@ -105,9 +105,11 @@ class LanguageModel:
                 fuse_layers(hf, finish=pack)
                 pack(hf)
             _let_go_of_files(hf)
-        except Exception as error:  # The reader of damaged weights raises anything.
+            model = cls(hf, tokenizer, config.name or model_name(config.model), config.cuda_graphs == "require")
+        except ConfigError:
+            raise
+        except Exception as error:  # The reader of damaged weights raises anything, and so does a pass over them.
             raise ConfigError(f"cannot load model '{config.model}': {one_line(error)}") from error
-        model = cls(hf, tokenizer, config.name or model_name(config.model), config.cuda_graphs == "require")
         if config.arithmetic == "int8" and "int8" not in model.arithmetic:
             raise ConfigError(f"arithmetic 'int8' needs weights in groups: set quantization for '{config.model}'")
         logger.info("%s computes in %s", model.name, model.arithmetic or str(model.dtype).removeprefix("torch."))

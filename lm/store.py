@@ -135,7 +135,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # the reader of a damaged config.json raises anything
         raise ConfigError(f"cannot load the tokenizer in {folder}: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(f"the tokenizer in {folder} has no fast form (tokenizer.json)")

@@ -32,7 +32,9 @@ def load_config(path: Path | None, settings: Mapping[str, Any] | None = None) ->
             data = _changed(data or {}, name.split("."), value)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # the reader raises anything for what looks like a date or a number, or nests deeply
         raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
     if data is not None and not isinstance(data, dict):
         raise ConfigError(f"{source}: expected sections such as 'server:' at the top")

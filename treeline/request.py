@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import uuid
 
+from treeline.errors import FieldViolation, InvalidRequestError
 from treeline.v1 import generation_pb2 as pb
 
 MAX_ANSWERS = 16
 """Most answers (`n`) to one request: each takes a slot and a place in the queue."""
+MAX_REQUEST_ID_CHARS = 128
 SEED_BITS = 63
 """Seeds are uint64 on the wire; 63 bits also fit the signed integers of other languages."""
 REQUEST_ID, SEED = "treeline-request-id", "treeline-seed"
@@ -19,7 +22,14 @@ CLIENT, WEIGHT = "treeline-client", "treeline-client-weight"
 
 
 def identify(request: pb.GenerateRequest) -> None:
-    """Give `request` an id and a seed if it has none. Both stay the same wherever the request runs."""
+    """Give `request` an id and a seed if it has none. Both stay the same wherever the request runs.
+
+    Raises:
+        InvalidRequestError: the id cannot be sent as metadata, or is too long.
+    """
+    if len(request.request_id) > MAX_REQUEST_ID_CHARS or not re.fullmatch("[!-~]*", request.request_id):
+        problem = f"must be at most {MAX_REQUEST_ID_CHARS} printable ASCII characters without spaces"
+        raise InvalidRequestError(FieldViolation("request_id", problem))
     if not request.request_id:
         request.request_id = uuid.uuid4().hex
     if not request.sampling.HasField("seed"):

@@ -156,6 +156,6 @@ async def _query(session: aiohttp.ClientSession, url: str, query: str) -> Iterab
             raise PrometheusError(f"{url} answers {response.status}")
     try:
         series: list[dict[str, Any]] = json.loads(body)["data"]["result"]
-        return [(one["metric"]["instance"], float(one["value"][1])) for one in series]
-    except (ValueError, LookupError, TypeError):
+        return [(str(one["metric"]["instance"]), float(one["value"][1])) for one in series]
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
         raise PrometheusError(f"{url} does not answer as Prometheus does") from None

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from drafter_svc.drafter import DrafterInfo
@@ -135,10 +136,14 @@ KINDS: dict[str, tuple[Message, Callable, Callable]] = {
 """A message that makes sense, the border it crosses, and what is done with it behind that."""
 
 
+def is_map(field: FieldDescriptor) -> bool:
+    return field.message_type is not None and field.message_type.GetOptions().map_entry
+
+
 def messages_within(message: Message) -> Iterator[Message]:
     yield message
     for field, value in message.ListFields():
-        if field.message_type is not None:
+        if field.message_type is not None and not is_map(field):
             for one in value if field.is_repeated else (value,):
                 yield from messages_within(one)
 
@@ -152,6 +157,8 @@ def spoil(message: Message, rng: random.Random) -> None:
     try:
         if kind == 0:
             within.ClearField(field.name)
+        elif is_map(field):
+            values[rng.choice(KILLERS)] = rng.choice(KILLERS)
         elif field.is_repeated and values:
             if field.message_type is not None or kind == 1:
                 values.extend([values[0]] * rng.choice((1, 3, 2000)))

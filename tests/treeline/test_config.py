@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -38,12 +39,53 @@ def test_the_defaults_survive_yaml(tmp_path):
         ("verifier: {target: {dtype: float8}}", "verifier.target.dtype"),
         ("- a list", "expected sections"),
         ("a: [", "is not YAML"),
+        ("a: " + "[" * 500, "is not YAML"),
+        ("a: 2020-99-99", "is not YAML"),
+        ("!!int x", "is not YAML"),
+        ("!!timestamp x", "is not YAML"),
+        ("limits: {max_waiting_requests: " + "1" * 5000 + "}", "is not YAML"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(tmp_path, text, problem):
     with pytest.raises(ConfigError, match=problem) as caught:
         load(tmp_path, text)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mutated_file_is_read_or_refused_in_one_line(tmp_path):
+    rng, refused = random.Random(0), 0
+    whole = yaml.safe_dump({"server": {"port": 1, "http": {"enabled": True}}, "limits": {"max_running_requests": 9}})
+    pieces = [
+        "[",
+        "]",
+        "{",
+        "}",
+        ": ",
+        "- ",
+        "\n  ",
+        "&a ",
+        "*a",
+        "!!int ",
+        "!!set ",
+        "'",
+        '"',
+        "|",
+        "%",
+        "?",
+        "é",
+        "\0",
+    ]
+    for _ in range(200):
+        text = list(whole)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(text))
+            text[at : at + rng.randint(0, 2)] = rng.choice(pieces) * rng.choice((1, 1, 30))
+        try:
+            load(tmp_path, "".join(text))
+        except ConfigError as error:
+            refused += 1
+            assert "\n" not in str(error)  # noqa: PT017
+    assert 20 < refused < 200, "some are refused, some are not"
 
 
 def test_a_missing_file_is_one_line(tmp_path):

@@ -1,3 +1,6 @@
+import pytest
+
+from treeline.errors import InvalidRequestError
 from treeline.request import identify
 from treeline.v1 import generation_pb2 as pb
 
@@ -19,3 +22,10 @@ def test_ids_and_seeds_are_drawn_once():
 def test_given_ids_and_seeds_stay():
     request = identified(request_id="mine", sampling=pb.SamplingParams(seed=0))
     assert (request.request_id, request.sampling.seed) == ("mine", 0)
+
+
+@pytest.mark.parametrize("request_id", ["x" * 129, "two words", "naïve", "\n"])
+def test_ids_that_metadata_cannot_carry_are_refused(request_id):
+    identified(request_id="!" + "~" * 127)
+    with pytest.raises(InvalidRequestError, match="request_id"):
+        identified(request_id=request_id)

@@ -1,6 +1,7 @@
 import asyncio
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -176,3 +177,31 @@ def test_a_taken_port_is_one_clear_error():
             await first.stop(None)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_message_that_does_not_parse_is_an_invalid_argument(kind):
+    """For every kind of call: grpc's own answer is UNKNOWN or INTERNAL."""
+
+    async def scenario():
+        server = new_server(InternalConfig(), 1 << 20)
+        handlers = echo_handlers().service(SimpleNamespace(method=f"/test.Echo/{kind}", invocation_metadata=()))
+        parsed = handlers._replace(
+            request_deserializer=health_pb2.HealthCheckRequest.FromString,
+            response_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        )
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Echo", {kind: parsed}),))
+        endpoint = bind(server, InternalConfig())
+        await server.start()
+        async with grpc.aio.insecure_channel(endpoint) as channel:
+            ends = []
+            for message in (b"\x0a\x01a", b"\x0a\x05a"):
+                call = channel.stream_stream(f"/test.Echo/{kind}")(iter([message]), timeout=5)
+                try:
+                    ends.append(await call.read())
+                except grpc.aio.AioRpcError as error:
+                    ends.append(error.code())
+        await server.stop(0)
+        return ends
+
+    assert asyncio.run(scenario()) == [b"\x0a\x01a", grpc.StatusCode.INVALID_ARGUMENT]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from treeline.errors import ConfigError
+from treeline.rpc.interceptors import MessageGuard
 from treeline.rpc.tokens import TokenFile
 
 if TYPE_CHECKING:
@@ -83,7 +84,9 @@ def new_server(
         ("grpc.so_reuseport", 0),
     ]
     return grpc.aio.server(
-        interceptors=[*guards, *interceptors], options=options, maximum_concurrent_rpcs=max_concurrent_rpcs
+        interceptors=[*guards, MessageGuard(), *interceptors],
+        options=options,
+        maximum_concurrent_rpcs=max_concurrent_rpcs,
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -22,7 +23,55 @@ logger = logging.getLogger(__name__)
 DEADLINE_SLACK_S = 0.02
 """A call that is cancelled this shortly before its deadline has exceeded it: timers fire a little early."""
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+HANDLERS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+MALFORMED = "not a valid message, or text in it is not UTF-8"
 _PREFIX = f"/{SERVICE}/"
+
+
+class MessageGuard(grpc.aio.ServerInterceptor):
+    """A message that protobuf cannot parse ends its call with INVALID_ARGUMENT, where grpc has UNKNOWN."""
+
+    async def intercept_service(self, continuation: Callable, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_deserializer is None:
+            return handler
+
+        def guarded_parse(data: bytes) -> Any:
+            try:
+                return handler.request_deserializer(data)
+            except DecodeError as error:
+                return error  # grpc hides what is raised here
+
+        async def checked(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            if isinstance(request, DecodeError):
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, MALFORMED)
+            return request
+
+        async def all_checked(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            async for request in requests:
+                yield await checked(request, context)
+
+        async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            if handler.request_streaming:
+                given = all_checked(request, context)
+            else:
+                given = await checked(request, context)
+            if handler.response_streaming:
+                return await write_all((handler.stream_stream or handler.unary_stream)(given, context), context)
+            return await (handler.stream_unary or handler.unary_unary)(given, context)
+
+        (kind,) = (name for name in HANDLERS if getattr(handler, name) is not None)
+        return handler._replace(request_deserializer=guarded_parse, **{kind: answer})
+
+
+async def write_all(answer: Any, context: grpc.aio.ServicerContext) -> None:
+    """`answer`: a handler's coroutine, which writes by itself, or its generator, which is closed."""
+    if not inspect.isasyncgen(answer):
+        await answer
+        return
+    async with aclosing(answer):
+        async for response in answer:
+            await context.write(response)
 
 
 class CallObserver(Protocol):
@@ -59,7 +108,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 return parse(data)
             except DecodeError:
                 # Returned, because grpc would turn an exception here into INTERNAL.
-                return InvalidRequestError(FieldViolation("", "not a valid message, or text in it is not UTF-8"))
+                return InvalidRequestError(FieldViolation("", MALFORMED))
 
         if handler.response_streaming:
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -22,7 +21,7 @@ from verifier_svc.engine.request import GenerationRequest
 from verifier_svc.service.chat import ROLES, Chat, Prompt
 
 DEFAULT_MAX_TOKENS = 256
-MAX_REQUEST_ID_CHARS, MAX_POLICY_CHARS = 128, 64
+MAX_POLICY_CHARS = 64
 MAX_STOP_TOKEN_IDS = 256
 CHARACTERS_PER_TOKEN = 32
 """On average of a whole prompt at most. Prose has 4 to 5; only runs of one character, such as spaces, come near."""
@@ -74,7 +73,7 @@ def parse_generate(
     check = _Checker()
     prompt = _prompt(check, request, info)
     checked = GenerationRequest(
-        request_id=_request_id(check, request.request_id),
+        request_id=request.request_id,
         prompt_token_ids=[],
         sampling=_sampling(check, request.sampling, info),
         max_tokens=_optional(check, request.stopping, "stopping.max_tokens", 1, limits.max_output_tokens) or 0,
@@ -223,15 +222,6 @@ class _Checker:
     def done(self) -> None:
         if self._violations:
             raise InvalidRequestError(*self._violations[:MAX_VIOLATIONS])
-
-
-def _request_id(check: _Checker, request_id: str) -> str:
-    check.that(
-        len(request_id) <= MAX_REQUEST_ID_CHARS and re.fullmatch("[!-~]*", request_id) is not None,
-        "request_id",
-        f"must be at most {MAX_REQUEST_ID_CHARS} printable ASCII characters without spaces",
-    )
-    return request_id
 
 
 def _prompt(check: _Checker, request: pb.GenerateRequest | pb.TokenizeRequest, info: ServedModel) -> Prompt:

@@ -3,14 +3,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
+import random
 import socket
 import socketserver
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -221,6 +224,8 @@ NONSENSE = [
     b'HTTP/1.0 200 OK\r\n\r\n{"data": {"result": [{"value": [1, "much"]}]}}',
     b'HTTP/1.0 200 OK\r\n\r\n{"data": {"result": [{"value": "x"}]}}',
     b"HTTP/1.0 200 OK\r\n\r\n\xff\xfe{",
+    b"HTTP/1.0 200 OK\r\n\r\n" + b"[" * 100_000,
+    b'HTTP/1.0 200 OK\r\n\r\n{"data": {"result": [{"metric": {"instance": "a"}, "value": [1, ' + b"9" * 400 + b"]}]}}",
 ]
 
 
@@ -228,6 +233,55 @@ NONSENSE = [
 def test_nonsense_is_named(sent):
     with answering(lambda connection: connection.sendall(sent)) as url:
         problem_of(url)
+
+
+class Answer:
+    """What aiohttp gives for a response of 200 with this body, in the form in which `_query` reads it."""
+
+    status = 200
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+        self.content = self
+
+    async def iter_any(self) -> AsyncIterator[bytes]:
+        yield self._body
+
+    async def __aenter__(self) -> Answer:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+
+def test_mutated_answers_are_read_or_named():
+    """Each value replaced by any other, and bytes by others: numbers in range or PrometheusError, nothing else."""
+    rng, refused = random.Random(0), 0
+    odd = [None, True, -1, 10**400, 1.5, "", "NaN", "x", "9" * 5000, [], [[1, "2"]], {}, {"instance": [1]}]
+
+    def spoilt(value: object) -> object:
+        if rng.random() < 0.08:
+            return rng.choice(odd)
+        if isinstance(value, dict):
+            return {key: spoilt(one) for key, one in value.items() if rng.random() > 0.02}
+        return [spoilt(one) for one in value] if isinstance(value, list) else value
+
+    series = [{"metric": {"instance": f"host:{port}"}, "value": [1.0, "0.5"]} for port in (9400, 9401)]
+    whole = {"status": "success", "data": {"resultType": "vector", "result": series}}
+    for _ in range(500):
+        body = bytearray(json.dumps(spoilt(whole)).encode())
+        if rng.random() < 0.5:
+            body[rng.randrange(len(body))] = rng.randrange(256)
+        session = SimpleNamespace(get=lambda *_, **__: Answer(bytes(body)))  # noqa: B023
+        try:
+            found = asyncio.run(latency_module.read_prometheus(session, "http://x"))
+        except PrometheusError:
+            refused += 1
+            continue
+        for instance, values in found.items():
+            assert isinstance(instance, str)
+            assert all(0 <= value < math.inf for value in values.values())
+    assert 50 < refused < 450, "some are refused, some are not"
 
 
 def test_measured_latency_stands_in_for_missing_records_within_bounds():
