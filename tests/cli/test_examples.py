@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from deploy.app import drafters
+from deploy.replicas import drafters
 from examples.own_policy import SureChain
 from lm.model import LanguageModel
 from lm.store import vocabulary_sha256
