@@ -24,7 +24,11 @@ from treeline.errors import (
 )
 from treeline.rpc import status
 from treeline.v1 import generation_pb2 as pb
-from treeline.v1.generation_pb2_grpc import GenerationServiceStub
+from treeline.v1.generation_pb2_grpc import (
+    GenerationServiceServicer,
+    GenerationServiceStub,
+    add_GenerationServiceServicer_to_server,
+)
 
 
 def with_client(use, engine: FakeEngine | None = None, config: Config | None = None, **client_options):
@@ -344,3 +348,31 @@ def test_an_asyncio_stream_outlives_its_front_door():
             return first.text + await answer.text()
 
     assert asyncio.run(run()) == "".join(f"a{step} " for step in range(20))
+
+
+class LostBehindTheEnd(GenerationServiceServicer):
+    """A server whose connection breaks between the last message and the status."""
+
+    async def Generate(self, request, context):
+        yield pb.GenerateResponse(chunk=pb.GenerateChunk(text="a", token_ids=[1]))
+        yield pb.GenerateResponse(complete=pb.GenerateComplete(finish_reason=pb.FINISH_REASON_LENGTH))
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+
+
+@pytest.mark.parametrize("kind", [TreelineClient, treeline.AsyncClient])
+def test_a_connection_lost_behind_the_completion_brings_no_second_one(kind):
+    async def run():
+        server = grpc.aio.server()
+        add_GenerationServiceServicer_to_server(LostBehindTheEnd(), server)
+        target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        if kind is TreelineClient:
+            with TreelineClient(target) as client:
+                messages = await asyncio.to_thread(lambda: list(client.generate("x")))
+        else:
+            async with treeline.AsyncClient(target) as client:
+                messages = [message async for message in client.generate("x")]
+        await server.stop(0)
+        return [type(message) for message in messages]
+
+    assert asyncio.run(asyncio.wait_for(run(), 20)) == [pb.GenerateChunk, pb.GenerateComplete]

@@ -99,6 +99,8 @@ class AsyncClient(BaseClient[AsyncAnswer]):
                     yield attempts.message(response)
                 return
             except grpc.RpcError as error:
+                if attempts.ended:
+                    return
                 wait_s = attempts.failed(error)
             finally:
                 call.cancel()

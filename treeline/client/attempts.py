@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from treeline.errors import StreamLostError, TreelineError, UnavailableError
-from treeline.request import delivered_tokens, note
+from treeline.request import delivered_tokens, ends_all, note
 from treeline.rpc.status import from_rpc_error, is_lost, retry_delay_s
 from treeline.v1 import generation_pb2 as pb
 
@@ -44,6 +44,9 @@ class Servers:
 class Attempts:
     """The calls of one request, one after the other.
 
+    Attributes:
+        ended: the last message has come. Whatever becomes of the call behind it, the request has succeeded.
+
     Args:
         request: what is streamed; gathers what a server needs to resume it. None for a call with one response.
         timeout_s: for all calls together.
@@ -57,6 +60,7 @@ class Attempts:
         resume_wait_s: float,
         max_retries: int,
     ) -> None:
+        self.ended = False
         self._servers, self._request = servers, request
         self._timeout_s, self._resume_wait_s, self._retries_left = timeout_s, resume_wait_s, max_retries
         self._started_s = time.monotonic()
@@ -73,6 +77,7 @@ class Attempts:
         assert self._request is not None
         self._lost_s, self._failures = None, 0
         note(self._request, response, time.monotonic() - self._started_s)
+        self.ended = ends_all(self._request, response)
         return response.chunk if response.HasField("chunk") else response.complete
 
     def failed(self, error: Any) -> float:

@@ -98,6 +98,8 @@ class TreelineClient(BaseClient[Answer]):
                     yield attempts.message(response)
                 return
             except grpc.RpcError as error:
+                if attempts.ended:
+                    return
                 wait_s = attempts.failed(error)
             finally:
                 call.cancel()

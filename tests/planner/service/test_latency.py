@@ -115,7 +115,7 @@ def test_a_server_that_is_not_there_is_named_by_doctor_too():
 def test_a_server_that_is_no_prometheus_is_named():
     registry = CollectorRegistry()
     port = serve_metrics(registry, MetricsConfig(base_port=0))
-    assert "does not answer as Prometheus does" in problem_of(f"http://127.0.0.1:{port}")
+    assert "answers 404" in problem_of(f"http://127.0.0.1:{port}")
 
 
 @pytest.mark.parametrize("value", ["-1", "Infinity", "-Infinity"])
