@@ -29,6 +29,8 @@ class LocalPrometheus:
             free.bind(("127.0.0.1", 0))
             self._address = f"127.0.0.1:{free.getsockname()[1]}"
         self.url = f"http://{self._address}"
+        self._command: list[str | Path] = []
+        self._log = Path()
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, config: Config, front_door: str, folder: Path, logs: Path) -> None:
@@ -36,16 +38,22 @@ class LocalPrometheus:
         folder.mkdir(mode=0o700, exist_ok=True)  # the configuration may hold a token
         shutil.copy(SHIPPED / "rules.yml", folder)
         (folder / "prometheus.yml").write_text(yaml.safe_dump(scrape_config(config, front_door)))
-        command = [
+        self._command = [
             self._program,
             f"--config.file={folder / 'prometheus.yml'}",
             f"--storage.tsdb.path={folder / 'data'}",
             f"--storage.tsdb.retention.time={RETENTION}",
             f"--web.listen-address={self._address}",
         ]
-        with (logs / "prometheus.log").open("w") as log:
+        self._log = logs / "prometheus.log"
+        self._log.unlink(missing_ok=True)
+        self.restart()
+
+    def restart(self) -> None:
+        """Run again what `start` ran and `stop` ended, with the data that it kept."""
+        with self._log.open("a") as log:
             # In a group of its own: Ctrl-C is for the service, which measures while its requests end.
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, process_group=0)
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, process_group=0)
 
     def stop(self) -> None:
         if self._process is not None:

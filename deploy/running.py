@@ -36,12 +36,12 @@ left to drain."""
 
 
 class RunningApp:
-    """The application, started. `endpoint`: "host:port" of the clients' port."""
+    """The application, started. `endpoint`: "host:port" of the clients' port; `prometheus`: its own, if it has one."""
 
     def __init__(self, endpoint: str, secret: Path | None = None, prometheus: LocalPrometheus | None = None) -> None:
-        """`secret`: the file of this run's own secret, if it has one; `prometheus`: what measures it, if started."""
+        """`secret`: the file of this run's own secret, if it has one."""
         self.endpoint = endpoint
-        self._secret, self._prometheus = secret, prometheus
+        self._secret, self.prometheus = secret, prometheus
         self._ray = RayProcesses()
         self._stopping = threading.Event()
         self._silent_checks, self._failing = 0, ""
@@ -88,8 +88,8 @@ class RunningApp:
     def _remove(self) -> None:
         """Leave no process or file of ours."""
         self._ray.kill()
-        if self._prometheus is not None:
-            self._prometheus.stop()
+        if self.prometheus is not None:
+            self.prometheus.stop()
         if self._secret is not None:
             self._secret.unlink(missing_ok=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from cli.bench.lossless import lossless
+from cli.bench.objectives import objectives
 from cli.bench.peers import peers
 from cli.bench.step import step
 from cli.bench.sweep import sweep
@@ -16,3 +17,4 @@ bench.command()(step)
 bench.command()(peers)
 bench.command()(lossless)
 bench.command()(sweep)
+bench.command()(objectives)

@@ -1,0 +1,1 @@
+"""Measurements of the whole service, as `treeline serve` starts it."""
