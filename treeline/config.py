@@ -22,6 +22,9 @@ keep their core. About a millisecond: from one matrix product to the next, but n
 MAX_RUNNING_REQUESTS, MAX_TREE_NODES, MAX_TREE_DEPTH = 1024, 256, 32
 """What `limits` may be set to. They bound the numbers of messages between services, and the sizes of arrays."""
 
+MAX_PRIORITY = 4
+"""Priorities lie in [-MAX_PRIORITY, MAX_PRIORITY]."""
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -217,6 +220,9 @@ class PlannerConfig(Section):
     interval_s: float = Field(default=0.25, gt=0)
     plan_lifetime_s: float = Field(default=10.0, gt=0)
     objectives: ObjectivesConfig = ObjectivesConfig()
+    objectives_by_priority: dict[Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)], ObjectivesConfig] = Field(
+        default={}, description="of the requests of these priorities alone, beside those of all requests"
+    )
     prometheus_url: str | None = Field(
         default=None, description="query API that measures latency; without it step records do"
     )

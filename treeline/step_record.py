@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from treeline.config import MAX_RUNNING_REQUESTS, MAX_TREE_NODES
+from treeline.config import MAX_PRIORITY, MAX_RUNNING_REQUESTS, MAX_TREE_NODES
 from treeline.messages import Bounds, check_numbers, from_message, to_message
 from treeline.plan import MAX_PASS_TOKENS, MIN_SECONDS, SOURCES
 from treeline.v1 import planning_pb2 as pb
@@ -69,6 +69,7 @@ class StepRecord:
             "packed" (without padding; the only way on a CPU).
         gaps: (seconds since its last tokens, tokens) for each request that received further tokens.
         first_token_s: seconds from its arrival for each request that received its first token.
+        gap_priority, first_token_priority: of the same requests; empty if all are 0.
         preempted: requests that gave their KV blocks to others, and wait to be computed again.
     """
 
@@ -102,6 +103,8 @@ class StepRecord:
     gaps: tuple[tuple[float, int], ...] = ()
     first_token_s: tuple[float, ...] = ()
     preempted: int = 0
+    gap_priority: tuple[int, ...] = ()
+    first_token_priority: tuple[int, ...] = ()
 
 
 _SAMPLED, _ACCEPTED, _FIRST = 1, 2, 4
@@ -117,6 +120,8 @@ _BOUNDS: Bounds = {
     "tokens": (1, MAX_PASS_TOKENS),
     "prefill_tokens": (0, MAX_PASS_TOKENS),
     "gap_tokens": (1, 1 << 10),
+    "gap_priority": (-MAX_PRIORITY, MAX_PRIORITY),
+    "first_token_priority": (-MAX_PRIORITY, MAX_PRIORITY),
 }
 """Bounds of every number that sizes an array, divides, or whose logarithm is taken."""
 
@@ -145,6 +150,12 @@ def step_from_proto(message: pb.StepRecord) -> StepRecord:
         raise ValueError("a step without seconds, or with fewer tokens than sequences or prompt tokens")
     if message.drafter_s and message.draft_s < MIN_SECONDS:
         raise ValueError("the drafter worked for no time")
+    for priorities, of in (
+        (message.gap_priority, message.gap_s),
+        (message.first_token_priority, message.first_token_s),
+    ):
+        if len(priorities) not in (0, len(of)):
+            raise ValueError("not one priority for each request")
     outcomes = message.outcomes
     columns = (outcomes.sources, outcomes.depths, outcomes.flags)
     sources, depths, flags = (np.frombuffer(column, np.uint8) for column in columns)

@@ -7,6 +7,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Iterable
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -35,6 +36,11 @@ PROMETHEUS, STEPS = "prometheus", "steps"
 
 Readings = dict[str, tuple[float, float]]
 """Of each signal the value, and when it was measured."""
+
+
+def of_class(name: str, priority: int | None) -> str:
+    """The name of a signal of the requests of one priority; None: of all requests."""
+    return name if priority is None else f"{name}_priority_{priority}"
 
 
 class PrometheusError(Exception):
@@ -87,8 +93,9 @@ class StepQuantiles:
         """Whether tokens have come for two windows without a pause, so that Prometheus must have seen them."""
         return now_s - self._last_s < PAUSE_S and now_s - self._busy_since_s > 2 * WINDOW_S
 
-    def quantiles(self, now_s: float) -> Readings:
-        """The 95th percentiles over the last WINDOW_S, each measured when its newest value came.
+    def quantiles(self, now_s: float, priorities: Iterable[int] = ()) -> Readings:
+        """The 95th percentiles over the last WINDOW_S, each measured when its newest value came, of all requests and of
+        those of each of `priorities`.
 
         `inter_token_p95` counts every token: the tokens of a step share its gap equally. `step_p95` weights the seconds
         of steps by the same tokens, so that the two compare.
@@ -96,14 +103,32 @@ class StepQuantiles:
         while self._steps and now_s - self._steps[0][0] > WINDOW_S:
             self._steps.popleft()
         found: Readings = {}
-        gaps = np.asarray([(*gap, at_s, r.step_s) for at_s, r in self._steps for gap in r.gaps])
-        if len(gaps):
-            seconds, tokens, times_s, steps_s = gaps.T
-            found["inter_token_p95"] = _p95(seconds / tokens, tokens), float(times_s[-1])
-            found["step_p95"] = _p95(steps_s, tokens), float(times_s[-1])
-        firsts = np.asarray([(first_s, at_s) for at_s, r in self._steps for first_s in r.first_token_s])
-        if len(firsts):
-            found["time_to_first_token_p95"] = _p95(firsts[:, 0], np.ones(len(firsts))), float(firsts[-1, 1])
+        gaps = np.asarray(
+            [
+                (*gap, at_s, record.step_s, priority)
+                for at_s, record in self._steps
+                for gap, priority in zip(record.gaps, record.gap_priority or repeat(0), strict=False)
+            ]
+        ).reshape(-1, 5)
+        firsts = np.asarray(
+            [
+                (first_s, at_s, priority)
+                for at_s, record in self._steps
+                for first_s, priority in zip(
+                    record.first_token_s, record.first_token_priority or repeat(0), strict=False
+                )
+            ]
+        ).reshape(-1, 3)
+        for priority in (None, *priorities):
+            mine = gaps if priority is None else gaps[gaps[:, -1] == priority]
+            if len(mine):
+                seconds, tokens, times_s, steps_s, _ = mine.T
+                found[of_class("inter_token_p95", priority)] = _p95(seconds / tokens, tokens), float(times_s[-1])
+                found[of_class("step_p95", priority)] = _p95(steps_s, tokens), float(times_s[-1])
+            mine = firsts if priority is None else firsts[firsts[:, -1] == priority]
+            if len(mine):
+                value = _p95(mine[:, 0], np.ones(len(mine)))
+                found[of_class("time_to_first_token_p95", priority)] = value, float(mine[-1, 1])
         return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import count
 
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from planner.fast.acceptance import Calibrator
 from planner.fast.cost import cheapest_slopes_s, verify_seconds
 from planner.fast.step_prices import waiting_cost
-from planner.service.latency import Latency, StepQuantiles
-from planner.service.objectives import FIRST_TOKEN, INTER_TOKEN, Control, Seen, regulate
+from planner.service.latency import Latency, StepQuantiles, of_class
+from planner.service.objectives import Control, Seen, classes, goals, regulate, tightest
 from planner.service.tracker import CostTracker
 from treeline.config import LimitsConfig, PlannerConfig
 from treeline.plan import CostModel, Plan, Signal, VerifierProfile
@@ -40,6 +40,7 @@ class VerifierState:
         self.metrics_url = metrics_url
         self.latency = Latency()
         self.control = Control()
+        self.controls: dict[int | None, Control] = {}
         self.planned_s = clock()
         self.clock = clock
         self._steps = StepQuantiles()
@@ -57,9 +58,9 @@ class VerifierState:
             if not record.prefill_tokens:
                 self._work.append(record)
 
-    def measure(self) -> None:
-        """Update the latency with the quantiles of recent step records."""
-        self.latency.update("steps", self._steps.quantiles(self.clock()))
+    def measure(self, priorities: Iterable[int]) -> None:
+        """Update the latency with the quantiles of recent step records, also of the requests of these priorities."""
+        self.latency.update("steps", self._steps.quantiles(self.clock(), priorities))
 
     @property
     def busy(self) -> bool:
@@ -111,7 +112,7 @@ class PlanMaker:
 
     def make(self, state: VerifierState) -> Plan:
         """The plan for one verifier, as of now."""
-        state.measure()
+        state.measure(self._config.objectives_by_priority)
         signals = self._signals(state)
         _use_latency(state, self._config.signal_max_age_s)
         cost, last = state.tracker.model(), state.last
@@ -147,12 +148,8 @@ class PlanMaker:
 
     def _signals(self, state: VerifierState) -> tuple[Signal, ...]:
         """The measured quantiles with their objectives; a value that is too old is None."""
-        objectives = self._config.objectives
         found = []
-        for name, objective_ms in (
-            (INTER_TOKEN, objectives.inter_token_p95_ms),
-            (FIRST_TOKEN, objectives.time_to_first_token_p95_ms),
-        ):
+        for name, objective_ms in (goal for one in classes(self._config) for goal in goals(*one)):
             reading = state.latency.newest(name, state.clock(), self._config.signal_max_age_s)
             objective_s = None if objective_ms is None else objective_ms / 1000
             found.append(Signal(name, reading.value, objective_s, reading.age_s, reading.source))
@@ -160,11 +157,18 @@ class PlanMaker:
 
     def _regulate(self, state: VerifierState, signals: tuple[Signal, ...], plain_s: float, delayed: int) -> Control:
         now_s, max_age_s = state.clock(), self._config.signal_max_age_s
-        step = state.latency.newest("step_p95", now_s, max_age_s)
-        seen = Seen(signals[0].value_s, signals[1].value_s, step.value, plain_s, delayed)
         # After a pause of the planner the controls still move by one second's change.
         elapsed_s, state.planned_s = min(1.0, now_s - state.planned_s), now_s
-        state.control = regulate(self._config.objectives, seen, state.control, elapsed_s)
+        values, controls = {signal.name: signal.value_s for signal in signals}, []
+        for priority, objectives in classes(self._config):
+            itl_p95_s, ttft_p95_s = (values[name] for name, _ in goals(priority, objectives))
+            step = state.latency.newest(of_class("step_p95", priority), now_s, max_age_s)
+            seen = Seen(itl_p95_s, ttft_p95_s, step.value, plain_s, delayed)
+            control = regulate(objectives, seen, state.controls.get(priority, Control()), elapsed_s)
+            state.controls[priority] = control
+            lost = tuple(of_class(name, priority) for name in control.unreachable)
+            controls.append(replace(control, unreachable=lost))
+        state.control = tightest(controls)
         return state.control
 
 

@@ -12,9 +12,11 @@ It is a pure function, called for every plan. Two facts make it stable without t
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from treeline.config import ObjectivesConfig
+from planner.service.latency import of_class
+from treeline.config import ObjectivesConfig, PlannerConfig
 
 INTER_TOKEN, FIRST_TOKEN = "inter_token_p95", "time_to_first_token_p95"
 
@@ -79,6 +81,26 @@ def regulate(objectives: ObjectivesConfig, seen: Seen, before: Control, elapsed_
     """The next control, `elapsed_s` after `before`. An objective that is not set, or not measured, controls nothing."""
     after = _budget(objectives.inter_token_p95_ms, seen, before, elapsed_s)
     return _waiting(objectives.time_to_first_token_p95_ms, seen, after, elapsed_s)
+
+
+def classes(config: PlannerConfig) -> list[tuple[int | None, ObjectivesConfig]]:
+    """Which requests have objectives of their own: all (None), and those of some priorities."""
+    return [(None, config.objectives), *config.objectives_by_priority.items()]
+
+
+def goals(priority: int | None, objectives: ObjectivesConfig) -> tuple[tuple[str, float | None], ...]:
+    """The two signals of a class of requests, each with its objective in milliseconds if it has one."""
+    return (
+        (of_class(INTER_TOKEN, priority), objectives.inter_token_p95_ms),
+        (of_class(FIRST_TOKEN, priority), objectives.time_to_first_token_p95_ms),
+    )
+
+
+def tightest(controls: Collection[Control]) -> Control:
+    """What holds the objectives of all classes: the shortest step budget, the highest price of waiting."""
+    lost = tuple(name for control in controls for name in control.unreachable)
+    budget_s = min(control.step_budget_s for control in controls)
+    return Control(budget_s, max(control.wait_factor for control in controls), lost)
 
 
 def _budget(objective_ms: float | None, seen: Seen, before: Control, elapsed_s: float) -> Control:

@@ -16,7 +16,7 @@ from grpc_health.v1 import health
 from planner.service.client import MAX_MESSAGE_BYTES
 from planner.service.latency import PROMETHEUS, PrometheusError, read_prometheus
 from planner.service.loop import PlanMaker, VerifierState
-from planner.service.objectives import FIRST_TOKEN, INTER_TOKEN
+from planner.service.objectives import INTER_TOKEN, classes, goals
 from treeline.config import Config, PlannerConfig
 from treeline.metrics import PlannerMetrics
 from treeline.plan import Plan, plan_to_proto, profile_from_proto
@@ -101,8 +101,7 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
         self._config: PlannerConfig = config.planner
         self._maker = PlanMaker(config.limits, config.planner)
         self._metrics = metrics
-        goals = config.planner.objectives
-        for name, ms in ((INTER_TOKEN, goals.inter_token_p95_ms), (FIRST_TOKEN, goals.time_to_first_token_p95_ms)):
+        for name, ms in (goal for one in classes(config.planner) for goal in goals(*one)):
             if ms is not None:
                 metrics.objective.labels(name).set(ms / 1000)
         self._states: dict[str, VerifierState] = {}

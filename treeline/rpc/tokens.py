@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from treeline.config import MAX_PRIORITY
 from treeline.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-MAX_PRIORITY = 4
-"""Priorities lie in [-MAX_PRIORITY, MAX_PRIORITY]."""
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 

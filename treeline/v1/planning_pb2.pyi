@@ -103,7 +103,7 @@ class NodeOutcomes(_message.Message):
     def __init__(self, sources: _Optional[bytes] = ..., depths: _Optional[bytes] = ..., flags: _Optional[bytes] = ..., draft_probs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StepRecord(_message.Message):
-    __slots__ = ("step_id", "unix_s", "plan_version", "sequences", "tokens", "prefill_tokens", "context_tokens", "drafted_nodes", "verified_nodes", "accepted_nodes", "emitted_tokens", "running", "waiting", "startable", "draft_s", "drafter_s", "draft_layer_nodes", "verify_s", "predicted_verify_s", "step_s", "goodput", "outcomes", "price", "catch_up_tokens", "node_s", "drafted_requests", "pass_how", "gap_s", "gap_tokens", "first_token_s", "preempted")
+    __slots__ = ("step_id", "unix_s", "plan_version", "sequences", "tokens", "prefill_tokens", "context_tokens", "drafted_nodes", "verified_nodes", "accepted_nodes", "emitted_tokens", "running", "waiting", "startable", "draft_s", "drafter_s", "draft_layer_nodes", "verify_s", "predicted_verify_s", "step_s", "goodput", "outcomes", "price", "catch_up_tokens", "node_s", "drafted_requests", "pass_how", "gap_s", "gap_tokens", "first_token_s", "preempted", "gap_priority", "first_token_priority")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     UNIX_S_FIELD_NUMBER: _ClassVar[int]
     PLAN_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +135,8 @@ class StepRecord(_message.Message):
     GAP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     PREEMPTED_FIELD_NUMBER: _ClassVar[int]
+    GAP_PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_PRIORITY_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     unix_s: float
     plan_version: int
@@ -166,7 +168,9 @@ class StepRecord(_message.Message):
     gap_tokens: _containers.RepeatedScalarFieldContainer[int]
     first_token_s: _containers.RepeatedScalarFieldContainer[float]
     preempted: int
-    def __init__(self, step_id: _Optional[int] = ..., unix_s: _Optional[float] = ..., plan_version: _Optional[int] = ..., sequences: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., drafted_nodes: _Optional[int] = ..., verified_nodes: _Optional[int] = ..., accepted_nodes: _Optional[int] = ..., emitted_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., startable: _Optional[int] = ..., draft_s: _Optional[float] = ..., drafter_s: _Optional[float] = ..., draft_layer_nodes: _Optional[_Iterable[int]] = ..., verify_s: _Optional[float] = ..., predicted_verify_s: _Optional[float] = ..., step_s: _Optional[float] = ..., goodput: _Optional[float] = ..., outcomes: _Optional[_Union[NodeOutcomes, _Mapping]] = ..., price: _Optional[float] = ..., catch_up_tokens: _Optional[int] = ..., node_s: _Optional[float] = ..., drafted_requests: _Optional[int] = ..., pass_how: _Optional[str] = ..., gap_s: _Optional[_Iterable[float]] = ..., gap_tokens: _Optional[_Iterable[int]] = ..., first_token_s: _Optional[_Iterable[float]] = ..., preempted: _Optional[int] = ...) -> None: ...
+    gap_priority: _containers.RepeatedScalarFieldContainer[int]
+    first_token_priority: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step_id: _Optional[int] = ..., unix_s: _Optional[float] = ..., plan_version: _Optional[int] = ..., sequences: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., drafted_nodes: _Optional[int] = ..., verified_nodes: _Optional[int] = ..., accepted_nodes: _Optional[int] = ..., emitted_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., startable: _Optional[int] = ..., draft_s: _Optional[float] = ..., drafter_s: _Optional[float] = ..., draft_layer_nodes: _Optional[_Iterable[int]] = ..., verify_s: _Optional[float] = ..., predicted_verify_s: _Optional[float] = ..., step_s: _Optional[float] = ..., goodput: _Optional[float] = ..., outcomes: _Optional[_Union[NodeOutcomes, _Mapping]] = ..., price: _Optional[float] = ..., catch_up_tokens: _Optional[int] = ..., node_s: _Optional[float] = ..., drafted_requests: _Optional[int] = ..., pass_how: _Optional[str] = ..., gap_s: _Optional[_Iterable[float]] = ..., gap_tokens: _Optional[_Iterable[int]] = ..., first_token_s: _Optional[_Iterable[float]] = ..., preempted: _Optional[int] = ..., gap_priority: _Optional[_Iterable[int]] = ..., first_token_priority: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class VerifierProfile(_message.Message):
     __slots__ = ("verify", "draft_layer_s", "draft_node_s")

@@ -211,7 +211,8 @@ class Engine:
                 text, taken = sequence.accept(walk.tokens)
                 logprobs = token_logprobs(sequence, walk, taken, verified.logits, first_row)
                 of_prompt = sequence.prompt_logprobs if first else ()
-                chunk = Chunk(text, walk.tokens[:taken], logprobs, None, waited_s, first, of_prompt)
+                priority = sequence.request.priority
+                chunk = Chunk(text, walk.tokens[:taken], logprobs, None, waited_s, first, of_prompt, priority)
                 advances.append(Advance(sequence, place, chunk))
             first_row += 1 + kept
         return advances

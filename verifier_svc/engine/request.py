@@ -138,6 +138,7 @@ class Chunk:
         waited_s: seconds since the request's previous tokens, or since its arrival.
         first: whether these are the request's first tokens.
         prompt_logprobs: with the first tokens, if asked for: one for each token of the prompt.
+        priority: the request's.
     """
 
     text: str
@@ -147,6 +148,7 @@ class Chunk:
     waited_s: float = 0.0
     first: bool = False
     prompt_logprobs: Sequence[TokenLogprobs] = ()
+    priority: int = 0
 
 
 @dataclass(frozen=True)

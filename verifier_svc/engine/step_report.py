@@ -21,6 +21,7 @@ def step_record(
 ) -> StepRecord:
     """The record of a step that took `step_s` and brought `chunks`."""
     walks, pruning = verified.walks[: len(batch.decoding)], drafts.pruning
+    firsts, later = [c for c in chunks if c.first], [c for c in chunks if not c.first and c.token_ids]
     outcomes = NodeOutcomes.empty()
     if pruning is not None:
         sampled = [not s.request.sampling.greedy for s in batch.decoding]
@@ -53,8 +54,10 @@ def step_record(
         catch_up_tokens=drafts.stats.catch_up_tokens,
         drafted_requests=len(drafts.sessions),
         pass_how=verified.pass_how,
-        gaps=tuple([(c.waited_s, len(c.token_ids)) for c in chunks if not c.first and c.token_ids]),
-        first_token_s=tuple([c.waited_s for c in chunks if c.first]),
+        gaps=tuple([(c.waited_s, len(c.token_ids)) for c in later]),
+        gap_priority=tuple([c.priority for c in later]),
+        first_token_s=tuple([c.waited_s for c in firsts]),
+        first_token_priority=tuple([c.priority for c in firsts]),
         preempted=len(batch.preempted),
     )
 

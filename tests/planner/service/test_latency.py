@@ -98,6 +98,21 @@ def test_step_records_give_the_quantiles_of_the_last_seconds_by_token():
     assert steps.quantiles(120.0) == {}
 
 
+def test_step_records_also_give_the_quantiles_of_each_priority():
+    steps = StepQuantiles()
+    steps.observe(record(gaps=((0.1, 1),), step_s=0.08, first_token_s=(0.5,)), 100.0)  # none named: priority 0
+    steps.observe(
+        record(gaps=((0.3, 1), (0.2, 1)), gap_priority=(0, 2), step_s=0.15, first_token_s=(0.7,),
+               first_token_priority=(2,)), 101.0)  # fmt: skip
+    found = steps.quantiles(102.0, priorities=(0, 2, -1))
+    assert found["inter_token_p95"] == found["inter_token_p95_priority_0"] == (0.3, 101.0)
+    assert found["inter_token_p95_priority_2"] == (0.2, 101.0)
+    assert found["step_p95_priority_2"] == (0.15, 101.0)
+    assert found["time_to_first_token_p95_priority_0"] == (0.5, 100.0)
+    assert found["time_to_first_token_p95_priority_2"] == (0.7, 101.0)
+    assert not any(name.endswith("priority_-1") for name in found)
+
+
 def problem_of(url: str) -> str:
     with pytest.raises(PrometheusError) as caught:
         asyncio.run(measure_all(url))

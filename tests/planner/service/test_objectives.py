@@ -19,6 +19,7 @@ from planner.service.objectives import (
     Control,
     Seen,
     regulate,
+    tightest,
 )
 from treeline.config import ObjectivesConfig
 
@@ -34,6 +35,11 @@ def repeated(objectives: ObjectivesConfig, seen: Seen, seconds: float, control: 
     for _ in range(round(seconds / INTERVAL_S)):
         control = regulate(objectives, seen, control, INTERVAL_S)
     return control
+
+
+def test_the_tightest_class_decides():
+    controls = [Control(0.04, 1.0), Control(0.03, 1.0, ("a",)), Control(wait_factor=2.0, unreachable=("b",))]
+    assert tightest(controls) == Control(0.03, 2.0, ("a", "b"))
 
 
 def test_without_objectives_nothing_is_controlled():

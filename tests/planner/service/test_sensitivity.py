@@ -37,11 +37,12 @@ def decided(
     ttft_p95_s: float = 0.3,
     objectives: ObjectivesConfig = OBJECTIVES,
     seconds: float = 10.0,
+    by_priority: dict[int, ObjectivesConfig] | None = None,
 ) -> Outcome:
     """The plan after some seconds of the same load and latency, and what the rule then keeps of the same trees."""
     now_s = 1000.0
     state = VerifierState(VerifierProfile((CURVE,)), "", lambda: now_s)
-    maker = PlanMaker(LimitsConfig(), PlannerConfig(objectives=objectives))
+    maker = PlanMaker(LimitsConfig(), PlannerConfig(objectives=objectives, objectives_by_priority=by_priority or {}))
     plan = maker.make(state)
     while now_s < 1000.0 + seconds:
         for _ in range(5):
@@ -50,7 +51,7 @@ def decided(
                 record(unix_s=now_s, sequences=BATCH, running=BATCH + waiting, startable=waiting, tokens=32,
                        context_tokens=64 * BATCH, emitted_tokens=3 * BATCH, draft_s=0.003, verify_s=0.044,
                        step_s=STEP_S, node_s=0.001,
-                       gaps=((STEP_S, 3),) * BATCH)
+                       gaps=((STEP_S, 3),) * (BATCH - 1) + ((STEP_S, 1),), gap_priority=(0,) * (BATCH - 1) + (2,))
             )  # fmt: skip
         readings = {"inter_token_p95": (itl_p95_s, now_s), "time_to_first_token_p95": (ttft_p95_s, now_s)}
         state.latency.update(PROMETHEUS, readings)
@@ -64,6 +65,14 @@ def test_queue_depth_alone_raises_the_price_by_its_share_of_the_batch_and_shrink
     assert two.plan.price == pytest.approx(none.plan.price * (1 + 2 / BATCH))
     assert two.plan.step_budget_s == none.plan.step_budget_s == math.inf
     assert two.nodes < none.nodes
+
+
+def test_an_objective_of_one_priority_sets_the_budget_while_its_requests_miss_it():
+    # One token each 50 ms; the others have three.
+    held = decided(objectives=ObjectivesConfig(), by_priority={0: OBJECTIVES, 2: OBJECTIVES}).plan
+    assert held.step_budget_s == pytest.approx(AIM * 0.04)
+    assert "inter token p95 priority 2 of 40 ms asked for, 50 ms by steps" in held.reason
+    assert decided(objectives=ObjectivesConfig(), by_priority={0: OBJECTIVES}).plan.step_budget_s == math.inf
 
 
 def test_inter_token_latency_alone_sets_the_budget_and_shrinks_trees():

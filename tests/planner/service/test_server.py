@@ -55,7 +55,8 @@ def test_plans_survive_the_wire():
 
 
 def test_records_survive_the_wire():
-    told = {"gaps": ((0.25, 3), (0.5, 1)), "first_token_s": (1.5,)}
+    told = {"gaps": ((0.25, 3), (0.5, 1)), "gap_priority": (-4, 2)}
+    told |= {"first_token_s": (1.5,), "first_token_priority": (0,)}
     sent = record(
         draft_layer_nodes=(1, 4), price=3.5, **told, outcomes=outcomes(np.asarray([0.25, 0.5]), [True, False], 2)
     )

@@ -124,13 +124,20 @@ def test_the_last_that_came_of_the_lowest_priority_gives_way(model):
         engine.add(
             GenerationRequest(name, [5] * 12, SamplingParams(), 100, ignore_eos=True, policy="off", priority=priority)
         )
-    order = []
+    order, told = [], set()
     while engine.has_work:
-        engine.step()
+        _, record = engine.step()
+        assert record is not None
+        assert (len(record.gaps), len(record.first_token_s)) == (
+            len(record.gap_priority),
+            len(record.first_token_priority),
+        )
+        told |= set(record.gap_priority)
         for sequence in engine.scheduler.waiting:
             if sequence.preemptions and sequence.request.request_id not in order:
                 order.append(sequence.request.request_id)
     assert order == ["low", "second", "first"]
+    assert told == {-1, 0, 1}
 
 
 def test_who_fits_alone_always_ends_and_others_are_refused(model):
