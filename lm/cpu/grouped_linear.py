@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from ctypes import c_int64, c_void_p
+from ctypes import c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import Literal
 
@@ -40,7 +40,8 @@ class LinearStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("tiles", "bias")),
-        *((name, c_int64) for name in ("bits", "features_in", "features_out", "kernel")),
+        *((name, c_int32) for name in ("bits", "scale_bytes")),
+        *((name, c_int64) for name in ("features_in", "features_out", "kernel")),
     )
 
 
@@ -63,7 +64,7 @@ def _multiply() -> Callable[..., None]:
 
 
 class GroupedLinear(nn.Module):
-    """A frozen linear layer on the CPU, float32 in and out. Weights in bfloat16 take a float32 kernel.
+    """A frozen linear layer on the CPU, float32 in and out. Weights of 16 bits take a float32 kernel.
 
     With an int8 kernel, 32 neighbouring inputs of a token are rounded to 255 steps between plus and minus their largest
     magnitude. A row's result does not depend on the others, and all int8 kernels give the same bits.
@@ -79,6 +80,7 @@ class GroupedLinear(nn.Module):
             self.tiles.data_ptr(),
             None if self.bias is None else self.bias.data_ptr(),
             weight.bits,
+            weight.scale_bytes,
             self.in_features,
             self.out_features,
             kernel,

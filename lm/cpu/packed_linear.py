@@ -71,7 +71,7 @@ def _packed(layer: nn.Linear, quantization: Quantization, arithmetic: Arithmetic
     weight = layer.weight.detach()
     if kernels() and weight.dtype == torch.float32 and weight.shape[1] % GROUP == 0:
         smaller = ROUNDING[quantization](weight)
-        kernel = kernel_for("float32" if isinstance(smaller, Bfloat16Weight) else arithmetic)
+        kernel = kernel_for("float32" if smaller is not None and smaller.bits == 16 else arithmetic)
         if smaller is not None and kernel is not None:
             return GroupedLinear(smaller, layer.bias, kernel)
     return PackedLinear(layer) if weight.dtype in packed_dtypes() else layer

@@ -1,7 +1,8 @@
 """Weights in fewer bytes than float32: in bfloat16, or in groups of 32 neighbours that share a scale, with 4 or 8 bits
 each, as GGUF files hold them.
 
-Formats of groups go by their names in GGUF: Q4_0, Q4_1 and Q8_0.
+Formats of groups go by their names in GGUF: Q4_0, Q4_1 and Q8_0, whose scales take 2 bytes. Any other (Q5_0, Q4_K,
+Q5_K, Q6_K) has scales and minima of 4 bytes here.
 """
 
 from __future__ import annotations
@@ -11,16 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
 GROUP = 32
+UNIT = 2.0**-48
+"""Of which values are multiples: scales of float16 are of 2^-24, those of bfloat16 down to 2^-41."""
+STEP_ROWS = 1024
+"""For which steps are found at a time: it takes 50 bytes a weight meanwhile."""
 TILE_ROWS = 32
 """Of the kernel's layout (`lm/kernels/linear.c`)."""
 
-Bits = Literal[4, 8]
+Bits = Literal[4, 8, 16]
 
 
 @dataclass(frozen=True)
@@ -28,9 +34,9 @@ class GroupedWeight:
     """A matrix: scale * codes + minimum, in float32 and rounded once.
 
     Attributes:
-        codes: uint8 [rows, groups, 32], below 2^bits.
-        scale: float16 [rows, groups].
-        minimum: float16 [rows, groups]; with 8 bits it is -128 scales, and is not kept.
+        codes: uint8 [rows, groups, 32], or int32 with 16 bits; below 2^bits.
+        scale: float16 [rows, groups], or float32, as which the sum is exact.
+        minimum: like the scale; with 8 bits and float16 it is -128 scales, and is not kept.
     """
 
     bits: Bits
@@ -39,12 +45,19 @@ class GroupedWeight:
     minimum: Tensor | None
 
     @property
+    def scale_bytes(self) -> int:
+        return self.scale.element_size()
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
         return self.codes.shape[0], self.codes.shape[1] * self.codes.shape[2]
 
     def floats(self) -> Tensor:
         """float32 [rows, columns]."""
+        if self.minimum is not None and self.scale_bytes == 4:
+            exact = self.scale.double()[..., None] * self.codes + self.minimum.double()[..., None]
+            return exact.float().flatten(1)
         scale, codes = self.scale.float()[..., None], self.codes.float()
         # Products of codes and scales are exact.
         value = scale * (codes - 128) if self.minimum is None else scale * codes + self.minimum.float()[..., None]
@@ -58,7 +71,7 @@ class GroupedWeight:
         return torch.cat([_tiled(part) for part in parts], dim=2)
 
     def _words(self) -> Tensor:
-        """int32 [rows, groups, 4 or 8]: codes side by side, the first one lowest."""
+        """int32 [rows, groups, bits]: codes side by side, the first one lowest."""
         codes = self.codes.unflatten(2, (-1, 32 // self.bits))
         words = torch.zeros(codes.shape[:3], dtype=torch.int32)
         for place in range(codes.shape[3]):
@@ -72,6 +85,7 @@ class Bfloat16Weight:
 
     values: Tensor
     bits: ClassVar[int] = 16
+    scale_bytes: ClassVar[int] = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,7 +99,7 @@ class Bfloat16Weight:
 
 def find_smaller(weight: Tensor) -> GroupedWeight | Bfloat16Weight | None:
     """A float32 matrix [rows, columns] in groups or in bfloat16, such that not one bit of it is lost; else None."""
-    return find_groups(weight) or find_bfloat16(weight)
+    return find_groups(weight) or find_bfloat16(weight) or find_steps(weight)
 
 
 def find_bfloat16(weight: Tensor) -> Bfloat16Weight | None:
@@ -97,6 +111,41 @@ def find_bfloat16(weight: Tensor) -> Bfloat16Weight | None:
         return None
     values = weight.bfloat16()
     return Bfloat16Weight(values) if torch.equal(values.float(), weight) else None
+
+
+def find_steps(weight: Tensor) -> GroupedWeight | None:
+    """Groups with scales of float32 that hold a float32 matrix [rows, columns] without loss; None if there are none.
+
+    A group's scale is the greatest common divisor of how far its values lie above their least.
+    Example: values 0.5, 1.25 and 2.0 -> minimum 0.5, scale 0.75, codes 0, 1 and 2.
+    """
+    if weight.dtype != torch.float32 or weight.shape[1] % GROUP:
+        return None
+    parts = []
+    for rows in (weight[:1], *weight[1:].split(STEP_ROWS)):  # The first row tells of nearly all others.
+        if (part := _steps(rows)) is None:
+            return None
+        parts.append(part)
+    codes, scale, minimum = (torch.cat(part) for part in zip(*parts, strict=True))
+    bits: Bits = 4 if codes.max() < 16 else 8 if codes.max() < 256 else 16
+    return GroupedWeight(bits, codes if bits == 16 else codes.to(torch.uint8), scale, minimum)
+
+
+def _steps(weight: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """int32 codes, float32 scale and minimum of each group, if codes of 16 bits are enough."""
+    units = weight.unflatten(1, (-1, GROUP)).numpy() / np.float64(UNIT)
+    if not (np.abs(units) < 2**62).all():
+        return None
+    counts = units.astype(np.int64)
+    if (counts != units).any():
+        return None
+    least = counts.min(2, keepdims=True)
+    step = np.gcd.reduce(counts - least, axis=2, keepdims=True)
+    codes = (counts - least) // np.maximum(step, 1)
+    scale, minimum = ((each[..., 0] * UNIT).astype(np.float32) for each in (step, least))
+    if codes.max() >= 1 << 16 or (scale != step[..., 0] * UNIT).any():
+        return None
+    return torch.from_numpy(codes.astype(np.int32)), torch.from_numpy(scale), torch.from_numpy(minimum)
 
 
 def find_groups(weight: Tensor) -> GroupedWeight | None:
@@ -123,7 +172,7 @@ def suits_kernels(folder: Path) -> bool:
         if not matrices or any(".experts." in name for name in shapes):
             return False
         smallest = weights.get_tensor(min(matrices)[1])
-        return smallest.dtype == torch.bfloat16 or find_groups(smallest) is not None
+        return smallest.dtype == torch.bfloat16 or find_smaller(smallest) is not None
 
 
 def round_to_q4_1(weight: Tensor) -> GroupedWeight:

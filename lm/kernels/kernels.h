@@ -28,12 +28,20 @@ enum { FLOAT32, FLOAT32_WIDE, AVX2, AVX_VNNI, AVX512_VNNI };
 /* Whether the processor can. */
 int treeline_runs(int kernel);
 
-/* Weights in groups: per ROWS outputs features_in / GROUP groups of 4, 8 or 16 `bits`, as linear.c says; rows beyond
-   features_out are padding. */
+/* How a group of a tile lies (tiles.h): scale [ROWS], minimum [ROWS], then words [GROUP * bits / 32][ROWS] of codes side by side,
+   the first input's lowest. Scales are float32, or float16, of which those with 8 bits have no minimum: it is -128 of
+   them. Without scales codes are bfloat16. */
+typedef struct {
+    int32_t bits;  /* of a code: 4, 8 or 16 */
+    int32_t scale; /* bytes of a scale: 4 or 2, or 0 with 16 bits; not 2 with 16 bits */
+} Format;
+
+/* Weights in tiles: per ROWS outputs features_in / GROUP groups; rows beyond features_out are padding. */
 typedef struct {
     const uint8_t *tiles;
     const float *bias; /* or NULL */
-    int64_t bits, features_in, features_out, kernel;
+    Format format;
+    int64_t features_in, features_out, kernel;
 } Linear;
 
 /* What follows is called by every thread of a team: they share the work, and go on together. */

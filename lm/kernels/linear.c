@@ -7,11 +7,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "tiles.h"
 #include "vectors.h"
 
-#define ROWS 32 /* outputs side by side in a tile */
-#define GROUP 32 /* inputs that share a scale */
 #ifdef WIDE
 #define SIZED(name) name##_wide
 #define LANES 16
@@ -25,6 +23,7 @@
 #endif
 #define VECTORS (ROWS / LANES)
 #define TOKEN_BLOCK 96 /* tokens per decoding of a tile: their sums stay in the first cache */
+#define FORMAT(bits, scale) ((bits) * 8 + (scale))
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -32,15 +31,8 @@ typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4), may_alias)
 typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-/* A group of a tile: float16 scale [ROWS], with 4 bits float16 minimum [ROWS], then words [GROUP * bits / 32][ROWS] of
- * codes side by side, the first input's lowest. With 8 bits the minimum is -128 scales. With 16 bits (bfloat16) there
- * are only the words. */
-INLINE int64_t scale_bytes(int bits) { return bits == 16 ? 0 : 2 * ROWS * (bits == 4 ? 2 : 1); }
-
-INLINE int64_t group_bytes(int bits) { return scale_bytes(bits) + GROUP * ROWS * bits / 8; }
-
-INLINE const uint32_t *words_of(const uint8_t *group, int bits, int word) {
-    return (const uint32_t *)(group + scale_bytes(bits)) + word * ROWS;
+INLINE const uint32_t *words_of(const uint8_t *group, Format format, int word) {
+    return (const uint32_t *)(group + treeline_scales_bytes(format)) + word * ROWS;
 }
 
 INLINE vf from_half(const uint16_t *halves) {
@@ -52,33 +44,36 @@ INLINE vf from_half(const uint16_t *halves) {
 
 /* Codes stay where they are in the low half of their word, which makes them greater by a power of two; the scale of
  * place j is smaller by the same. */
-INLINE void scales_of(const uint8_t *group, int bits, int vector, vf scales[4], vf *minimum) {
-    scales[0] = *minimum = (vf){0};
-    if (bits == 16) return;
+INLINE void scales_of(const uint8_t *group, Format format, int vector, vf scales[4], vf *minimum) {
     const uint16_t *halves = (const uint16_t *)group + LANES * vector;
-    vf scale = from_half(halves);
-    for (int j = 0; j < 16 / bits; j++) scales[j] = scale * (1.0f / (1 << bits * j));
-    if (bits == 4) *minimum = from_half(halves + ROWS);
-    else *minimum = scale * -128.0f;
+    const float *floats = (const float *)group + LANES * vector;
+    vf scale = {0};
+    if (format.scale == 2) scale = from_half(halves);
+    if (format.scale == 4) scale = *(const vf *)floats;
+    for (int j = 0; j < 16 / format.bits; j++) scales[j] = scale * (1.0f / (1 << format.bits * j));
+    *minimum = scale * -128.0f;
+    if (format.scale == 2 && format.bits == 4) *minimum = from_half(halves + ROWS);
+    if (format.scale == 4) *minimum = *(const vf *)(floats + ROWS);
 }
 
-INLINE vf decode(vu word, int bits, int j, vf scale, vf minimum) {
-    if (bits == 16) return (vf)(word << 16);
+INLINE vf decode(vu word, Format format, int j, vf scale, vf minimum) {
+    int bits = format.bits;
+    if (format.scale == 0) return (vf)(word << 16);
     uint32_t mask = ((1u << bits) - 1) << bits * j;
-    /* The product is exact, so that the sum is rounded once. */
+    /* The product is exact, or the compiler joins it with the sum, which is exact: what was read is rounded once. */
     return __builtin_convertvector((vi)(word & mask), vf) * scale + minimum;
 }
 
-INLINE void decode_group(const uint8_t *group, int bits, float weights[GROUP][ROWS]) {
+INLINE void decode_group(const uint8_t *group, Format format, float weights[GROUP][ROWS]) {
     for (int v = 0; v < VECTORS; v++) {
         vf scales[4], minimum;
-        scales_of(group, bits, v, scales, &minimum);
+        scales_of(group, format, v, scales, &minimum);
         float(*out)[ROWS] = weights;
-        for (int w = 0; w < GROUP * bits / 32; w++) {
-            vu word = *(const vu *)(words_of(group, bits, w) + LANES * v);
+        for (int w = 0; w < GROUP * format.bits / 32; w++) {
+            vu word = *(const vu *)(words_of(group, format, w) + LANES * v);
             for (int half = 0; half < 2; half++, word >>= 16)
-                for (int j = 0; j < 16 / bits; j++, out++)
-                    *(vf *)(*out + LANES * v) = decode(word, bits, j, scales[j], minimum);
+                for (int j = 0; j < 16 / format.bits; j++, out++)
+                    *(vf *)(*out + LANES * v) = decode(word, format, j, scales[j], minimum);
         }
     }
 }
@@ -86,22 +81,22 @@ INLINE void decode_group(const uint8_t *group, int bits, float weights[GROUP][RO
 /* sums[t] += weights^T inputs[t] over one group, for up to FEW_TOKENS and `count` vectors of outputs from the first
  * given one on, all known when compiled: no weight is written down in between. */
 INLINE void multiply_few(
-    const uint8_t *group, int bits, const float *inputs, int64_t stride, float (*sums)[ROWS], int tokens, int first,
-    int count) {
+    const uint8_t *group, Format format, const float *inputs, int64_t stride, float (*sums)[ROWS], int tokens,
+    int first, int count) {
     vf scales[VECTORS][4], minimum[VECTORS], sum[FEW_TOKENS][VECTORS];
     for (int v = 0; v < count; v++) {
-        scales_of(group, bits, first + v, scales[v], &minimum[v]);
+        scales_of(group, format, first + v, scales[v], &minimum[v]);
         for (int t = 0; t < tokens; t++) sum[t][v] = *(vf *)(sums[t] + LANES * (first + v));
     }
-    for (int w = 0; w < GROUP * bits / 32; w++) {
+    for (int w = 0; w < GROUP * format.bits / 32; w++) {
         vu word[VECTORS];
-        if (bits == 16) for (int line = 0; line < 2; line++) /* the processor's own stops at the end of a page */
-            __builtin_prefetch(words_of(group, bits, w) + 16 * line + 1024, 0, 2);
-        for (int v = 0; v < count; v++) word[v] = *(const vu *)(words_of(group, bits, w) + LANES * (first + v));
+        if (format.bits == 16) for (int line = 0; line < 2; line++) /* the processor's own stops at the end of a page */
+            __builtin_prefetch(words_of(group, format, w) + 16 * line + 1024, 0, 2);
+        for (int v = 0; v < count; v++) word[v] = *(const vu *)(words_of(group, format, w) + LANES * (first + v));
         for (int half = 0; half < 2; half++) {
-            for (int j = 0; j < 16 / bits; j++, inputs++)
+            for (int j = 0; j < 16 / format.bits; j++, inputs++)
                 for (int v = 0; v < count; v++) {
-                    vf weight = decode(word[v], bits, j, scales[v][j], minimum[v]);
+                    vf weight = decode(word[v], format, j, scales[v][j], minimum[v]);
                     for (int t = 0; t < tokens; t++) sum[t][v] += weight * inputs[t * stride];
                 }
             for (int v = 0; v < count; v++) word[v] >>= 16;
@@ -153,15 +148,15 @@ static void multiply_many(
 
 /* sums [tokens] = inputs [tokens, GROUP * groups] times the tile's weights, tokens <= TOKEN_BLOCK. */
 INLINE void multiply_tile(
-    const uint8_t *tile, int bits, const float *inputs, int64_t groups, float (*sums)[ROWS], int64_t tokens) {
+    const uint8_t *tile, Format format, const float *inputs, int64_t groups, float (*sums)[ROWS], int64_t tokens) {
     float weights[GROUP][ROWS] __attribute__((aligned(64)));
     int64_t stride = GROUP * groups;
     memset(sums, 0, tokens * sizeof(*sums));
-    for (int64_t g = 0; g < groups; g++, tile += group_bytes(bits), inputs += GROUP) switch (tokens) {
+    for (int64_t g = 0; g < groups; g++, tile += treeline_group_bytes(format), inputs += GROUP) switch (tokens) {
 #define CASE(n, count) \
         case n: \
             for (int first = 0; first < VECTORS; first += count) \
-                multiply_few(tile, bits, inputs, stride, sums, n, first, count); \
+                multiply_few(tile, format, inputs, stride, sums, n, first, count); \
             break;
         CASE(1, VECTORS) CASE(2, VECTORS) CASE(3, 2) CASE(4, 2)
 #ifdef WIDE
@@ -169,26 +164,30 @@ INLINE void multiply_tile(
 #endif
 #undef CASE
         default:
-            decode_group(tile, bits, weights);
+            decode_group(tile, format, weights);
             multiply_many(weights, inputs, stride, sums, tokens);
     }
 }
 
 void SIZED(treeline_float_linear)(
     const Linear *linear, const float *inputs, float *outputs, int64_t tokens, void *room) {
-    int64_t features_in = linear->features_in, features_out = linear->features_out, bits = linear->bits;
+    int64_t features_in = linear->features_in, features_out = linear->features_out;
     const float *bias = linear->bias;
     int64_t groups = features_in / GROUP, count = (features_out + ROWS - 1) / ROWS;
     #pragma omp for schedule(static)
     for (int64_t tile = 0; tile < count; tile++) {
         float sums[TOKEN_BLOCK][ROWS] __attribute__((aligned(64)));
-        const uint8_t *codes = linear->tiles + tile * groups * group_bytes(bits);
+        const uint8_t *codes = linear->tiles + tile * groups * treeline_group_bytes(linear->format);
         int64_t first = tile * ROWS, rows = features_out - first < ROWS ? features_out - first : ROWS;
         for (int64_t start = 0; start < tokens; start += TOKEN_BLOCK) {
             int64_t block = tokens - start < TOKEN_BLOCK ? tokens - start : TOKEN_BLOCK;
-            if (bits == 4) multiply_tile(codes, 4, inputs + start * features_in, groups, sums, block);
-            else if (bits == 8) multiply_tile(codes, 8, inputs + start * features_in, groups, sums, block);
-            else multiply_tile(codes, 16, inputs + start * features_in, groups, sums, block);
+            const float *x = inputs + start * features_in;
+            switch (FORMAT(linear->format.bits, linear->format.scale)) {
+#define CASE(bits, scale) \
+            case FORMAT(bits, scale): multiply_tile(codes, (Format){bits, scale}, x, groups, sums, block); break;
+                CASE(4, 2) CASE(8, 2) CASE(16, 0) CASE(4, 4) CASE(8, 4) CASE(16, 4)
+#undef CASE
+            }
             for (int64_t t = 0; t < block; t++) {
                 if (bias) for (int64_t r = 0; r < rows; r++) sums[t][r] += bias[first + r];
                 memcpy(outputs + (start + t) * features_out + first, sums[t], rows * sizeof(float));

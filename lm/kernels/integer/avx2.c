@@ -31,6 +31,10 @@ INLINE FLOATS splat(float x) { return _mm256_set1_ps(x); }
 
 INLINE FLOATS widen(const uint8_t *halves) { return _mm256_cvtph_ps(_mm_loadu_si128((const void *)halves)); }
 
+INLINE FLOATS load(const uint8_t *floats) { return _mm256_loadu_ps((const void *)floats); }
+
+INLINE INTEGERS begin(int32_t start) { return _mm256_set1_epi32(start); }
+
 INLINE FLOATS times(FLOATS a, FLOATS b) { return _mm256_mul_ps(a, b); }
 
 INLINE FLOATS times_plus(FLOATS a, FLOATS b, FLOATS c) { return _mm256_fmadd_ps(a, b, c); }
@@ -53,7 +57,7 @@ INLINE INTEGERS unpack(const uint8_t *codes, int bits, int half)
 }
 
 #ifdef VNNI
-INLINE INTEGERS begin(int bits, int32_t start) { return bits == 8 ? _mm256_set1_epi32(start) : _mm256_setzero_si256(); }
+#define LESS_128 0 /* whether dots with 8 bits are those of codes less 128 */
 
 INLINE INTEGERS add_dot(int bits, INTEGERS sum, INTEGERS weights, INTEGERS four)
 {
@@ -62,7 +66,7 @@ INLINE INTEGERS add_dot(int bits, INTEGERS sum, INTEGERS weights, INTEGERS four)
 
 INLINE FLOATS finish(int bits, INTEGERS sum) { return _mm256_cvtepi32_ps(sum); }
 #else
-INLINE INTEGERS begin(int bits, int32_t start) { return _mm256_setzero_si256(); }
+#define LESS_128 1
 
 INLINE INTEGERS add_dot(int bits, INTEGERS sum, INTEGERS weights, INTEGERS four)
 {

@@ -14,6 +14,7 @@
 #define LANES 16
 #define VECTORS 2
 #define TOKENS 8
+#define LESS_128 0 /* whether dots with 8 bits are those of codes less 128 */
 #define FLOATS __m512
 #define INTEGERS __m512i
 #define INLINE static inline __attribute__((always_inline))
@@ -21,6 +22,10 @@
 INLINE FLOATS splat(float x) { return _mm512_set1_ps(x); }
 
 INLINE FLOATS widen(const uint8_t *halves) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)halves)); }
+
+INLINE FLOATS load(const uint8_t *floats) { return _mm512_loadu_ps((const void *)floats); }
+
+INLINE INTEGERS begin(int32_t start) { return _mm512_set1_epi32(start); }
 
 INLINE FLOATS times(FLOATS a, FLOATS b) { return _mm512_mul_ps(a, b); }
 
@@ -42,8 +47,6 @@ INLINE INTEGERS unpack(const uint8_t *codes, int bits, int half)
         return bytes;
     return _mm512_and_si512(half ? _mm512_srli_epi32(bytes, 4) : bytes, _mm512_set1_epi8(15));
 }
-
-INLINE INTEGERS begin(int bits, int32_t start) { return bits == 8 ? _mm512_set1_epi32(start) : _mm512_setzero_si512(); }
 
 INLINE INTEGERS add_dot(int bits, INTEGERS sum, INTEGERS weights, INTEGERS four)
 {

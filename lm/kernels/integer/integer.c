@@ -73,14 +73,14 @@ void treeline_integer_linear(const Linear *linear, const float *inputs, float *o
     float sums[TOKEN_BLOCK][ROWS] __attribute__((aligned(64)));
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < tokens * groups; i++)
-        rounded[i] = round_group(inputs + i * GROUP, linear->bits);
+        rounded[i] = round_group(inputs + i * GROUP, linear->format.bits);
 #pragma omp for schedule(static)
     for (int64_t tile = 0; tile < count; tile++) {
-        const uint8_t *weights = linear->tiles + tile * groups * group_bytes(linear->bits);
+        const uint8_t *weights = linear->tiles + tile * groups * treeline_group_bytes(linear->format);
         int64_t first = tile * ROWS, left = linear->features_out - first, rows = left < ROWS ? left : ROWS;
         for (int64_t start = 0; start < tokens; start += TOKEN_BLOCK) {
             int64_t block = tokens - start < TOKEN_BLOCK ? tokens - start : TOKEN_BLOCK;
-            multiply(weights, linear->bits, groups, rounded + start * groups, block, sums);
+            multiply(weights, linear->format, groups, rounded + start * groups, block, sums);
             for (int64_t t = 0; t < block; t++) {
                 if (linear->bias)
                     for (int64_t r = 0; r < rows; r++)

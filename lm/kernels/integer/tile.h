@@ -1,30 +1,33 @@
 /* A tile's product for one set of instructions. Who includes this has defined SET, a name; FLOATS and INTEGERS, vectors
    of LANES outputs; how many VECTORS x TOKENS sums fill the registers; and the operations on them.
 
-   A group adds input scale * (weight scale * dot + minimum * input sum), with 8 bits input scale * weight scale *
-   (dot - 128 * input sum). Sums of integers are exact, and floats are added group by group, each rounded at the same
+   A group adds input scale * (weight scale * dot + minimum * input sum), with 8 bits and scales of float16 input scale *
+   weight scale * (dot - 128 * input sum). Sums of integers are exact, and floats are added group by group, each rounded at the same
    places: bits are the same whatever the instructions and whatever other tokens are there. */
 #define UNROLLED _Pragma("GCC unroll 8") for
 #define JOINED(a, b) a##b
 #define NAMED(a, b) JOINED(a, b)
 
-/* sums [tokens, ROWS] of the outputs from `first` on; `bits` and `tokens` are known when compiled. */
-INLINE void multiply(const uint8_t *tile, int bits, int64_t groups, const RoundedGroup *inputs, int tokens, int first,
+/* sums [tokens, ROWS] of the outputs from `first` on; `format` and `tokens` are known when compiled. */
+INLINE void multiply(const uint8_t *tile, Format format, int64_t groups, const RoundedGroup *inputs, int tokens, int first,
                      float (*sums)[ROWS])
 {
-    const int halves = bits == 4 ? 2 : 1, words = bits == 4 ? 4 : 8;
+    const int bits = format.bits, halves = bits == 4 ? 2 : 1, words = bits == 4 ? 4 : 8;
+    const int has_minimum = bits == 4 || format.scale == 4;
+    /* Whether dots are to be those of codes less 128, and whether something has to be added for that. */
+    const int start = bits == 8 && has_minimum == LESS_128 ? (LESS_128 ? -1 : 1) : 0;
     FLOATS totals[TOKENS][VECTORS];
     UNROLLED (int t = 0; t < tokens; t++)
         UNROLLED (int v = 0; v < VECTORS; v++)
             totals[t][v] = splat(0);
-    for (int64_t g = 0; g < groups; g++, tile += group_bytes(bits), inputs++) {
-        const uint8_t *codes = tile + 2 * ROWS * halves + 4 * first;
+    for (int64_t g = 0; g < groups; g++, tile += treeline_group_bytes(format), inputs++) {
+        const uint8_t *codes = tile + treeline_scales_bytes(format) + 4 * first;
         INTEGERS dots[TOKENS][VECTORS];
-        for (int64_t line = 0; line < group_bytes(bits); line += 64)
-            __builtin_prefetch(tile + groups * group_bytes(bits) + line, 0, 2);
+        for (int64_t line = 0; line < treeline_group_bytes(format); line += 64)
+            __builtin_prefetch(tile + groups * treeline_group_bytes(format) + line, 0, 2);
         UNROLLED (int t = 0; t < tokens; t++)
             UNROLLED (int v = 0; v < VECTORS; v++)
-                dots[t][v] = begin(bits, inputs[t * groups].start);
+                dots[t][v] = begin(start * inputs[t * groups].start);
         UNROLLED (int w = 0; w < words; w++)
             UNROLLED (int half = 0; half < halves; half++) {
                 INTEGERS weights[VECTORS];
@@ -37,11 +40,13 @@ INLINE void multiply(const uint8_t *tile, int bits, int64_t groups, const Rounde
                 }
             }
         UNROLLED (int v = 0; v < VECTORS; v++) {
-            const uint8_t *scales = tile + 2 * (first + v * LANES);
-            FLOATS scale = widen(scales), minimum = bits == 4 ? widen(scales + 2 * ROWS) : splat(0);
+            const uint8_t *scales = tile + format.scale * (first + v * LANES), *minima = scales + format.scale * ROWS;
+            FLOATS scale = format.scale == 4 ? load(scales) : widen(scales), minimum = splat(0);
+            if (has_minimum)
+                minimum = format.scale == 4 ? load(minima) : widen(minima);
             UNROLLED (int t = 0; t < tokens; t++) {
                 FLOATS part = times(scale, finish(bits, dots[t][v]));
-                if (bits == 4)
+                if (has_minimum)
                     part = times_plus(minimum, splat(inputs[t * groups].sum), part);
                 totals[t][v] = times_plus(splat(inputs[t * groups].scale), part, totals[t][v]);
             }
@@ -52,12 +57,12 @@ INLINE void multiply(const uint8_t *tile, int bits, int64_t groups, const Rounde
             store(sums[t] + first + v * LANES, totals[t][v]);
 }
 
-INLINE void multiply_some(const uint8_t *tile, int bits, int64_t groups, const RoundedGroup *inputs, int tokens,
+INLINE void multiply_some(const uint8_t *tile, Format format, int64_t groups, const RoundedGroup *inputs, int tokens,
                           float (*sums)[ROWS])
 {
     for (int first = 0; first < ROWS; first += VECTORS * LANES)
         switch (tokens) {
-#define CASE(n) case n: multiply(tile, bits, groups, inputs, n, first, sums); break;
+#define CASE(n) case n: multiply(tile, format, groups, inputs, n, first, sums); break;
             CASE(1) CASE(2) CASE(3) CASE(4)
 #if TOKENS > 4
             CASE(5) CASE(6) CASE(7) CASE(8)
@@ -66,14 +71,18 @@ INLINE void multiply_some(const uint8_t *tile, int bits, int64_t groups, const R
         }
 }
 
-void NAMED(treeline_integer_tile_, SET)(const uint8_t *tile, int64_t bits, int64_t groups, const RoundedGroup *inputs,
+void NAMED(treeline_integer_tile_, SET)(const uint8_t *tile, Format format, int64_t groups, const RoundedGroup *inputs,
                                         int64_t tokens, float (*sums)[ROWS])
 {
     for (int64_t now; tokens; tokens -= now, inputs += now * groups, sums += now) {
         now = tokens <= TOKENS ? tokens : tokens < 2 * TOKENS ? (tokens + 1) / 2 : TOKENS; /* one alone is dear */
-        if (bits == 4)
-            multiply_some(tile, 4, groups, inputs, now, sums);
+        if (format.bits == 4 && format.scale == 2)
+            multiply_some(tile, (Format){4, 2}, groups, inputs, now, sums);
+        else if (format.bits == 4)
+            multiply_some(tile, (Format){4, 4}, groups, inputs, now, sums);
+        else if (format.scale == 2)
+            multiply_some(tile, (Format){8, 2}, groups, inputs, now, sums);
         else
-            multiply_some(tile, 8, groups, inputs, now, sums);
+            multiply_some(tile, (Format){8, 4}, groups, inputs, now, sums);
     }
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from lm.cpu.grouped_linear import GroupedLinear, Kernel, kernel_for, kernels
 from lm.cpu.packed_linear import pack_linear_layers
-from lm.cpu.quantized import GroupedWeight, round_to_q4_0, round_to_q4_1, round_to_q8_0
+from lm.cpu.quantized import Bits, GroupedWeight, round_to_q4_0, round_to_q4_1, round_to_q8_0
 from lm.layers.fuse import fuse_layers
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
@@ -21,7 +22,28 @@ from treeline.config import ModelConfig
 from treeline.errors import ConfigError
 
 INTEGER = [kernel for kernel in kernels() if kernel.arithmetic == "int8"]
-ROUNDING = {"Q4_0": round_to_q4_0, "Q4_1": round_to_q4_1, "Q8_0": round_to_q8_0}
+
+
+def in_steps(bits: Bits) -> Callable[[torch.Tensor], GroupedWeight]:
+    """Groups with scales and minima of float32."""
+
+    def round_to_steps(weight: torch.Tensor) -> GroupedWeight:
+        values = weight.unflatten(1, (-1, 32))
+        low, high = values.amin(2), values.amax(2)
+        scale = (high - low) / (2**bits - 1)
+        codes = ((values - low[..., None]) / scale[..., None]).round().clamp(0, 2**bits - 1).to(torch.uint8)
+        return GroupedWeight(bits, codes, scale, low)
+
+    return round_to_steps
+
+
+ROUNDING = {
+    "Q4_0": round_to_q4_0,
+    "Q4_1": round_to_q4_1,
+    "Q8_0": round_to_q8_0,
+    "steps of 4 bits": in_steps(4),
+    "steps of 8 bits": in_steps(8),
+}
 
 pytestmark = pytest.mark.skipif(not INTEGER, reason="no kernel for integers runs here")
 

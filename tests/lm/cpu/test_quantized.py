@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from torch import nn
 from transformers import PreTrainedModel
 
 from lm.cpu.grouped_linear import GroupedLinear, Kernel, kernels
-from lm.cpu.quantized import GroupedWeight, find_groups, round_to_q4_0, round_to_q4_1, round_to_q8_0
+from lm.cpu.quantized import GroupedWeight, find_groups, find_smaller, round_to_q4_0, round_to_q4_1, round_to_q8_0
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from tests.lm.helpers import random_tokens, reference_logits
@@ -23,11 +23,25 @@ from treeline.errors import ConfigError
 
 compiled = pytest.mark.skipif(not kernels(), reason="the kernels were not built")
 FORMATS = {"Q4_0": (round_to_q4_0, 4), "Q4_1": (round_to_q4_1, 4), "Q8_0": (round_to_q8_0, 8)}
+STEPS = {"Q5_0": 8, "Q5_1": 8, "Q4_K": 4, "Q5_K": 8, "Q6_K": 16}
+"""Bits in which other formats are kept, with scales of float32."""
+HALVES = {"Q5_0": (0,), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+"""Where in a block float16 numbers lie."""
 
 
 def as_gguf_stores(weight: torch.Tensor, name: str) -> torch.Tensor:
     kind = GGMLQuantizationType[name]
     return torch.from_numpy(dequantize(quantize(weight.numpy(), kind), kind))
+
+
+def some_blocks(name: str, rows: int = 70, columns: int = 512) -> torch.Tensor:
+    """Any codes, and scales as weights have them; the gguf package cannot write all such formats."""
+    kind, rng = GGMLQuantizationType[name], np.random.default_rng(0)
+    values, size = GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (rows, columns // values, size), np.uint8)
+    for at in HALVES[name]:
+        blocks[:, :, at : at + 2] = rng.uniform(0.001, 0.002, (*blocks.shape[:2], 1)).astype(np.float16).view(np.uint8)
+    return torch.from_numpy(dequantize(blocks.reshape(rows, -1), kind))
 
 
 def some_weight(rows: int = 70, columns: int = 96) -> torch.Tensor:
@@ -44,6 +58,28 @@ def test_groups_of_a_gguf_file_are_found_without_loss(name: str) -> None:
     assert torch.equal(found.floats(), weight)
 
 
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_of_other_gguf_formats_are_found_without_loss(name: str) -> None:
+    weight = some_blocks(name)
+    weight[3, 32:64] = 0.0
+    found = find_smaller(weight)
+    assert isinstance(found, GroupedWeight)
+    assert (found.bits, found.scale.dtype) == (STEPS[name], torch.float32)
+    assert torch.equal(found.floats(), weight)
+
+
+@compiled
+@pytest.mark.parametrize("kernel", [kernel for kernel in kernels() if kernel.arithmetic == "float32"])
+@pytest.mark.parametrize("name", STEPS)
+def test_kernels_read_every_bit_of_other_formats(name: str, kernel: Kernel) -> None:
+    weight = some_blocks(name)
+    found = find_smaller(weight)
+    assert found is not None
+    layer, ones = GroupedLinear(found, None, kernel), torch.eye(512)
+    for tokens in (1, 3, 100):
+        assert torch.equal(layer(ones[-tokens:]), weight[:, -tokens:].T + 0.0)
+
+
 def test_other_weights_are_not_taken_for_groups() -> None:
     assert find_groups(some_weight()) is None
     assert find_groups(some_weight(columns=48)) is None
@@ -51,6 +87,8 @@ def test_other_weights_are_not_taken_for_groups() -> None:
     weight = as_gguf_stores(some_weight(), "Q4_1")
     weight[-1, -1] = torch.nextafter(weight[-1, -1], torch.tensor(torch.inf))
     assert find_groups(weight) is None
+    for near in (some_weight(), weight * torch.pi, weight.fill_(torch.nan)):
+        assert find_smaller(near) is None
 
 
 @pytest.mark.parametrize("name", FORMATS)
