@@ -172,7 +172,7 @@ def spoil(message: Message, rng: random.Random) -> None:
             setattr(within, field.name, bytes(spoilt[: rng.choice((None, -1))]))
         elif field.message_type is None and not field.is_repeated:
             setattr(within, field.name, rng.choice(KILLERS))
-    except (TypeError, ValueError):  # such a number does not fit the field: it cannot be sent
+    except (TypeError, ValueError, OverflowError):  # such a number does not fit the field: it cannot be sent
         return
 
 
