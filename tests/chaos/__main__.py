@@ -93,15 +93,16 @@ class Memory:
 
     def __init__(self, services: list[Service]) -> None:
         self._began_s, self._samples = time.monotonic(), {service: [] for service in services if is_kept(service)}
+        self._stopping = threading.Event()
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
-        while True:
+        while not self._stopping.wait(SAMPLE_S):
             for service, samples in self._samples.items():
                 samples.append((time.monotonic() - self._began_s, service.resident_mib()))
-            time.sleep(SAMPLE_S)
 
     def check(self, tally: Tally) -> None:
+        self._stopping.set()
         for service, samples in self._samples.items():
             seconds, mib = np.asarray([s for s in samples if s[0] > WARM_S] or samples[-2:]).T
             if seconds[-1] - seconds[0] < MEASURED_S:
