@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from treeline.request import MAX_PRIORITY
 from treeline.sampling import SamplingParams
 
 DEFAULT_MODEL = "default"
@@ -21,9 +22,6 @@ keep their core. About a millisecond: from one matrix product to the next, but n
 
 MAX_RUNNING_REQUESTS, MAX_TREE_NODES, MAX_TREE_DEPTH = 1024, 256, 32
 """What `limits` may be set to. They bound the numbers of messages between services, and the sizes of arrays."""
-
-MAX_PRIORITY = 4
-"""Priorities lie in [-MAX_PRIORITY, MAX_PRIORITY]."""
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

@@ -11,6 +11,8 @@ from treeline.v1 import generation_pb2 as pb
 
 MAX_ANSWERS = 16
 """Most answers (`n`) to one request: each takes a slot and a place in the queue."""
+MAX_PRIORITY = 4
+"""Priorities lie in [-MAX_PRIORITY, MAX_PRIORITY]."""
 MAX_REQUEST_ID_CHARS = 128
 SEED_BITS = 63
 """Seeds are uint64 on the wire; 63 bits also fit the signed integers of other languages."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from treeline.config import MAX_PRIORITY, MAX_RUNNING_REQUESTS, MAX_TREE_NODES
+from treeline.config import MAX_RUNNING_REQUESTS, MAX_TREE_NODES
 from treeline.messages import Bounds, check_numbers, from_message, to_message
 from treeline.plan import MAX_PASS_TOKENS, MIN_SECONDS, SOURCES
+from treeline.request import MAX_PRIORITY
 from treeline.v1 import planning_pb2 as pb
 
 

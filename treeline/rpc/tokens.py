@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from treeline.config import MAX_PRIORITY
 from treeline.errors import ConfigError
+from treeline.request import MAX_PRIORITY
 
 logger = logging.getLogger(__name__)
 

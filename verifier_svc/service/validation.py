@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from planner.policies import parse_policy
-from treeline.config import MAX_PRIORITY, LimitsConfig, VerifierConfig
+from treeline.config import LimitsConfig, VerifierConfig
 from treeline.errors import FieldViolation, InvalidRequestError, UnknownModelError
-from treeline.request import MAX_ANSWERS
+from treeline.request import MAX_ANSWERS, MAX_PRIORITY
 from treeline.sampling import SamplingParams
 from treeline.v1 import generation_pb2 as pb
 from verifier_svc.engine.request import GenerationRequest
