@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -67,7 +65,6 @@ WARM_UP_TOKENS = 16
 """A service that has just started pays for first calls, and its planner knows nothing yet: neither is compared."""
 TIMEOUT_S = 300.0
 TOKENS_BEFORE_KILL = 5
-NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
 @dataclass
@@ -161,7 +158,7 @@ def show_demo(client: TreelineClient, console: Console, max_tokens: int) -> None
     run_round(client, PROMPTS, WARM_UP_TOKENS)
     run_round(client, PROMPTS, max_tokens, show=Narrator(console))
 
-    console.print("\n[bold]The load climbs, and trees shrink[/] (the first stream repeats a text, the others write)")
+    console.print("\n[bold]The load climbs, and trees shrink[/] (one stream repeats a text)")
     for streams in LOADS:
         console.print(rung(run_round(client, ALONE + PROMPTS[: streams - 1], max_tokens)), highlight=False)
 
@@ -179,11 +176,12 @@ def show_demo(client: TreelineClient, console: Console, max_tokens: int) -> None
 
 
 def rung(load: Rounds) -> str:
-    """One load in one line: what the trees were like, and what was said of most steps."""
+    """One load in one line: what all streams got together, and what their trees were like."""
     steps = [step for outcome in load.outcomes for step in outcome.steps]
-    price, nodes = median(step.price for step in steps), mean(step.verified_nodes for step in steps)
-    figures = f"{load.tokens_per_s:6.1f} tokens/s, price {price:5.0f}, {nodes:4.1f} nodes a tree"
-    return f"{len(load.outcomes):>2} streams: {figures}; {usual_reason([step.reason for step in steps])}"
+    price = median([step.price for step in steps if step.price] or [0])
+    nodes, accepted = mean(step.verified_nodes for step in steps), mean(step.accepted_nodes for step in steps)
+    streams = f"{len(load.outcomes):>2} streams: {load.tokens_per_s:5.1f} tokens/s"
+    return f"{streams}, price {price:3.0f}, {nodes:3.1f} nodes a tree, {accepted:3.1f} accepted"
 
 
 def show_kill(client: TreelineClient, console: Console, max_tokens: int, kill: Callable[[], None]) -> None:
@@ -315,11 +313,3 @@ def comparison(title: str, prompts: tuple[DemoPrompt, ...], turns: Turns) -> Tab
             f"{rates[0] / rates[1]:.2f}x",
         )
     return table
-
-
-def usual_reason(reasons: list[str]) -> str:
-    """What the planner said most often, its last such words for an example."""
-    patterns = [NUMBER.sub("#", reason) for reason in reasons]
-    pattern, steps = Counter(patterns).most_common(1)[0]
-    example = dict(zip(patterns, reasons, strict=True))[pattern]
-    return f"in {steps} of {len(reasons)} steps: {example}"

@@ -2,7 +2,7 @@ import io
 
 from rich.console import Console
 
-from cli.demo import LOADS, PROMPTS, TURNS, Narrator, show_demo, show_kill, usual_reason
+from cli.demo import LOADS, PROMPTS, TURNS, Narrator, show_demo, show_kill
 from treeline.client import TreelineClient
 
 
@@ -58,8 +58,3 @@ def test_the_killed_answer_is_compared_with_an_undisturbed_one(service):
     assert kills == [True]
     assert "a4 <killed> a5" in out.getvalue()
     assert "the same text as" in out.getvalue()
-
-
-def test_the_usual_reason_counts_sentences_that_differ_in_their_numbers_alone():
-    reasons = ["plain decoding 10", "probing", "plain decoding 12.5"]
-    assert usual_reason(reasons) == "in 2 of 3 steps: plain decoding 12.5"
