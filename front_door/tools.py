@@ -125,7 +125,7 @@ class ChatInput(Input):
 
     def binding(self, tool_call_format: str) -> pb.Grammar | None:
         """What the answer must match: a call of a declared function, or else, where the model may choose, any text."""
-        if self.tool_choice in ("none", "auto") and (not self._offered or tool_call_format in SPELLINGS):
+        if not self._is_bound(tool_call_format):
             return None
         several = self.parallel_tool_calls and not isinstance(self.tool_choice, NamedTool)
         functions = [tool.function for tool in self._callable]
@@ -146,10 +146,14 @@ class ChatInput(Input):
         """Finds the calls of one answer."""
         if not self._offered:
             return PlainText()
-        if self.binding(tool_call_format) is not None:
+        if self._is_bound(tool_call_format):
             return BoundCalls()
         names = {tool.function.name for tool in self.tools}
         return FreeCalls(SPELLINGS[tool_call_format], names, self.parallel_tool_calls)
+
+    def _is_bound(self, tool_call_format: str) -> bool:
+        """Whether a grammar binds the answer to the tools."""
+        return self.tool_choice not in ("none", "auto") or bool(self._offered and tool_call_format not in SPELLINGS)
 
     @property
     def _offered(self) -> Sequence[Tool]:
