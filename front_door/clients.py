@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from treeline.errors import FieldViolation, InvalidRequestError, QuotaExceededError
 from treeline.request import answers_of
-from treeline.rpc.tokens import Client, TokenFile
+from treeline.rpc.tokens import Client, TokenFile, authorization
 from treeline.v1 import generation_pb2 as pb
 
 
@@ -45,11 +45,8 @@ class Clients:
         """Whose call this is."""
         if self._tokens is None:
             return Client(address_of(call))
-        given = next((value for key, value in call.invocation_metadata() or () if key == "authorization"), "")
         # It was accepted when the call came in, and may have expired since.
-        return self._tokens.client(given if isinstance(given, str) else given.decode("latin-1")) or Client(
-            address_of(call)
-        )
+        return self._tokens.client(authorization(call.invocation_metadata())) or Client(address_of(call))
 
     @contextmanager
     def admitted(self, client: Client, request: pb.GenerateRequest) -> Iterator[None]:

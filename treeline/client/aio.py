@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 
@@ -40,6 +40,7 @@ class AsyncAnswer(AsyncIterator[Message]):
 
 class AsyncClient(BaseClient[AsyncAnswer]):
     __doc__ = BaseClient.__doc__
+    _transport: ClassVar[Any] = grpc.aio
 
     async def abort(self, *request_ids: str) -> int:
         """End requests by id. Returns how many of them were open."""
@@ -81,11 +82,6 @@ class AsyncClient(BaseClient[AsyncAnswer]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
-
-    def _connect(self, target: str, credentials: grpc.ChannelCredentials | None, options: Sequence[Any]) -> Any:
-        if credentials is None:
-            return grpc.aio.insecure_channel(target, options)
-        return grpc.aio.secure_channel(target, credentials, options)
 
     def _stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncAnswer:
         return AsyncAnswer(self._messages(request, self._attempts(request, timeout_s)))

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import grpc
 
@@ -43,6 +43,9 @@ class BaseClient(ABC, Generic[AnswerT]):
     Raises:
         ConfigError: the certificate cannot be read, or the token would leave this machine in plain text.
     """
+
+    _transport: ClassVar[Any]
+    """What makes channels: grpc or grpc.aio."""
 
     def __init__(
         self,
@@ -169,9 +172,11 @@ class BaseClient(ABC, Generic[AnswerT]):
         identify(request)
         return self._stream(request, timeout_s)
 
-    @abstractmethod
     def _connect(self, target: str, credentials: grpc.ChannelCredentials | None, options: Sequence[Any]) -> Any:
         """A channel to `target`."""
+        if credentials is None:
+            return self._transport.insecure_channel(target, options)
+        return self._transport.secure_channel(target, credentials, options)
 
     @abstractmethod
     def _stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> AnswerT:

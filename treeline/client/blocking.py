@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 
@@ -40,6 +40,7 @@ class Answer(Iterator[Message]):
 
 class TreelineClient(BaseClient[Answer]):
     __doc__ = BaseClient.__doc__
+    _transport: ClassVar[Any] = grpc
 
     def abort(self, *request_ids: str) -> int:
         """End requests by id. Returns how many of them were open."""
@@ -80,11 +81,6 @@ class TreelineClient(BaseClient[Answer]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def _connect(self, target: str, credentials: grpc.ChannelCredentials | None, options: Sequence[Any]) -> Any:
-        if credentials is None:
-            return grpc.insecure_channel(target, options)
-        return grpc.secure_channel(target, credentials, options)
 
     def _stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> Answer:
         return Answer(self._messages(request, self._attempts(request, timeout_s)))

@@ -12,7 +12,7 @@ import grpc
 
 from treeline.errors import ConfigError
 from treeline.rpc.interceptors import MessageGuard
-from treeline.rpc.tokens import TokenFile
+from treeline.rpc.tokens import TokenFile, authorization
 
 if TYPE_CHECKING:
     from grpc_health.v1 import health
@@ -145,13 +145,9 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(self, continuation: Callable, handler_call_details: grpc.HandlerCallDetails) -> Any:
         details = handler_call_details
-        if details.method.startswith(HEALTH_PREFIX) or self._accepts(details.invocation_metadata or ()):
+        if details.method.startswith(HEALTH_PREFIX) or self._tokens.client(authorization(details.invocation_metadata)):
             return await continuation(details)
         return grpc.stream_stream_rpc_method_handler(_refuse)
-
-    def _accepts(self, metadata: Sequence[tuple[str, str | bytes]]) -> bool:
-        given = next((value for key, value in metadata if key == "authorization"), "")
-        return self._tokens.client(given if isinstance(given, str) else given.decode("latin-1")) is not None
 
 
 async def _refuse(_: Any, context: grpc.aio.ServicerContext) -> None:

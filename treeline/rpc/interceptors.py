@@ -36,12 +36,6 @@ class MessageGuard(grpc.aio.ServerInterceptor):
         if handler is None or handler.request_deserializer is None:
             return handler
 
-        def guarded_parse(data: bytes) -> Any:
-            try:
-                return handler.request_deserializer(data)
-            except DecodeError as error:
-                return error  # grpc hides what is raised here
-
         async def checked(request: Any, context: grpc.aio.ServicerContext) -> Any:
             if isinstance(request, DecodeError):
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, MALFORMED)
@@ -61,7 +55,19 @@ class MessageGuard(grpc.aio.ServerInterceptor):
             return await (handler.stream_unary or handler.unary_unary)(given, context)
 
         (kind,) = (name for name in HANDLERS if getattr(handler, name) is not None)
-        return handler._replace(request_deserializer=guarded_parse, **{kind: answer})
+        return handler._replace(request_deserializer=parsed_or_error(handler.request_deserializer), **{kind: answer})
+
+
+def parsed_or_error(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """`parse`, but a DecodeError is returned: what is raised there grpc turns into a status of its own."""
+
+    def guarded_parse(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError as error:
+            return error
+
+    return guarded_parse
 
 
 async def write_all(answer: Any, context: grpc.aio.ServicerContext) -> None:
@@ -101,26 +107,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or not method.startswith(_PREFIX):
             return handler
         name = method.removeprefix(_PREFIX)
-        parse = handler.request_deserializer or bytes
-
-        def guarded_parse(data: bytes) -> Any:
-            try:
-                return parse(data)
-            except DecodeError:
-                # Returned, because grpc would turn an exception here into INTERNAL.
-                return InvalidRequestError(FieldViolation("", MALFORMED))
-
+        parse = parsed_or_error(handler.request_deserializer or bytes)
         if handler.response_streaming:
 
             async def stream(request: Any, context: grpc.aio.ServicerContext) -> None:
                 async def answer() -> None:
-                    async with aclosing(handler.unary_stream(_parsed(request), context)) as responses:
-                        async for response in responses:
-                            await context.write(response)
+                    await write_all(handler.unary_stream(_parsed(request), context), context)
 
                 await self._finish(name, context, answer)
 
-            return grpc.unary_stream_rpc_method_handler(stream, guarded_parse, handler.response_serializer)
+            return grpc.unary_stream_rpc_method_handler(stream, parse, handler.response_serializer)
 
         async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
             async def answer() -> Any:
@@ -128,7 +124,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
             return await self._finish(name, context, answer)
 
-        return grpc.unary_unary_rpc_method_handler(unary, guarded_parse, handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(unary, parse, handler.response_serializer)
 
     async def _finish(self, method: str, context: grpc.aio.ServicerContext, answer: Callable[[], Any]) -> Any:
         code, started_s = grpc.StatusCode.OK, time.perf_counter()
@@ -157,6 +153,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _parsed(request: Any) -> Any:
-    if isinstance(request, InvalidRequestError):
-        raise request
+    if isinstance(request, DecodeError):
+        raise InvalidRequestError(FieldViolation("", MALFORMED))
     return request

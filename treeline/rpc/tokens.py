@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +40,12 @@ class Client:
     concurrent: float = math.inf
     priority: int = MAX_PRIORITY
     expires_unix_s: float = math.inf
+
+
+def authorization(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
+    """The value of the "authorization" header in a call's metadata; empty if there is none."""
+    given = next((value for key, value in metadata or () if key == "authorization"), "")
+    return given if isinstance(given, str) else given.decode("latin-1")
 
 
 def read_clients(path: Path) -> dict[str, Client]:
