@@ -122,7 +122,7 @@ def _span(sequence: PackedSequence, start: int) -> Span:
     else:
         if len(sequence.parents) != scratch + new:
             raise ValueError(f"{len(sequence.parents)} parents for {scratch} scratch entries and {new} new tokens")
-        depths, paths = _ancestry(sequence.parents)
+        depths, paths = ancestry(sequence.parents)
         paths = paths[scratch:]
     return Span(start, start + new, sequence.cache, depths, paths)
 
@@ -132,18 +132,14 @@ def _causal(new: int) -> tuple[NDArray[np.int64], Sequence[int]]:
     return np.arange(new), [(2 << token) - 1 for token in range(new)]
 
 
-def ancestry(parents: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Depths int64 [m], 0-based, and ancestors bool [m, m] (row: node, column: ancestor or itself).
+def ancestry(parents: NDArray[np.integer]) -> tuple[NDArray[np.int64], list[int]]:
+    """Depths int64 [m], 0-based, and paths: bit i of a node's is set if node i is its ancestor or the node itself.
+
+    Bits of numbers, as arrays would take several operations a layer.
 
     Raises:
         ValueError: a parent does not come before its child.
     """
-    depths, paths = _ancestry(parents)
-    return depths, _bits(paths, len(paths))
-
-
-def _ancestry(parents: NDArray[np.integer]) -> tuple[NDArray[np.int64], list[int]]:
-    """The same, a row of ancestors as the bits of a number: arrays would take several operations a layer."""
     paths: list[int] = []
     for node, parent in enumerate(parents.tolist()):
         if not -1 <= parent < node:

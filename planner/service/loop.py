@@ -26,7 +26,6 @@ GOODPUT_MEMORY_S = 0.4
 """Time constant of the goodput: an earlier load counts 1 % after 2 s."""
 OLDEST_S = math.log(100) * GOODPUT_MEMORY_S
 """Older records, whose weight is below a hundredth, are left out."""
-MAX_DEPTH = 8
 QUIET_S = 2.0
 """After this long without a step record while requests run, measured latency corrects the cost model: 8 plans."""
 

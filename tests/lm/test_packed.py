@@ -19,11 +19,11 @@ def new_cache() -> KVCache:
 def test_ancestry_is_the_path_of_each_node(seed: int) -> None:
     rng = np.random.default_rng(seed)
     parents = random_parents(rng, int(rng.integers(1, 40)))
-    depths, visible = ancestry(parents)
+    depths, paths = ancestry(parents)
     for node in range(len(parents)):
         path = path_to(parents, node)
         assert depths[node] == len(path) - 1
-        assert np.flatnonzero(visible[node]).tolist() == path
+        assert [other for other in range(len(parents)) if paths[node] >> other & 1] == path
 
 
 def test_positions_slots_and_rows_of_a_ragged_batch() -> None:
