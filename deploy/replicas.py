@@ -102,7 +102,7 @@ class VerifierReplica(Replica):
         )
 
     async def profiles(self) -> dict[str, str]:
-        """The device profiles of this node, by file name: a new verifier on an equal device need not measure."""
+        """The device profiles of this node, by file name: they save a new verifier on an equal device measuring."""
         from verifier_svc.service.profile_cache import stored_profiles
 
         return stored_profiles()
@@ -160,7 +160,7 @@ def unreachable(endpoint: str, asked_from: str, own_address: str) -> str:
 
 
 def _equals() -> DeploymentHandle:
-    """The deployment that this replica is one of."""
+    """The deployment that this replica belongs to."""
     context = serve.get_replica_context()
     return serve.get_deployment_handle(context.deployment, context.app_name)
 

@@ -1,4 +1,4 @@
-"""Bearer tokens: a file of them, one a line, and what whoever shows one may do."""
+"""Bearer tokens: a file with one per line, and what the client behind each may do."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def authorization(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
 
 
 def read_clients(path: Path) -> dict[str, Client]:
-    """Each token of a file, and whose it is. A line is a token and `option=value`s behind it, apart by spaces.
+    """The client of each token in a file. A line is a token, then `option=value` pairs, separated by spaces.
 
     Options: name, weight, rate, concurrent, priority, expires (a date or time of ISO 8601, UTC unless it says
     otherwise). Empty lines and lines that begin with # do not count.
@@ -88,7 +88,7 @@ def read_tokens(path: Path) -> list[str]:
 
 
 class TokenFile:
-    """The tokens of a file, read again when it has changed; while it can't be read, the last ones hold."""
+    """The tokens of a file, read again when it changes; while it cannot be read, the last ones remain valid."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         """Raises ConfigError if the file cannot be read, holds no token, or an option is wrong."""
@@ -102,7 +102,7 @@ class TokenFile:
         return next((token for token, client in clients.items() if now < client.expires_unix_s), next(iter(clients)))
 
     def client(self, authorization: str) -> Client | None:
-        """Whose token the value of an "authorization" header shows; None if it is nobody's, or has expired."""
+        """The client whose token an "authorization" header holds; None if the token is unknown or has expired."""
         scheme, _, given = authorization.partition(" ")
         shown = given.strip().encode() if scheme.lower() == "bearer" else b""
         # Every token is compared, so that the time taken says nothing about which one came close.

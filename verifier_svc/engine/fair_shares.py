@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 class FairShares:
-    """Every client's turn as a number of tokens; the client with the least comes next.
+    """Each client's turn as a number of tokens; the client with the lowest turn comes next.
 
-    A client's turn moves on by the tokens that its requests may take, divided by its weight, and back by those that
-    they did not take. Who comes new, or after a while, starts at the present turn: nobody saves up, and nobody pays
-    for what it took while nobody else wanted it.
+    A request advances its client's turn by the most tokens that it may take, divided by the client's weight; tokens
+    that it did not take are given back. A new or returning client starts at the current turn: idle time earns no
+    credit, and what was taken while nobody waited costs nothing.
 
     Example: A and B, of weights 1 and 2, always want requests of 10 tokens. Their turns are A 0, B 0; A starts
     (A 10), B (5), B (10), A (20), B (15), B (20): B gets twice as many.
@@ -19,11 +19,11 @@ class FairShares:
         self._turns: dict[str, float] = {}
 
     def turn(self, client: str) -> float:
-        """When it is this client's turn."""
+        """The client's turn, in tokens."""
         return max(self._now, self._turns.get(client, 0.0))
 
     def start(self, client: str, tokens: int, weight: float, earliest: float) -> None:
-        """A request of the client starts. `earliest`: the least turn of all who wait, this one included."""
+        """A request of the client starts. `earliest`: the lowest turn of all waiting clients, this one included."""
         turn = self.turn(client)
         self._now = max(self._now, earliest)
         self._turns[client] = turn + tokens / weight

@@ -50,7 +50,7 @@ class _Stream:
         request: what was asked for.
         items: what the engine brought; an error ends the stream.
         begun: some of the answer has come.
-        refused: it gave its place in the queue to another client, and the engine has still to drop it.
+        refused: another client has taken its place in the queue; the engine has yet to drop it.
     """
 
     request: GenerationRequest
@@ -182,9 +182,9 @@ class AsyncEngine:
             self._make_place(request)
 
     def _make_place(self, request: GenerationRequest) -> None:
-        """Refuse the last waiting request of the client that has most for its weight, unless it had less than this one.
+        """Refuse the newest waiting request of the client with the most requests for its weight.
 
-        Raises QueueFullError if it had.
+        Raises QueueFullError if that client would then have less than the one that sends `request`.
         """
         taken = [stream for stream in self._streams.values() if not stream.refused]
         if len(taken) < self._max_open:
