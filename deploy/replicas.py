@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +15,10 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from treeline.config import LOOPBACK, Config
-from treeline.rpc.channels import OWN_ADDRESS, Discover, reachable_host
+from treeline.rpc.channels import OWN_ADDRESS, Discover, reachable_host, settled
 from treeline.telemetry import logs, tracing
+
+logger = logging.getLogger(__name__)
 
 DISCOVERY_TIMEOUT_S = 5.0
 SHUTDOWN_GRACE_S = 5.0
@@ -76,14 +79,15 @@ class PlannerReplica(Replica):
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
         from planner.service.server import PlannerServer
 
-        self.server = await PlannerServer.start(self.configured(config))
+        self.server = await settled(PlannerServer.start(self.configured(config)))
 
 
 class DrafterReplica(Replica):
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
         from drafter_svc.server import DrafterServer
 
-        self.drafter = self.server = await DrafterServer.start(self.configured(config))
+        self.drafter = await settled(DrafterServer.start(self.configured(config)))
+        self.server = self.drafter
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         return self.drafter.stats()
@@ -95,11 +99,13 @@ class VerifierReplica(Replica):
         from verifier_svc.service.server import VerifierServer
 
         checked = self.configured(config)
-        for profiles in await _ask_all(_equals(), "profiles"):
+        for profiles in await known_profiles(_equals()):
             keep_profiles(profiles)
-        self.verifier = self.server = await VerifierServer.start(
-            checked, drafters(checked, drafter), discover(planner), str(serve.get_replica_context().rank.rank)
+        rank = str(serve.get_replica_context().rank.rank)
+        self.verifier = await settled(
+            VerifierServer.start(checked, drafters(checked, drafter), discover(planner), rank)
         )
+        self.server = self.verifier
 
     async def profiles(self) -> dict[str, str]:
         """The device profiles of this node, by file name: they save a new verifier on an equal device measuring."""
@@ -122,7 +128,9 @@ class FrontDoorReplica(Replica):
             return dict(zip(services, found, strict=True))
 
         checked = self.configured(config)
-        self.front_door = self.server = await FrontDoorServer.start(checked, discover(services["verifier"]), pages)
+        verifiers = discover(services["verifier"])
+        self.front_door = await settled(FrontDoorServer.start(checked, verifiers, pages))
+        self.server = self.front_door
 
     async def serving_endpoint(self) -> str:
         """ "host:port" of the clients' port, once there is a verifier behind it."""
@@ -132,6 +140,15 @@ class FrontDoorReplica(Replica):
     async def http_port(self) -> int:
         """0 if HTTP is not enabled."""
         return self.front_door.http.port if self.front_door.http else 0
+
+
+async def known_profiles(verifiers: DeploymentHandle) -> list[dict[str, str]]:
+    """What verifiers that run have measured of their devices. Without an answer in time a device is measured again."""
+    try:
+        return await _ask_all(verifiers, "profiles")
+    except TimeoutError:
+        logger.warning("no device profiles from other verifiers within %g s", DISCOVERY_TIMEOUT_S)
+        return []
 
 
 def discover(handle: DeploymentHandle) -> Discover:

@@ -7,7 +7,6 @@ verifier sends the rest in the next step. Every wait has a time-out.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,6 +22,9 @@ from treeline.v1 import drafting_pb2 as pb
 
 _EXPONENT = np.uint16(0x7F80)
 """Exponent bits of bfloat16; all ones mean infinity or NaN."""
+MAX_SCALE = 1e6
+"""Of sampling parameters and weights, far beyond what a request may ask for (0.01 to 100): products of two, and a count
+times one, stay finite in float32."""
 NO_FEATURES = np.zeros((0, 0), np.uint16)
 
 
@@ -234,14 +236,13 @@ def _sequence_from_proto(message: pb.DraftSequence) -> DraftSequence:
     if not message.token_ids:
         raise ValueError(f"session {message.session_id}: no tokens")
     given = message.sampling
-    finite = (given.presence_penalty, given.frequency_penalty, *given.logit_bias.values())
+    added = (given.presence_penalty, given.frequency_penalty, *given.logit_bias.values())
+    scales = (given.temperature or 1.0, given.repetition_penalty, message.weight)
     if not (
-        0 <= given.temperature < math.inf
-        and 0 < given.top_p <= 1
+        0 < given.top_p <= 1
         and 0 <= given.min_p <= 1
-        and 0 < given.repetition_penalty < math.inf
-        and all(map(math.isfinite, finite))
-        and 0 < message.weight < math.inf
+        and all(1 / MAX_SCALE <= scale <= MAX_SCALE for scale in scales)
+        and all(-MAX_SCALE <= value <= MAX_SCALE for value in added)
     ):
         raise ValueError(f"session {message.session_id}: a sampling parameter or the weight is out of range")
     return from_message(

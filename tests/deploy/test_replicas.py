@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+
 import pytest
 
-from deploy.replicas import unreachable
-from treeline.rpc.channels import OWN_ADDRESS, reachable_host
+from deploy import replicas
+from deploy.replicas import known_profiles, unreachable
+from treeline.rpc.channels import OWN_ADDRESS, reachable_host, settled
 
 HERE, THERE = "10.0.0.1", "10.0.0.2"
 
@@ -30,3 +34,31 @@ def test_a_server_on_all_interfaces_names_the_address_that_ray_knows(monkeypatch
     monkeypatch.setenv(OWN_ADDRESS, HERE)
     assert reachable_host("0.0.0.0") == HERE
     assert reachable_host("127.0.0.1") == "127.0.0.1"
+
+
+class Silent:
+    """A handle whose replicas do not answer."""
+
+    def broadcast(self, method):
+        return self
+
+    async def results_async(self, return_exceptions):
+        await asyncio.sleep(60)
+
+
+def test_a_verifier_starts_although_others_do_not_send_their_profiles(monkeypatch, caplog):
+    monkeypatch.setattr(replicas, "DISCOVERY_TIMEOUT_S", 0.01)
+    assert asyncio.run(known_profiles(Silent())) == []
+    assert [record.message for record in caplog.records] == ["no device profiles from other verifiers within 0.01 s"]
+
+
+def test_the_collector_passes_over_what_lives_at_the_start():
+    async def start():
+        return [[] for _ in range(1000)]
+
+    try:
+        assert len(asyncio.run(settled(start()))) == 1000
+        assert gc.get_freeze_count() > 1000
+        assert len(gc.get_objects()) < 1000
+    finally:
+        gc.unfreeze()

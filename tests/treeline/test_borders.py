@@ -242,3 +242,21 @@ def test_the_built_in_plan_crosses_the_border():
 
     plan = builtin_plan(CONFIG.limits)
     assert plan_from_proto(plan_to_proto(plan)).lifetime_s == math.inf
+
+
+@pytest.mark.parametrize(
+    "field", ["temperature", "repetition_penalty", "presence_penalty", "frequency_penalty", "weight", "logit_bias"]
+)
+@pytest.mark.parametrize("value", [1e300, -1e300, 1e39, 1e-300])
+def test_what_float32_cannot_hold_is_no_draft_request(field, value):
+    message = request_to_proto(REQUEST)
+    sequence = message.sequences[0]
+    if field == "logit_bias":
+        sequence.sampling.logit_bias[3] = value
+    else:
+        setattr(sequence if field == "weight" else sequence.sampling, field, value)
+    if abs(value) < 1 and field in ("presence_penalty", "frequency_penalty", "logit_bias"):
+        request_from_proto(message)  # added, not multiplied by: as good as 0
+        return
+    with pytest.raises(ValueError, match="out of range"):
+        request_from_proto(message)
