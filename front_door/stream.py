@@ -39,7 +39,7 @@ class ResumableStream:
         draining: whether this front door shuts down, so that a client had better resume through another one.
 
     Attributes:
-        losses: how many verifiers it has lost.
+        losses: how many verifiers it has lost that had taken it.
         endpoint: of the verifier that had it last.
     """
 
@@ -68,7 +68,8 @@ class ResumableStream:
         """The answer's messages, each token once.
 
         Raises:
-            StreamLostError, DrainingError: no verifier has taken it over in time; this front door shuts down.
+            StreamLostError, UnavailableError: no verifier has taken it over, or taken it at all, in time.
+            DrainingError: this front door shuts down.
             grpc.aio.AioRpcError: a verifier's own refusal or failure.
         """
         verifier = self._pool.least_loaded()
@@ -95,6 +96,7 @@ class ResumableStream:
             if REQUEST_ID in await call.initial_metadata():
                 self._lost_s = None
                 self._futile_runs += reason in FUTILE
+                self.losses += 1
             verifier = await self._next(verifier, problem)
 
     def _note(self, response: pb.GenerateResponse) -> None:
@@ -111,7 +113,6 @@ class ResumableStream:
         """The verifier that takes over from `lost`."""
         lost.serving = False  # until a poll says otherwise
         self._is_resumed = True
-        self.losses += 1
         logger.info("verifier %s: %s", lost.endpoint, problem, extra={"request_id": self._request.request_id})
         self._lost_s = self._lost_s or time.monotonic()
         while self._futile_runs < MAX_FUTILE_RUNS and time.monotonic() < self._lost_s + self._wait_s:
@@ -122,4 +123,6 @@ class ResumableStream:
             if verifier is not None:
                 self._request.resume.elapsed_s = time.monotonic() - self._arrived_s
                 return verifier
+        if not self.losses and not self.delivered_tokens:
+            raise UnavailableError(f"no verifier took the request: {problem}")
         raise StreamLostError(f"the stream lost its verifier: {problem}", self.delivered_tokens)

@@ -9,6 +9,7 @@ import grpc
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 
+from tests.front_door.test_access import lines as lines  # a fixture
 from tests.front_door.test_server import METRICS, with_front_door
 from tests.verifier_svc.fake_engine import FakeEngine, FakeVerifier, fake_verifier, until
 from tests.verifier_svc.service.test_service import collect, details, failure, request
@@ -113,6 +114,16 @@ def test_past_its_limit_a_stream_says_how_much_was_delivered():
     assert info.reason == "STREAM_LOST"
     assert int(info.metadata["delivered_tokens"]) == sum(len(chunk.token_ids) for chunk in chunks)
     assert details(error, RetryInfo).retry_delay.seconds > 0
+
+
+def test_what_no_verifier_ever_took_is_not_a_lost_stream(lines):
+    async def scenario(s):
+        await s.verifiers[0].kill()  # the front door believes it alive until its next poll
+        return await failure(s.stub.Generate(request()))
+
+    error = with_front_door(scenario, FakeEngine(), config=IMPATIENT)
+    assert (error.code(), details(error, ErrorInfo).reason) == (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
+    assert [line["resumed"] for line in lines()] == [0]
 
 
 def test_a_request_that_kills_engines_does_not_kill_all_of_them():
