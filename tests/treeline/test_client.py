@@ -16,6 +16,7 @@ from treeline.config import Config, InternalConfig, MetricsConfig, ServerConfig
 from treeline.errors import (
     ConfigError,
     DrainingError,
+    DuplicateRequestError,
     InvalidRequestError,
     QueueFullError,
     RequestFailedError,
@@ -220,6 +221,25 @@ def test_a_refused_call_comes_again_when_the_server_says(monkeypatch):
     for engine, options in ((SoonFree(capacity=-3), {}), (SoonFree(capacity=-2), {"max_retries": 1})):
         with pytest.raises(QueueFullError):
             with_client(use, engine, **options)
+
+
+class StillOpen(FakeEngine):
+    """The first call breaks off before its first token, and its request stays open for two more."""
+
+    calls = 0
+
+    async def generate(self, request):
+        self.calls += 1
+        if self.calls == 1:
+            raise DrainingError("the connection is lost")
+        if self.calls < 4:
+            raise DuplicateRequestError(f"a request with id {request.request_id!r} is open")
+        async for item in super().generate(request):
+            yield item
+
+
+def test_a_request_that_its_lost_connection_still_holds_open_is_asked_for_again():
+    assert with_client(lambda client, engine: client.generate("x", max_tokens=4).text(), StillOpen()) == "a0 a1 "
 
 
 def test_no_retry_outlasts_the_deadline():

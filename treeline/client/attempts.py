@@ -93,7 +93,7 @@ class Attempts:
             raise problem from None
         self._failures += 1
         begun = self._request is not None and delivered_tokens(self._request) > 0
-        wait_s = (self._until_resumed if begun else self._until_retried)(error, is_lost(error) or is_open)
+        wait_s = (self._until_resumed if begun or is_open else self._until_retried)(error, is_lost(error) or is_open)
         left_s = self.left_s
         if wait_s is None or (left_s is not None and wait_s >= left_s):
             raise problem from None
