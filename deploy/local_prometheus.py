@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,8 @@ from treeline.rpc.tokens import read_tokens
 
 SHIPPED = Path(__file__).parent / "prometheus"
 STOP_S = 3.0
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # here: a forked child had better load nothing
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 RETENTION = "1d"
 """The planner reads the last seconds, a person the last hours; what is older is of no use to either."""
 
@@ -53,7 +60,9 @@ class LocalPrometheus:
         """Run again what `start` ran and `stop` ended, with the data that it kept."""
         with self._log.open("a") as log:
             # In a group of its own: Ctrl-C is for the service, which measures while its requests end.
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, process_group=0)
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, process_group=0, preexec_fn=partial(_end_with, os.getpid())
+            )
 
     def stop(self) -> None:
         if self._process is not None:
@@ -61,6 +70,17 @@ class LocalPrometheus:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_S)
             self._process.kill()
+
+
+def _end_with(parent: int) -> None:
+    """Let this process end when its parent does, however that ends. On Linux alone: others have no such call.
+
+    Strictly, it ends with the thread that made it: `serve` makes it in its main one.
+    """
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # that ended before the call
+            os._exit(1)
 
 
 def find(config: Config, joined: bool) -> tuple[LocalPrometheus | None, str]:
