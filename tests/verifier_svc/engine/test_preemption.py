@@ -15,6 +15,8 @@ from planner.fast.builtin_plan import builtin_plan
 from tests.verifier_svc.doubles import OracleDrafter
 from tests.verifier_svc.engine.test_engine import Known, assert_all_free, prompts, tokens_of
 from tests.verifier_svc.engine.test_engine import model as model  # a fixture
+from tests.verifier_svc.engine.test_grammar import GRAMMARS
+from tests.verifier_svc.engine.test_grammar import compile_grammar as compile_grammar  # a fixture
 from treeline.config import Config, LimitsConfig, ModelConfig, VerifierConfig
 from treeline.errors import InvalidRequestError
 from treeline.sampling import SamplingParams
@@ -116,6 +118,20 @@ def test_stop_strings_across_a_preemption_are_found(model):
     assert any(items[-1].finish_reason is FinishReason.STOP for items in expected.values())
     for request in requests:
         same_answer(outputs[request.request_id], expected[request.request_id])
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), SAMPLED], ids=["greedy", "sampled"])
+def test_answers_in_a_grammar_go_on_across_preemption_and_resume(model, compile_grammar, sampling):
+    grammar = compile_grammar(GRAMMARS["schema"])
+    requests = [replace(r, grammar=grammar, ignore_eos=False) for r in requests_of(model, sampling, "chain:4")]
+    whole, _ = finished(engine_of(model, LARGE), [replace(r, policy="off") for r in requests])
+    for cut in (0, 7):
+        begun = [replace(r, delivered_token_ids=tuple(tokens_of(whole[r.request_id])[:cut])) for r in requests]
+        outputs, preempted = finished(engine_of(model, SMALL), begun)
+        assert preempted
+        for request in begun:
+            tokens = tokens_of(outputs[request.request_id])
+            assert [*request.delivered_token_ids, *tokens] == tokens_of(whole[request.request_id])
 
 
 def test_the_last_that_came_of_the_lowest_priority_gives_way(model):
