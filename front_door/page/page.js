@@ -80,8 +80,8 @@ class Answer {
     const seconds = (performance.now() - this.started) / 1000;
     this.status.textContent = `${this.tokens} tokens, ${(this.tokens / seconds).toFixed(0)} per second, ` +
       `${(this.tokens / this.steps).toFixed(2)} a step, ${(this.nodes / this.steps).toFixed(1)} nodes verified`;
-    this.trees.append(drawStep(step));
-    if (this.trees.children.length > KEPT_STEPS) this.trees.firstChild.remove();
+    this.trees.prepend(drawStep(step));
+    if (this.trees.children.length > KEPT_STEPS) this.trees.lastChild.remove();
   }
 
   finish(summary, reason) {
