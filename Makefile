@@ -65,6 +65,9 @@ release-contract: $(INSTALLED) ## Record the clients' contract, which `make lint
 docs: $(INSTALLED) ## Regenerate the reference pages
 	$(BIN)/python docs/generate.py
 
+site: $(INSTALLED) ## The documentation as a site in build/site; a broken link fails
+	$(BIN)/mkdocs build --strict --quiet
+
 wheels: ## Build both distributions into build/wheels, from a copy without anything untracked
 	rm -rf build/source build/wheels
 	mkdir -p build/source
@@ -75,4 +78,4 @@ wheels: ## Build both distributions into build/wheels, from a copy without anyth
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info build lm/_kernels*.so
 
-.PHONY: help setup demo serve test test-slow chaos fuzz lint proto release-contract docs wheels clean
+.PHONY: help setup demo serve test test-slow chaos fuzz lint proto release-contract docs site wheels clean
