@@ -1,0 +1,95 @@
+"""Photographs a running service for the docs: its page at 1, 4 and 16 streams, and queries of its dashboard.
+
+    python docs/screenshots.py --page http://127.0.0.1:8000 --prometheus http://127.0.0.1:9090
+
+writes pictures to docs/pictures/. It needs chromium and chromedriver on PATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+
+import matplotlib
+import requests
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+PICTURES = Path(__file__).with_name("pictures")
+STREAMS = (1, 4, 16)  # the answer on show is one of them, the slider adds the others
+SETTLE_S = 20  # the plan and the figures follow a load within a few seconds
+ANSWER_S = 180  # 80 tokens beside 15 streams on a busy machine
+WARM_ANSWERS = 2  # before the one on show: after an idle time the price is not that of the load yet
+QUERIES = {  # as in deploy/monitoring/rows.py, over 15 s, since a load stands for less than a minute
+    "Requests running": "sum(treeline_num_requests_running)",
+    "Generated tokens per second": "sum(rate(treeline_generation_tokens_total[15s]))",
+    "Price of a second, tokens": "max(treeline_price_tokens_per_second)",
+    "Nodes verified per drafted tree": (
+        "sum(rate(treeline_spec_decode_num_draft_tokens_total[15s]))"
+        " / sum(rate(treeline_spec_decode_num_drafts_total[15s]))"
+    ),
+    "Inter-token latency, 95th percentile, s": (
+        "histogram_quantile(0.95, sum by (le) (rate(treeline_inter_token_latency_seconds_bucket[15s])))"
+    ),
+    "Estimated speed-up over plain decoding": "avg(treeline_estimated_speedup)",
+}
+
+
+def photograph_page(address: str) -> None:
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,940"):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+    try:
+        for streams in STREAMS:
+            driver.get(address)
+            WebDriverWait(driver, SETTLE_S).until(lambda d: "context" in d.find_element(By.ID, "model").text)
+            slide = "const s = document.getElementById('load'); s.value = arguments[0]; s.oninput(); s.onchange();"
+            driver.execute_script(slide, streams - 1)
+            tokens = driver.find_element(By.ID, "tokens")
+            tokens.clear()
+            tokens.send_keys("80")
+            time.sleep(SETTLE_S)
+            for _ in range(WARM_ANSWERS + 1):
+                driver.find_element(By.ID, "send").click()
+                done = WebDriverWait(driver, ANSWER_S)
+                done.until(lambda d: " after " in d.find_element(By.CSS_SELECTOR, ".answer p").text)
+            driver.save_screenshot(str(PICTURES / f"page-{streams}.png"))
+    finally:
+        driver.quit()
+
+
+def plot_queries(prometheus: str, start_s: float, end_s: float) -> None:
+    """One small plot a query, over [start_s, end_s] of the wall clock."""
+    figure, places = plt.subplots(2, 3, figsize=(12.8, 6), sharex=True, layout="constrained")
+    for place, (title, query) in zip(places.flat, QUERIES.items(), strict=True):
+        span = {"query": query, "start": start_s, "end": end_s, "step": 1}
+        answer = requests.get(f"{prometheus}/api/v1/query_range", params=span, timeout=10)
+        answer.raise_for_status()
+        for series in answer.json()["data"]["result"]:
+            at, values = zip(*((moment - start_s, float(value)) for moment, value in series["values"]), strict=True)
+            place.plot(at, values, color="#2a6f4e")
+        place.set_title(title, fontsize=10)
+        place.set_ylim(bottom=0)
+        place.grid(alpha=0.3)
+    for place in places[-1]:
+        place.set_xlabel("seconds")
+    figure.savefig(PICTURES / "dashboard.png", dpi=100)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--page", required=True, help="address of the front door's HTTP port")
+    parser.add_argument("--prometheus", required=True, help="address of a Prometheus that scrapes it")
+    given = parser.parse_args()
+    began_s = time.time()
+    photograph_page(given.page)
+    plot_queries(given.prometheus, began_s, time.time())
