@@ -15,7 +15,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from treeline.config import LOOPBACK, Config
-from treeline.rpc.channels import OWN_ADDRESS, Discover, reachable_host, settled
+from treeline.rpc.channels import OWN_ADDRESS, Discover, freeze_started, reachable_host
 from treeline.telemetry import logs, tracing
 
 logger = logging.getLogger(__name__)
@@ -79,15 +79,16 @@ class PlannerReplica(Replica):
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
         from planner.service.server import PlannerServer
 
-        self.server = await settled(PlannerServer.start(self.configured(config)))
+        self.server = await PlannerServer.start(self.configured(config))
+        freeze_started()
 
 
 class DrafterReplica(Replica):
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
         from drafter_svc.server import DrafterServer
 
-        self.drafter = await settled(DrafterServer.start(self.configured(config)))
-        self.server = self.drafter
+        self.drafter = self.server = await DrafterServer.start(self.configured(config))
+        freeze_started()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         return self.drafter.stats()
@@ -102,10 +103,10 @@ class VerifierReplica(Replica):
         for profiles in await known_profiles(_equals()):
             keep_profiles(profiles)
         rank = str(serve.get_replica_context().rank.rank)
-        self.verifier = await settled(
-            VerifierServer.start(checked, drafters(checked, drafter), discover(planner), rank)
+        self.verifier = self.server = await VerifierServer.start(
+            checked, drafters(checked, drafter), discover(planner), rank
         )
-        self.server = self.verifier
+        freeze_started()
 
     async def profiles(self) -> dict[str, str]:
         """The device profiles of this node, by file name: they save a new verifier on an equal device measuring."""
@@ -128,9 +129,8 @@ class FrontDoorReplica(Replica):
             return dict(zip(services, found, strict=True))
 
         checked = self.configured(config)
-        verifiers = discover(services["verifier"])
-        self.front_door = await settled(FrontDoorServer.start(checked, verifiers, pages))
-        self.server = self.front_door
+        self.front_door = self.server = await FrontDoorServer.start(checked, discover(services["verifier"]), pages)
+        freeze_started()
 
     async def serving_endpoint(self) -> str:
         """ "host:port" of the clients' port, once there is a verifier behind it."""

@@ -19,7 +19,7 @@ from front_door.server import FrontDoorServer
 from planner.service.server import PlannerServer
 from tests.verifier_svc.services import discovery, save_tiny_model
 from treeline.config import Config
-from treeline.rpc.channels import settled
+from treeline.rpc.channels import freeze_started
 from verifier_svc.service.server import VerifierServer
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -77,7 +77,8 @@ async def _serve(kind: str, folder: Path, found: list[str], pipe: Connection) ->
 
     loop.add_signal_handler(signal.SIGTERM, stopping.set)
     loop.add_reader(pipe.fileno(), answer)
-    server = await settled(_start(kind, config_of(folder), found))
+    server = await _start(kind, config_of(folder), found)
+    freeze_started()
     pipe.send(server.endpoint)
     await stopping.wait()
     await server.stop(GRACE_S)

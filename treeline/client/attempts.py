@@ -93,7 +93,8 @@ class Attempts:
             raise problem from None
         self._failures += 1
         begun = self._request is not None and delivered_tokens(self._request) > 0
-        wait_s = (self._until_resumed if begun or is_open else self._until_retried)(error, is_lost(error) or is_open)
+        lost = is_lost(error) or is_open
+        wait_s = self._until_resumed(lost) if begun or is_open else self._until_retried(error, lost)
         left_s = self.left_s
         if wait_s is None or (left_s is not None and wait_s >= left_s):
             raise problem from None
@@ -101,7 +102,7 @@ class Attempts:
             self._request.resume.elapsed_s = time.monotonic() - self._started_s
         return wait_s
 
-    def _until_resumed(self, error: Any, lost: bool) -> float | None:
+    def _until_resumed(self, lost: bool) -> float | None:
         self._lost_s = self._lost_s or time.monotonic()
         if not lost or time.monotonic() - self._lost_s > self._resume_wait_s:
             return None

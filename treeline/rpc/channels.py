@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from treeline.config import InternalConfig, ServerConfig, TlsConfig
 
-T = TypeVar("T")
 Discover = Callable[[], Awaitable[list[str]]]
 """Finds the live "host:port" endpoints of a service; called again whenever they may have changed."""
 DiscoverPages = Callable[[], Awaitable[dict[str, list[str]]]]
@@ -125,16 +124,14 @@ async def add_standard_services(server: grpc.aio.Server, service: str) -> health
     return health_servicer
 
 
-async def settled(starting: Awaitable[T]) -> T:
-    """The server, once it has started; what lives by then is no longer looked at by the garbage collector.
+def freeze_started() -> None:
+    """Exempt every object that lives now from garbage collection. Call it once, when the server has started.
 
-    Python collects old cycles when they are a quarter of all objects: a process with large libraries would keep tens of
-    MiB of ended calls, and stop for a good part of a second to look through everything.
+    Python collects old cycles once they are a quarter of all objects. With large libraries loaded, a process would keep
+    tens of MiB of ended calls, and a collection would stop it for a good part of a second.
     """
-    server = await starting
     gc.collect()
     gc.freeze()
-    return server
 
 
 def reachable_host(host: str) -> str:
