@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,6 +20,13 @@ ROUNDING: dict[Quantization, Callable[[Tensor], GroupedWeight | Bfloat16Weight |
     "int8": round_to_q8_0,
     "int4": round_to_q4_1,
 }
+
+
+ROW_STEP, MOST_PADDED_ROWS = 8, 64
+"""oneDNN compiles a kernel for each number of rows, and `lm` bounds how many it keeps. Decode and draft passes have up
+to 64 rows, ever another number: multiples of 8 are few enough to keep. Six layers of 1 to 64 rows at random: a quarter
+to a third faster than unpadded with 128 kernels kept, 5 to 8 % slower than with all kept. Of 1 to 16 rows: 15 %
+slower."""
 
 
 class PackedLinear(nn.Module):
@@ -36,6 +44,9 @@ class PackedLinear(nn.Module):
         if self._pairs_up and inputs.shape[-2] == 1:
             # A single row would take another kernel that rounds differently; beside a second one it costs the same.
             return self._multiply(inputs.expand(*inputs.shape[:-2], 2, -1))[..., :1, :]
+        rows = inputs.shape[-2]
+        if ROW_STEP < rows < MOST_PADDED_ROWS and rows % ROW_STEP:
+            return self._multiply(F.pad(inputs, (0, 0, 0, -rows % ROW_STEP)))[..., :rows, :]
         return self._multiply(inputs)
 
     def _multiply(self, inputs: Tensor) -> Tensor:
