@@ -1,4 +1,4 @@
-"""Photographs a running service for the docs: its page at 1, 4 and 16 streams, and queries of its dashboard.
+"""Photographs a running service for the docs: its page at 1, 4 and 16 streams, and panels of its dashboard.
 
     python docs/screenshots.py --page http://127.0.0.1:8000 --prometheus http://127.0.0.1:9090
 
@@ -8,6 +8,7 @@ writes pictures to docs/pictures/. It needs chromium and chromedriver on PATH.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import time
 from pathlib import Path
@@ -27,19 +28,16 @@ STREAMS = (1, 4, 16)  # the answer on show is one of them, the slider adds the o
 SETTLE_S = 20  # the plan and the figures follow a load within a few seconds
 ANSWER_S = 180  # 80 tokens beside 15 streams on a busy machine
 WARM_ANSWERS = 2  # before the one on show: after an idle time the price is not that of the load yet
-QUERIES = {  # as in deploy/monitoring/rows.py, over 15 s, since a load stands for less than a minute
-    "Requests running": "sum(treeline_num_requests_running)",
-    "Generated tokens per second": "sum(rate(treeline_generation_tokens_total[15s]))",
-    "Price of a second, tokens": "max(treeline_price_tokens_per_second)",
-    "Nodes verified per drafted tree": (
-        "sum(rate(treeline_spec_decode_num_draft_tokens_total[15s]))"
-        " / sum(rate(treeline_spec_decode_num_drafts_total[15s]))"
-    ),
-    "Inter-token latency, 95th percentile, s": (
-        "histogram_quantile(0.95, sum by (le) (rate(treeline_inter_token_latency_seconds_bucket[15s])))"
-    ),
-    "Estimated speed-up over plain decoding": "avg(treeline_estimated_speedup)",
-}
+DASHBOARD = Path(__file__).parents[1] / "deploy/grafana/dashboards/treeline.json"
+PANELS = (
+    "Requests running and waiting",
+    "Tokens per second",
+    "Price and goodput of a step",
+    "Tree size",
+    "Inter-token latency",
+    "Estimated speed-up over plain decoding",
+)
+VARIABLES = {"$__rate_interval": "15s", "$replica": ".*"}  # 15 s, since a load stands for less than a minute
 
 
 def photograph_page(address: str) -> None:
@@ -67,22 +65,34 @@ def photograph_page(address: str) -> None:
         driver.quit()
 
 
-def plot_queries(prometheus: str, start_s: float, end_s: float) -> None:
-    """One small plot a query, over [start_s, end_s] of the wall clock."""
+def plot_panels(prometheus: str, start_s: float, end_s: float) -> None:
+    """One small plot a panel, over [start_s, end_s] of the wall clock. A line is named by its query's legend."""
+    panels = {panel["title"]: panel for panel in json.loads(DASHBOARD.read_text())["panels"]}
     figure, places = plt.subplots(2, 3, figsize=(12.8, 6), sharex=True, layout="constrained")
-    for place, (title, query) in zip(places.flat, QUERIES.items(), strict=True):
-        span = {"query": query, "start": start_s, "end": end_s, "step": 1}
-        answer = requests.get(f"{prometheus}/api/v1/query_range", params=span, timeout=10)
-        answer.raise_for_status()
-        for series in answer.json()["data"]["result"]:
-            at, values = zip(*((moment - start_s, float(value)) for moment, value in series["values"]), strict=True)
-            place.plot(at, values, color="#2a6f4e")
+    for place, title in zip(places.flat, PANELS, strict=True):
+        for target in panels[title]["targets"]:
+            name = target["legendFormat"].split("{{")[0].strip()
+            for moments, values in series_of(prometheus, target["expr"], start_s, end_s):
+                place.plot([at - start_s for at in moments], values, label=name)
         place.set_title(title, fontsize=10)
         place.set_ylim(bottom=0)
         place.grid(alpha=0.3)
+        if len(panels[title]["targets"]) > 1:
+            place.legend(fontsize=8)
     for place in places[-1]:
         place.set_xlabel("seconds")
     figure.savefig(PICTURES / "dashboard.png", dpi=100)
+
+
+def series_of(prometheus: str, query: str, start_s: float, end_s: float) -> list[tuple[list[float], list[float]]]:
+    """Moments (s) and values of each series that a dashboard's query finds."""
+    for variable, value in VARIABLES.items():
+        query = query.replace(variable, value)
+    span = {"query": query, "start": start_s, "end": end_s, "step": 1}
+    answer = requests.get(f"{prometheus}/api/v1/query_range", params=span, timeout=10)
+    answer.raise_for_status()
+    found = [series["values"] for series in answer.json()["data"]["result"]]
+    return [([at for at, _ in values], [float(value) for _, value in values]) for values in found]
 
 
 if __name__ == "__main__":
@@ -92,4 +102,4 @@ if __name__ == "__main__":
     given = parser.parse_args()
     began_s = time.time()
     photograph_page(given.page)
-    plot_queries(given.prometheus, began_s, time.time())
+    plot_panels(given.prometheus, began_s, time.time())
