@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill.batches import Corpus, Sample, TrainingBatch
 from distill.unroll import DEPTH_DISCOUNT, Round, unroll
-from lm.device import multiplies_bfloat16
+from lm.device import trains_in_bfloat16
 from lm.draft_head import HeadModule
 
 WARM_UP_STEPS = 50
@@ -95,8 +95,11 @@ class Trainer:
         checkpoint: Path,
     ) -> None:
         self.module, self.plan, self.corpus = module, plan, corpus
-        self._target = (embedding, output, final_norm)
         self._device = embedding.device
+        self._in_bfloat16 = trains_in_bfloat16(self._device)
+        if not self._in_bfloat16:
+            embedding, output, final_norm = embedding.float(), output.float(), final_norm.float()
+        self._target = (embedding, output, final_norm)
         self._checkpoint = checkpoint
         matrices = [weight for weight in module.parameters() if weight.ndim >= 2]
         others = [weight for weight in module.parameters() if weight.ndim < 2]
@@ -158,7 +161,7 @@ class Trainer:
         return rounds[0].loss.item()
 
     def _unroll(self, batch: TrainingBatch, depth: int, *, measure: bool) -> list[Round]:
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=multiplies_bfloat16(self._device)):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._in_bfloat16):
             return unroll(self.module, *self._target, batch.to(self._device), depth, measure=measure)
 
     def _save(self) -> None:

@@ -6,7 +6,9 @@ the s-th draft token of a tree, whose ancestors took the head's output of the ro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,8 @@ from lm.draft_head import HeadModule
 
 DEPTH_DISCOUNT = 0.8
 HARD_WEIGHT = 0.3
+CHUNK_ROWS = 256
+"""Rows of logits at a time: 8 MB for 8,192 tokens, which a processor's cache holds."""
 
 
 class UnrolledAttention:
@@ -92,29 +96,56 @@ def unroll(
     inputs = F.embedding(batch.token_ids[:, 1:], embedding).reshape(1, texts * tokens, size)
     positions = torch.arange(tokens, device=inputs.device).repeat(texts)[None]
     features = batch.features.to(output.dtype)
-    teacher = F.linear(features[:, 1:, -size:].reshape(-1, size), output)
+    counts = batch.counts[:, 1:].clone()
+    counts[:, : depth - 1] = False
+    rows = counts.reshape(-1).nonzero()[:, 0]
+    with torch.no_grad():
+        wanted = F.linear(features[:, 1:, -size:].reshape(-1, size)[rows], output).float().softmax(dim=-1)
     # The head reads the last layer's states before the final norm, up to a factor that its own norm takes away.
     read = torch.cat((features[..., :-size], features[..., -size:] / final_norm), dim=-1)
     states = module.states(read[:, :-1]).reshape(1, texts * tokens, size)
     attention = UnrolledAttention(texts, tokens)
     rounds = []
-    for number in range(depth):
+    for _ in range(depth):
         out, final = module(inputs, states, positions, attention)
-        counts = batch.counts[:, 1:].clone()
-        counts[:, :number] = False
-        rounds.append(_score(final[0], output, teacher, counts.reshape(-1), measure))
+        guesses = final[0, rows]
+        loss: Tensor = CrossEntropy.apply(guesses, output, wanted)  # type: ignore[no-untyped-call]
+        rounds.append(Round(loss, *(_shares_found(guesses, output, wanted) if measure else (math.nan, math.nan))))
         states = F.pad(out.view(texts, tokens, size)[:, :-1], (0, 0, 1, 0)).reshape(1, -1, size)
     return rounds
 
 
-def _score(out: Tensor, output: Tensor, teacher: Tensor, counts: Tensor, measure: bool) -> Round:
-    """Cross-entropy against the target's own distribution over the draft vocabulary, and against its first choice."""
-    log_probs = F.log_softmax(F.linear(out[counts], output).float(), dim=-1)
-    wanted = teacher[counts].float()
-    first = wanted.argmax(dim=-1)
-    soft = -(torch.softmax(wanted, dim=-1) * log_probs).sum(dim=-1).mean()
-    loss = soft + HARD_WEIGHT * F.nll_loss(log_probs, first)
-    if not measure:
-        return Round(loss, float("nan"), float("nan"))
-    found = log_probs.topk(4, dim=-1).indices == first[:, None]
-    return Round(loss, float(found[:, 0].float().mean()), float(found.any(dim=1).float().mean()))
+class CrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy against the target's distribution, and, times HARD_WEIGHT, against its first choice.
+
+    The gradient with respect to logits is (1 + HARD_WEIGHT) * softmax(logits) - wanted - HARD_WEIGHT * one_hot(first).
+    It is computed along with the loss, in chunks, so that no matrix of all logits is ever kept.
+
+    Inputs: guesses [n, hidden], output rows [draft_vocab, hidden], wanted probabilities float32 [n, draft_vocab].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, guesses: Tensor, output: Tensor, wanted: Tensor) -> Tensor:
+        total, gradient = torch.zeros((), device=guesses.device), torch.empty_like(guesses)
+        for start in range(0, len(guesses), CHUNK_ROWS):
+            chunk = slice(start, start + CHUNK_ROWS)
+            logits, aims = F.linear(guesses[chunk], output).float(), wanted[chunk]
+            first = aims.argmax(dim=-1, keepdim=True)
+            reached = (aims * logits).sum(dim=-1) + HARD_WEIGHT * logits.gather(1, first)[:, 0]
+            total += ((1 + HARD_WEIGHT) * logits.logsumexp(dim=-1) - reached).sum()
+            slope = logits.softmax(dim=-1).mul_(1 + HARD_WEIGHT).sub_(aims)
+            slope.scatter_add_(1, first, torch.full_like(first, -HARD_WEIGHT, dtype=slope.dtype))
+            gradient[chunk] = F.linear(slope.to(output.dtype), output.T)
+        ctx.save_for_backward(gradient / len(guesses))
+        return total / len(guesses)
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return above[0] * gradient, None, None
+
+
+def _shares_found(guesses: Tensor, output: Tensor, wanted: Tensor) -> tuple[float, float]:
+    """How often the target's first choice is the first guess, and how often among the first four."""
+    found = F.linear(guesses, output).topk(4, dim=-1).indices == wanted.argmax(dim=-1)[:, None]
+    return float(found[:, 0].float().mean()), float(found.any(dim=1).float().mean())
