@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 MAX_PROMPT_CHARS = 4096
 """Of a prompt in a line, where prompts are asked for."""
+REFUSED = ("UNAUTHENTICATED", "401")
+MAX_REFUSALS_PER_S = 10
+"""Lines about calls without a valid token, which anybody can make: a log of 320 MiB holds two days of them."""
 Fields = dict[str, Any]
 _answers: ContextVar[list[Fields] | None] = ContextVar("answers", default=None)
 """The answers that the call of this context has asked for. Tasks of one call share the list."""
@@ -32,16 +37,35 @@ _COMBINED: dict[type, Callable[[Any, Any], Any]] = {
 class AccessLog:
     """Writes the lines; a `CallObserver`. A call that went well without generating anything is a line for debugging."""
 
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._refusals, self._refusals_since_s = clock, 0, -math.inf
+
     def started(self, method: str) -> None:
         """Call it in the call's own task."""
         _answers.set([])
 
-    def handled(self, method: str, code: str, seconds: float, quiet: bool = False) -> None:
-        """`quiet`: whether this call is for debugging even if it failed."""
+    def handled(self, method: str, code: str, seconds: float, quiet: bool = False, address: str = "") -> None:
+        """`quiet`: whether this call is for debugging even if it failed. `address`: where it came from, if known."""
         answers = _answers.get() or []
         matters = not quiet and (answers or code not in ("OK", "200"))
         fields = {"method": method, "code": code, "seconds": seconds, **combined(answers)}
+        if address:
+            fields.setdefault("address", address)
+        if code in REFUSED:
+            left_out = self._left_out()
+            if left_out is None:
+                return
+            fields |= {"left_out": left_out} if left_out else {}
         logger.log(logging.INFO if matters else logging.DEBUG, "%s %s", method, code, extra=_rounded(fields))
+
+    def _left_out(self) -> int | None:
+        """How many refusals had no line before this one. None: this one has none either."""
+        now, left_out = self._clock(), max(0, self._refusals - MAX_REFUSALS_PER_S)
+        if now - self._refusals_since_s >= 1:
+            self._refusals, self._refusals_since_s = 1, now
+            return left_out
+        self._refusals += 1
+        return None if self._refusals > MAX_REFUSALS_PER_S else 0
 
 
 @contextmanager

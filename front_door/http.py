@@ -60,6 +60,8 @@ HTTP_STATUS = {
 """Every other code is an INTERNAL_SERVER_ERROR."""
 CLIENT_GONE = "499"
 """In the log, the status of a call whose client hung up before the answer, as nginx has it."""
+MAX_LOGGED_CHARS = 200
+"""Of method and path in the log: anybody may send paths of 64 KiB."""
 RETRYABLE = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
@@ -155,7 +157,8 @@ class Guard:
         headers, path = Headers(scope=scope), scope["path"]
         is_open = path in OPEN_PATHS or path.startswith("/page/")
         request_id = scope.setdefault("state", {})["request_id"] = headers.get("x-request-id") or uuid.uuid4().hex
-        method, code, started_s = f"{scope['method']} {quote(path)}", CLIENT_GONE, time.perf_counter()
+        method = f"{scope['method']} {quote(path)}"[:MAX_LOGGED_CHARS]
+        code, started_s = CLIENT_GONE, time.perf_counter()
 
         async def named(message: Message) -> None:
             nonlocal code
@@ -168,7 +171,8 @@ class Guard:
         try:
             await self._guarded(scope, receive, named, is_open)
         finally:
-            self._access.handled(method, code, time.perf_counter() - started_s, quiet=is_open)
+            address = scope["client"][0] if scope["client"] else ""
+            self._access.handled(method, code, time.perf_counter() - started_s, quiet=is_open, address=address)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send, is_open: bool) -> None:
         headers = Headers(scope=scope)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2
 
 from front_door.access import AccessLog
-from front_door.clients import Clients
+from front_door.clients import Clients, address_of
 from front_door.http import HttpServer
 from front_door.routing import VerifierPool
 from front_door.service import FrontDoor
@@ -67,9 +68,17 @@ class FrontDoorServer:
         metrics, access = FrontDoorMetrics(registry), AccessLog()
         generating = config.limits.max_running_requests + config.limits.max_waiting_requests
         calls = generating * config.verifier.resources.most_replicas + EXTRA_RPCS
+
+        def refused(method: str, context: Any) -> None:
+            for observer in (metrics, access):
+                observer.started(method)
+            metrics.handled(method, "UNAUTHENTICATED", 0.0)
+            access.handled(method, "UNAUTHENTICATED", 0.0, address=address_of(context))
+
         server = new_server(
             config.server,
             config.limits.max_message_bytes,
+            refused=refused,
             interceptors=[StreamLimits(), CallInterceptor(metrics, access)],
             max_concurrent_rpcs=calls + MAX_SILENT + MAX_WATCHES,
         )

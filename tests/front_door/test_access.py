@@ -5,14 +5,18 @@ import json
 import logging
 import urllib.request
 
+import grpc
 import pytest
 
+from front_door.access import MAX_REFUSALS_PER_S, AccessLog
+from front_door.http import MAX_LOGGED_CHARS
 from tests.front_door.test_http import HELLO, post
 from tests.front_door.test_server import METRICS, with_front_door
 from tests.verifier_svc.fake_engine import FakeEngine, until
 from tests.verifier_svc.service.test_service import collect, failure, request
 from treeline.config import Config, LoggingConfig, ServerConfig
 from treeline.errors import EngineFailedError
+from treeline.rpc.interceptors import SERVICE
 from treeline.v1 import generation_pb2 as pb
 
 
@@ -70,6 +74,49 @@ def test_prompts_and_tokens_stay_out_unless_prompts_are_asked_for(lines, caplog,
         assert "letme" not in said
         answered, refused = lines()
         assert (answered["client"], refused["code"]) == ("search", "401")
+
+
+def test_calls_with_a_bad_token_are_told_and_counted(lines, tmp_path):
+    (tmp_path / "tokens").write_text("letmein\n")
+    server = ServerConfig(port=0, http={"port": 0}, token_file=tmp_path / "tokens")
+    bad = {"authorization": "Bearer letmeout"}
+
+    async def scenario(s):
+        code = (await failure(s.stub.Generate(request(), metadata=tuple(bad.items())))).code()
+        await failure(s.channel.unary_unary(f"/{SERVICE}/Invented")(b"", metadata=tuple(bad.items())))
+        status, _, _ = await asyncio.to_thread(post, s.door.http.port, "/x" * 5000, {}, bad)
+        good = {"authorization": "Bearer letmein"}
+        page = urllib.request.Request(f"http://127.0.0.1:{s.door.http.port}/metrics", headers=good)
+        with await asyncio.to_thread(urllib.request.urlopen, page) as answer:
+            return code, status, answer.read().decode()
+
+    config = Config(server=server, metrics=METRICS)
+    code, status, page = with_front_door(scenario, FakeEngine(), config=config)
+    assert (code, status) == (grpc.StatusCode.UNAUTHENTICATED, 401)
+    over_grpc, over_http = lines()
+    told = over_grpc["method"], over_grpc["code"], over_grpc["address"]
+    assert told == ("Generate", "UNAUTHENTICATED", "127.0.0.1")
+    assert (over_http["code"], over_http["address"], len(over_http["method"])) == ("401", "127.0.0.1", MAX_LOGGED_CHARS)
+    assert 'grpc_server_handled_total{grpc_code="UNAUTHENTICATED",grpc_method="Generate"} 1.0' in page
+    assert 'grpc_server_in_flight{grpc_method="Generate"} 0.0' in page
+    assert "Invented" not in page
+
+
+def test_refused_calls_cannot_flood_the_log(lines):
+    now = 100.0
+    log = AccessLog(lambda: now)
+
+    def refuse(calls):
+        for _ in range(calls):
+            log.started("Generate")
+            log.handled("Generate", "UNAUTHENTICATED", 0.0)
+
+    refuse(1000)
+    log.handled("Generate", "INTERNAL", 0.0)
+    assert [line["code"] for line in lines()] == ["UNAUTHENTICATED"] * MAX_REFUSALS_PER_S + ["INTERNAL"]
+    now += 1.0
+    refuse(1)
+    assert lines()[-1]["left_out"] == 1000 - MAX_REFUSALS_PER_S
 
 
 def test_failures_and_lost_verifiers_are_told(lines, caplog):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from treeline.errors import ConfigError
-from treeline.rpc.interceptors import MessageGuard
+from treeline.rpc.interceptors import METHODS, MessageGuard
 from treeline.rpc.tokens import TokenFile, authorization
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Discover = Callable[[], Awaitable[list[str]]]
 """Finds the live "host:port" endpoints of a service; called again whenever they may have changed."""
+Refused = Callable[[str, grpc.aio.ServicerContext], None]
+"""Hears of a call that is refused: its method ("Generate") and its context."""
 DiscoverPages = Callable[[], Awaitable[dict[str, list[str]]]]
 """Finds the "host:port" of the metrics pages of all replicas, by service."""
 OWN_ADDRESS = "TREELINE_ADDRESS"
@@ -68,16 +70,18 @@ def new_server(
     max_message_bytes: int,
     *,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    refused: Refused | None = None,
     max_concurrent_rpcs: int = MAX_INTERNAL_RPCS,
 ) -> grpc.aio.Server:
     """A server that asks for `access`'s token (if any) before `interceptors` see the call. Not yet listening.
 
-    Calls beyond `max_concurrent_rpcs` get RESOURCE_EXHAUSTED.
+    Calls beyond `max_concurrent_rpcs` get RESOURCE_EXHAUSTED. `refused` hears of each call of the generation service
+    without a valid token.
 
     Raises:
         ConfigError: the token file cannot be read or holds no token.
     """
-    guards = [TokenInterceptor(TokenFile(access.token_file))] if access.token_file else []
+    guards = [TokenInterceptor(TokenFile(access.token_file), refused)] if access.token_file else []
     options = [
         *message_limits(max_message_bytes),
         *_KEEPALIVE,
@@ -149,20 +153,27 @@ def reachable_host(host: str) -> str:
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls without one of the accepted bearer tokens (UNAUTHENTICATED), health checks excepted."""
+    """Refuses calls without one of the accepted bearer tokens (UNAUTHENTICATED), health checks excepted.
 
-    def __init__(self, tokens: TokenFile) -> None:
-        self._tokens = tokens
+    It comes first, and refuses without reading a message, so that a call without a token costs next to nothing.
+    """
+
+    def __init__(self, tokens: TokenFile, refused: Refused | None) -> None:
+        self._tokens, self._refused = tokens, refused
 
     async def intercept_service(self, continuation: Callable, handler_call_details: grpc.HandlerCallDetails) -> Any:
         details = handler_call_details
         if details.method.startswith(HEALTH_PREFIX) or self._tokens.client(authorization(details.invocation_metadata)):
             return await continuation(details)
-        return grpc.stream_stream_rpc_method_handler(_refuse)
+        method = details.method.rpartition("/")[2]
 
+        async def refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
+            if self._refused and details.method in METHODS:  # an invented name must not become a metric's label
+                self._refused(method, context)
+            problem = "a valid bearer token is needed (metadata 'authorization')"
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, problem)
 
-async def _refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
-    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a valid bearer token is needed (metadata 'authorization')")
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 class _Bearer:

@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 
 DEADLINE_SLACK_S = 0.02
 """A call that is cancelled this shortly before its deadline has exceeded it: timers fire a little early."""
-SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+_GENERATION = pb.DESCRIPTOR.services_by_name["GenerationService"]
+SERVICE = _GENERATION.full_name
+METHODS = frozenset(f"/{SERVICE}/{method}" for method in _GENERATION.methods_by_name)
 HANDLERS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 MALFORMED = "not a valid message, or text in it is not UTF-8"
 _PREFIX = f"/{SERVICE}/"
