@@ -23,10 +23,12 @@ async def merged(streams: Sequence[AsyncIterator[T]], first_alone: bool = False)
             async for item in items:
                 yield 0, item
         return
-    queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(maxsize=len(streams))
+    queue: asyncio.Queue[tuple[int, T] | BaseException | None] = asyncio.Queue(maxsize=len(streams))
     begun = asyncio.Event()
 
     async def read(place: int, stream: AsyncIterator[T]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         if first_alone and place:
             await begun.wait()
         try:
@@ -36,7 +38,9 @@ async def merged(streams: Sequence[AsyncIterator[T]], first_alone: bool = False)
                     await queue.put((place, item))
             begun.set()
             await queue.put(None)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if task.cancelling():  # Nobody reads the queue any more.
+                raise
             await queue.put(error)
 
     tasks = [asyncio.create_task(read(place, stream)) for place, stream in enumerate(streams)]
@@ -44,7 +48,7 @@ async def merged(streams: Sequence[AsyncIterator[T]], first_alone: bool = False)
         open_streams = len(tasks)
         while open_streams:
             entry = await queue.get()
-            if isinstance(entry, Exception):
+            if isinstance(entry, BaseException):
                 raise entry
             if entry is None:
                 open_streams -= 1
