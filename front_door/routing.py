@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.5
 POLL_TIMEOUT_S = 2.0
-MAX_LATE_POLLS = 3
-"""A verifier that answers late may only be short of CPU; one that is gone refuses at once."""
+MAX_FAILED_POLLS = 3
+"""A verifier that answers late, or that it has too many calls, may only be busy; one that is gone refuses at once."""
 MOST_LOAD: Bounds = dict.fromkeys(
     ("num_requests_running", "num_requests_waiting", "max_requests_running", "max_requests_waiting"), (0, 1 << 20)
 )
@@ -37,17 +38,19 @@ class Verifier:
     """One verifier as this front door knows it.
 
     Attributes:
-        serving: said that it serves when it last answered, and did not leave too many polls unanswered since.
-        late_polls: polls in a row without an answer.
-        in_flight: streams that this front door has open there now.
+        serving: said that it serves when it last answered, and did not fail too many polls since.
+        failed_polls: polls in a row without an answer.
+        in_flight: answers that this front door has open there now.
+        calls: all calls for clients that this front door has open there now.
         others: requests there that came by other ways, as of the last poll.
     """
 
     endpoint: str
     channel: grpc.aio.Channel
     serving: bool = False
-    late_polls: int = 0
+    failed_polls: int = 0
     in_flight: int = 0
+    calls: int = 0
     others: int = 0
     load: pb.GetLoadResponse = field(default_factory=pb.GetLoadResponse)
     info: pb.GetModelInfoResponse | None = None
@@ -59,6 +62,17 @@ class Verifier:
     @cached_property
     def stub(self) -> pb_grpc.GenerationServiceStub:
         return pb_grpc.GenerationServiceStub(self.channel)
+
+    @contextmanager
+    def calling(self, answers: int = 0) -> Iterator[pb_grpc.GenerationServiceStub]:
+        """For one call, of so many answers: the channel stays open meanwhile."""
+        self.calls += 1
+        self.in_flight += answers
+        try:
+            yield self.stub
+        finally:
+            self.calls -= 1
+            self.in_flight -= answers
 
     async def poll(self) -> None:
         """Bring everything but in_flight up to date."""
@@ -74,11 +88,11 @@ class Verifier:
             self._set_serving(False, f"a load report that makes no sense: {error}")
             return
         except grpc.aio.AioRpcError as error:
-            self.late_polls += 1
-            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED or self.late_polls >= MAX_LATE_POLLS:
+            self.failed_polls += 1
+            if error.code() is grpc.StatusCode.UNAVAILABLE or self.failed_polls >= MAX_FAILED_POLLS:
                 self._set_serving(False, error.code().name)
             return
-        self.late_polls, self.load = 0, load
+        self.failed_polls, self.load = 0, load
         self.others = max(0, self.load.num_requests_running + self.load.num_requests_waiting - in_flight)
         self._set_serving(status.status == health_pb2.HealthCheckResponse.SERVING, "draining")
 
@@ -114,9 +128,9 @@ class VerifierPool:
         """What is served: all verifiers serve the same model. None until one was reached."""
         return next((verifier.info for verifier in self._verifiers.values() if verifier.info), None)
 
-    def least_loaded(self) -> Verifier | None:
-        """The serving verifier with the fewest requests, then with the most free KV blocks."""
-        return min(self.serving, key=lambda v: (v.requests, v.load.kv_blocks_used), default=None)
+    def least_loaded(self, rather_not: Verifier | None = None) -> Verifier | None:
+        """The serving verifier with the fewest requests, then with the most free KV blocks; `rather_not` comes last."""
+        return min(self.serving, key=lambda v: (v is rather_not, v.requests, v.load.kv_blocks_used), default=None)
 
     def check(self) -> None:
         """Raise RuntimeError if the background task has ended."""
@@ -148,7 +162,7 @@ class VerifierPool:
             self._verifiers[endpoint] = Verifier(endpoint, channel)
         await asyncio.gather(*(verifier.poll() for verifier in self._verifiers.values()))
         for endpoint, verifier in list(self._verifiers.items()):
-            if endpoint not in found and not verifier.in_flight:
+            if endpoint not in found and not verifier.calls:
                 del self._verifiers[endpoint]
                 await verifier.channel.close()
         await self._on_poll(len(self.serving))

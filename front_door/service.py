@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from typing import TypeVar
+
+import grpc
 
 from front_door.access import Fields, answering, combined, completed
 from front_door.clients import Call, Clients, address_of
-from front_door.routing import Verifier, VerifierPool
+from front_door.routing import VerifierPool
 from front_door.stream import ResumableStream
 from treeline.errors import DrainingError, DuplicateRequestError, UnavailableError, UnknownRequestError
 from treeline.request import CLIENT, WEIGHT, identify, identity
+from treeline.rpc.status import is_lost
 from treeline.rpc.tokens import Client
 from treeline.telemetry import tracing
 from treeline.v1 import generation_pb2 as pb
@@ -19,6 +23,10 @@ from treeline.v1 import generation_pb2_grpc as pb_grpc
 
 ABORT_TIMEOUT_S = 5.0
 PLAN_TIMEOUT_S = 2.0
+ASKED_AT_MOST = 2
+"""Verifiers that one call for tokens may lose: a request that kills whoever has it must not take all of them down."""
+
+T = TypeVar("T")
 
 
 class FrontDoor(pb_grpc.GenerationServiceServicer):
@@ -89,16 +97,26 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
         return self._model_info()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Call) -> pb.TokenizeResponse:
-        return await self._pick().stub.Tokenize(request, timeout=context.time_remaining())
+        return await self._asked(lambda stub: stub.Tokenize(request, timeout=context.time_remaining()))
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Call) -> pb.DetokenizeResponse:
-        return await self._pick().stub.Detokenize(request, timeout=context.time_remaining())
+        return await self._asked(lambda stub: stub.Detokenize(request, timeout=context.time_remaining()))
 
-    def _pick(self) -> Verifier:
-        verifier = self.pool.least_loaded()
-        if verifier is None:
-            raise UnavailableError("no verifier can be reached")
-        return verifier
+    async def _asked(self, ask: Callable[[pb_grpc.GenerationServiceStub], Awaitable[T]]) -> T:
+        """The answer of the least loaded verifier; if that is lost meanwhile, of another one where there is one."""
+        lost, problem = None, "no verifier can be reached"
+        for _ in range(ASKED_AT_MOST):
+            verifier = self.pool.least_loaded(rather_not=lost)
+            if verifier is None:
+                break
+            with verifier.calling() as stub:
+                try:
+                    return await ask(stub)
+                except grpc.aio.AioRpcError as error:
+                    if not is_lost(error):
+                        raise
+                    lost, problem = verifier, f"the verifier was lost: {error.code().name}"
+        raise UnavailableError(problem)
 
     def _model_info(self) -> pb.GetModelInfoResponse:
         if self.pool.info is None:

@@ -76,27 +76,28 @@ class ResumableStream:
         if verifier is None:
             raise UnavailableError("no verifier can be reached")
         while True:
-            call = verifier.stub.Generate(self._request, timeout=context.time_remaining(), metadata=self._metadata)
-            verifier.in_flight += answers_of(self._request)
             self.endpoint = verifier.endpoint
-            try:
-                async for response in call:
-                    self._note(response)
-                    yield response
-                    if ends_all(self._request, response):
-                        return
-                problem, reason = "ended without a completion", ""
-            except grpc.aio.AioRpcError as error:
-                if not self._is_passing(error):
-                    raise
-                problem, reason = f"{error.code().name}: {error.details()}", reason_of(error)
-            finally:
-                verifier.in_flight -= answers_of(self._request)
-                call.cancel()
-            if REQUEST_ID in await call.initial_metadata():
-                self._lost_s = None
-                self._futile_runs += reason in FUTILE
-                self.losses += 1
+            with verifier.calling(answers_of(self._request)) as stub:
+                call = stub.Generate(self._request, timeout=context.time_remaining(), metadata=self._metadata)
+                try:
+                    async for response in call:
+                        self._note(response)
+                        yield response
+                        if ends_all(self._request, response):
+                            return
+                    problem, reason = "ended without a completion", ""
+                except grpc.aio.AioRpcError as error:
+                    if not self._is_passing(error):
+                        raise
+                    if error.code() is grpc.StatusCode.UNAVAILABLE:  # Else only this stream was cut.
+                        verifier.serving = False  # until a poll says otherwise
+                    problem, reason = f"{error.code().name}: {error.details()}", reason_of(error)
+                finally:
+                    call.cancel()
+                if REQUEST_ID in await call.initial_metadata():
+                    self._lost_s = None
+                    self._futile_runs += reason in FUTILE
+                    self.losses += 1
             verifier = await self._next(verifier, problem)
 
     def _note(self, response: pb.GenerateResponse) -> None:
@@ -110,8 +111,7 @@ class ResumableStream:
         return is_lost(error) or (self._is_resumed and error.code() is grpc.StatusCode.ALREADY_EXISTS)
 
     async def _next(self, lost: Verifier, problem: str) -> Verifier:
-        """The verifier that takes over from `lost`."""
-        lost.serving = False  # until a poll says otherwise
+        """The verifier that takes over from `lost`: another one if there is any."""
         self._is_resumed = True
         logger.info("verifier %s: %s", lost.endpoint, problem, extra={"request_id": self._request.request_id})
         self._lost_s = self._lost_s or time.monotonic()
@@ -119,7 +119,7 @@ class ResumableStream:
             if self._draining():
                 raise DrainingError("this front door is shutting down; resume through another one")
             await asyncio.sleep(RETRY_S)
-            verifier = self._pool.least_loaded()
+            verifier = self._pool.least_loaded(rather_not=lost)
             if verifier is not None:
                 self._request.resume.elapsed_s = time.monotonic() - self._arrived_s
                 return verifier

@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from front_door.server import FrontDoorServer, no_pages
 from front_door.streams import MAX_SILENT, MAX_WATCHES
-from tests.verifier_svc.fake_engine import FakeEngine, FakeVerifier, fake_verifier, until
+from tests.verifier_svc.fake_engine import FakeEngine, FakeVerifier, ended, fake_verifier, until
 from tests.verifier_svc.service.test_service import collect, details, failure, request
 from treeline.config import Config, InternalConfig, LimitsConfig, MetricsConfig, ServerConfig, TlsConfig
 from treeline.rpc.interceptors import SERVICE
@@ -283,6 +283,63 @@ def test_a_verifier_that_no_longer_answers_loses_its_place(monkeypatch):
         assert await s.health() == NOT_SERVING
 
     with_front_door(scenario, FakeEngine())
+
+
+def test_one_poll_that_fails_oddly_costs_a_verifier_nothing(monkeypatch):
+    answer, polls = GenerationServicer.GetLoad, []
+
+    async def odd(servicer, message, context):
+        polls.append(message)
+        if len(polls) == 2:
+            raise ended(grpc.StatusCode.RESOURCE_EXHAUSTED)
+        return await answer(servicer, message, context)
+
+    monkeypatch.setattr(GenerationServicer, "GetLoad", odd)
+
+    async def scenario(s):
+        while len(polls) < 3:
+            assert await s.health() == SERVING
+            await asyncio.sleep(0.05)
+
+    with_front_door(scenario, FakeEngine())
+
+
+def test_a_call_for_tokens_outlives_its_verifier(monkeypatch):
+    """Twice: the verifier ends the call, and the verifier vanishes from discovery while it works."""
+    answer, asked = GenerationServicer.Tokenize, []
+
+    async def doomed(servicer, message, context):
+        asked.append(servicer._engine.name)
+        if message.prompt == "cancel" and len(asked) == 1:
+            raise ended(grpc.StatusCode.CANCELLED)
+        await asyncio.sleep(1.2 if message.prompt == "slow" else 0)
+        return await answer(servicer, message, context)
+
+    monkeypatch.setattr(GenerationServicer, "Tokenize", doomed)
+
+    async def scenario(s):
+        assert list((await s.stub.Tokenize(pb.TokenizeRequest(prompt="cancel"))).token_ids) == [*b"cancel"]
+        assert len(set(asked)) == 2
+        slow = s.stub.Tokenize(pb.TokenizeRequest(prompt="slow"))
+        await until(lambda: len(asked) == 3)
+        s.found.clear()
+        assert list((await slow).token_ids) == [*b"slow"]
+
+    with_front_door(scenario, FakeEngine("a"), FakeEngine("b"))
+
+
+def test_a_call_that_every_verifier_drops_is_unavailable(monkeypatch):
+    async def dropped(servicer, message, context):
+        raise ended(grpc.StatusCode.CANCELLED)
+
+    monkeypatch.setattr(GenerationServicer, "Detokenize", dropped)
+
+    async def scenario(s):
+        return await failure(s.stub.Detokenize(pb.DetokenizeRequest(token_ids=[65])))
+
+    error = with_front_door(scenario, FakeEngine("a"), FakeEngine("b"))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert details(error, RetryInfo).retry_delay.seconds > 0
 
 
 @pytest.mark.parametrize("nonsense", [{"tokens_per_s": float("nan")}, {"num_requests_running": 2**32 - 1}])

@@ -11,12 +11,13 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 
 from tests.front_door.test_access import lines as lines  # a fixture
 from tests.front_door.test_server import METRICS, with_front_door
-from tests.verifier_svc.fake_engine import FakeEngine, FakeVerifier, fake_verifier, until
+from tests.verifier_svc.fake_engine import FakeEngine, FakeVerifier, ended, fake_verifier, until
 from tests.verifier_svc.service.test_service import collect, details, failure, request
 from treeline.config import Config, ServerConfig
 from treeline.errors import DrainingError, EngineFailedError
 from treeline.v1 import generation_pb2 as pb
 
+CANCELLED = ended(grpc.StatusCode.CANCELLED)
 IMPATIENT = Config(server=ServerConfig(port=0, http={"port": 0}, resume_wait_s=1.0), metrics=METRICS)
 
 
@@ -72,7 +73,7 @@ def test_every_stream_survives_kill_after_kill():
         assert complete.finish_reason == pb.FINISH_REASON_LENGTH
 
 
-@pytest.mark.parametrize("error", [DrainingError("draining"), EngineFailedError("failed")])
+@pytest.mark.parametrize("error", [DrainingError("draining"), EngineFailedError("failed"), CANCELLED])
 def test_a_draining_verifier_or_a_dead_engine_hands_its_streams_over(error):
     async def scenario(s):
         return await collect(s.stub.Generate(request(max_tokens=12)))
@@ -81,6 +82,19 @@ def test_a_draining_verifier_or_a_dead_engine_hands_its_streams_over(error):
     staying.elsewhere = 1  # so that the other one is asked first
     chunks, _ = with_front_door(scenario, leaving, staying)
     assert [chunk.text for chunk in chunks] == ["a0 ", *(f"b{step} " for step in range(1, 6))]
+
+
+def test_one_lost_stream_does_not_shut_the_only_verifier_to_others():
+    async def scenario(s):
+        lost = asyncio.create_task(collect(s.stub.Generate(request(max_tokens=12))))
+        await until(lambda: s.engines[0].requests)
+        await asyncio.sleep(0.05)
+        s.engines[0].fail = None
+        return steps_of((await collect(s.stub.Generate(request(max_tokens=12))))[0]), steps_of((await lost)[0])
+
+    engine = FakeEngine(fail=CANCELLED)
+    engine.fail_at = 0
+    assert with_front_door(scenario, engine) == (list(range(6)), list(range(6)))
 
 
 def test_a_stream_waits_for_a_new_verifier():

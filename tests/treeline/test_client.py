@@ -9,7 +9,7 @@ import pytest
 
 import treeline
 from front_door.server import FrontDoorServer
-from tests.verifier_svc.fake_engine import FakeEngine, fake_verifier, until
+from tests.verifier_svc.fake_engine import FakeEngine, ended, fake_verifier, until
 from treeline.client import TreelineClient
 from treeline.client.base import texts_of
 from treeline.config import Config, InternalConfig, MetricsConfig, ServerConfig
@@ -196,6 +196,36 @@ def test_a_stream_whose_servers_stay_away_says_so():
     engine = FakeEngine(step_s=0.02)
     with_client(use, engine, resume_wait_s=0.5)
     assert len(engine.requests) > 1, "it was not resumed"
+
+
+class Recovering(FakeEngine):
+    """Only its first call fails."""
+
+    async def generate(self, request):
+        try:
+            async for item in super().generate(request):
+                yield item
+        finally:
+            self.fail = None
+
+
+def test_a_stream_that_the_way_there_cancels_goes_on():
+    def use(client, engine):
+        return client.generate("x", max_tokens=8).text()
+
+    assert with_client(use, Recovering(fail=ended(grpc.StatusCode.CANCELLED))) == "a0 a1 a2 a3 "
+
+
+def test_a_closed_client_ends_its_streams_as_cancelled():
+    def use(client, engine):
+        answer = client.generate("x", max_tokens=100)
+        next(answer)
+        client.close()
+        with pytest.raises(RequestFailedError) as caught:
+            list(answer)
+        return caught.value.code, len(engine.requests)
+
+    assert with_client(use, FakeEngine(step_s=0.02)) == ("CANCELLED", 1)
 
 
 def test_the_whole_text_and_every_field_of_a_chat():

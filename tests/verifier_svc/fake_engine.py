@@ -218,6 +218,11 @@ async def fake_verifier(engine: FakeEngine, config: Config = Config()) -> AsyncI
         await server.stop(None)
 
 
+def ended(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
+    """A call's end without a word of ours, as a proxy or a dying process brings it about."""
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata())
+
+
 async def until(condition, timeout_s: float = 3.0) -> None:
     """Wait for `condition()`; fails the test if it does not come true."""
     deadline = asyncio.get_running_loop().time() + timeout_s

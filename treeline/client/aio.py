@@ -72,6 +72,7 @@ class AsyncClient(BaseClient[AsyncAnswer]):
 
     async def close(self) -> None:
         """Ends open streams too."""
+        self._servers.closed = True
         for channel in self._channels:
             await channel.close()
 

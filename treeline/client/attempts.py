@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from treeline.errors import StreamLostError, TreelineError, UnavailableError
+from treeline.errors import RequestFailedError, StreamLostError, TreelineError, UnavailableError
 from treeline.request import delivered_tokens, ends_all, note
 from treeline.rpc.status import from_rpc_error, is_lost, retry_delay_s
 from treeline.v1 import generation_pb2 as pb
@@ -20,10 +20,14 @@ MOST_JITTER = 1.5
 
 
 class Servers:
-    """The addresses of a client, of which one at a time is in use."""
+    """The addresses of a client, of which one at a time is in use.
+
+    Attributes:
+        closed: the client itself has ended its calls.
+    """
 
     def __init__(self, targets: list[str]) -> None:
-        self.targets, self.current = targets, 0
+        self.targets, self.current, self.closed = targets, 0, False
 
     @property
     def target(self) -> str:
@@ -34,6 +38,8 @@ class Servers:
 
     def error(self, error: Any) -> TreelineError:
         """The TreelineError behind a call to the server in use that failed."""
+        if self.closed:
+            return RequestFailedError("CANCELLED", "the client was closed")
         if error.code() is grpc.StatusCode.UNAVAILABLE and not error.trailing_metadata():
             # The transport failed, not the service.
             why = (error.details() or "").rpartition(": ")[2].rstrip("]")
@@ -93,7 +99,7 @@ class Attempts:
             raise problem from None
         self._failures += 1
         begun = self._request is not None and delivered_tokens(self._request) > 0
-        lost = is_lost(error) or is_open
+        lost = (is_lost(error) and not self._servers.closed) or is_open
         wait_s = self._until_resumed(lost) if begun or is_open else self._until_retried(error, lost)
         left_s = self.left_s
         if wait_s is None or (left_s is not None and wait_s >= left_s):

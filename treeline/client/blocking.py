@@ -71,6 +71,7 @@ class TreelineClient(BaseClient[Answer]):
 
     def close(self) -> None:
         """Ends open streams too."""
+        self._servers.closed = True
         for channel in self._channels:
             channel.close()
 

@@ -55,6 +55,7 @@ _ERRORS: list[tuple[type[TreelineError], grpc.StatusCode, str]] = [
     (TreelineError, _Code.INTERNAL, "INTERNAL"),
 ]
 _BY_REASON = {reason: error for error, _, reason in _ERRORS if error is not TreelineError}
+_GONE = (_Code.UNAVAILABLE, _Code.CANCELLED)
 _RETRYABLE = (_Code.RESOURCE_EXHAUSTED, _Code.UNAVAILABLE)
 
 
@@ -101,7 +102,10 @@ async def abort_as(context: grpc.aio.ServicerContext, error: grpc.aio.AioRpcErro
 
 
 def from_rpc_error(error: Any) -> TreelineError:
-    """The TreelineError behind a failed call (a grpc.RpcError); RequestFailedError if it is not one of ours."""
+    """The TreelineError behind a call (a grpc.RpcError) that failed and was not cancelled from here.
+
+    RequestFailedError if it is not one of ours.
+    """
     code, message = error.code(), error.details() or ""
     info, bad_request = _detail(error, ErrorInfo()), _detail(error, BadRequest())
     kind = _BY_REASON.get(info.reason) if info.domain == DOMAIN else None
@@ -113,7 +117,7 @@ def from_rpc_error(error: Any) -> TreelineError:
         return StreamLostError(message, int(info.metadata[DELIVERED]))
     if code is _Code.DEADLINE_EXCEEDED and "deadline exceeded" in message.lower():
         message = "it took longer than its timeout"  # Not "Deadline Exceeded", which the code says already.
-    if kind is None and code is _Code.UNAVAILABLE:
+    if kind is None and code in _GONE:
         return UnavailableError(message)
     return kind(message) if kind else RequestFailedError(code.name, message)
 
@@ -132,8 +136,9 @@ def retry_delay_s(error: Any) -> float | None:
 def is_lost(error: Any) -> bool:
     """Whether a call failed because its server or the way there went away, so that another server may take it over."""
     code = error.code()
-    # A server that is killed resets its streams, which is INTERNAL; our own INTERNAL errors carry details.
-    return code is _Code.UNAVAILABLE or (code is _Code.INTERNAL and _status_of(error) is None)
+    # A server that is killed or taken away resets its streams, which is INTERNAL or CANCELLED. Our own INTERNAL errors
+    # carry details, and whoever cancels a call himself must not ask.
+    return code in _GONE or (code is _Code.INTERNAL and _status_of(error) is None)
 
 
 def _pushback(delay_s: float | None) -> tuple[tuple[str, str], ...]:
