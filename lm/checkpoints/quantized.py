@@ -121,8 +121,8 @@ def _unpacker(name: str, quantization: dict[str, Any]) -> Callable[[Parts], Tens
     if method == "awq" and bits == 4 and quantization.get("version", "gemm").lower() == "gemm":
         return _awq
     if method == "gptq" and bits in (2, 4, 8):
-        first_zero = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
-        return lambda parts: _gptq(parts, bits, first_zero)
+        version = 2 if quantization.get("checkpoint_format") == "gptq_v2" else 1
+        return lambda parts: _gptq(parts, bits, version)
     if method == "fp8":
         return lambda parts: _float8(parts, quantization.get("weight_block_size"))
     if method == "compressed-tensors":
@@ -157,11 +157,17 @@ def _awq(parts: Parts) -> Tensor | None:
     return (parts["scales"].float()[group] * (codes - zeros[group])).T
 
 
-def _gptq(parts: Parts, bits: int, first_zero: int) -> Tensor | None:
-    """`first_zero`: what a stored zero of 0 stands for: 1 in the first version of the format."""
+def _gptq(parts: Parts, bits: int, version: int) -> Tensor | None:
+    """Version 1 stores each zero less one, subtracted from whole words, where a zero of 0 borrows from the next one.
+    Adding to whole words undoes that, as in GPTQModel's `convert_gptq_v1_to_v2_format_module`.
+
+    Example: 4 bits, zeros 0, 3 -> word 0x30 - 0x11 = 0x1f; 0x1f + 0x11 = 0x30.
+    """
     if "qweight" not in parts:
         return None
-    codes, zeros = _fields(parts["qweight"], bits, 0), _fields(parts["qzeros"], bits, 1) + first_zero
+    ones = (2**32 - 1) // (2**bits - 1)  # A one in every field: 0x11111111 for 4 bits.
+    codes = _fields(parts["qweight"], bits, 0)
+    zeros = _fields(parts["qzeros"] + (ones if version == 1 else 0), bits, 1)
     scales = parts["scales"].float()
     group = parts["g_idx"].long() if "g_idx" in parts else torch.arange(len(codes)) // (len(codes) // len(scales))
     return (scales[group] * (codes - zeros[group])).T

@@ -37,7 +37,7 @@ class Random:
         rng = np.random.default_rng(7)
         self.codes = rng.integers(0, 2**bits, shape)
         self.scale = rng.uniform(0.01, 0.02, (shape[0], -(-shape[1] // group))).astype(np.float16)
-        self.zeros = rng.integers(1, 2**bits - 1, self.scale.shape)
+        self.zeros = rng.integers(0, 2**bits, self.scale.shape)
         self.group = np.arange(shape[1]) // group
 
     def weight(self, zeros: Any) -> torch.Tensor:
@@ -62,8 +62,10 @@ def gptq(bits: int, version: int, order: bool, symmetric: bool = False) -> tuple
     r.zeros = np.full_like(r.zeros, 8) if symmetric else r.zeros
     if order:
         r.group = np.random.default_rng(3).permutation(r.group)
-    stored = r.zeros.T - (1 if version == 1 else 0)
-    parts = {"qweight": words(r.codes, bits).T.contiguous(), "qzeros": words(stored, bits), "scales": t(r.scale.T)}
+    stored = words(r.zeros.T, bits)
+    if version == 1:
+        stored -= sum(1 << place for place in range(0, 32, bits))  # A zero of 0 borrows from the next.
+    parts = {"qweight": words(r.codes, bits).T.contiguous(), "qzeros": stored, "scales": t(r.scale.T)}
     config = {"quant_method": "gptq", "bits": bits, "group_size": 32, "desc_act": order}
     config |= {"checkpoint_format": "gptq_v2"} if version == 2 else {}
     return config, parts | {"g_idx": t(r.group.astype(np.int32))}, r.weight(r.zeros)
@@ -101,6 +103,7 @@ CASES: dict[str, Callable[[], tuple[dict[str, Any], Parts, torch.Tensor]]] = {
     "gptq-act-order": lambda: gptq(4, 1, order=True),
     "gptq-v2": lambda: gptq(4, 2, order=True),
     "gptq-symmetric": lambda: gptq(4, 1, order=False, symmetric=True),
+    "gptq-2": lambda: gptq(2, 1, order=False),
     "gptq-8": lambda: gptq(8, 1, order=False),
     "w4a16": lambda: compressed(4, 32),
     "w4a16-asymmetric": lambda: compressed(4, 32, asymmetric=True),
@@ -131,7 +134,7 @@ def test_every_format_is_unpacked_to_what_was_packed(case: str, tmp_path: Path, 
         unpack_checkpoint(checkpoint(tmp_path / "model", quantization, tensors), tmp_path / "plain")
     plain = load_file(tmp_path / "plain/model-00000.safetensors")
     assert plain.keys() == {"x.weight", "x.bias", "y.weight"}
-    kept = case in ("w4a16", "gptq-symmetric")
+    kept = case in ("w4a16", "gptq-symmetric", "gptq-2")
     assert torch.equal(plain["x.weight"], expected if kept else expected.bfloat16())
     assert (find_groups(plain["x.weight"]) is not None) == kept
     assert len(caplog.messages) == 1
