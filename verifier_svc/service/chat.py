@@ -26,7 +26,8 @@ class Chat:
     Attributes:
         messages: each with "role" and "content", and with what else a template reads of it ("tool_calls").
         arguments: the template's further variables ("tools", "enable_thinking").
-        continues: whether the last message is continued; None: if it is the assistant's, and calls no tool.
+        continues: whether the last message is continued; None: if it is the assistant's, and calls no tool. Of one
+            without text, the turn begins.
         begins_turn: whether the assistant's turn begins behind the messages; None: unless the last one is continued.
     """
 
@@ -67,15 +68,14 @@ def _chat_token_ids(chat: Chat, tokenizer: PreTrainedTokenizerFast) -> list[int]
     if wrong := sorted(taken & chat.arguments.keys()):
         raise InvalidRequestError(FieldViolation("chat.template_arguments", f"may not hold {', '.join(wrong)}"))
     _check_roles(messages, tokenizer.get_chat_template())
-    if messages[-1] == {"role": "assistant", "content": ""}:
-        messages = messages[:-1]
     last = messages[-1] if messages else {}
     continued = last.get("role") == "assistant" and "tool_calls" not in last
-    if chat.continues is not None:
-        if chat.continues and not continued and messages == chat.messages:
-            problem = "is set, but the last message is not the assistant's, or calls a tool"
-            raise InvalidRequestError(FieldViolation("chat.continue_final_message", problem))
-        continued = continued and chat.continues
+    if chat.continues and not continued:
+        problem = "is set, but the last message is not the assistant's, or calls a tool"
+        raise InvalidRequestError(FieldViolation("chat.continue_final_message", problem))
+    continued = continued and chat.continues is not False
+    if continued and not last["content"].strip():  # Templates that trim would lose the line break in front of it.
+        messages, continued = messages[:-1], False
     begins = not continued if chat.begins_turn is None else chat.begins_turn
     if begins and continued:
         problem = "cannot be set where the last message is continued"

@@ -95,8 +95,22 @@ def test_a_last_message_of_the_assistant_is_continued(template):
     t = tokenizer(template)
     asked = t.decode(token_ids_of(chat(("user", "q")), t))
     assert t.decode(token_ids_of(chat(("user", "q"), ("assistant", "Well,")), t)) == asked + "Well,"
-    assert t.decode(token_ids_of(chat(("user", "q"), ("assistant", "")), t)) == asked
-    assert t.decode(token_ids_of(chat(("user", "q"), ("assistant", ""), ("user", "r")), t)).count("assistant") == 2
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMMING])
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_an_empty_turn_of_the_assistant_is_kept_in_the_history_and_begins_at_the_end(template, content):
+    t = tokenizer(template)
+    empty = {"role": "assistant", "content": content, "name": "bot"}
+    first, second = ({"role": "user", "content": text} for text in "qr")
+    kept = t.apply_chat_template([first, empty, second], add_generation_prompt=True, return_dict=False)
+    assert token_ids_of(Chat([first, empty, second]), t) == kept
+    begun = token_ids_of(Chat([first]), t)
+    assert token_ids_of(Chat([first, empty]), t) == token_ids_of(Chat([first, empty], continues=True), t) == begun
+    ended = t.apply_chat_template([first, empty], add_generation_prompt=True, return_dict=False)
+    assert token_ids_of(Chat([first, empty], continues=False), t) == ended
+    with pytest.raises(InvalidRequestError, match="empty conversation"):
+        token_ids_of(Chat([empty]), t)
 
 
 def test_a_template_that_refuses_a_chat_is_the_clients_mistake():
