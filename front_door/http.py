@@ -246,8 +246,13 @@ def create_app(
     async def models(request: Request) -> dict[str, Any]:
         info = await door.GetModelInfo(pb.GetModelInfoRequest(), HttpCall(request))
         model = {"id": info.model, "object": "model", "created": 0, "owned_by": "treeline"}
-        policies = {"default_policy": info.default_policy, "policies": list(info.allowed_policies)}
-        return {"object": "list", "data": [model | {"max_model_len": info.max_context_tokens, "treeline": policies}]}
+        ours = {
+            "default_policy": info.default_policy,
+            "policies": list(info.allowed_policies),
+            "default_sampling": {field.name: value for field, value in info.default_sampling.ListFields()},
+            "eos_token_ids": list(info.eos_token_ids),
+        }
+        return {"object": "list", "data": [model | {"max_model_len": info.max_context_tokens, "treeline": ours}]}
 
     @app.get("/load")
     async def load(request: Request) -> dict[str, Any]:

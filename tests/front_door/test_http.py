@@ -63,6 +63,18 @@ def test_a_chat_is_answered_as_over_grpc():
     assert (request.policy, request.sampling.seed, request.max_tokens) == ("off", 3, 6)
 
 
+@pytest.mark.parametrize("empty", [{"content": ""}, {"content": None}, {"content": []}, {}])
+def test_an_empty_turn_of_the_assistant_may_lie_in_the_history_or_end_it(empty):
+    async def scenario(client, s):
+        asked = [*HELLO, {"role": "assistant", **empty}]
+        for messages in ([*asked, *HELLO], asked):
+            await client.chat.completions.create(model="fake", messages=messages, max_tokens=2)
+        return [bytes(request.prompt_token_ids) for request in s.engines[0].requests]
+
+    once = b"<user>hello<assistant>"
+    assert with_client(scenario) == [once + once, once]
+
+
 def test_a_stream_brings_role_text_reason_and_usage():
     async def scenario(client, s):
         stream = await client.chat.completions.create(
@@ -209,7 +221,7 @@ def test_grammars_reach_the_engine_and_wrong_ones_are_named(fields, error):
 
 def test_models_health_metrics_and_tokenize():
     async def scenario(client, s):
-        models = [model.id async for model in client.models.list()]
+        models = [(model.id, model.treeline) async for model in client.models.list()]
         port = s.door.http.port
 
         def read(path):
@@ -220,8 +232,11 @@ def test_models_health_metrics_and_tokenize():
         tokens = await asyncio.to_thread(post, port, "/tokenize", {"messages": HELLO})
         return models, health, metrics, tokens[2]
 
-    models, health, metrics, tokens = with_client(scenario)
-    assert (models, health, tokens["count"]) == (["fake"], "SERVING\n", len("<user>hello<assistant>"))
+    [(model, shown)], health, metrics, tokens = with_client(scenario, FakeEngine())
+    assert (model, health, tokens["count"]) == ("fake", "SERVING\n", len("<user>hello<assistant>"))
+    assert (shown["default_policy"], shown["eos_token_ids"]) == ("smart", [0])
+    penalties = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+    assert shown["default_sampling"] == {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0, **penalties}
     assert "treeline_front_door_verifiers 1.0" in metrics
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lm.model import LanguageModel
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
@@ -19,6 +19,7 @@ from tests.verifier_svc.service.test_service import failure
 from tests.verifier_svc.services import Services, running_services, save_tiny_model, tiny_config
 from treeline.config import Config, DrafterConfig, ModelConfig, ObjectivesConfig
 from treeline.errors import ConfigError
+from treeline.sampling import SamplingParams
 from treeline.v1 import generation_pb2 as pb
 from verifier_svc.service.server import served
 from verifier_svc.service.validation import parse_generate
@@ -143,9 +144,12 @@ def test_each_of_n_answers_is_that_of_its_seed_under_every_policy(target):
 
 
 def test_unset_sampling_is_as_the_operator_says():
-    model = LanguageModel.from_hf(tiny_llama(), tiny_tokenizer())
+    hf = tiny_llama()
+    hf.generation_config = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, eos_token_id=[7, 9])
+    model = LanguageModel.from_hf(hf, tiny_tokenizer())
     config = Config.model_validate({"verifier": {"sampling_defaults": {"temperature": 0.5}}})
     info = served(model, config)
+    assert (info.sampling, info.eos_token_ids) == (SamplingParams(0.5, top_p=0.9), {7, 9, 256})
     limits, verifier = config.limits, config.verifier
     asked, _ = parse_generate(pb.GenerateRequest(prompt="x"), info, limits, verifier)
     cold, _ = parse_generate(ask(temperature=0.001, top_k=-1), info, limits, verifier)
