@@ -29,7 +29,7 @@ class Services:
         self._draft()
         self._plan()
         self.front_door.verifiers.set(1)
-        for code in ("OK", "RESOURCE_EXHAUSTED", "UNAVAILABLE"):
+        for code in ("OK", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "UNAVAILABLE"):
             self.front_door.started("Generate")
             self.front_door.handled("Generate", code, 0.5)
 
