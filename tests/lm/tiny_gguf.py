@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFWriter, TokenType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, TokenType
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel
 
@@ -22,9 +22,30 @@ _LAYER_NAMES = {
 }
 _NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
+HALVES = {
+    "Q8_0": {0: 0.0005},
+    "Q5_0": {0: 0.003},
+    "Q5_1": {0: 0.003, 2: -0.046},
+    "Q4_K": {0: 0.0002, 2: 0.0015},
+    "Q5_K": {0: 0.0001, 2: 0.0015},
+    "Q6_K": {208: 0.00005},
+}
+"""The float16 numbers of a block: where each lies, and about which value makes weights of 0.05 around 0."""
 
-def write_gguf(model: PreTrainedModel, path: Path) -> None:
-    """`model` must be a Llama over the vocabulary of `tiny_tokenizer`."""
+
+def random_blocks(name: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    """uint8 [rows, bytes] of any codes; the gguf package can write only some formats."""
+    values, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (rows, columns // values, size), np.uint8)
+    for at, mean in HALVES[name].items():
+        numbers = mean * rng.uniform(0.7, 1.4, (*blocks.shape[:2], 1))
+        blocks[:, :, at : at + 2] = numbers.astype(np.float16).view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+def write_gguf(model: PreTrainedModel, path: Path, kind: str | None = None) -> None:
+    """`model` must be a Llama over the vocabulary of `tiny_tokenizer`; with `kind`, matrices become random blocks."""
     config = model.config
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -38,13 +59,17 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer, config.eos_token_id)
-    for name, weights in model.state_dict().items():
+    for seed, (name, weights) in enumerate(model.state_dict().items()):
         values = weights.float().numpy()
         if name.endswith("q_proj.weight"):
             values = _interleaved(values, config.num_attention_heads)
         if name.endswith("k_proj.weight"):
             values = _interleaved(values, config.num_key_value_heads)
-        writer.add_tensor(_gguf_name(name), np.ascontiguousarray(values))
+        if kind is not None and values.ndim == 2:
+            blocks = random_blocks(kind, *values.shape, seed)
+            writer.add_tensor(_gguf_name(name), blocks, raw_dtype=GGMLQuantizationType[kind])
+        else:
+            writer.add_tensor(_gguf_name(name), np.ascontiguousarray(values))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,6 +18,7 @@ from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from tests.lm.helpers import random_tokens, reference_logits
 from tests.lm.tiny import CONFIGS, tiny_model, tiny_tokenizer
+from tests.lm.tiny_gguf import random_blocks
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
 
@@ -25,8 +26,6 @@ compiled = pytest.mark.skipif(not kernels(), reason="the kernels were not built"
 FORMATS = {"Q4_0": (round_to_q4_0, 4), "Q4_1": (round_to_q4_1, 4), "Q8_0": (round_to_q8_0, 8)}
 STEPS = {"Q5_0": 8, "Q5_1": 8, "Q4_K": 4, "Q5_K": 8, "Q6_K": 16}
 """Bits in which other formats are kept, with scales of float32."""
-HALVES = {"Q5_0": (0,), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
-"""Where in a block float16 numbers lie."""
 
 
 def as_gguf_stores(weight: torch.Tensor, name: str) -> torch.Tensor:
@@ -34,14 +33,8 @@ def as_gguf_stores(weight: torch.Tensor, name: str) -> torch.Tensor:
     return torch.from_numpy(dequantize(quantize(weight.numpy(), kind), kind))
 
 
-def some_blocks(name: str, rows: int = 70, columns: int = 512) -> torch.Tensor:
-    """Any codes, and scales as weights have them; the gguf package cannot write all such formats."""
-    kind, rng = GGMLQuantizationType[name], np.random.default_rng(0)
-    values, size = GGML_QUANT_SIZES[kind]
-    blocks = rng.integers(0, 256, (rows, columns // values, size), np.uint8)
-    for at in HALVES[name]:
-        blocks[:, :, at : at + 2] = rng.uniform(0.001, 0.002, (*blocks.shape[:2], 1)).astype(np.float16).view(np.uint8)
-    return torch.from_numpy(dequantize(blocks.reshape(rows, -1), kind))
+def some_blocks(name: str) -> torch.Tensor:
+    return torch.from_numpy(dequantize(random_blocks(name, 70, 512), GGMLQuantizationType[name]))
 
 
 def some_weight(rows: int = 70, columns: int = 96) -> torch.Tensor:
