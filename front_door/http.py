@@ -312,11 +312,10 @@ async def _answer(door: FrontDoor, dialect: Dialect, body: ChatBody | Completion
     info = await door.GetModelInfo(pb.GetModelInfoRequest(), context)
     requests = body.requests(request_id, info.tool_call_format)
     headers = {"x-treeline-ignored": ", ".join(body.ignored)} if body.ignored else {}
-    echoed = [
-        request.prompt if isinstance(body, CompletionBody) and body.echo else ""
-        for request in requests
-        for _ in range(body.n)
-    ]
+    texts = [""] * len(requests)
+    if isinstance(body, CompletionBody) and body.echo:
+        texts = await asyncio.gather(*(_text_of(door, request, context) for request in requests))
+    echoed = [text for text in texts for _ in range(body.n)]
     reply = Reply(dialect, request_id, info.model, echoed, body.finders(info.tool_call_format))
     if not body.stream:
         answers = await _unless_gone(call, asyncio.ensure_future(_collected(door, requests, context)))
@@ -326,6 +325,13 @@ async def _answer(door: FrontDoor, dialect: Dialect, body: ChatBody | Completion
     include_usage = body.stream_options is not None and body.stream_options.include_usage
     events = _events(reply, first, responses, include_usage)
     return StreamingResponse(events, media_type="text/event-stream", headers=headers | {"Cache-Control": "no-cache"})
+
+
+async def _text_of(door: FrontDoor, request: pb.GenerateRequest, context: HttpCall) -> str:
+    """The prompt of a text completion."""
+    if request.HasField("prompt"):
+        return request.prompt
+    return (await door.Detokenize(pb.DetokenizeRequest(token_ids=request.token_ids.ids), context)).text
 
 
 async def _unless_gone(call: Request, work: asyncio.Future[Any]) -> Any:

@@ -191,14 +191,12 @@ class CompletionBody(Body):
         """A generation request for each prompt.
 
         Raises:
-            InvalidRequestError: there are too many of them, or none; or what is to be echoed is unknown here.
+            InvalidRequestError: there are too many of them, or none; or a scored prompt has several answers.
         """
         prompts: list[Any] = list(self.prompts)
         if not 1 <= len(prompts) * self.n <= MAX_ANSWERS:
             problem = f"{len(prompts)} prompts times n = {self.n}: 1 to {MAX_ANSWERS} answers are possible"
             raise InvalidRequestError(FieldViolation("prompt", problem))
-        if self.echo and not isinstance(prompts[0], str):
-            raise InvalidRequestError(FieldViolation("echo", "needs prompts that are texts"))
         if self.echo and self.logprobs is not None and self.n > 1:
             raise InvalidRequestError(FieldViolation("n", "must be 1 with both echo and logprobs"))
         requests: list[pb.GenerateRequest] = []

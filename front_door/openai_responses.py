@@ -6,6 +6,7 @@ import math
 import secrets
 import time
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 from front_door.tool_calls import CallPiece, Finder, Found
@@ -24,11 +25,14 @@ class Dialect:
     whole_object: str
     chunk_object: str
 
-    def choice(self, found: Found, logprobs: list[pb.PositionLogprobs]) -> dict[str, Any]:
-        """The answer's text, calls and log-probabilities as part of a whole answer's choice."""
+    def choice(self, found: Found, logprobs: list[pb.PositionLogprobs], start: int) -> dict[str, Any]:
+        """The answer's text, calls and log-probabilities as part of a whole answer's choice.
+
+        `start`: where the token of the first of `logprobs` begins in the choice's text, in characters.
+        """
         raise NotImplementedError
 
-    def delta(self, found: Found, logprobs: list[pb.PositionLogprobs], first: bool) -> dict[str, Any]:
+    def delta(self, found: Found, logprobs: list[pb.PositionLogprobs], start: int, first: bool) -> dict[str, Any]:
         """The same as part of a chunk's choice."""
         raise NotImplementedError
 
@@ -36,13 +40,13 @@ class Dialect:
 class ChatDialect(Dialect):
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, found: Found, logprobs: list[pb.PositionLogprobs]) -> dict[str, Any]:
+    def choice(self, found: Found, logprobs: list[pb.PositionLogprobs], start: int) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": found.content}
         if found.calls:
             message |= {"content": found.content or None, "tool_calls": [_call(call) for call in _joined(found.calls)]}
         return {"message": message, "logprobs": _chat_logprobs(logprobs)}
 
-    def delta(self, found: Found, logprobs: list[pb.PositionLogprobs], first: bool) -> dict[str, Any]:
+    def delta(self, found: Found, logprobs: list[pb.PositionLogprobs], start: int, first: bool) -> dict[str, Any]:
         text = found.content
         delta: dict[str, Any] = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
         if found.calls:
@@ -53,11 +57,11 @@ class ChatDialect(Dialect):
 class CompletionDialect(Dialect):
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def choice(self, found: Found, logprobs: list[pb.PositionLogprobs]) -> dict[str, Any]:
-        return {"text": found.content, "logprobs": _completion_logprobs(logprobs)}
+    def choice(self, found: Found, logprobs: list[pb.PositionLogprobs], start: int) -> dict[str, Any]:
+        return {"text": found.content, "logprobs": _completion_logprobs(logprobs, start)}
 
-    def delta(self, found: Found, logprobs: list[pb.PositionLogprobs], first: bool) -> dict[str, Any]:
-        return self.choice(found, logprobs)
+    def delta(self, found: Found, logprobs: list[pb.PositionLogprobs], start: int, first: bool) -> dict[str, Any]:
+        return self.choice(found, logprobs, start)
 
 
 class Reply:
@@ -70,6 +74,7 @@ class Reply:
 
     def __init__(self, dialect: Dialect, request_id: str, model: str, echoed: list[str], finders: list[Finder]) -> None:
         self._dialect, self._echoed, self._finders = dialect, echoed, finders
+        self._ends = [len(text) for text in echoed]  # of each choice's tokens so far, in characters
         self._called: set[int] = set()  # choices that have called a tool
         self._frame = {"id": f"{dialect.prefix}-{request_id}", "created": int(time.time()), "model": model}
 
@@ -81,8 +86,8 @@ class Reply:
             parts = [self._found(index, response) for response in responses]
             pieces = [piece for part in parts for piece in part.pieces]
             found = Found([self._echoed[index], *pieces], [call for part in parts for call in part.calls])
-            logprobs = [position for response in responses for position in _positions(response)]
-            choice = {"index": index, **self._dialect.choice(found, logprobs), **self._ending(index, complete)}
+            choice = self._dialect.choice(found, *self._positions(index, *responses))
+            choice = {"index": index, **choice, **self._ending(index, complete)}
             choices.append(choice)
             completes.append(complete)
         body = {**self._frame, "object": self._dialect.whole_object, "choices": choices}
@@ -90,10 +95,11 @@ class Reply:
 
     def chunk(self, index: int, response: pb.GenerateResponse, first: bool) -> dict[str, Any]:
         """One response of the answer number `index` as a chunk; the last one has the finish reason."""
-        found, logprobs = self._found(index, response), _positions(response)
+        found = self._found(index, response)
         if first:
             found.pieces.insert(0, self._echoed[index])
-        choice = {"index": index, **self._dialect.delta(found, logprobs, first), "finish_reason": None}
+        delta = self._dialect.delta(found, *self._positions(index, response), first)
+        choice = {"index": index, **delta, "finish_reason": None}
         extra = {}
         if response.HasField("complete"):
             choice |= self._ending(index, response.complete)
@@ -112,6 +118,17 @@ class Reply:
         if found.calls:
             self._called.add(index)
         return found
+
+    def _positions(self, index: int, *responses: pb.GenerateResponse) -> tuple[list[pb.PositionLogprobs], int]:
+        """The log-probabilities of `responses`, and where the first one's token begins in the choice's text.
+
+        Tokens of the prompt lie before the end of what is echoed: special ones in front of it are no part of it.
+        """
+        prompt = [position for response in responses for position in response.chunk.prompt_logprobs]
+        answer = [position for response in responses for position in response.chunk.logprobs]
+        start = self._ends[index] - _characters(prompt)
+        self._ends[index] += _characters(answer)
+        return [*prompt, *answer], start
 
     def _ending(self, index: int, complete: pb.GenerateComplete) -> dict[str, Any]:
         matched = complete.WhichOneof("matched_stop")
@@ -181,8 +198,8 @@ def _token(entry: pb.TokenLogprob) -> dict[str, Any]:
     return {"token": entry.text, "logprob": entry.logprob, "bytes": list(entry.text.encode())}
 
 
-def _positions(response: pb.GenerateResponse) -> list[pb.PositionLogprobs]:
-    return [*response.chunk.prompt_logprobs, *response.chunk.logprobs]
+def _characters(positions: Iterable[pb.PositionLogprobs]) -> int:
+    return sum(len(position.chosen.text) for position in positions)
 
 
 def _chat_logprobs(positions: list[pb.PositionLogprobs]) -> dict[str, Any] | None:
@@ -191,11 +208,13 @@ def _chat_logprobs(positions: list[pb.PositionLogprobs]) -> dict[str, Any] | Non
     return {"content": [_token(p.chosen) | {"top_logprobs": [_token(top) for top in p.top]} for p in positions]}
 
 
-def _completion_logprobs(positions: list[pb.PositionLogprobs]) -> dict[str, Any] | None:
+def _completion_logprobs(positions: list[pb.PositionLogprobs], start: int) -> dict[str, Any] | None:
     if not positions:
         return None
+    offsets = accumulate((len(position.chosen.text) for position in positions[:-1]), initial=start)
     return {
         "tokens": [p.chosen.text for p in positions],
         "token_logprobs": [None if math.isnan(p.chosen.logprob) else p.chosen.logprob for p in positions],
         "top_logprobs": [{top.text: top.logprob for top in p.top} for p in positions],
+        "text_offset": [max(0, offset) for offset in offsets],
     }

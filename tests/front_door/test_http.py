@@ -10,9 +10,12 @@ import pytest
 from pydantic import ValidationError
 
 from front_door.openai_requests import ChatBody
+from front_door.openai_responses import CompletionDialect, Reply
+from front_door.tool_calls import PlainText
 from tests.front_door.test_server import METRICS, with_front_door
 from tests.verifier_svc.fake_engine import FakeEngine, until
 from treeline.config import Config, LimitsConfig, ServerConfig
+from treeline.v1 import generation_pb2 as pb
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -161,6 +164,35 @@ def test_completions_echo_their_prompts():
     assert texts == streamed == ["hia0 a1 ", "hoa0 a1 "]
     assert logprobs.tokens == ["h", "i", *"ABAB"]
     assert logprobs.token_logprobs == [None, -2.0, *[-0.5] * 4]
+    assert logprobs.text_offset == [0, 1, 2, 3, 4, 5]
+
+
+def test_offsets_of_a_stream_go_on_and_tell_what_is_echoed_from_special_tokens():
+    def position(text):
+        return pb.PositionLogprobs(chosen=pb.TokenLogprob(text=text))
+
+    reply = Reply(CompletionDialect(), "r", "m", ["hi you"], [PlainText()])
+    asked = [position(text) for text in ("<bos>", "hi", " you")]
+    chunks = [
+        pb.GenerateChunk(text="", logprobs=[position(" A")], prompt_logprobs=asked),
+        pb.GenerateChunk(text=" A b", logprobs=[position(" b")]),
+    ]
+    parts = [reply.chunk(0, pb.GenerateResponse(chunk=chunk), i == 0)["choices"][0] for i, chunk in enumerate(chunks)]
+    assert [part["logprobs"]["text_offset"] for part in parts] == [[0, 0, 2, 6], [8]]
+
+
+@pytest.mark.parametrize("prompt", ["hi", [104, 105]])
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_are_scored_without_an_answer(prompt, stream):
+    async def scenario(client, s):
+        ask = {"model": "fake", "prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 0, "stream": stream}
+        answer = await client.completions.create(**ask)
+        choices = [part.choices[0] async for part in answer] if stream else answer.choices
+        return "".join(choice.text for choice in choices), choices[0].logprobs, choices[-1].finish_reason
+
+    text, logprobs, reason = with_client(scenario)
+    assert (text, logprobs.tokens, reason) == ("hi", ["h", "i"], "length")
+    assert logprobs.token_logprobs == [None, -2.0]
 
 
 @pytest.mark.parametrize(

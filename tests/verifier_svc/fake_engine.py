@@ -115,6 +115,8 @@ class FakeEngine:
             for piece in self.says:
                 yield Chunk(piece, [65, 66], _logprobs(request), _explanation(request))
             words = 0 if self.says else request.max_tokens // 2
+            if request.max_tokens == 0:
+                yield Chunk("", [], [], prompt_logprobs=_prompt_logprobs(request))
             for step in range(len(request.delivered_token_ids) // 2, words):
                 await asyncio.sleep(self.step_s)
                 if self.fail and step == self.fail_at:

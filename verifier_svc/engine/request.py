@@ -16,7 +16,7 @@ class GenerationRequest:
     """A checked, tokenised request.
 
     Attributes:
-        max_tokens: output tokens at most; prompt and output together fit the context.
+        max_tokens: output tokens at most, 0 to compute the prompt alone; prompt and output together fit the context.
         stop: the text ends before the first of these, or after it with `include_stop`.
         min_tokens: until this many tokens, no token ends the answer and stop strings are ignored.
         include_stop: keep the stop string or stop token that ends the text.

@@ -143,6 +143,9 @@ class Sequence:
             The text that is now certain, and how many tokens were appended.
         """
         request = self.request
+        if not self.remaining_tokens:  # only its prompt is wanted
+            self.finish_reason = FinishReason.LENGTH
+            return "", 0
         text = ""
         for taken, token_id in enumerate(token_ids, start=1):
             self.token_ids.append(token_id)

@@ -125,7 +125,7 @@ def token_logprobs(
 ) -> list[TokenLogprobs]:
     """Log-probabilities of the first `taken` tokens of `walk`, whose root has row `first_row` of `logits`."""
     top = sequence.request.logprobs
-    if top is None:
+    if top is None or not taken:
         return []
     rows = [first_row, *(first_row + 1 + node for node in walk.accepted)][:taken]
     return _logprobs(logits[rows], walk.tokens[:taken], top)

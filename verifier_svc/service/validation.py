@@ -20,6 +20,8 @@ from verifier_svc.engine.request import GenerationRequest
 from verifier_svc.service.chat import ROLES, Chat, Prompt
 
 DEFAULT_MAX_TOKENS = 256
+UNSET = -1
+"""The `max_tokens` of a request that names none, until its prompt is known."""
 MAX_POLICY_CHARS = 64
 MAX_STOP_TOKEN_IDS = 256
 CHARACTERS_PER_TOKEN = 32
@@ -71,11 +73,13 @@ def parse_generate(
         raise UnknownModelError(f"model {_quoted(request.model)} is not served here; {info.name!r} is")
     check = _Checker()
     prompt = _prompt(check, request, info)
+    fewest = 0 if request.output.HasField("prompt_logprobs") else 1
+    max_tokens = _optional(check, request.stopping, "stopping.max_tokens", fewest, limits.max_output_tokens)
     checked = GenerationRequest(
         request_id=request.request_id,
         prompt_token_ids=[],
         sampling=_sampling(check, request.sampling, info),
-        max_tokens=_optional(check, request.stopping, "stopping.max_tokens", 1, limits.max_output_tokens) or 0,
+        max_tokens=UNSET if max_tokens is None else max_tokens,
         stop=_stop(check, request.stopping.stop, limits),
         stop_token_ids=frozenset(_token_ids(check, "stopping.stop_token_ids", request.stopping.stop_token_ids, info)),
         ignore_eos=request.stopping.ignore_eos,
@@ -113,7 +117,7 @@ def parse_generate(
         f"has {len(request.stopping.stop_token_ids)} entries, at most {MAX_STOP_TOKEN_IDS} are allowed",
     )
     check.that(
-        checked.max_tokens < 1 or checked.min_tokens <= checked.max_tokens,
+        checked.max_tokens < 0 or checked.min_tokens <= checked.max_tokens,
         "stopping.min_tokens",
         f"is {checked.min_tokens}, more than max_tokens, which is {checked.max_tokens}",
     )
@@ -147,7 +151,9 @@ def with_prompt(
     if entries * LOGPROB_BYTES > limits.max_message_bytes:
         problem = f"{entries} entries of about {LOGPROB_BYTES} bytes do not fit limits.max_message_bytes"
         raise InvalidRequestError(FieldViolation("output.prompt_logprobs", problem))
-    max_tokens = request.max_tokens or min(max(DEFAULT_MAX_TOKENS, request.min_tokens), limits.max_output_tokens, room)
+    max_tokens = request.max_tokens
+    if max_tokens == UNSET:
+        max_tokens = min(max(DEFAULT_MAX_TOKENS, request.min_tokens), limits.max_output_tokens, room)
     delivered = len(request.delivered_token_ids)
     if delivered > max_tokens:
         problem = f"has {delivered} tokens, more than the {max_tokens} of the whole answer"

@@ -314,6 +314,21 @@ def test_prompt_logprobs_are_the_same_under_every_policy_whatever_is_cached(mode
     assert_all_free(engine)
 
 
+def test_a_prompt_is_scored_without_an_answer_amid_others(model):
+    prompt = np.random.default_rng(3).integers(3, model.vocab_size, 70).tolist()
+    answer = GenerationRequest("answer", prompt, SamplingParams(), 6, ignore_eos=True, prompt_logprobs=1)
+    engine = engine_for(model, None)
+    found = run(engine, [replace(answer, request_id="score", max_tokens=0, logprobs=1), answer])
+    chunk, end = found["score"]
+    assert (chunk.text, chunk.token_ids, chunk.logprobs) == ("", [], [])
+    assert [entry.token_id for entry in chunk.prompt_logprobs] == prompt
+    values, expected = ([e.logprob for e in c.prompt_logprobs[1:]] for c in (chunk, found["answer"][0]))
+    assert values == pytest.approx(expected, abs=1e-4)
+    assert (end.finish_reason, end.completion_tokens) == (FinishReason.LENGTH, 0)
+    assert tokens_of(found["answer"]) == plain_greedy(model, prompt, 6)
+    assert_all_free(engine)
+
+
 def test_explanations_account_for_every_token(model):
     known = Known()
     (prompt,) = prompts(model, 1, seed=14)

@@ -8,7 +8,14 @@ from treeline.errors import InvalidRequestError, UnknownModelError
 from treeline.sampling import SamplingParams
 from treeline.v1 import generation_pb2 as pb
 from verifier_svc.service.chat import Chat
-from verifier_svc.service.validation import MAX_VIOLATIONS, ServedModel, parse_generate, parse_tokenize, with_prompt
+from verifier_svc.service.validation import (
+    MAX_VIOLATIONS,
+    UNSET,
+    ServedModel,
+    parse_generate,
+    parse_tokenize,
+    with_prompt,
+)
 
 INFO = ServedModel(
     "m", "arch", "float32", vocab_size=100, max_context_tokens=64, eos_token_ids=frozenset({0}), has_chat_template=True
@@ -142,7 +149,7 @@ def test_defaults():
     assert (checked.sampling.temperature, checked.sampling.top_p, checked.sampling.top_k) == (0.0, 1.0, 0)
     assert checked.sampling.repetition_penalty == 1.0
     assert checked.sampling.greedy
-    assert (checked.policy, checked.max_nodes, checked.logprobs, checked.max_tokens) == ("smart", None, None, 0)
+    assert (checked.policy, checked.max_nodes, checked.logprobs, checked.max_tokens) == ("smart", None, None, UNSET)
 
 
 def test_unset_fields_take_the_models_own_defaults():
@@ -222,6 +229,7 @@ def test_prompt_and_output_share_the_context():
     assert tokenised(10).max_tokens == 32  # the output limit
     assert tokenised(60).max_tokens == 4  # what is left
     assert tokenised(60, **stopping(max_tokens=4)).max_tokens == 4
+    assert tokenised(10, **stopping(max_tokens=0), **output(prompt_logprobs=0)).max_tokens == 0
     large = replace(INFO, max_context_tokens=10**6)
     scored = pb.GenerateRequest(prompt="x", output=pb.OutputOptions(prompt_logprobs=5))
     checked, prompt = parse_generate(scored, INFO, LIMITS, VERIFIER)
