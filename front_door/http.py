@@ -171,7 +171,7 @@ class Guard:
         try:
             await self._guarded(scope, receive, named, is_open)
         finally:
-            address = scope["client"][0] if scope["client"] else ""
+            address = (scope.get("client") or ("",))[0]
             self._access.handled(method, code, time.perf_counter() - started_s, quiet=is_open, address=address)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send, is_open: bool) -> None:
