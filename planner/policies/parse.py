@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable
 
 from planner.policies.base import MAX_CHILDREN, Policy
@@ -27,7 +28,7 @@ def parse_policy(spec: str) -> Policy:
     """The policy that `spec` names.
 
     Raises:
-        ValueError: it names none; the message lists the spellings.
+        ValueError: it names none; the message lists the spellings, and names the nearest.
     """
     name, colon, given = spec.strip().partition(":")
     parameters, make = _KNOWN.get(name, ("", None))
@@ -36,8 +37,10 @@ def parse_policy(spec: str) -> Policy:
             return make(given.split(",") if colon else [])
         except (ValueError, TypeError):
             pass
+    close = [] if make else difflib.get_close_matches(name.lower(), _KNOWN, 1)
     raise ValueError(
         f"unknown policy '{spec}': one of {spellings()} (depth to {MAX_TREE_DEPTH}, children to {MAX_CHILDREN})"
+        + (f"; did you mean {close[0]}?" if close else "")
     )
 
 

@@ -61,6 +61,12 @@ def test_what_is_no_policy_is_refused_with_the_spellings(spec):
         parse_policy(spec)
 
 
+@pytest.mark.parametrize(("spec", "meant"), [("smrat", "smart"), ("SMART", "smart"), ("eagle:1,2,3", "eagle2")])
+def test_a_mistyped_policy_names_the_one_that_was_meant(spec, meant):
+    with pytest.raises(ValueError, match=f"; did you mean {meant}[?]$"):
+        parse_policy(spec)
+
+
 def test_a_chain_keeps_the_best_of_a_layer():
     assert parse_policy("chain:3").keep(layer([0.2, 0.5, 0.3]), PLAN).tolist() == [False, True, False]
 
