@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,6 +18,10 @@ from treeline.v1 import generation_pb2 as pb
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+MAX_NAMED, MAX_NAME_CHARS = 16, 64
+"""Of the ignored fields that a response header names: clients bound their headers."""
+ALIKE = 0.8
+"""Of difflib's ratio: `max_new_tokens` is like `max_tokens` (0.83), OpenAI's `store` is not like `stop` (0.67)."""
 
 
 class StreamOptions(BaseModel):
@@ -77,8 +83,14 @@ class Body(Input):
 
     @property
     def ignored(self) -> list[str]:
-        """Names of given fields that have no effect."""
-        return sorted(self.model_extra or ())
+        """Names of given fields that have no effect, each with the field that may be meant, fit for a header."""
+        given = [name[:MAX_NAME_CHARS] for name in sorted(self.model_extra or ())[:MAX_NAMED]]
+        known = type(self).model_fields
+        meant = [difflib.get_close_matches(name, known, 1, ALIKE) for name in given]
+        return [
+            quote(name, errors="replace") + (f" (did you mean {close[0]}?)" if close else "")
+            for name, close in zip(given, meant, strict=True)
+        ]
 
     @property
     def grammar(self) -> pb.Grammar | None:

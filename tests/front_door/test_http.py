@@ -354,6 +354,18 @@ def test_ids_go_in_and_out_and_ignored_fields_are_named():
     assert headers["x-treeline-ignored"] == "frobnicate, user"
 
 
+def test_an_ignored_field_names_the_one_that_was_meant():
+    async def scenario(client, s):
+        body = {"model": "fake", "messages": HELLO, "max_new_tokens": 3, "temprature": 1, "store": True}
+        odd = {"model": "fake", "messages": HELLO, "größe\r\n": 3, "雪" * 100_000: 1}
+        return [await asyncio.to_thread(post, s.door.http.port, "/v1/chat/completions", each) for each in (body, odd)]
+
+    (_, named, _), (status, odd, _) = with_client(scenario)
+    meant = "max_new_tokens (did you mean max_tokens?), store, temprature (did you mean temperature?)"
+    assert named["x-treeline-ignored"] == meant
+    assert (status, odd["x-treeline-ignored"][:14]) == (200, "gr%C3%B6%C3%9F")
+
+
 def test_prometheus_finds_the_pages_of_all_replicas(tmp_path):
     (tmp_path / "tokens").write_text("letmein\n")
     server = ServerConfig(port=0, http={"port": 0}, token_file=tmp_path / "tokens")

@@ -53,6 +53,7 @@ BODIES = [
     ("/v1/chat/completions", CHAT | {"structured_outputs": {"regex": "[a-z]+"}, "continue_final_message": False}),
     ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 4, "echo": True, "stream": True}),
     ("/v1/completions", {"prompt": [[65], [66]], "max_tokens": 4, "logprobs": 1}),
+    ("/v1/completions", {"prompt": [65, 66], "max_tokens": 0, "logprobs": 1, "echo": True}),
     ("/tokenize", {"messages": TURNS, **TOOLS}),
     ("/tokenize", {"prompt": "a"}),
     ("/detokenize", {"tokens": [65, 66]}),
@@ -60,7 +61,7 @@ BODIES = [
 NUMBERS = [0, -1, 1, 2**31, 2**32, 2**63, -(2**63) - 1, 2**64, 10**400, 0.5, 1e308, float("nan"), float("inf"), -0.0]
 TEXTS = ["", "\0", "\ud800", "é" * 50, "x" * 3000, "{", "[", "(", "auto", "user", "tool", "<user>", "$ref", "object"]
 OTHERS = [None, True, False, [], {}, [[]], [{}], {"": ""}, {"type": "function"}, {"$ref": "#"}]
-KEYS = ["", "messages", "tools", "type", "$defs", "pattern", "content", "__class__", "stream"]
+KEYS = ["", "\ud800\n雪", "messages", "tools", "type", "$defs", "pattern", "content", "__class__", "stream"]
 
 
 def deep(depth: int) -> object:
