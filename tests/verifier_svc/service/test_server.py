@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from cli.top import load_table
 from lm.model import LanguageModel
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from tests.verifier_svc.service.test_service import failure
@@ -101,6 +102,18 @@ def test_greedy_answers_are_the_targets_own_under_every_policy(target, kind):
     accepted = {complete.policy: complete.speculation.accepted_nodes for _, complete in found}
     assert accepted["off"] == 0
     assert accepted["chain:4"] > 0
+
+
+def test_a_drafter_of_another_target_is_named_wherever_people_look(target, tmp_path):
+    async def scenario(services):
+        await asyncio.gather(*(answer(services, ask(f"{i} {PROMPT}", 48, "chain:4")) for i in range(4)))
+        while not re.search(r"treeline_drafter_problem\{.*\} 1.0", await services.page(services.verifier.metrics_port)):
+            await asyncio.sleep(0.05)
+        return load_table("load", await services.load())
+
+    other = drafters(save_tiny_model(tmp_path / "other", seed=1))["model"]
+    shown = with_services(scenario, tiny_config(target, other))
+    assert any("first choices" in str(cell) for column in shown.columns for cell in column.cells)
 
 
 def test_a_seed_gives_one_text_whatever_the_policy(target):
