@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 
 from bench.step.limits import MachineLimit, ModelSize, Point, measure_limit, timed_s
-from bench.step.passes import PassMaker, head_passes, load_transformers, transformers_passes, treeline_passes
+from bench.step.passes import (
+    Pass,
+    PassMaker,
+    bound_answer,
+    head_passes,
+    load_transformers,
+    transformers_passes,
+    treeline_passes,
+)
 from lm.draft_head import DraftHead
 from lm.model import LanguageModel
 from treeline.config import ModelConfig
@@ -48,7 +57,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Row:
-    """One subject at one point; medians in milliseconds, with the fastest and slowest of the repeats."""
+    """One subject at one point; medians in milliseconds, with the fastest and slowest of the repeats.
+
+    `grammar_ms`: added to a pass, its logits included, if every sequence is bound by a grammar.
+    """
 
     model: str
     tokens: int
@@ -61,6 +73,9 @@ class Row:
     transformers_ms_min: float | None
     transformers_ms_max: float | None
     limit_ms: float | None
+    grammar_ms: float | None
+    grammar_ms_min: float | None
+    grammar_ms_max: float | None
 
 
 def model_subject(name: str, config: ModelConfig) -> Subject:
@@ -71,7 +86,10 @@ def model_subject(name: str, config: ModelConfig) -> Subject:
     """
     ours = LanguageModel.load(config)
     theirs = load_transformers(config.model, ours)
-    makers = {"treeline": treeline_passes(ours), "transformers": transformers_passes(theirs, ours.layers)}
+    makers = {
+        "treeline": treeline_passes(ours, bound_answer(ours)),
+        "transformers": transformers_passes(theirs, ours.layers),
+    }
     size = ModelSize.of(theirs, ours)
     return Subject(name, size, ours.max_context_tokens, ours.dtype, ours.device, makers)
 
@@ -133,8 +151,19 @@ def _measure(subject: Subject, point: Point, limit: MachineLimit, repeats: int) 
         point.context,
         *_spread(taken_ms["treeline"]),
         *_spread(taken_ms.get("transformers")),
-        limit_ms=None if subject.size is None else limit.pass_ms(subject.size, point),
+        None if subject.size is None else limit.pass_ms(subject.size, point),
+        *_spread(_grammar_ms(passes["treeline"], subject.device, repeats)),
     )
+
+
+def _grammar_ms(measured: Pass, device: torch.device, repeats: int) -> list[float] | None:
+    """What masks add to choosing tokens, measured in turns."""
+    if measured.choose_bound is None:
+        return None
+    logits, plain, bound = measured.forward(), measured.choose, measured.choose_bound
+    measured.reset()
+    taken_s = [[timed_s(partial(each, logits), device) for each in (plain, bound)] for _ in range(1 + repeats)]
+    return [1e3 * (with_masks - without) for without, with_masks in taken_s[1:]]
 
 
 def _spread(values: list[float] | None) -> tuple[Any, Any, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +19,13 @@ from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from lm.sampling import Row, choose_tokens
 from lm.store import progress_bars, resolve_model
+from treeline.config import Config
 from treeline.forest import ROOT
 from treeline.sampling import SamplingParams
+from treeline.v1 import generation_pb2 as pb
+from verifier_svc.engine.grammar import GrammarState
+from verifier_svc.service.grammars import GrammarCompiler
+from verifier_svc.service.server import served
 
 BLOCK_TOKENS = 16
 
@@ -32,14 +38,32 @@ class Pass:
         forward: gives logits [rows, vocab], one row a new token.
         choose: takes them to token ids on the host.
         reset: forgets the pass, so that the next one finds the same context.
+        choose_bound: `choose` with every row bound by a grammar, its mask made anew; None where nothing is bound.
     """
 
     forward: Callable[[], Tensor]
     choose: Callable[[Tensor], object]
     reset: Callable[[], object]
+    choose_bound: Callable[[Tensor], object] | None = None
 
     def run(self) -> None:
         self.choose(self.forward())
+
+
+class Bound(NamedTuple):
+    """An answer amid a text in JSON, where most tokens may follow, and one of them."""
+
+    state: GrammarState
+    token: int
+
+
+def bound_answer(model: LanguageModel) -> Bound:
+    compile_grammar = GrammarCompiler(model.tokenizer, served(model, Config()))
+    state = compile_grammar(pb.Grammar(json_schema=json.dumps({"properties": {"a": {"type": "string"}}}))).begin()
+    *begun, token = model.tokenizer('{"a": "once upon', add_special_tokens=False).input_ids
+    for token_id in begun:
+        state.take(token_id)
+    return Bound(state, token)
 
 
 PassMaker = Callable[[Point], Pass]
@@ -55,16 +79,26 @@ def load_transformers(spec: str, like: LanguageModel) -> PreTrainedModel:
     return hf.to(like.device).eval()
 
 
-def treeline_passes(model: LanguageModel) -> PassMaker:
+def treeline_passes(model: LanguageModel, bound: Bound | None = None) -> PassMaker:
     """Our packed pass: in each sequence a root, and its share of the other tokens as children of the root."""
 
     def make(point: Point) -> Pass:
         cache, sequences = _packed(model, point)
         rows = [Row(SamplingParams(), point.context)] * point.tokens
+
+        def choose_bound(logits: Tensor) -> object:
+            assert bound is not None
+            paths = [[], *[[bound.token]] * (_share(point) - 1)] * point.sequences
+            masks = [bound.state.allowed(path) for path in paths]
+            return choose_tokens(
+                logits, [replace(row, allowed=mask) for row, mask in zip(rows, masks, strict=True)]
+            ).tolist()
+
         return Pass(
             lambda: model.forward(sequences, cache),
             lambda logits: choose_tokens(logits, rows).tolist(),
             lambda: cache.commit([(sequence.cache, []) for sequence in sequences]),
+            None if bound is None else choose_bound,
         )
 
     return make

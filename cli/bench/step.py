@@ -96,12 +96,13 @@ def _show(result: StepResult) -> None:
 
     console, limit = Console(), result.limit
     console.print(f"this machine reads {limit.read_gb_s:.1f} GB/s and multiplies {limit.gemm_gflop_s:.0f} GFLOP/s")
-    headings = ("context", "sequences", "tokens", "limit", "ours", "transformers", "ours /\ntheirs")
+    headings = ("context", "sequences", "tokens", "limit", "ours", "transformers", "ours /\ntheirs", "a grammar\nadds")
     for model in dict.fromkeys(row.model for row in result.rows):
         rows = []
         for row in result.rows:
             if row.model == model:
                 ratio = None if row.transformers_ms is None else row.ours_ms / row.transformers_ms
                 times = map(number, (row.limit_ms, row.ours_ms, row.transformers_ms))
-                rows.append([str(row.context), str(row.sequences), str(row.tokens), *times, number(ratio, 2)])
+                cells = [str(row.context), str(row.sequences), str(row.tokens), *times, number(ratio, 2)]
+                rows.append([*cells, number(row.grammar_ms, 2)])
         console.print(table(f"{model}: milliseconds of a pass", headings, rows, names=0))

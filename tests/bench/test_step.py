@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from bench.simulator.devices import measured
 from bench.step.limits import MachineLimit, ModelSize, Point, measure_limit
 from bench.step.measure import Subject, grid, head_subject, model_subject, run_step
-from bench.step.passes import transformers_passes, treeline_passes
+from bench.step.passes import bound_answer, transformers_passes, treeline_passes
 from bench.step.shapes import SHAPES, random_model
 from cli.main import app
 from lm.model import LanguageModel
@@ -66,6 +66,7 @@ def test_every_point_has_a_row_for_both_systems(folder):
         assert 0 < row.ours_ms_min <= row.ours_ms <= row.ours_ms_max
         assert 0 < row.transformers_ms_min <= row.transformers_ms <= row.transformers_ms_max
         assert row.limit_ms > 0
+        assert row.grammar_ms_min <= row.grammar_ms <= row.grammar_ms_max
     assert result.limit_json().keys() == {"read_gb_s", "gemm_gflop_s", "pass_ms"}
     assert result.limit_json()["pass_ms"] == result.rows[0].limit_ms
 
@@ -99,6 +100,15 @@ def test_a_pass_gives_a_row_of_logits_a_token_and_can_be_repeated(model, system)
     assert torch.equal(first, again)
     with pytest.raises(ValueError, match="evenly"):
         make(Point(5, 3, 20))
+
+
+def test_tokens_of_a_bound_pass_are_those_that_its_grammar_allows(model):
+    measured = treeline_passes(model, bound_answer(model))(Point(6, 3, 20))
+    line_end, letter = model.tokenizer("\nx", add_special_tokens=False).input_ids
+    logits = torch.zeros(6, 260)
+    logits[:, line_end], logits[:, letter] = 2, 1  # no line ends in a text in JSON
+    assert measured.choose(logits) == [line_end] * 6
+    assert measured.choose_bound(logits) == [letter] * 6
 
 
 def test_the_limit_is_the_slower_of_reading_and_computing():
