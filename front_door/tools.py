@@ -35,10 +35,11 @@ class Input(BaseModel):
     def _is_text(cls, fields: Any) -> Any:
         for name, value in fields.items() if isinstance(fields, dict) else ():
             try:
-                json.dumps(value, ensure_ascii=False).encode()
+                json.dumps({name: value}, ensure_ascii=False).encode()
             except (UnicodeEncodeError, RecursionError):
                 problem = "is nested too deeply, or holds half a surrogate pair"
-                raise InvalidRequestError(FieldViolation(name, problem)) from None
+                field = name.encode(errors="replace").decode()
+                raise InvalidRequestError(FieldViolation(field, problem)) from None
         return fields
 
 
