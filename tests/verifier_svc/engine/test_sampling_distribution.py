@@ -17,11 +17,15 @@ from treeline.config import Config, LimitsConfig, ModelConfig, VerifierConfig
 from treeline.drafting import DraftReply, DraftRequest
 from treeline.forest import Forest
 from treeline.sampling import SamplingParams
+from treeline.v1 import generation_pb2 as pb
 from verifier_svc.engine.engine import Engine
 from verifier_svc.engine.request import Chunk, GenerationRequest
+from verifier_svc.service.grammars import GrammarCompiler
+from verifier_svc.service.validation import ServedModel
 from verifier_svc.speculation.link import LocalLink
 
-DRAWS = 20_000
+DRAWS = {"grammar": 4_000}
+"""By case, 20,000 unless here: fewer where fewer tokens may come."""
 PROMPT = [7, 30, 99]
 LIMITS = LimitsConfig(max_running_requests=64, max_context_tokens=64, max_tree_nodes=12, max_tree_depth=4)
 CONFIG = Config(
@@ -43,7 +47,10 @@ CASES = {
         min_p=0.02,
         logit_bias={7: 2.0, 30: -1.0},
     ),
+    "grammar": SamplingParams(temperature=1.5, frequency_penalty=0.5),
 }
+GRAMMAR = "([a-h][i-p]|[i-p][a-h])[a-p]"
+"""What may come second depends on the first: each node of a tree has a mask of its own."""
 
 
 class LikelyDrafter:
@@ -82,8 +89,11 @@ def model() -> LanguageModel:
     return LanguageModel.from_hf(tiny_llama(seed=3), tiny_tokenizer())
 
 
-def reference(model: LanguageModel, tokens: list[int], params: SamplingParams) -> np.ndarray:
-    """float64 [vocab]: the target's next-token distribution, computed the plain way."""
+def reference(model: LanguageModel, tokens: list[int], params: SamplingParams, bound: bool) -> np.ndarray:
+    """float64 [vocab]: the target's next-token distribution, computed the plain way.
+
+    `bound`: the answer matches GRAMMAR.
+    """
     model.hf.set_attn_implementation("eager")
     with torch.inference_mode():
         logits = model.hf(torch.tensor([tokens])).logits[0, -1].double().numpy()
@@ -96,6 +106,11 @@ def reference(model: LanguageModel, tokens: list[int], params: SamplingParams) -
         logits[token] -= params.frequency_penalty
     for token in set(tokens[len(PROMPT) :]):
         logits[token] -= params.presence_penalty
+    if bound:
+        allowed = model.tokenizer("abcdefghijklmnop").input_ids
+        if len(tokens) == len(PROMPT) + 1:
+            allowed = allowed[8:] if tokens[-1] in allowed[:8] else allowed[:8]
+        logits[~np.isin(np.arange(len(logits)), allowed)] = -np.inf
     logits /= params.temperature
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()
@@ -113,20 +128,23 @@ def reference(model: LanguageModel, tokens: list[int], params: SamplingParams) -
 
 @pytest.mark.parametrize("case", CASES)
 def test_three_tokens_follow_the_targets_distribution(model, case):
-    params = CASES[case]
-    first = reference(model, PROMPT, params)
+    params, bound, draws = CASES[case], case == "grammar", DRAWS.get(case, 20_000)
+    info = ServedModel("m", "arch", "float32", model.vocab_size, 512, model.eos_token_ids, has_chat_template=True)
+    grammar = GrammarCompiler(model.tokenizer, info)(pb.Grammar(regex=GRAMMAR)) if bound else None
+    first = reference(model, PROMPT, params, bound)
     firsts = np.argsort(-first)[:5].tolist()
-    top = {(int(t),): np.argsort(-reference(model, [*PROMPT, int(t)], params))[:6].tolist() for t in range(260)}
+    top = {(t,): np.argsort(-reference(model, [*PROMPT, t], params, bound))[:6].tolist() for t in range(260)}
     plan = builtin_plan(LIMITS)
     engine = Engine(model, LocalLink(LikelyDrafter(top)), lambda: plan, CONFIG)
     answers: list[tuple[int, ...]] = []
     drawn: dict[str, list[int]] = {}
     started = accepted = 0
-    while len(answers) < DRAWS:
-        while started < DRAWS and len(engine.scheduler.running) + len(engine.scheduler.waiting) < 64:
+    while len(answers) < draws:
+        while started < draws and len(engine.scheduler.running) + len(engine.scheduler.waiting) < 64:
             sampling = replace(params, seed=started)
             # The second token has a tree before it, whose nodes say what the third one is.
-            engine.add(GenerationRequest(str(started), PROMPT, sampling, 3, ignore_eos=True, policy="eagle2:2,4,12"))
+            request = GenerationRequest(str(started), PROMPT, sampling, 3, ignore_eos=True, policy="eagle2:2,4,12")
+            engine.add(replace(request, grammar=grammar))
             started += 1
         for output in engine.step()[0]:
             if isinstance(output.item, Chunk):
@@ -134,11 +152,11 @@ def test_three_tokens_follow_the_targets_distribution(model, case):
             else:
                 accepted += output.item.speculation.accepted_nodes
                 answers.append(tuple(drawn.pop(output.request_id)))
-    assert accepted > DRAWS / 20, "hardly a node was accepted, so the trees tested nothing"
+    assert accepted > draws / 20, "hardly a node was accepted, so the trees tested nothing"
     pair = Counter(answer[:2] for answer in answers).most_common(1)[0][0]
     for begun in ((), (firsts[0],), (firsts[1],), pair):
         after = [answer[len(begun)] for answer in answers if answer[: len(begun)] == begun]
-        expected = reference(model, [*PROMPT, *begun], params)
+        expected = reference(model, [*PROMPT, *begun], params, bound)
         assert p_value(np.bincount(after, minlength=260), expected) > 0.01
 
 
