@@ -51,7 +51,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--toy", action="store_true", help="toy sizes on the CPU")
     given = parser.parse_args()
-    sys.exit(1 if check(toy() if given.toy else on_device(), given.budget, given.out) else 0)
+    scale = toy() if given.toy else on_device()
+    print(f"parts: {', '.join(name for name, _ in parts(scale))}; none begins after {given.budget:.0f} s", flush=True)
+    if not given.toy and not torch.cuda.is_available():
+        sys.exit("no CUDA device is visible: run this on a GPU, or --toy sizes on the CPU with TRITON_INTERPRET=1")
+    sys.exit(1 if check(scale, given.budget, given.out) else 0)
 
 
 if __name__ == "__main__":

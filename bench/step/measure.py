@@ -14,7 +14,6 @@ from bench.step.limits import MachineLimit, ModelSize, Point, measure_limit, tim
 from bench.step.passes import (
     Pass,
     PassMaker,
-    bound_answer,
     head_passes,
     load_transformers,
     transformers_passes,
@@ -84,6 +83,8 @@ def model_subject(name: str, config: ModelConfig) -> Subject:
     Raises:
         ConfigError: it cannot be loaded.
     """
+    from bench.step.bound import bound_answer  # Imports the service, which random shapes do without.
+
     ours = LanguageModel.load(config)
     theirs = load_transformers(config.model, ours)
     makers = {

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,13 +18,11 @@ from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from lm.sampling import Row, choose_tokens
 from lm.store import progress_bars, resolve_model
-from treeline.config import Config
 from treeline.forest import ROOT
 from treeline.sampling import SamplingParams
-from treeline.v1 import generation_pb2 as pb
-from verifier_svc.engine.grammar import GrammarState
-from verifier_svc.service.grammars import GrammarCompiler
-from verifier_svc.service.server import served
+
+if TYPE_CHECKING:
+    from bench.step.bound import Bound
 
 BLOCK_TOKENS = 16
 
@@ -48,22 +45,6 @@ class Pass:
 
     def run(self) -> None:
         self.choose(self.forward())
-
-
-class Bound(NamedTuple):
-    """An answer amid a text in JSON, where most tokens may follow, and one of them."""
-
-    state: GrammarState
-    token: int
-
-
-def bound_answer(model: LanguageModel) -> Bound:
-    compile_grammar = GrammarCompiler(model.tokenizer, served(model, Config()))
-    state = compile_grammar(pb.Grammar(json_schema=json.dumps({"properties": {"a": {"type": "string"}}}))).begin()
-    *begun, token = model.tokenizer('{"a": "once upon', add_special_tokens=False).input_ids
-    for token_id in begun:
-        state.take(token_id)
-    return Bound(state, token)
 
 
 PassMaker = Callable[[Point], Pass]

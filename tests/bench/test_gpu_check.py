@@ -46,3 +46,15 @@ def test_what_goes_wrong_is_kept_and_said(tmp_path, monkeypatch):
     assert "no such kernel" in wrong[0]
     assert wrong[1] == "late: no time was left"
     assert set(json.loads((tmp_path / "gpu_check.json").read_text())) == {"broken", "late"}
+
+
+def test_without_a_gpu_it_says_what_it_would_do_and_fails(tmp_path, monkeypatch, capsys):
+    import tests.lm.interpreter  # noqa: F401
+    from bench.gpu_check import __main__ as command
+
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path)])
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        command.main()
+    assert capsys.readouterr().out.startswith("parts: machine, attention, passes, sampling, fp8, model")
+    assert not list(tmp_path.iterdir())

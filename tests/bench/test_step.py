@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from bench.simulator.devices import measured
+from bench.step.bound import bound_answer
 from bench.step.limits import MachineLimit, ModelSize, Point, measure_limit
 from bench.step.measure import Subject, grid, head_subject, model_subject, run_step
-from bench.step.passes import bound_answer, transformers_passes, treeline_passes
+from bench.step.passes import transformers_passes, treeline_passes
 from bench.step.shapes import SHAPES, random_model
 from cli.main import app
 from lm.model import LanguageModel
