@@ -23,6 +23,8 @@ WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
 SAVE_INTERVAL_S = 60.0
 MEASURE_INTERVAL_S = 300.0
+UNROLLED_FROM = 0.6
+"""Share of the steps with one round alone: steps of three cost 2.5 times as much, and refine what these have taught."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class TrainingPlan:
     Attributes:
         epochs: passes over the corpus.
         batch_tokens: of one optimiser step.
-        depth: rounds that are unrolled in the second half of the training; the first half has one.
+        depth: rounds that are unrolled in the last part of the training (UNROLLED_FROM); until then one.
         learning_rate: highest; falls linearly.
     """
 
@@ -152,7 +154,9 @@ class Trainer:
         rate = self.plan.learning_rate * min(1.0, (self._step + 1) / WARM_UP_STEPS) * max(LEAST_RATE, 1 - progress)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        rounds = self._unroll(self.corpus.load(samples), self.plan.depth if progress >= 0.5 else 1, measure=False)
+        rounds = self._unroll(
+            self.corpus.load(samples), self.plan.depth if progress >= UNROLLED_FROM else 1, measure=False
+        )
         loss = torch.stack([DEPTH_DISCOUNT**depth * r.loss for depth, r in enumerate(rounds)]).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), CLIP_NORM)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from planner.policies import parse_policy
 from treeline.config import DEFAULT_MODEL, Config, LimitsConfig
 from treeline.drafting import DraftReply, DraftRequest, reply_to_proto, request_from_proto
 from treeline.metrics import DrafterMetrics
+from treeline.plan import Plan
 from treeline.rpc.channels import add_standard_services, bind, new_server
+from treeline.rpc.local_stream import LocalServer, LocalStream
 from treeline.telemetry.page import new_registry, serve_metrics
 from treeline.v1 import drafting_pb2 as pb
 from treeline.v1 import drafting_pb2_grpc as pb_grpc
@@ -87,8 +90,25 @@ class DrafterServer:
         await self._service.close()
 
 
+class _RefusedError(Exception):
+    """A request is malformed or exceeds the limits."""
+
+
+class _Verifier:
+    """One verifier's stream.
+
+    Attributes:
+        number: unique; the drafter keeps sessions by it.
+        plan: of the latest request.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.plan: Plan | None = None
+
+
 class DraftingService(pb_grpc.DraftingServiceServicer):
-    """Streams in front of one drafter, which only the worker's single thread uses."""
+    """Streams over gRPC and over a Unix socket, in front of one drafter, which only the worker's single thread uses."""
 
     def __init__(
         self, drafter: TreeDrafter, limits: LimitsConfig, worker: ThreadPoolExecutor, metrics: DrafterMetrics
@@ -97,30 +117,49 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
         self._limits = limits
         self._worker = worker
         self._metrics = metrics
-        self._stream_numbers = itertools.count(1)
-        self._streams = 0
+        self._numbers = itertools.count(1)
+        self._verifiers: set[_Verifier] = set()
         self._in_queue_s = self._drafting_s = 0.0  # since the statistics of `_told_s`
         self._told_s = time.monotonic()
+        self._local: LocalServer[pb.DraftRequest] | None = None
+        try:
+            self._local = LocalServer(self._draft_locally, pb.DraftRequest, limits.max_message_bytes)
+        except OSError as error:
+            logger.warning("verifiers on this machine use the port: no Unix socket: %s", error)
 
     async def Draft(
         self, request_iterator: AsyncIterator[pb.DraftRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.DraftResponse]:
         loop = asyncio.get_running_loop()
-        self._streams += 1
-        stream, plan = next(self._stream_numbers), None
-        try:
+        with self._connected() as verifier:
             async for message in request_iterator:
                 try:
-                    request = request_from_proto(message, plan)
-                    check_request(request, self._limits, self._drafter.info)
-                except ValueError as error:
+                    yield await loop.run_in_executor(self._worker, self._answer, message, verifier, time.monotonic())
+                except _RefusedError as error:
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-                plan = request.plan
-                yield await loop.run_in_executor(self._worker, self._draft, request, stream, time.monotonic())
+
+    def _draft_locally(self, stream: LocalStream[pb.DraftRequest]) -> None:
+        """As `Draft`, in a thread of its own."""
+        with self._connected() as verifier:
+            while message := stream.receive():
+                try:
+                    answer = self._worker.submit(self._answer, message, verifier, time.monotonic()).result()
+                except _RefusedError as error:
+                    logger.warning("ended a verifier's stream: %s", error)
+                    return
+                stream.send(answer)
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[_Verifier]:
+        verifier = _Verifier(next(self._numbers))
+        self._verifiers.add(verifier)
+        try:
+            yield verifier
         finally:
-            self._streams -= 1
-            # Not awaited, since this may be a cancellation. The single worker runs it after a step in progress.
-            self._worker.submit(self._release_stream, stream)
+            self._verifiers.discard(verifier)
+            # Not waited for, since this may be a cancellation. The single worker runs it after a step in progress.
+            with contextlib.suppress(RuntimeError):  # the worker has ended, and the sessions with it
+                self._worker.submit(self._release, verifier)
 
     async def GetDrafterInfo(
         self, request: pb.GetDrafterInfoRequest, context: grpc.aio.ServicerContext
@@ -135,7 +174,8 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
             feature_width=info.features.width if info.features else 0,
             feature_layers=info.features.layers if info.features else (),
             sessions=self._drafter.sessions,
-            streams=self._streams,
+            streams=len(self._verifiers),
+            socket_path=self._local.path if self._local else None,
         )
 
     def stats(self) -> dict[str, float]:
@@ -144,27 +184,36 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
         elapsed_s, self._told_s = max(1e-3, now_s - self._told_s), now_s
         queued, busy = self._in_queue_s / elapsed_s, self._drafting_s / elapsed_s
         self._in_queue_s = self._drafting_s = 0.0
-        return {"streams": self._streams, "queued": queued, "busy": busy}
+        return {"streams": len(self._verifiers), "queued": queued, "busy": busy}
 
     async def check(self) -> None:
         """Raise RuntimeError if the drafter's thread accepts no work."""
         await asyncio.get_running_loop().run_in_executor(self._worker, lambda: None)
 
     async def close(self) -> None:
-        """Free everything, after the streams have ended."""
+        """End the streams that are left, and free everything."""
+        if self._local:
+            await asyncio.to_thread(self._local.close)
         await asyncio.get_running_loop().run_in_executor(self._worker, self._drafter.close)
         self._worker.shutdown(wait=False)
 
-    def _draft(self, request: DraftRequest, stream: int, received_s: float) -> pb.DraftResponse:
+    def _answer(self, message: pb.DraftRequest, verifier: _Verifier, received_s: float) -> pb.DraftResponse:
+        """On the worker's thread. Raises _RefusedError."""
         begun_s = time.monotonic()
-        reply = self._drafter.draft(request, stream)
+        try:
+            request = request_from_proto(message, verifier.plan)
+            check_request(request, self._limits, self._drafter.info)
+        except ValueError as error:
+            raise _RefusedError(str(error)) from None
+        verifier.plan = request.plan
+        reply = self._drafter.draft(request, verifier.number)
         self._in_queue_s += begun_s - received_s
         self._drafting_s += time.monotonic() - begun_s
         self._measure(reply)
         return reply_to_proto(reply)
 
-    def _release_stream(self, stream: int) -> None:
-        self._drafter.release_verifier(stream)
+    def _release(self, verifier: _Verifier) -> None:
+        self._drafter.release_verifier(verifier.number)
         self._metrics.sessions.set(self._drafter.sessions)
 
     def _measure(self, reply: DraftReply) -> None:

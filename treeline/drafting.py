@@ -143,7 +143,11 @@ class Drafter(Protocol):
 
 
 class DraftLink(Protocol):
-    """The verifier's link to its drafter: in this process, or over one gRPC stream."""
+    """The verifier's link to its drafter: in this process, or in another one. Used from the engine's thread."""
+
+    def refresh(self) -> None:
+        """Take a late answer if it has come meanwhile. Called once per step."""
+        ...
 
     def draft(self, request: DraftRequest, timeout_s: float) -> DraftReply | None:
         """The reply to `request`, or None if there is none in time: the step then goes on without drafts."""
@@ -151,7 +155,7 @@ class DraftLink(Protocol):
 
     @property
     def ready(self) -> bool:
-        """False while the drafter is known to be away: nothing is then sent to it."""
+        """False while the drafter is known to be away, or owes an answer: nothing is then sent to it."""
         ...
 
     @property

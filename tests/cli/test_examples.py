@@ -25,7 +25,7 @@ from treeline.config import Config, DrafterConfig, ModelConfig, VerifierConfig
 from treeline.sampling import SamplingParams
 from verifier_svc.engine.engine import Engine
 from verifier_svc.engine.request import Completion, GenerationRequest
-from verifier_svc.speculation.link import GrpcLink, wait_for_info
+from verifier_svc.speculation.link import RemoteLink, wait_for_info
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NODE = pytest.mark.skipif(
@@ -81,7 +81,7 @@ def test_a_drafter_of_ones_own_drafts_for_a_verifier(own_drafter):
     )
     prompt = [5, 6, 7, 8] * 3
 
-    def answer(link: GrpcLink | None, policy: str) -> tuple[list[int], Completion]:
+    def answer(link: RemoteLink | None, policy: str) -> tuple[list[int], Completion]:
         engine = Engine(model, link, lambda: plan_with(linear_cost()), config)
         engine.add(GenerationRequest(policy, prompt, SamplingParams(), 64, policy=policy, ignore_eos=True))
         items = [output.item for _ in iter(lambda: engine.has_work, False) for output in engine.step()[0]]
@@ -90,7 +90,7 @@ def test_a_drafter_of_ones_own_drafts_for_a_verifier(own_drafter):
         return [token for chunk in items for token in chunk.token_ids], completion
 
     async def answers() -> tuple[list[int], Completion]:
-        link = GrpcLink(drafters(config, None), config, model.vocab_size, vocabulary_sha256(model.tokenizer))
+        link = RemoteLink(drafters(config, None), config, model.vocab_size, vocabulary_sha256(model.tokenizer))
         info = await wait_for_info(link, 10)
         assert info is not None
         assert info.drafter == "bigrams"

@@ -19,6 +19,7 @@ from treeline.errors import ConfigError
 from treeline.forest import Forest
 from treeline.plan import Plan
 from treeline.rpc.channels import connect
+from treeline.rpc.local_stream import connect_local
 from treeline.v1 import drafting_pb2 as pb
 from treeline.v1.drafting_pb2_grpc import DraftingServiceStub
 
@@ -91,6 +92,12 @@ async def until(condition) -> None:
             return
         await asyncio.sleep(0.01)
     raise AssertionError("it never came true")
+
+
+async def until_sessions(stub: DraftingServiceStub, count: int) -> None:
+    async with asyncio.timeout(5):
+        while (await stub.GetDrafterInfo(pb.GetDrafterInfoRequest())).sessions != count:
+            await asyncio.sleep(0.01)
 
 
 def test_steps_are_drafted_and_answered_in_order(model_folder):
@@ -194,6 +201,26 @@ def test_malformed_requests_end_their_stream_only(model_folder, bad, says):
         assert await stream.code() == grpc.StatusCode.INVALID_ARGUMENT
         assert says in await stream.details()
         assert len((await exchange(good, message(REPEATING, 1))).trees[1]) == 3
+
+    with_server(config_of(model_config(model_folder)), use)
+
+
+def test_verifiers_of_this_machine_get_the_same_over_the_socket(model_folder):
+    async def use(server, channel):
+        stub = DraftingServiceStub(channel)
+        over_port = await exchange(stub.Draft(), message(REPEATING, 7))
+        info = await stub.GetDrafterInfo(pb.GetDrafterInfoRequest())
+        local = connect_local(info.socket_path, pb.DraftResponse, 4 << 20)
+        assert local is not None
+        request = DraftRequest(1, PLAN, [message(REPEATING, 7)])
+        local.send(request_to_proto(request))
+        reply = reply_from_proto(await asyncio.to_thread(local.receive, 10), request, VOCAB_SIZE)
+        assert trees_of(request, reply)[7].token_ids.tolist() == over_port.trees[7].token_ids.tolist()
+        assert (await stub.GetDrafterInfo(pb.GetDrafterInfoRequest())).sessions == 2
+        local.send(request_to_proto(DraftRequest(2, PLAN, [message(REPEATING, 7, nodes=10**6)])))
+        with pytest.raises(ConnectionError, match="ended"):
+            await asyncio.to_thread(local.receive, 10)
+        await until_sessions(stub, 1)
 
     with_server(config_of(model_config(model_folder)), use)
 

@@ -77,6 +77,9 @@ class SilentLink:
     ready = True
     features = None
 
+    def refresh(self) -> None:
+        pass
+
     def draft(self, request: DraftRequest, timeout_s: float) -> None:
         return None
 

@@ -118,7 +118,7 @@ class GetDrafterInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetDrafterInfoResponse(_message.Message):
-    __slots__ = ("drafter", "vocab_size", "vocabulary_sha256", "layer_s", "node_s", "feature_width", "feature_layers", "sessions", "streams")
+    __slots__ = ("drafter", "vocab_size", "vocabulary_sha256", "layer_s", "node_s", "feature_width", "feature_layers", "sessions", "streams", "socket_path")
     DRAFTER_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +128,7 @@ class GetDrafterInfoResponse(_message.Message):
     FEATURE_LAYERS_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     STREAMS_FIELD_NUMBER: _ClassVar[int]
+    SOCKET_PATH_FIELD_NUMBER: _ClassVar[int]
     drafter: str
     vocab_size: int
     vocabulary_sha256: str
@@ -137,4 +138,5 @@ class GetDrafterInfoResponse(_message.Message):
     feature_layers: _containers.RepeatedScalarFieldContainer[int]
     sessions: int
     streams: int
-    def __init__(self, drafter: _Optional[str] = ..., vocab_size: _Optional[int] = ..., vocabulary_sha256: _Optional[str] = ..., layer_s: _Optional[float] = ..., node_s: _Optional[float] = ..., feature_width: _Optional[int] = ..., feature_layers: _Optional[_Iterable[int]] = ..., sessions: _Optional[int] = ..., streams: _Optional[int] = ...) -> None: ...
+    socket_path: str
+    def __init__(self, drafter: _Optional[str] = ..., vocab_size: _Optional[int] = ..., vocabulary_sha256: _Optional[str] = ..., layer_s: _Optional[float] = ..., node_s: _Optional[float] = ..., feature_width: _Optional[int] = ..., feature_layers: _Optional[_Iterable[int]] = ..., sessions: _Optional[int] = ..., streams: _Optional[int] = ..., socket_path: _Optional[str] = ...) -> None: ...

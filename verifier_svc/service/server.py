@@ -32,7 +32,7 @@ from verifier_svc.service.profile_cache import verification_profile
 from verifier_svc.service.service import GenerationServicer
 from verifier_svc.service.speedup import Speedup
 from verifier_svc.service.validation import ServedModel
-from verifier_svc.speculation.link import GrpcLink, wait_for_info
+from verifier_svc.speculation.link import RemoteLink, wait_for_info
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class VerifierServer:
         server: grpc.aio.Server,
         health_servicer: health.aio.HealthServicer,
         engine: AsyncEngine,
-        link: GrpcLink,
+        link: RemoteLink,
         watcher: PlanWatcher,
         reporter: StepReporter,
         load_task: asyncio.Task[None],
@@ -83,7 +83,7 @@ class VerifierServer:
             model = await loop.run_in_executor(loader, load_model, config.verifier.target)
             _check_limits(model, config)
             watcher = PlanWatcher(planner, verifier_id, config.limits, config.internal, metrics.refused_plans.inc)
-            link = GrpcLink(drafter, config, model.vocab_size, vocabulary_sha256(model.tokenizer))
+            link = RemoteLink(drafter, config, model.vocab_size, vocabulary_sha256(model.tokenizer))
             if model.passes.padded:
                 await wait_for_info(link, DRAFTER_WAIT_S)  # What it reads is captured with the passes.
             core = await loop.run_in_executor(loader, Engine, model, link, lambda: watcher.plan, config)

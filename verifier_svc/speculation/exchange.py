@@ -38,7 +38,9 @@ class Exchange:
         return bool(self._unreleased) and self.ready
 
     def follow_drafter(self) -> None:
-        """Keep the features that the present drafter reads from the next pass on."""
+        """Take a late answer, and keep the features that the present drafter reads from the next pass on."""
+        if self._link is not None:
+            self._link.refresh()
         self.hidden_states.follow(self._link.features if self._link else None)
 
     def draft(

@@ -10,17 +10,20 @@ from dataclasses import replace
 
 import grpc
 import numpy as np
+import pytest
 
 from planner.fast.builtin_plan import builtin_plan
 from treeline.config import Config, VerifierConfig
 from treeline.drafting import DraftRequest, DraftSequence
 from treeline.forest import Forest, forest_to_proto
 from treeline.rpc.channels import bind, new_server
+from treeline.rpc.local_stream import LocalServer, LocalStream
 from treeline.sampling import SamplingParams
 from treeline.v1 import drafting_pb2 as pb
 from treeline.v1.drafting_pb2_grpc import DraftingServiceServicer, add_DraftingServiceServicer_to_server
 from verifier_svc.speculation import link as link_module
-from verifier_svc.speculation.link import LOST_TIMEOUTS, MAX_LATE_ANSWERS, GrpcLink
+from verifier_svc.speculation.conversation import LOST_TIMEOUTS, MAX_LATE_ANSWERS
+from verifier_svc.speculation.link import RemoteLink
 
 CONFIG = Config(verifier=VerifierConfig(draft_timeout_s=0.05))
 PLAN = builtin_plan(CONFIG.limits)
@@ -34,11 +37,12 @@ def good(request: pb.DraftRequest) -> pb.DraftResponse:
 class ScriptedDrafter(DraftingServiceServicer):
     """Answers as it is told to: with a message, not at all (None), or by ending the stream (an exception)."""
 
-    def __init__(self, sessions: int = 0) -> None:
+    def __init__(self, is_local: bool) -> None:
         self.answer: Behaviour = good
         self.delay_s = 0.0
-        self.sessions, self.streams = sessions, 0
+        self.sessions = self.streams = 0
         self.requests: list[pb.DraftRequest] = []
+        self.local = LocalServer(self.draft_locally, pb.DraftRequest, 4 << 20) if is_local else None
 
     async def start(self) -> str:
         self.server = new_server(CONFIG.internal, 4 << 20)
@@ -49,8 +53,31 @@ class ScriptedDrafter(DraftingServiceServicer):
 
     async def GetDrafterInfo(self, request, context) -> pb.GetDrafterInfoResponse:
         return pb.GetDrafterInfoResponse(
-            drafter="scripted", vocab_size=100, sessions=self.sessions, streams=self.streams
+            drafter="scripted",
+            vocab_size=100,
+            sessions=self.sessions,
+            streams=self.streams,
+            socket_path=self.local.path if self.local else None,
         )
+
+    async def stop(self) -> None:
+        await self.server.stop(0)
+        if self.local:
+            await asyncio.to_thread(self.local.close)
+
+    def draft_locally(self, stream: LocalStream[pb.DraftRequest]) -> None:
+        self.streams += 1
+        try:
+            while request := stream.receive():
+                self.requests.append(request)
+                time.sleep(self.delay_s)
+                answer = self.answer(request)
+                if isinstance(answer, Exception):
+                    return
+                if answer is not None:
+                    stream.send(answer)
+        finally:
+            self.streams -= 1
 
     async def Draft(self, request_iterator, context) -> AsyncIterator[pb.DraftResponse]:
         self.streams += 1
@@ -74,7 +101,7 @@ class Steps:
         async def discover() -> list[str]:
             return endpoints
 
-        self.link = GrpcLink(discover, CONFIG, 100, "")
+        self.link = RemoteLink(discover, CONFIG, 100, "")
         self.step_id = 0
 
     async def draft(self, timeout_s: float = 1.0):
@@ -84,38 +111,42 @@ class Steps:
 
     async def ready(self, within_s: float = 5.0) -> None:
         deadline_s = time.monotonic() + within_s
+        self.link.refresh()
         while not self.link.ready:
             assert time.monotonic() < deadline_s, "drafting never came back"
             await asyncio.sleep(0.005)
+            self.link.refresh()
 
 
-def with_drafters(count: int, use, monkeypatch) -> None:
+@pytest.fixture(params=["port", "socket"])
+def with_drafters(request, monkeypatch) -> Callable[..., None]:
+    """Runs a scenario with a link and drafters, which it reaches by their port or by their Unix socket."""
     monkeypatch.setattr(link_module, "RECONNECT_S", 0.02)
-
-    async def scenario() -> None:
-        drafters = [ScriptedDrafter() for _ in range(count)]
-        steps = Steps([await drafter.start() for drafter in drafters])
-        try:
-            await use(steps, *drafters)
-        finally:
-            steps.link.close()
-            for drafter in drafters:
-                await drafter.server.stop(0)
-
-    asyncio.run(scenario())
+    return lambda count, use: asyncio.run(_scenario(count, use, request.param == "socket"))
 
 
-def test_the_plan_travels_when_it_has_changed(monkeypatch):
+async def _scenario(count: int, use, is_local: bool) -> None:
+    drafters = [ScriptedDrafter(is_local) for _ in range(count)]
+    steps = Steps([await drafter.start() for drafter in drafters])
+    try:
+        await use(steps, *drafters)
+    finally:
+        steps.link.close()
+        for drafter in drafters:
+            await drafter.stop()
+
+
+def test_the_plan_travels_when_it_has_changed(with_drafters):
     async def use(steps: Steps, drafter: ScriptedDrafter) -> None:
         await steps.ready()
         for _ in range(3):
             assert await steps.draft() is not None
         assert [request.HasField("plan") for request in drafter.requests] == [True, False, False]
 
-    with_drafters(1, use, monkeypatch)
+    with_drafters(1, use)
 
 
-def test_drafting_comes_back_after_any_break(monkeypatch):
+def test_drafting_comes_back_after_any_break(with_drafters):
     async def use(steps: Steps, drafter: ScriptedDrafter) -> None:
         rng = random.Random(3)
         for _ in range(20):
@@ -127,27 +158,10 @@ def test_drafting_comes_back_after_any_break(monkeypatch):
         await steps.ready()
         assert await steps.draft() is not None
 
-    with_drafters(1, use, monkeypatch)
+    with_drafters(1, use)
 
 
-def test_a_request_on_a_stream_that_has_just_ended_is_not_waited_for_later(monkeypatch):
-    """The engine's thread has seen an open stream; by the time its request is handed over there is none."""
-
-    async def use(steps: Steps, drafter: ScriptedDrafter) -> None:
-        await steps.ready()
-        waiting = asyncio.create_task(steps.draft(0.5))
-        time.sleep(0.05)  # the loop is busy while the other thread hands its request over
-        connection, steps.link._connection = steps.link._connection, None
-        assert connection is not None
-        assert await waiting is None
-        steps.link._connection = connection
-        assert steps.link.ready
-        assert await steps.draft() is not None
-
-    with_drafters(1, use, monkeypatch)
-
-
-def test_a_lost_answer_times_out(monkeypatch):
+def test_a_lost_answer_times_out(with_drafters):
     async def use(steps: Steps, drafter: ScriptedDrafter) -> None:
         await steps.ready()
         drafter.answer = lambda request: None
@@ -157,10 +171,10 @@ def test_a_lost_answer_times_out(monkeypatch):
         await steps.ready(LOST_TIMEOUTS * CONFIG.verifier.draft_timeout_s + 2)
         assert await steps.draft() is not None
 
-    with_drafters(1, use, monkeypatch)
+    with_drafters(1, use)
 
 
-def test_a_wrongly_numbered_answer_costs_one_step(monkeypatch):
+def test_a_wrongly_numbered_answer_costs_one_step(with_drafters):
     async def use(steps: Steps, drafter: ScriptedDrafter) -> None:
         await steps.ready()
         drafter.answer = lambda request: pb.DraftResponse(step_id=request.step_id + 7)
@@ -169,10 +183,10 @@ def test_a_wrongly_numbered_answer_costs_one_step(monkeypatch):
         await steps.ready()
         assert await steps.draft() is not None
 
-    with_drafters(1, use, monkeypatch)
+    with_drafters(1, use)
 
 
-def test_the_least_loaded_drafter_is_taken_and_kept(monkeypatch):
+def test_the_least_loaded_drafter_is_taken_and_kept(with_drafters):
     async def use(steps: Steps, busy: ScriptedDrafter, idle: ScriptedDrafter) -> None:
         busy.sessions = 5
         await steps.ready()
@@ -181,10 +195,10 @@ def test_the_least_loaded_drafter_is_taken_and_kept(monkeypatch):
             assert await steps.draft() is not None
         assert (len(busy.requests), len(idle.requests)) == (0, 5)
 
-    with_drafters(2, use, monkeypatch)
+    with_drafters(2, use)
 
 
-def test_a_verifier_leaves_a_drafter_for_one_that_has_two_verifiers_fewer(monkeypatch):
+def test_a_verifier_leaves_a_drafter_for_one_that_has_two_verifiers_fewer(with_drafters, monkeypatch):
     monkeypatch.setattr(link_module, "BALANCE_S", 0.05)
 
     async def use(steps: Steps, first: ScriptedDrafter, second: ScriptedDrafter) -> None:
@@ -199,23 +213,23 @@ def test_a_verifier_leaves_a_drafter_for_one_that_has_two_verifiers_fewer(monkey
         await asyncio.sleep(0.3)
         assert second.streams == 1  # and stays
 
-    with_drafters(2, use, monkeypatch)
+    with_drafters(2, use)
 
 
-def test_a_verifier_moves_when_its_drafter_breaks(monkeypatch):
+def test_a_verifier_moves_when_its_drafter_breaks(with_drafters):
     async def use(steps: Steps, first: ScriptedDrafter, second: ScriptedDrafter) -> None:
         second.sessions = 5
         await steps.ready()
         assert await steps.draft() is not None
-        await first.server.stop(0)
+        await first.stop()
         while await steps.draft() is None:  # a break may be noticed by the next step only
             await steps.ready()
         assert (len(first.requests), len(second.requests)) == (1, 1)
 
-    with_drafters(2, use, monkeypatch)
+    with_drafters(2, use)
 
 
-def test_a_verifier_moves_when_its_drafter_is_always_late(monkeypatch):
+def test_a_verifier_moves_when_its_drafter_is_always_late(with_drafters):
     async def use(steps: Steps, late: ScriptedDrafter, other: ScriptedDrafter) -> None:
         other.sessions, late.delay_s = 5, 0.02
         while not other.requests:
@@ -223,10 +237,10 @@ def test_a_verifier_moves_when_its_drafter_is_always_late(monkeypatch):
             await steps.draft(0.01)
         assert len(late.requests) == MAX_LATE_ANSWERS
 
-    with_drafters(2, use, monkeypatch)
+    with_drafters(2, use)
 
 
-def test_a_bad_tree_costs_its_step_a_tree_and_nothing_else(monkeypatch):
+def test_a_bad_tree_costs_its_step_a_tree_and_nothing_else(with_drafters):
     async def use(steps: Steps, drafter: ScriptedDrafter) -> None:
         await steps.ready()
         bad = replace(Forest.of_tree([5], [-1]), sources=np.asarray([3], np.uint8))
@@ -240,10 +254,10 @@ def test_a_bad_tree_costs_its_step_a_tree_and_nothing_else(monkeypatch):
         assert reply.forest.sizes.tolist() == [1]
         assert drafter.streams == 1
 
-    with_drafters(1, use, monkeypatch)
+    with_drafters(1, use)
 
 
-def test_a_senseless_answer_costs_the_stream(monkeypatch):
+def test_a_senseless_answer_costs_the_stream(with_drafters):
     async def use(steps: Steps, drafter: ScriptedDrafter) -> None:
         await steps.ready()
         drafter.answer = lambda request: pb.DraftResponse(step_id=request.step_id)
@@ -252,4 +266,4 @@ def test_a_senseless_answer_costs_the_stream(monkeypatch):
         await steps.ready()
         assert await steps.draft() is not None
 
-    with_drafters(1, use, monkeypatch)
+    with_drafters(1, use)

@@ -51,6 +51,9 @@ class ChainLink:
         self.weights: list[list[float]] = []
         self.limits_s: list[float] = []
 
+    def refresh(self) -> None:
+        pass
+
     def draft(self, request: DraftRequest, timeout_s: float) -> DraftReply:
         if request.sequences:
             self.asked.append(len(request.sequences))
