@@ -23,7 +23,7 @@ WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
 SAVE_INTERVAL_S = 60.0
 MEASURE_INTERVAL_S = 300.0
-UNROLLED_FROM = 0.6
+UNROLLED_FROM = 0.7
 """Share of the steps with one round alone: steps of three cost 2.5 times as much, and refine what these have taught."""
 
 
