@@ -23,8 +23,11 @@ from treeline.errors import ConfigError, QueueFullError, TreelineError
 from treeline.plan import CostCurve
 from treeline.sampling import SamplingParams
 from treeline.v1 import generation_pb2 as pb
+from verifier_svc.engine.grammar import Grammar
 from verifier_svc.engine.request import Chunk, Completion, FinishReason, GenerationRequest, SpeculationTotals
+from verifier_svc.service.grammars import GrammarCompiler
 from verifier_svc.service.profile import profile_verification
+from verifier_svc.service.server import served
 
 PROFILE_CACHE_TOKENS = 4096
 REQUEST_TIMEOUT_S = 600.0
@@ -36,6 +39,7 @@ class LocalSystem:
     Args:
         token_ids: of each prompt that may be asked.
         sleep: waits some seconds while there is nothing to do.
+        grammar: of every answer.
     """
 
     def __init__(
@@ -43,15 +47,21 @@ class LocalSystem:
         planned: PlannedEngine,
         token_ids: dict[Prompt, list[int]],
         sleep: Callable[[float], None] = time.sleep,
+        grammar: Grammar | None = None,
     ) -> None:
-        self.planned, self._token_ids, self._sleep = planned, token_ids, sleep
+        self.planned, self._token_ids, self._sleep, self._grammar = planned, token_ids, sleep, grammar
         self._aborted: list[Tokens | End] = []
 
     def submit(self, request: Request) -> None:
-        token_ids = self._token_ids[request.prompt]
-        self.planned.engine.add(
-            GenerationRequest(request.id, token_ids, SamplingParams(), request.max_tokens, policy=request.policy)
+        asked = GenerationRequest(
+            request.id,
+            self._token_ids[request.prompt],
+            SamplingParams(),
+            request.max_tokens,
+            policy=request.policy,
+            grammar=self._grammar,
         )
+        self.planned.engine.add(asked)
 
     def poll(self, timeout_s: float) -> list[Tokens | End]:
         events, self._aborted = self._aborted, []
@@ -71,32 +81,45 @@ class LocalSystems:
 
     Args:
         start: makes an engine.
+        grammar: of every answer.
     """
 
     def __init__(
-        self, start: Callable[[], PlannedEngine], token_ids: dict[Prompt, list[int]], device: torch.device
+        self,
+        start: Callable[[], PlannedEngine],
+        token_ids: dict[Prompt, list[int]],
+        device: torch.device,
+        grammar: Grammar | None,
     ) -> None:
-        self._start, self._token_ids, self.device = start, token_ids, device
+        self._start, self._token_ids, self.device, self._grammar = start, token_ids, device, grammar
         self._systems: dict[str, LocalSystem] = {}
 
     def system(self, policy: str) -> LocalSystem:
         if policy not in self._systems:
-            self._systems[policy] = LocalSystem(self._start(), self._token_ids)
+            self._systems[policy] = LocalSystem(self._start(), self._token_ids, grammar=self._grammar)
         return self._systems[policy]
 
 
 def start_local(
-    config: Config, prompts: Sequence[Prompt], streams: int, max_tokens: int, acceptance: Acceptance | None = None
+    config: Config,
+    prompts: Sequence[Prompt],
+    streams: int,
+    max_tokens: int,
+    acceptance: Acceptance | None = None,
+    grammar: pb.Grammar | None = None,
 ) -> LocalSystems:
     """Engines that `config` describes, over one target that is loaded and measured now, with room for these streams.
 
     Args:
         acceptance: draft so well, whatever drafter is configured.
+        grammar: of every answer.
 
     Raises:
         ConfigError: a model cannot be loaded, or a prompt and its answer exceed the context.
+        InvalidRequestError: the grammar cannot be compiled.
     """
     model = load_model(config.verifier.target)
+    compiled = GrammarCompiler(model.tokenizer, served(model, config))(grammar) if grammar else None
     token_ids = {prompt: encode(model.tokenizer, prompt) for prompt in prompts}
     config = with_room(config, {prompt.id: len(ids) for prompt, ids in token_ids.items()}, streams, max_tokens)
     curves = profile_verification(model, model.new_cache(PROFILE_CACHE_TOKENS, config.verifier.kv_block_tokens))
@@ -106,7 +129,7 @@ def start_local(
         proposer = SyntheticProposer(acceptance, known, model.vocab_size) if acceptance else None
         return planned_engine(model, config, curves, proposer)
 
-    return LocalSystems(start, token_ids, model.device)
+    return LocalSystems(start, token_ids, model.device, compiled)
 
 
 def _answers(
@@ -157,13 +180,16 @@ class RemoteSystem:
 
     device = None
 
-    def __init__(self, client: TreelineClient, streams: int) -> None:
+    def __init__(self, client: TreelineClient, streams: int, grammar: pb.Grammar | None = None) -> None:
         """
+        Args:
+            grammar: of every answer.
+
         Raises:
             ConfigError: it does not run so many streams at once.
             TreelineError: it cannot be reached.
         """
-        self._client = client
+        self._client, self._grammar = client, grammar
         self._chat = client.model_info().has_chat_template
         self._events: queue.SimpleQueue[Tokens | End | TreelineError] = queue.SimpleQueue()
         most = client.load().max_requests_running
@@ -206,6 +232,7 @@ class RemoteSystem:
                 max_tokens=request.max_tokens,
                 temperature=0.0,
                 policy=request.policy,
+                grammar=self._grammar,
                 request_id=request.id,
                 timeout_s=REQUEST_TIMEOUT_S,
             )

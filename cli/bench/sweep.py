@@ -13,6 +13,7 @@ from cli.options import ConfigFile, JsonFile, Limit, PlaintextToken, Prompts, Tl
 from treeline.client import TreelineClient
 from treeline.config_file import load_config
 from treeline.errors import ConfigError
+from treeline.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:
     from bench.common import Prompt
@@ -55,6 +56,9 @@ def sweep(
             "as 0.6,0.15,0.05; those of deeper nodes follow behind a slash."
         ),
     ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="File with a JSON Schema that every answer satisfies.")
+    ] = None,
     target: Annotated[
         str | None, typer.Option(help="host:port of a running service, instead of an engine in this process.")
     ] = None,
@@ -84,6 +88,9 @@ def sweep(
     if not settings.concurrency:
         raise ConfigError("--concurrency: give at least one number of streams")
     drafts = parse_acceptance(acceptance) if acceptance else None
+    grammar = _grammar(json_schema) if json_schema else None
+    if grammar and drafts:
+        raise ConfigError("--json-schema: leave out --acceptance, whose true tokens are those of free answers")
     if target and (config or drafts):
         raise ConfigError("--config and --acceptance are for an engine in this process: leave out --target")
     loaded = load_prompts(prompts or OWN_PROMPTS, limit)
@@ -92,28 +99,43 @@ def sweep(
     def start() -> Swept:
         if target is not None:
             client = TreelineClient(target, token, tls_ca, max_retries=0, allow_plaintext_token=plaintext_token)
-            return _service(client, settings)
-        return _engine(config, loaded, settings, drafts)
+            return _service(client, settings, grammar)
+        return _engine(config, loaded, settings, drafts, grammar)
 
     results, complete = _run(settings, loaded, start)
     if results:
         described = {**asdict(settings), "prompts": len(loaded), "acceptance": acceptance, "complete": complete}
+        described |= {"json_schema": grammar.json_schema} if grammar else {}
         described |= {"target": target} if target else {"treeline": load_config(config).model_dump(mode="json")}
         _write(files, described, results)
     if not complete:
         raise typer.Exit(INTERRUPTED)
 
 
-def _service(client: TreelineClient, settings: Settings) -> Swept:
+def _grammar(schema: Path) -> pb.Grammar:
+    try:
+        return pb.Grammar(json_schema=schema.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {schema}: {error}") from None
+
+
+def _service(client: TreelineClient, settings: Settings, grammar: pb.Grammar | None) -> Swept:
     from bench.systems import RemoteSystem
 
-    return RemoteSystem(client, max(settings.concurrency))
+    return RemoteSystem(client, max(settings.concurrency), grammar)
 
 
-def _engine(config: Path | None, prompts: list[Prompt], settings: Settings, drafts: Acceptance | None) -> Swept:
+def _engine(
+    config: Path | None,
+    prompts: list[Prompt],
+    settings: Settings,
+    drafts: Acceptance | None,
+    grammar: pb.Grammar | None,
+) -> Swept:
     from bench.systems import start_local
 
-    return start_local(load_config(config), prompts, max(settings.concurrency), settings.max_tokens, drafts)
+    streams = max(settings.concurrency)
+    return start_local(load_config(config), prompts, streams, settings.max_tokens, drafts, grammar)
 
 
 def _run(settings: Settings, prompts: list[Prompt], start: Callable[[], Swept]) -> tuple[list[Result], bool]:

@@ -180,6 +180,7 @@ def test_ctrl_c_writes_what_has_been_measured(config_file, tmp_path, monkeypatch
         (["--concurrency", ""], "at least one number of streams"),
         (["--target", "127.0.0.1:1"], "leave out --target"),
         (["--acceptance", "0.9,0.9"], "adding up to 1 at most"),
+        (["--json-schema", "nowhere"], "cannot read nowhere"),
         (["--max-tokens", "500"], "exceeds limits.max_context_tokens"),
     ],
 )

@@ -16,6 +16,7 @@ from cli.main import app
 from tests.verifier_svc.services import running_services, save_tiny_model, tiny_config
 from treeline.config import Config, VerifierConfig
 from treeline.errors import ConfigError
+from treeline.v1 import generation_pb2 as pb
 
 PROMPT = Prompt("p", "chat", "one two three, one two three")
 
@@ -60,6 +61,19 @@ def test_aborted_requests_end(config):
     (end,) = system.poll(0.0)
     assert isinstance(end, End)
     assert not end.finished
+
+
+def test_every_answer_may_be_bound_by_a_grammar(config):
+    systems = start_local(config, [PROMPT], streams=2, max_tokens=8, grammar=pb.Grammar(regex="ab?"))
+    tokens = {}
+    for policy in ("off", "chain:3"):
+        system, events = systems.system(policy), []
+        system.submit(Request("r", PROMPT, 8, policy))
+        while not any(isinstance(event, End) for event in events):
+            events += system.poll(0.0)
+        tokens[policy] = [token for event in events if isinstance(event, Tokens) for token in event.token_ids]
+    assert tokens["off"] == tokens["chain:3"]
+    assert systems.system("off").planned.engine.model.tokenizer.decode(tokens["off"], True) in ("a", "ab")
 
 
 @pytest.fixture
