@@ -81,13 +81,14 @@ def _chat_token_ids(chat: Chat, tokenizer: PreTrainedTokenizerFast) -> list[int]
         problem = "cannot be set where the last message is continued"
         raise InvalidRequestError(FieldViolation("chat.add_generation_prompt", problem))
     seam = f"\ufdd0{secrets.token_hex(8)}\ufdd0"  # Nobody can guess it, so that no message holds it.
-    split = [_split(message, seam, _control_tokens(tokenizer, message["role"] == "assistant")) for message in messages]
-    arguments = _split(chat.arguments, seam, _control_tokens(tokenizer, False))
+    controls = [_control_tokens(tokenizer, message["role"] == "assistant") for message in messages]
     try:
+        split = [_split(message, seam, control) for message, control in zip(messages, controls, strict=True)]
+        arguments = _split(chat.arguments, seam, _control_tokens(tokenizer, False))
         text = tokenizer.apply_chat_template(
             split, add_generation_prompt=begins, continue_final_message=continued, tokenize=False, **arguments
         )
-    except Exception as error:  # A template is a program of its own, run here on values it may not expect.
+    except Exception as error:  # A template is a program of its own, run here on values it may not expect, or too deep.
         raise InvalidRequestError(FieldViolation("chat", f"refused by the chat template: {error}")) from None
     # The template writes the special tokens itself.
     parts = [tokenizer(part, add_special_tokens=False, verbose=False).input_ids for part in str(text).split(seam)]

@@ -165,6 +165,18 @@ def test_values_that_a_template_does_not_expect_are_the_clients_mistake():
         token_ids_of(chat(("user", "hi"), arguments={"tools": [{"a": 1}], "messages": 3}), tokenizer(HERMES))
 
 
+@pytest.mark.parametrize("where", ["message", "arguments"])
+def test_values_nested_too_deeply_are_the_clients_mistake(where):
+    deep = 1
+    for _ in range(900):
+        deep = [deep]
+    nested = chat(("user", "hi"), arguments={"tools": [deep]} if where == "arguments" else {})
+    if where == "message":
+        nested.messages[0]["more"] = deep
+    with pytest.raises(InvalidRequestError, match="refused by the chat template"):
+        token_ids_of(nested, tokenizer(HERMES))
+
+
 def test_whether_the_last_turn_goes_on_can_be_said():
     t = tokenizer()
 
