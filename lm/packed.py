@@ -122,7 +122,7 @@ def _span(sequence: PackedSequence, start: int) -> Span:
     else:
         if len(sequence.parents) != scratch + new:
             raise ValueError(f"{len(sequence.parents)} parents for {scratch} scratch entries and {new} new tokens")
-        depths, paths = ancestry(sequence.parents)
+        depths, paths = _ancestry_of(np.asarray(sequence.parents, np.int32).tobytes())
         paths = paths[scratch:]
     return Span(start, start + new, sequence.cache, depths, paths)
 
@@ -130,6 +130,11 @@ def _span(sequence: PackedSequence, start: int) -> Span:
 @functools.lru_cache(maxsize=64)  # Most runs are one token long.
 def _causal(new: int) -> tuple[NDArray[np.int64], Sequence[int]]:
     return np.arange(new), [(2 << token) - 1 for token in range(new)]
+
+
+@functools.lru_cache(maxsize=1024)  # Small trees have few shapes, and come again step after step.
+def _ancestry_of(parents: bytes) -> tuple[NDArray[np.int64], list[int]]:
+    return ancestry(np.frombuffer(parents, np.int32))
 
 
 def ancestry(parents: NDArray[np.integer]) -> tuple[NDArray[np.int64], list[int]]:

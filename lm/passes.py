@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lm.cpu.native_attention import attention_for
-from lm.cuda.graphs import How, Outputs
+from lm.cuda.graphs import WAYS, How, Outputs
 from lm.cuda.layout import BUCKETS, MOST_SEQUENCES, row_counts
 from lm.cuda.static_pass import Body, StaticPasses
 from lm.device import upload
@@ -39,7 +39,7 @@ class Passes:
         required: a pass that can't be captured at the start is an error.
         announce: is told ("pass", sequences, cache) before each pass, and ("forget",), which other processes do too.
         in_lockstep: they do: a pass that fails is then an error, and not run in another way.
-        how: how the last pass ran.
+        how: how the last pass ran; of one that was run as several, the slowest way.
         largest: int64 [rows], the token of the largest logit of each row of the last pass; None if it was packed.
         counts: of all passes so far, by how they ran.
     """
@@ -75,12 +75,14 @@ class Passes:
         """
         if self.announce is not None:
             self.announce("pass", sequences, cache)
-        parts, largest, first = [], [], 0
+        parts, largest, ways, first = [], [], [], 0
         for group in _groups(sequences) if self.padded else [sequences]:
             stop = first + sum(len(sequence.token_ids) for sequence in group)
             parts.append(self._run_group(body, group, cache, None if states is None else states[first:stop]))
             largest.append(self.largest)
+            ways.append(self.how)
             first = stop
+        self.how = max(ways, key=WAYS.index)
         if len(parts) > 1:
             told = [ids for ids in largest if ids is not None]
             self.largest = torch.cat(told) if len(told) == len(parts) else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Hashable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ RETRY_S = 60.0
 Outputs = tuple[Tensor, ...]
 How = Literal["replayed", "eager", "packed"]
 """How a pass ran: as a captured graph, by the same operations launched one by one, or packed without padding."""
+WAYS: tuple[How, ...] = get_args(How)
+"""The slowest one last."""
 
 
 class Graphs:

@@ -122,8 +122,8 @@ def test_little_free_memory_is_said_and_does_not_last(
     assert one_pass(model, cache) == "replayed"
 
 
-def failing_once(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    run, fails = StaticPasses.run, [error]
+def failing_once(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> None:
+    run, fails = StaticPasses.run, [*errors]
 
     def failing(own: StaticPasses, *args: Any) -> Any:
         if fails:
@@ -139,6 +139,20 @@ def test_a_pass_without_memory_is_packed_and_the_next_one_is_not(
     failing_once(monkeypatch, torch.OutOfMemoryError("no memory"))
     cache = model.new_cache(64, 16)
     assert [one_pass(model, cache), one_pass(model, cache)] == ["packed", "replayed"]
+
+
+def test_a_pass_in_parts_says_how_the_slowest_ran(
+    device: Device, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, texts = model.new_cache(1024, 16), [[5] * 500, [6] * 20]
+    for error in ([], [torch.OutOfMemoryError("no memory")]):
+        failing_once(monkeypatch, *error)
+        packed = [PackedSequence(cache.allocate(len(text)), text, None, "last") for text in texts]
+        model.forward(packed, cache)
+        for sequence in packed:
+            cache.free(sequence.cache)
+        assert model.passes.how == ("packed" if error else "replayed")
+    assert model.passes.counts == {"replayed": 3, "packed": 1}
 
 
 def test_only_what_cannot_be_compiled_is_final(

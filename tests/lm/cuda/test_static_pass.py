@@ -212,19 +212,21 @@ def test_many_sequences_are_packed() -> None:
     assert not StaticPasses.fit(batch)
 
 
-def test_host_work_of_a_pass_is_short() -> None:
-    """64 sequences of 4,096 tokens: 0.21 ms on one core of a busy machine; twice that is allowed."""
+@pytest.mark.parametrize("nodes", [0, 3])
+def test_host_work_of_a_pass_is_short(nodes: int) -> None:
+    """64 sequences of 4,096 tokens take 0.3 ms at most of one core, also with a small tree each."""
     cache = KVCache([LayerShape(1, 1, 1)], 64 * 4224, 128, torch.float32, torch.device("cpu"))
     passes = StaticPasses(cache, {None})
-    packed = [PackedSequence(cache.allocate(4200), [5]) for _ in range(64)]
+    parents = np.array([-1] + [0] * nodes, np.int32) if nodes else None
+    packed = [PackedSequence(cache.allocate(4200), [5] * (1 + nodes), parents) for _ in range(64)]
     for sequence in packed:
         sequence.cache.length = 4096
     seconds = []
-    for _ in range(100):
-        started_s = time.perf_counter()
-        passes._fill(pack(packed), 64)
-        seconds.append(time.perf_counter() - started_s)
-    assert min(seconds) < 0.45e-3
+    for _ in range(300):
+        started_s = time.thread_time()  # Other processes of a busy machine take none of it.
+        passes._fill(pack(packed), 64 * (1 + nodes))
+        seconds.append(time.thread_time() - started_s)
+    assert min(seconds) < 0.3e-3
 
 
 @pytest.mark.gpu
