@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,23 +18,28 @@ WARP_NUMBERS = 512
 """Numbers of a row that one warp holds in registers, 16 a thread."""
 
 
+class Rounded(NamedTuple):
+    """Rows as e4m3 numbers [..., size], and what each row is to be multiplied by: float32 [rows]."""
+
+    numbers: Tensor
+    scales: Tensor
+
+
 class TritonElementwise(TorchElementwise):
     """One launch for each of them; what is not of Llama's kind is torch's."""
 
-    def norm(self, hidden: Tensor, norm: Any) -> Tensor:
-        out = torch.empty_like(hidden)
-        _norm(hidden, out=out, norm=norm)
-        return out
+    def norm(self, hidden: Tensor, norm: Any) -> Any:
+        """`Rounded` if the norm `rounds`."""
+        return _norm(hidden, norm=norm)
 
     def add(self, hidden: Tensor, added: Tensor, post_norm: Any = None) -> Tensor:
         total = torch.empty_like(hidden)
         _norm(hidden, added, total, post_norm)
         return total
 
-    def add_norm(self, hidden: Tensor, added: Tensor, norm: Any, post_norm: Any = None) -> tuple[Tensor, Tensor]:
-        total, out = torch.empty_like(hidden), torch.empty_like(hidden)
-        _norm(hidden, added, total, post_norm, out, norm)
-        return total, out
+    def add_norm(self, hidden: Tensor, added: Tensor, norm: Any, post_norm: Any = None) -> tuple[Tensor, Any]:
+        total = torch.empty_like(hidden)
+        return total, _norm(hidden, added, total, post_norm, norm)
 
     def gated(self, gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
         gelu = isinstance(activation, type(ACT2FN["gelu_pytorch_tanh"]))
@@ -82,22 +87,22 @@ def move_entries(store: Tensor, sources: Tensor, targets: Tensor) -> None:
 
 
 def _norm(
-    hidden: Tensor,
-    added: Tensor | None = None,
-    total: Tensor | None = None,
-    post_norm: Any = None,
-    out: Tensor | None = None,
-    norm: Any = None,
-) -> None:
+    hidden: Tensor, added: Tensor | None = None, total: Tensor | None = None, post_norm: Any = None, norm: Any = None
+) -> Tensor | Rounded | None:
     """One launch of `norm_rows`; what is not given is neither read nor written."""
-    size = hidden.shape[-1]
-    pad = triton.next_power_of_2(size)
+    size, rounds = hidden.shape[-1], getattr(norm, "rounds", False)
+    rows, pad = hidden.numel() // size, triton.next_power_of_2(size)
     post, weight, epsilon = _weights(hidden, post_norm, norm)
-    norm_rows[(hidden.numel() // size,)](
+    out, scales = None, hidden.new_empty(rows, dtype=torch.float32) if rounds else hidden
+    if norm is not None:
+        out = torch.empty_like(hidden, dtype=torch.float8_e4m3fn if rounds else hidden.dtype)
+    norm_rows[(rows,)](
         hidden, hidden if added is None else added, hidden if total is None else total, post, weight,
-        hidden if out is None else out, epsilon, SIZE=size, PAD=pad, ADDS=added is not None,
-        POST=post_norm is not None, NORMS=norm is not None, num_warps=max(1, min(16, pad // WARP_NUMBERS)),
+        hidden if out is None else out, scales, epsilon, SIZE=size, PAD=pad, ADDS=added is not None,
+        POST=post_norm is not None, NORMS=norm is not None, ROUNDS=rounds,
+        num_warps=max(1, min(16, pad // WARP_NUMBERS)),
     )  # fmt: skip
+    return Rounded(out, scales) if rounds and out is not None else out
 
 
 def _weights(instead: Tensor, first: Any, second: Any) -> tuple[Tensor, Tensor, float]:

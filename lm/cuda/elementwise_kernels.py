@@ -19,14 +19,23 @@ def _normed(row, weight_ptr, places, inside, epsilon, SIZE):
 
 
 @triton.jit
+def _store_rounded(row, numbers, out_ptr, scales_ptr, places, inside):
+    """A row over its scale as e4m3 numbers, of which 448 is the largest."""
+    wide = numbers.to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(wide), 0), 1e-12) / 448.0
+    tl.store(scales_ptr + row, scale)
+    tl.store(out_ptr + places, (wide / scale).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def norm_rows(
-    hidden_ptr, added_ptr, total_ptr, post_weight_ptr, weight_ptr, out_ptr, epsilon, SIZE: tl.constexpr,
-    PAD: tl.constexpr, ADDS: tl.constexpr, POST: tl.constexpr, NORMS: tl.constexpr,
+    hidden_ptr, added_ptr, total_ptr, post_weight_ptr, weight_ptr, out_ptr, scales_ptr, epsilon, SIZE: tl.constexpr,
+    PAD: tl.constexpr, ADDS: tl.constexpr, POST: tl.constexpr, NORMS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Grid [rows]: RMS norm of each row (NORMS), or of its sum with another one (ADDS), which goes to `total`; that
-    other one may have a norm of its own before (POST)."""
-    columns = tl.arange(0, PAD)
-    places, inside = tl.program_id(0).to(tl.int64) * SIZE + columns, columns < SIZE
+    other one may have a norm of its own before (POST). If ROUNDS, the norm is stored as `round_rows` would."""
+    index, columns = tl.program_id(0), tl.arange(0, PAD)
+    places, inside = index.to(tl.int64) * SIZE + columns, columns < SIZE
     row = tl.load(hidden_ptr + places, mask=inside, other=0.0)
     if ADDS:
         added = tl.load(added_ptr + places, mask=inside, other=0.0)
@@ -35,7 +44,11 @@ def norm_rows(
         row = (row.to(tl.float32) + added.to(tl.float32)).to(row.dtype)
         tl.store(total_ptr + places, row, mask=inside)
     if NORMS:
-        tl.store(out_ptr + places, _normed(row, weight_ptr, columns, inside, epsilon, SIZE), mask=inside)
+        normed = _normed(row, weight_ptr, columns, inside, epsilon, SIZE)
+        if ROUNDS:
+            _store_rounded(index, normed, out_ptr, scales_ptr, places, inside)
+        else:
+            tl.store(out_ptr + places, normed, mask=inside)
 
 
 @triton.jit
@@ -89,14 +102,10 @@ def rotate_and_store(
 
 @triton.jit
 def round_rows(rows_ptr, out_ptr, scales_ptr, SIZE: tl.constexpr, PAD: tl.constexpr):
-    """Grid [rows]: each row over its scale as e4m3 numbers, of which 448 is the largest."""
-    row = tl.program_id(0)
-    columns = tl.arange(0, PAD)
+    """Grid [rows]: each row as e4m3 numbers and its scale."""
+    row, columns = tl.program_id(0), tl.arange(0, PAD)
     places, inside = row.to(tl.int64) * SIZE + columns, columns < SIZE
-    numbers = tl.load(rows_ptr + places, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(numbers), 0), 1e-12) / 448.0
-    tl.store(scales_ptr + row, scale)
-    tl.store(out_ptr + places, (numbers / scale).to(out_ptr.dtype.element_ty), mask=inside)
+    _store_rounded(row, tl.load(rows_ptr + places, mask=inside, other=0.0), out_ptr, scales_ptr, places, inside)
 
 
 @triton.jit

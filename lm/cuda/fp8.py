@@ -1,6 +1,6 @@
 """Products of 8-bit floating-point numbers (e4m3): weights are rounded once, by output row, and a token's inputs as
-they come, by one kernel. torchao (0.18) launches about 15 operations a product for that unless it is compiled, which
-costs more than the smaller weights save.
+they come, by the kernel of the norm before them or by one of their own. torchao (0.18) launches about 15 operations a
+product for that unless it is compiled, which costs more than the smaller weights save.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from lm.cuda.elementwise import Rounded
 from lm.cuda.elementwise_kernels import round_rows
+from lm.layers.fused import FusedLayer
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 MULTIPLE = 16
@@ -25,26 +27,26 @@ class Fp8Linear(nn.Module):
         self.scale = nn.Buffer(wide.abs().amax(dim=1).clamp(min=1e-12) / LARGEST)
         rounded = (wide / self.scale[:, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
         self.weight = nn.Parameter(rounded, requires_grad=False)
-        self.bias = linear.bias
+        self.bias, self.dtype = linear.bias, linear.weight.dtype
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[..., in] -> [..., out], in the inputs' type; sums in float32."""
-        rows = inputs.reshape(-1, self.in_features)
-        rounded, scales = rounded_rows(rows)
+    def forward(self, inputs: Tensor | Rounded) -> Tensor:
+        """[..., in] -> [..., out], in the type of the exact weights; sums in float32."""
+        numbers, scales = inputs if isinstance(inputs, Rounded) else rounded_rows(inputs)
         out = torch._scaled_mm(
-            rounded, self.weight.t(), scales[:, None], self.scale[None], bias=self.bias, out_dtype=inputs.dtype
-        )
-        return out.view(*inputs.shape[:-1], self.out_features)
+            numbers.reshape(-1, self.in_features), self.weight.t(), scales[:, None], self.scale[None], bias=self.bias,
+            out_dtype=self.dtype,
+        )  # fmt: skip
+        return out.view(*numbers.shape[:-1], self.out_features)
 
 
-def rounded_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [n, size] as e4m3 numbers, and what each row is to be multiplied by: float32 [n]."""
-    count, size = rows.shape
+def rounded_rows(rows: Tensor) -> Rounded:
+    """`rows` [..., size], each by itself."""
+    rows, size = rows.contiguous(), rows.shape[-1]
+    count, pad = rows.numel() // size, triton.next_power_of_2(size)
     out, scales = torch.empty_like(rows, dtype=torch.float8_e4m3fn), rows.new_empty(count, dtype=torch.float32)
-    pad = triton.next_power_of_2(size)
     round_rows[(count,)](rows, out, scales, SIZE=size, PAD=pad, num_warps=max(1, min(16, pad // 512)))
-    return out, scales
+    return Rounded(out, scales)
 
 
 @torch.no_grad()
@@ -55,3 +57,6 @@ def round_linear_layers(model: nn.Module) -> None:
             # Subclasses may compute something else.
             if type(layer) is nn.Linear and not any(size % MULTIPLE for size in layer.weight.shape):
                 setattr(parent, name, Fp8Linear(layer))
+        if isinstance(parent, FusedLayer):
+            for norm, product in ((parent.input_norm, parent.qkv_proj), (parent.mlp_norm, parent.gate_up_proj)):
+                norm.rounds = isinstance(product, Fp8Linear)

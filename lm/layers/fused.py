@@ -103,7 +103,12 @@ class Norm(nn.Module):
     """An RMS norm as the kernels read it: Gemma's multiply by one more than their weight, in float32.
 
     `order`: of the row's numbers, if another than the norm's own.
+
+    Attributes:
+        rounds: it feeds a product of 8-bit numbers, so that a kernel may give them at once.
     """
+
+    rounds = False
 
     def __init__(self, norm: Any, order: Tensor | None = None) -> None:
         super().__init__()

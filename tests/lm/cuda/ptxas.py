@@ -47,19 +47,18 @@ def main() -> None:
                 compiled = _compiled(kernel, dtype, constants, architecture)
                 print(json.dumps({"name": name, "architecture": architecture, **_use(compiled)}), flush=True)
     for architecture in (80, 89, 90):
-        rounding = (
-            {} if architecture == 80 else {round_rows: {"SIZE": 14336, "PAD": 16384, "num_warps": 16, "num_stages": 2}}
-        )
-        for kernel, constants in (_elementwise() | _sampling() | rounding).items():
+        rounds = architecture > 80
+        rounding = {round_rows: {"SIZE": 14336, "PAD": 16384, "num_warps": 16, "num_stages": 2}} if rounds else {}
+        for kernel, constants in (_elementwise(rounds) | _sampling() | rounding).items():
             compiled = _compiled(kernel, "bf16", constants, architecture)
             print(json.dumps({"name": "layer", "architecture": architecture, **_use(compiled)}), flush=True)
 
 
-def _elementwise() -> dict[Any, dict[str, Any]]:
+def _elementwise(rounds: bool) -> dict[Any, dict[str, Any]]:
     """Kernels of a layer as large as Llama 3 8B's with all that Qwen3 and Gemma add, and what they are compiled for."""
     run = {"num_warps": 8, "num_stages": 2}
     return {
-        norm_rows: {"SIZE": 4096, "PAD": 4096, "ADDS": True, "POST": True, "NORMS": True, **run},
+        norm_rows: {"SIZE": 4096, "PAD": 4096, "ADDS": True, "POST": True, "NORMS": True, "ROUNDS": rounds, **run},
         copy_entries: {"SIZE": 1024, "BLOCK": 1024, "BACK": True, **run},
         gate_rows: {"SIZE": 14336, "BLOCK": 1024, "GELU": True, **run},
         rotate_and_store: {"QUERIES": 32, "KEYS": 8, "DIM": 128, "PAD": 64, "NORMS": True, **run, "num_warps": 1},
@@ -77,15 +76,16 @@ def _sampling() -> dict[Any, dict[str, Any]]:
 def _compiled(kernel: Any, dtype: str, constants: dict[str, Any], architecture: int) -> CompiledKernel:
     names = kernel.arg_names
     own = {name: value for name, value in constants.items() if name in names}
-    types = {name: "constexpr" if name in own else _type(name, dtype, kernel) for name in names}
+    rounds = kernel is round_rows or own.get("ROUNDS", False)
+    types = {name: "constexpr" if name in own else _type(name, dtype, rounds) for name in names}
     aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name.endswith(ALIGNED)}
     source = ASTSource(kernel, types, own, aligned)
     options = {name: constants[name] for name in ("num_warps", "num_stages")}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def _type(name: str, dtype: str, kernel: Any) -> str:
-    if kernel is round_rows and name == "out_ptr":
+def _type(name: str, dtype: str, rounds: bool) -> str:
+    if rounds and name == "out_ptr":
         return "*fp8e4nv"
     stem, pointer, _ = name.partition("_ptr")
     if pointer:

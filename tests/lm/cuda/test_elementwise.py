@@ -18,6 +18,7 @@ from triton.runtime import interpreter
 
 from lm.cpu.elementwise import TORCH
 from lm.cuda.elementwise import TritonElementwise, move_entries, store_rotated
+from lm.cuda.fp8 import round_linear_layers
 from lm.layers.fuse import fuse_layers
 from lm.layers.fused import Norm
 from lm.model import LanguageModel
@@ -136,16 +137,20 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize("kind", [*FUSED, "qwen3 in fp8"])
 def test_a_pass_takes_few_launches(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside products at most 9 a layer, and 12 around the layers."""
     counts = []
     for layers in (2, 3):
-        config = deepcopy(FUSED[kind])
+        shape, rounds, _ = kind.partition(" in fp8")
+        config = deepcopy(FUSED[shape])
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = (config.layer_types * 2)[:layers]
-        model = fused(tiny_model(config))
+        hf = tiny_model(config)
+        if rounds:
+            fuse_layers(hf.to(torch.bfloat16), finish=round_linear_layers)
+        model = fused(hf)
         cache = model.new_cache(32, 16)
         with monkeypatch.context() as patched:
             seen = Launches(patched)
@@ -156,7 +161,7 @@ def test_a_pass_takes_few_launches(kind: str, monkeypatch: pytest.MonkeyPatch) -
                     static = model.passes.run(model._run, [PackedSequence(sequence, [1, 2, 3, 4])], cache)
                 cache.free(sequence)
             assert static
-        products = sum(n for name, n in seen.counts.items() if name in ("linear", "mm", "addmm"))
+        products = sum(n for name, n in seen.counts.items() if name in ("linear", "mm", "addmm", "_scaled_mm"))
         assert products == 4 * layers + 1, seen.counts
         counts.append(sum(seen.counts.values()) - products)
     layer = counts[1] - counts[0]

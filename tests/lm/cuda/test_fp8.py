@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lm import device
 from lm.cpu.packed_linear import read_bytes
+from lm.cuda.elementwise import TritonElementwise
 from lm.cuda.fp8 import LARGEST, Fp8Linear, round_linear_layers, rounded_rows
 from lm.device import torch_dtype
 from lm.layers.fuse import fuse_layers
+from lm.layers.fused import Norm
 from lm.layers.sharded import SummedLinear
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
-from tests.lm.helpers import random_tokens, reference_logits
+from tests.lm.helpers import pad_passes, random_tokens, reference_logits
 from tests.lm.tiny import tiny_model, tiny_tokenizer
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
@@ -30,6 +33,20 @@ def test_rows_are_rounded_as_torch_rounds_them() -> None:
     same = rounded.view(torch.uint8) == exact.view(torch.uint8)
     assert same.float().mean() > 0.98, "the interpreter loses a carry where a mantissa overflows"
     torch.testing.assert_close((rounded.float() * scales[:, None])[same], rows[same], rtol=0.07, atol=0.02)
+
+
+def test_a_norm_rounds_at_once_what_it_would_give() -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden, added = (torch.randn(1, 5, 48, generator=generator).to(torch.bfloat16) for _ in range(2))
+    norm, rounding = (Norm(LlamaRMSNorm(48).to(torch.bfloat16)) for _ in range(2))
+    rounding.rounds = True
+    work = TritonElementwise()
+    (total, normed), (same_total, found) = (work.add_norm(hidden, added, each) for each in (norm, rounding))
+    for plain, rounded in ((normed, found), (work.norm(hidden, norm), work.norm(hidden, rounding))):
+        expected = rounded_rows(plain)
+        assert torch.equal(rounded.numbers.view(torch.uint8), expected.numbers.view(torch.uint8))
+        assert torch.equal(rounded.scales, expected.scales)
+    assert torch.equal(total, same_total)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -53,9 +70,12 @@ def test_a_model_that_is_fused_and_rounded_is_nearly_the_same() -> None:
     assert {kind for name, kind in kinds.items() if name != "lm_head"} == {Fp8Linear}
     assert kinds["lm_head"] is nn.Linear
     model = LanguageModel.from_hf(hf, tiny_tokenizer())
-    cache = model.new_cache(32, 16)
-    logits = model.forward([PackedSequence(cache.allocate(16), tokens)], cache)
-    assert torch.nn.functional.cosine_similarity(logits, expected, dim=1).mean() > 0.97
+    for padded in (False, True):  # Norms of a padded pass round at once.
+        if padded:
+            pad_passes(model.passes, interpreted=True)
+        cache = model.new_cache(32, 16)
+        logits = model.forward([PackedSequence(cache.allocate(16), tokens)], cache)
+        assert torch.nn.functional.cosine_similarity(logits, expected, dim=1).mean() > 0.97
 
 
 def test_only_plain_layers_of_fitting_sizes_are_rounded() -> None:
