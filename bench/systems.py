@@ -108,11 +108,7 @@ def start_local(
     acceptance: Acceptance | None = None,
     grammar: pb.Grammar | None = None,
 ) -> LocalSystems:
-    """Engines that `config` describes, over one target that is loaded and measured now, with room for these streams.
-
-    Args:
-        acceptance: draft so well, whatever drafter is configured.
-        grammar: of every answer.
+    """`systems_over` the target that `config` describes, which is loaded now.
 
     Raises:
         ConfigError: a model cannot be loaded, or a prompt and its answer exceed the context.
@@ -121,6 +117,28 @@ def start_local(
     model = load_model(config.verifier.target)
     compiled = GrammarCompiler(model.tokenizer, served(model, config))(grammar) if grammar else None
     token_ids = {prompt: encode(model.tokenizer, prompt) for prompt in prompts}
+    return systems_over(model, config, token_ids, streams, max_tokens, acceptance, compiled)
+
+
+def systems_over(
+    model: LanguageModel,
+    config: Config,
+    token_ids: dict[Prompt, list[int]],
+    streams: int,
+    max_tokens: int,
+    acceptance: Acceptance | None = None,
+    grammar: Grammar | None = None,
+) -> LocalSystems:
+    """Engines that `config` describes over one target, which is measured now, with room for these streams.
+
+    Args:
+        token_ids: of each prompt that may be asked.
+        acceptance: draft so well, whatever drafter is configured.
+        grammar: of every answer.
+
+    Raises:
+        ConfigError: a drafter cannot be loaded, or a prompt and its answer exceed the context.
+    """
     config = with_room(config, {prompt.id: len(ids) for prompt, ids in token_ids.items()}, streams, max_tokens)
     curves = profile_verification(model, model.new_cache(PROFILE_CACHE_TOKENS, config.verifier.kv_block_tokens))
     known = _answers(model, config, curves, list(token_ids.values()), streams, max_tokens) if acceptance else {}
@@ -129,7 +147,7 @@ def start_local(
         proposer = SyntheticProposer(acceptance, known, model.vocab_size) if acceptance else None
         return planned_engine(model, config, curves, proposer)
 
-    return LocalSystems(start, token_ids, model.device, compiled)
+    return LocalSystems(start, token_ids, model.device, grammar)
 
 
 def _answers(

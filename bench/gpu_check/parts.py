@@ -15,6 +15,7 @@ import transformers
 import triton
 from torch import nn
 
+from bench.gpu_check.arms import arms
 from bench.gpu_check.scale import Scale
 from bench.step.limits import ModelSize, Point, measure_limit
 from bench.step.shapes import random_model
@@ -41,6 +42,7 @@ def parts(scale: Scale) -> Iterator[tuple[str, Callable[[], Finding]]]:
     yield "sampling", lambda: sampling(scale)
     yield "fp8", lambda: fp8(scale)
     yield "model", lambda: model(scale, scale.shapes[0], scale.points)
+    yield "arms", lambda: arms(scale)
     yield "second model", lambda: model(scale, scale.shapes[1], scale.points[:2])
 
 

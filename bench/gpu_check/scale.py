@@ -19,7 +19,8 @@ class Scale:
         product: inputs and outputs of a product of 8-bit numbers, for each of `product_tokens`.
         shapes: of the models that are timed, `store_tokens` their KV cache.
         points: (tokens, sequences, context) of timed passes; of the second model the first two alone.
-        repeats: of everything that is timed.
+        streams: loads under which policies are compared, for `block_s` each; of prompts and answers of so many tokens.
+        repeats: of everything else that is timed.
     """
 
     device: torch.device
@@ -33,6 +34,10 @@ class Scale:
     shapes: tuple[str, str]
     store_tokens: int
     points: tuple[tuple[int, int, int], ...]
+    streams: tuple[int, ...]
+    block_s: float
+    prompt_tokens: int
+    answer_tokens: int
     repeats: int
 
     @property
@@ -57,6 +62,10 @@ def on_device() -> Scale:
         shapes=("llama-8b", "qwen3-8b"),
         store_tokens=131_072,
         points=((1, 1, 1024), (32, 1, 1024), *points, (1, 1, 7900), (8, 8, 7900), (32, 1, 7900)),
+        streams=(1, 8, 32, 64),
+        block_s=2.0,
+        prompt_tokens=32,
+        answer_tokens=128,
         repeats=20,
     )
 
@@ -74,5 +83,9 @@ def toy() -> Scale:
         shapes=("llama-tiny", "qwen3-tiny"),
         store_tokens=512,
         points=((2, 1, 20),),
+        streams=(1, 2),
+        block_s=0.2,
+        prompt_tokens=4,
+        answer_tokens=16,
         repeats=1,
     )

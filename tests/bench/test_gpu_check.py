@@ -15,8 +15,8 @@ import lm.cuda.attention
 lm.cuda.attention.SPLITS = 2  # The interpreter runs programs without work as well.
 from pathlib import Path
 from bench.gpu_check import __main__ as command
+heavy = {"ray", "grpc", "typer", "google.rpc", "cli"} & sys.modules.keys()  # The arms need some of them, later.
 wrong = command.check(command.toy(), 300, Path(sys.argv[1]))
-heavy = {"ray", "grpc", "typer", "google.rpc", "cli"} & sys.modules.keys()
 sys.exit(str(wrong or heavy) if wrong or heavy else 0)
 """
 
@@ -27,9 +27,12 @@ def test_every_part_runs_and_imports_no_service(tmp_path):
     run = subprocess.run([sys.executable, "-c", START, tmp_path], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
     found = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert list(found) == ["machine", "attention", "passes", "sampling", "fp8", "model", "second model"]
+    assert list(found) == ["machine", "attention", "passes", "sampling", "fp8", "model", "arms", "second model"]
     assert found["attention"]["rows"][0]["error"] < 1e-5
     assert found["model"]["rows"][0]["how"] == found["second model"]["rows"][0]["how"] == "eager"
+    rows = found["arms"]["rows"]
+    assert [(row["policy"], row["streams"]) for row in rows if row["policy"] == "smart"] == [("smart", 1), ("smart", 2)]
+    assert max(row["accepted_length"] for row in rows) > 1.5
     assert found["sampling"]["rows"][0]["same"] == 1.0
 
 
@@ -58,3 +61,18 @@ def test_without_a_gpu_it_says_what_it_would_do_and_fails(tmp_path, monkeypatch,
         command.main()
     assert capsys.readouterr().out.startswith("parts: machine, attention, passes, sampling, fp8, model")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_load_under_which_smart_loses_is_named():
+    import tests.lm.interpreter  # noqa: F401
+    from bench.gpu_check.arms import _slow
+    from bench.load import Measured
+    from bench.sweep import Block, Result
+
+    rates = {1: {"off": 100, "chain:2": 200, "smart": 199}, 8: {"off": 300, "chain:2": 250, "smart": 290}}
+    results = [
+        Result(Block("closed", streams, 1, policy), Measured(rate, 1, 0, None, None, None, 0), [])
+        for streams, by_policy in rates.items()
+        for policy, rate in by_policy.items()
+    ]
+    assert _slow(results) == ["smart reaches 0.97 of off at 8 streams"]
