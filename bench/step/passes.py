@@ -24,7 +24,8 @@ from treeline.sampling import SamplingParams
 if TYPE_CHECKING:
     from bench.step.bound import Bound
 
-BLOCK_TOKENS = 16
+BLOCK_TOKENS = 128
+"""Whole blocks of every device."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _packed(model: LanguageModel | DraftHead, point: Point) -> tuple[KVCache, li
 def _filled_cache(model: LanguageModel | DraftHead, point: Point) -> tuple[KVCache, list[SequenceCache]]:
     """A cache of the point's sequences, their context made of noise: what it holds does not change what it costs."""
     capacity = -(-(point.context + _share(point)) // BLOCK_TOKENS) * BLOCK_TOKENS
-    cache = model.new_cache(point.sequences * capacity, BLOCK_TOKENS)
+    cache = model.new_cache(point.sequences * capacity, "auto")
     for tensor in (*cache.keys, *cache.values):
         tensor.normal_()
     places = []
