@@ -18,7 +18,8 @@ from torch import nn
 from bench.gpu_check.arms import arms
 from bench.gpu_check.scale import Scale
 from bench.step.limits import ModelSize, Point, measure_limit
-from bench.step.shapes import random_model
+from bench.step.shapes import random_head, random_model
+from drafter_svc.head_proposer import HeadProposer
 from lm.attention import AttentionOptions, TreeAttention
 from lm.cuda.attention import PaddedBatch, attend
 from lm.cuda.fp8 import Fp8Linear
@@ -42,6 +43,7 @@ def parts(scale: Scale) -> Iterator[tuple[str, Callable[[], Finding]]]:
     yield "sampling", lambda: sampling(scale)
     yield "fp8", lambda: fp8(scale)
     yield "model", lambda: model(scale, scale.shapes[0], scale.points)
+    yield "head", lambda: head(scale)
     yield "arms", lambda: arms(scale)
     yield "second model", lambda: model(scale, scale.shapes[1], scale.points[:2])
 
@@ -245,6 +247,37 @@ def model(scale: Scale, shape: str, points: tuple[tuple[int, int, int], ...]) ->
         for sequence in packed:
             cache.free(sequence.cache)
     return {"capture_s": capture_s, "rows": rows, "sizes": len(BUCKETS), "wrong": wrong}
+
+
+def head(scale: Scale) -> Finding:
+    """A draft head's captured passes against packed ones; milliseconds of a tree layer, and of each node in it."""
+    on_cuda = scale.device.type == "cuda"
+    drafts, wrong, rng = random_head(scale.shapes[0], scale.device, scale.dtype), [], np.random.default_rng(0)
+    cache = drafts.new_cache(4096, "auto")
+    drafts.passes.padded = True
+    if on_cuda:
+        drafts.capture(cache)
+    for sizes in scale.trees:
+        places = [cache.allocate(size) for size in sizes]
+        trees = [np.array([rng.integers(-1, node) for node in range(size)], np.int32) for size in sizes]
+        packed = [PackedSequence(p, [1] * len(t), t) for p, t in zip(places, trees, strict=True) if p is not None]
+        states = torch.randn(sum(sizes), drafts.config.hidden_size, dtype=scale.dtype, device=scale.device)
+        outputs = []
+        for padded in (True, False):
+            drafts.passes.padded = padded
+            outputs.append(drafts.forward(packed, states, cache))
+            cache.commit([(sequence.cache, []) for sequence in packed])
+            if padded and on_cuda and drafts.passes.how != "replayed":
+                wrong.append(f"a head's pass over {sum(sizes)} tokens was {drafts.passes.how}")
+        for found, exact in zip(*outputs, strict=True):
+            error = ((found - exact).float().norm() / exact.float().norm()).item()
+            if not error <= 3e-2:  # A few roundings of bfloat16.
+                wrong.append(f"a head's padded pass over {sizes} tokens is off by {error:.1e}")
+        for sequence in packed:
+            cache.free(sequence.cache)
+    drafts.passes.padded = on_cuda
+    layer_s, node_s = HeadProposer(drafts, cache, 64).measure()
+    return {"layer_ms": 1e3 * layer_s, "node_ms": 1e3 * node_s, "wrong": wrong}
 
 
 def _seconds(call: Callable[[], object], scale: Scale) -> float:

@@ -11,7 +11,9 @@ from bench.step.limits import ModelSize
 from bench.step.measure import Subject
 from bench.step.passes import treeline_passes
 from lm.attention import IMPLEMENTATION
+from lm.checkpoints.eagle3 import EAGLE_ROPE_THETA, HeadConfig
 from lm.device import torch_device, torch_dtype
+from lm.draft_head import DraftHead, HeadModule
 from lm.layers.fuse import fuse_layers
 from lm.model import LanguageModel
 from treeline.config import ModelConfig
@@ -59,6 +61,9 @@ SHAPES = {
 }
 """Llama 3.1 8B (arXiv 2407.21783, table 3), Qwen3 8B (arXiv 2505.09388, table 1), and small ones."""
 
+HEAD_VOCAB_SIZE = 32_000
+"""Of EAGLE-3's heads for Llama 3 (arXiv 2503.01840)."""
+
 
 @torch.inference_mode()
 def random_model(shape: str, config: ModelConfig) -> LanguageModel:
@@ -86,6 +91,33 @@ def random_model(shape: str, config: ModelConfig) -> LanguageModel:
     fuse_layers(hf)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, unk_token="?")))
     return LanguageModel.from_hf(hf, tokenizer)
+
+
+@torch.inference_mode()
+def random_head(shape: str, device: torch.device, dtype: torch.dtype) -> DraftHead:
+    """A draft head for a target of this shape, as large as those that people publish for it."""
+    target = SHAPES[shape]
+    size, vocab_size = target.hidden_size, target.vocab_size
+    config = HeadConfig(
+        hidden_size=size,
+        intermediate_size=target.intermediate_size,
+        heads=target.num_attention_heads,
+        kv_heads=target.num_key_value_heads,
+        head_dim=getattr(target, "head_dim", None) or size // target.num_attention_heads,
+        norm_eps=1e-5,
+        rope={"rope_type": "default", "rope_theta": EAGLE_ROPE_THETA},
+        feature_layers=(1, 2, 3),
+        target_hidden_size=size,
+        target_vocab_size=vocab_size,
+        draft_vocab_size=min(HEAD_VOCAB_SIZE, vocab_size),
+    )
+    with torch.device(device):
+        module = HeadModule(config).to(dtype)
+        embedding = nn.Embedding(vocab_size, size, dtype=dtype)
+        output = nn.Linear(size, config.draft_vocab_size, bias=False, dtype=dtype)
+        draft_ids = torch.arange(config.draft_vocab_size)
+    module.fuse()
+    return DraftHead(f"{shape}-head", module, embedding, output, draft_ids)
 
 
 def shape_subject(model: LanguageModel) -> Subject:

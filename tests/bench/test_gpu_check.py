@@ -27,7 +27,8 @@ def test_every_part_runs_and_imports_no_service(tmp_path):
     run = subprocess.run([sys.executable, "-c", START, tmp_path], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
     found = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert list(found) == ["machine", "attention", "passes", "sampling", "fp8", "model", "arms", "second model"]
+    assert list(found) == ["machine", "attention", "passes", "sampling", "fp8", "model", "head", "arms", "second model"]
+    assert found["head"]["layer_ms"] > 0
     assert found["attention"]["rows"][0]["error"] < 1e-5
     assert found["model"]["rows"][0]["how"] == found["second model"]["rows"][0]["how"] == "eager"
     rows = found["arms"]["rows"]
