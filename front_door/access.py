@@ -44,13 +44,12 @@ class AccessLog:
         """Call it in the call's own task."""
         _answers.set([])
 
-    def handled(self, method: str, code: str, seconds: float, quiet: bool = False, address: str = "") -> None:
-        """`quiet`: whether this call is for debugging even if it failed. `address`: where it came from, if known."""
+    def handled(self, method: str, code: str, seconds: float, quiet: bool = False, **known: str) -> None:
+        """`quiet`: whether this call is for debugging even if it failed. `known`: fields that its answers may lack."""
         answers = _answers.get() or []
         matters = not quiet and (answers or code not in ("OK", "200"))
-        fields = {"method": method, "code": code, "seconds": seconds, **combined(answers)}
-        if address:
-            fields.setdefault("address", address)
+        fields = {"method": method, "code": code, "seconds": seconds}
+        fields |= {name: value for name, value in known.items() if value} | combined(answers)
         if code in REFUSED:
             left_out = self._left_out()
             if left_out is None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import math
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -107,8 +108,6 @@ class HttpServer:
         app = create_app(door, registry, tokens, max_body_bytes, pages, access)
         settings = uvicorn.Config(
             app,
-            config.host,
-            config.http.port,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -116,17 +115,19 @@ class HttpServer:
             ssl_keyfile=config.tls.private_key if config.tls else None,
         )
         server = _Server(settings)
-        problem = f"cannot listen on {config.host}:{config.http.port} (server.http.port): is the port taken?"
+        # Opened here: where uvicorn can't listen it exits, which would leave a replica without its event loop.
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         try:
-            serving = asyncio.create_task(server.serve(), name="http")
+            listening = socket.create_server((config.host, config.http.port), family=family)
+            serving = asyncio.create_task(server.serve([listening]), name="http")
             async with asyncio.timeout(START_TIMEOUT_S):
                 while not server.started:
                     if serving.done():
                         serving.result()
-                        raise ConfigError(problem)
                     await asyncio.sleep(0.01)
-        except (SystemExit, OSError):  # uvicorn exits where it cannot listen
-            raise ConfigError(problem) from None
+        except OSError as error:
+            where, problem = f"{config.host}:{config.http.port}", error.strerror or type(error).__name__
+            raise ConfigError(f"cannot listen on {where}: {problem}; see server.http.port") from None
         return cls(server, serving)
 
     async def stop(self, grace_s: float) -> None:
@@ -172,7 +173,8 @@ class Guard:
             await self._guarded(scope, receive, named, is_open)
         finally:
             address = (scope.get("client") or ("",))[0]
-            self._access.handled(method, code, time.perf_counter() - started_s, quiet=is_open, address=address)
+            told = {"address": address, "request_id": request_id[:MAX_LOGGED_CHARS]}
+            self._access.handled(method, code, time.perf_counter() - started_s, quiet=is_open, **told)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send, is_open: bool) -> None:
         headers = Headers(scope=scope)

@@ -142,10 +142,11 @@ def test_every_answer_names_its_request_and_what_is_polled_is_not_logged(lines):
     async def scenario(s):
         url = f"http://127.0.0.1:{s.door.http.port}"
         _, named, _ = await asyncio.to_thread(post, s.door.http.port, "/tokenize", {"prompt": "x"})
+        await asyncio.to_thread(post, s.door.http.port, "/v1/completions", {}, {"x-request-id": "wrong"})
         poll = urllib.request.Request(f"{url}/health", headers={"x-request-id": "mine"})
         with await asyncio.to_thread(urllib.request.urlopen, poll) as polled:
             return named["x-request-id"], polled.headers["x-request-id"]
 
     named, mine = with_front_door(scenario, FakeEngine())
     assert (len(named), mine) == (32, "mine")
-    assert lines() == []
+    assert [(line["request_id"], line["code"]) for line in lines()] == [("wrong", "400")]

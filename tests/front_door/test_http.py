@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import urllib.error
 import urllib.request
 
@@ -15,6 +16,7 @@ from front_door.tool_calls import PlainText
 from tests.front_door.test_server import METRICS, with_front_door
 from tests.verifier_svc.fake_engine import FakeEngine, until
 from treeline.config import Config, LimitsConfig, ServerConfig
+from treeline.errors import ConfigError
 from treeline.v1 import generation_pb2 as pb
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -249,6 +251,14 @@ def test_grammars_reach_the_engine_and_wrong_ones_are_named(fields, error):
         return caught.value.param
 
     assert with_client(scenario) == (error or "text" not in str(fields))
+
+
+def test_a_taken_port_is_said():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = Config(server=ServerConfig(port=0, http={"port": port}), metrics=METRICS)
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: .* server.http.port"):
+            with_client(None, config=config)
 
 
 def test_models_health_metrics_and_tokenize():
