@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["PlanningService"].full_name
 LATENCY_INTERVAL_S = 1.0
 """Between queries of Prometheus: the scrape interval of deploy/prometheus."""
+PROBLEM_S = 30.0
+"""A problem of Prometheus is logged once it has lasted so long beside a verifier (metrics show it at once): `treeline
+serve` starts it last."""
 MAX_VERIFIERS, MAX_ID_CHARS = 1024, 256
 """Each verifier costs memory and a few plans per second. Ids label metrics; a verifier's own has 32 characters."""
 FORGET_S = 30.0
@@ -150,16 +153,18 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
 
     async def read_latency(self) -> None:
         """Query Prometheus for the latency of all verifiers, every LATENCY_INTERVAL_S."""
-        url, known = self._config.prometheus_url, ""
+        url, known, logged, since_s = self._config.prometheus_url, "", "", 0.0
         if url is None:
             await asyncio.Event().wait()  # a task that ends counts as a failure
             return
         async with aiohttp.ClientSession() as session:
             while True:
                 problem = await self._read_latency(session, url)
-                if problem != known:
-                    logger.warning("Prometheus: %s", problem or f"{url} answers again")
-                known = problem
+                if problem != known or not self._states:  # without a verifier there is nothing to read
+                    known, since_s = problem, time.monotonic()
+                if known != logged and (not known or time.monotonic() - since_s >= PROBLEM_S):
+                    logger.warning("Prometheus: %s", known or f"{url} answers again")
+                    logged = known
                 self._metrics.prometheus_up.set(not problem)
                 await asyncio.sleep(LATENCY_INTERVAL_S)
 

@@ -175,6 +175,7 @@ def test_plans_follow_prometheus_and_fall_back_to_step_records_and_say_so_once(p
     monkeypatch.setattr(server_module, "LATENCY_INTERVAL_S", 0.05)
     monkeypatch.setattr(latency_module, "WINDOW_S", 0.2)
     monkeypatch.setattr(latency_module, "LATE_S", 0.3)
+    monkeypatch.setattr(server_module, "PROBLEM_S", 0.3)
     gone = time.monotonic() + 1.5
 
     def during(plans: list[Plan]) -> None:
@@ -190,6 +191,12 @@ def test_plans_follow_prometheus_and_fall_back_to_step_records_and_say_so_once(p
     assert over, "120 ms between tokens are above the objective of 100"
     assert plans[-1].signals[0].value_s == pytest.approx(0.05)
     assert len([r for r in caplog.records if "has no latency of a busy verifier" in r.message]) == 1
+
+
+def test_a_prometheus_that_starts_after_the_planner_is_no_problem(monkeypatch, caplog):
+    monkeypatch.setattr(server_module, "LATENCY_INTERVAL_S", 0.05)
+    busy_plans("http://127.0.0.1:9", 0.5, lambda plans: None)
+    assert not [line for line in caplog.messages if "Prometheus" in line]
 
 
 @contextmanager
