@@ -14,7 +14,7 @@ NODES_AHEAD = 64
 STEPS_AHEAD = np.arange(1, NODES_AHEAD + 1)
 ORDINARY_CATCH_UP_TOKENS = 4
 """Committed tokens per request that a drafter runs in an ordinary step: the end of the accepted path and the nodes of
-prompt lookup in it. Accepted lengths are 2 to 4 (docs/decisions.md)."""
+prompt lookup in it. Accepted lengths are 1.3 to 2.5 (bench/REPORT.md): more than 4 are a prompt, or an absence."""
 
 
 def verify_seconds(cost: CostModel, sequences: int, context_tokens: int, max_tokens: int) -> NDArray[np.float64]:

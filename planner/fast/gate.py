@@ -16,8 +16,8 @@ WINDOW_REQUESTS = 32
 """Trees that the gate remembers: 2 steps of 16 streams, or 16 probes. With fewer it follows single texts; with more it
 notices late that texts have become easier to draft."""
 START_MARGIN = 0.02
-"""Gain, as a share of plain decoding's tokens, at which a closed gate opens. Sweeps cannot tell a smaller difference
-from noise (bench/README.md), so the gate must not flap over it."""
+"""Gain, as a share of plain decoding's tokens, at which a closed gate opens. A judgement: the gate must not flap over
+less than sweeps can measure, and their rounds differ by more (0.95 to 1.03 times `off` at 16 streams, README.md)."""
 PROBE_SHARE = 0.01
 """Largest share of the working time that probes take while the gate is closed: half of START_MARGIN."""
 PROBE_REQUESTS = 2

@@ -23,8 +23,9 @@ OVERHEAD_STEPS = 15
 ERROR_STEPS = 200
 """Steps whose prediction errors are reported: the 95th percentile then rests on ten of them."""
 NOISE, MEMORY = 0.05, 0.9995
-"""Verification: relative scatter of equal steps, and the share of the corrections kept per step. Beside two busy
-processes, a change of the whole device's speed is learnt in 12 to 18 steps with them (bench/README.md)."""
+"""Verification: relative scatter of equal steps, and the share of the corrections kept per step. With them a change of
+the whole device's speed is learnt soon: two busy loops made real steps on two cores take 2.1 times as long, and on
+another CPU 4.1 times. The median error of predictions was within 15 % again after 12 and after 18 steps."""
 SCALE_DEVIATION, POINT_DEVIATION, CONTEXT_DEVIATION, PROMPT_DEVIATION = 0.5, 0.15, 0.5, 0.25
 """Prior standard deviations, in logarithms of ratios, of the device's speed, one point of the profile, the share of the
 context and the cost of a prompt token. A busy neighbour halves the speed (0.7) and hardly changes the curve's shape; a
