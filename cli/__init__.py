@@ -1,0 +1,6 @@
+"""The `treeline` command."""
+
+import os
+
+# Read when grpc is loaded. Else it warns whenever a command starts another program.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

@@ -35,7 +35,7 @@ def doctor(config: ConfigFile = None) -> None:
     checked = load_config(config)
     findings = list(examine(checked))
     for fine, subject, finding in findings:
-        typer.echo(f"{'ok  ' if fine else 'FAIL'}  {subject:<12} {finding}")
+        typer.echo(f"{'ok  ' if fine else 'FAIL'}  {subject:<17} {finding}")
     if not all(fine for fine, _, _ in findings):
         raise typer.Exit(1)
 
@@ -52,27 +52,28 @@ def examine(config: Config) -> Iterator[tuple[bool, str, str]]:
     yield _kernels()
     yield _gpus()
     yield _models()
-    for name, host, port in (
-        ("port", config.server.host, config.server.port),
-        ("metrics", config.metrics.host, config.metrics.base_port),
-    ):
-        yield _port(name, host, port)
-    yield from _drafter(config.server)
+    load, user = _running(config.server)
+    yield _port("server.port", config.server.host, config.server.port, user)
+    if config.server.http.enabled:
+        yield _port("server.http.port", config.server.host, config.server.http.port, user)
+    if load is not None:
+        drafter = load.drafter_problem or ("ready" if load.drafter_ready else "away")
+        yield not load.drafter_problem, "drafter", drafter
     if config.planner.prometheus_url:
         yield asyncio.run(_prometheus(config.planner.prometheus_url))
 
 
-def _drafter(server: ServerConfig) -> Iterator[tuple[bool, str, str]]:
-    """What the service that runs here says of its drafter; nothing if none answers, or with TLS."""
+def _running(server: ServerConfig) -> tuple[pb.GetLoadResponse | None, str]:
+    """What the service that runs here says of its load, if it does, and who uses its ports, if it is known."""
     if server.tls is not None:
-        return
+        return None, "this service, if it runs (with TLS it is not asked)"
     metadata = (("authorization", f"Bearer {read_tokens(server.token_file)[0]}"),) if server.token_file else ()
     with grpc.insecure_channel(f"{server.host}:{server.port}") as channel:
         try:
-            load = GenerationServiceStub(channel).GetLoad(pb.GetLoadRequest(), timeout=ANSWER_S, metadata=metadata)
-        except grpc.RpcError:
-            return
-    yield not load.drafter_problem, "drafter", load.drafter_problem or ("ready" if load.drafter_ready else "away")
+            asked = GenerationServiceStub(channel).GetLoad(pb.GetLoadRequest(), timeout=ANSWER_S, metadata=metadata)
+        except grpc.RpcError as error:
+            return None, "this service" if error.code() == grpc.StatusCode.UNAUTHENTICATED else ""
+    return asked, "this service"
 
 
 def _cpu_flags() -> list[str]:
@@ -117,7 +118,8 @@ def _models() -> tuple[bool, str, str]:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free_bytes = shutil.disk_usage(existing).free
     names = ", ".join(path.name for path in cached_models()) or "none yet"
-    return free_bytes > CACHE_BYTES_NEEDED, "models", f"{names} in {folder} ({free_bytes / 1e9:.0f} GB free)"
+    space = f"{free_bytes / 1e9:.0f} GB free, {CACHE_BYTES_NEEDED / 1e9:.0f} needed"
+    return free_bytes > CACHE_BYTES_NEEDED, "models", f"{names} in {folder} ({space})"
 
 
 async def _prometheus(url: str) -> tuple[bool, str, str]:
@@ -132,8 +134,12 @@ async def _prometheus(url: str) -> tuple[bool, str, str]:
     return True, "prometheus", f"{url} measures {', '.join(sorted(measured))}"
 
 
-def _port(name: str, host: str, port: int) -> tuple[bool, str, str]:
+def _port(setting: str, host: str, port: int, user: str) -> tuple[bool, str, str]:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.settimeout(0.5)
         taken = port != 0 and probe.connect_ex((host, port)) == 0
-    return True, name, f"{host}:{port} is {'in use (is the service running?)' if taken else 'free'}"
+    if not taken:
+        return True, setting, f"{host}:{port} is free"
+    if user:
+        return True, setting, f"{host}:{port} is in use by {user}"
+    return False, setting, f"{host}:{port} is in use, and no Treeline answers: end what does, or set another {setting}"

@@ -48,7 +48,9 @@ def check_startable(config: Config) -> None:
         for file in (tls.certificate, tls.private_key) if tls else ():
             if not file.is_file():
                 raise ConfigError(f"no such TLS file: {file}")
-    check_port_free(config.server.host, config.server.port)
+    check_port_free(config.server.host, config.server.port, "server.port")
+    if config.server.http.enabled:
+        check_port_free(config.server.host, config.server.http.port, "server.http.port")
     from lm.store import check_tokenizer, resolve_model
 
     for model in (config.verifier.target, config.drafter.model):
@@ -69,12 +71,12 @@ def check_policies(config: Config) -> None:
             raise ConfigError(f"verifier policies: {error}") from None
 
 
-def check_port_free(host: str, port: int) -> None:
-    """Raises ConfigError if nothing can listen there."""
+def check_port_free(host: str, port: int, setting: str) -> None:
+    """Raises ConfigError, naming the setting, if nothing can listen there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; see server.port") from None
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; see {setting}") from None

@@ -71,7 +71,6 @@ def load_table(title: str, load: pb.GetLoadResponse) -> Table:
     table.add_row("tokens per second", f"{load.tokens_per_s:.1f}")
     table.add_row("mean accepted length", f"{load.mean_accepted_length:.2f}")
     table.add_row("mean tree nodes", f"{load.mean_tree_nodes:.1f}")
-    table.add_row("plan", f"{load.plan_version}")
     table.add_row("price", f"{load.price:.1f} tokens/s")
     table.add_row("drafter", load.drafter_problem or ("ready" if load.drafter_ready else "away"))
     return table

@@ -6,7 +6,9 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +26,7 @@ from ray.serve.schema import ApplicationStatus, DeploymentStatus
 
 from deploy.app import APP, application
 from deploy.local_prometheus import find
+from deploy.ray_processes import RayProcesses
 from deploy.running import LOST_STOP_S, STOP_S, RunningApp, cause, statuses
 from treeline.config import Config
 from treeline.errors import ConfigError
@@ -54,6 +57,9 @@ def run(config: Config, *, block: bool, report: Callable[[str], None] = lambda p
     try:
         report("starting Ray")
         logs = _start_ray(config)
+        report(f"logs: {logs}")
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _end)  # Ray's own handler prints a stack trace and aborts
         prometheus, missing = find(config, joined=bool(os.environ.get("RAY_ADDRESS")))
         if missing:
             report(missing)
@@ -179,6 +185,13 @@ def _phase(deployment: DeploymentStatusInfo) -> str:
     if "to initialize" in deployment.message:
         return "is still loading"
     return ""
+
+
+def _end(number: int, _: object) -> None:
+    try:
+        RayProcesses().kill()
+    finally:
+        os._exit(128 + number)  # an exception would pass through Ray, which turns it into another
 
 
 def _shut_down() -> None:

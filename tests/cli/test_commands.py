@@ -238,12 +238,13 @@ def test_a_wrong_file_is_one_line_and_exit_2(tmp_path, command, text):
 
 
 def test_serve_stops_before_anything_starts_if_something_is_missing(tmp_path):
-    free, taken = ServerConfig(port=0), socket.create_server(("127.0.0.1", 0))
+    free, taken = ServerConfig(port=0, http={"port": 0}), socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
     wrong = [
         (Config(server=free, verifier=VerifierConfig(default_policy="sharp")), "sharp"),
         (Config(server=free, verifier=VerifierConfig(target={"model": "/no/such/model"})), "/no/such/model"),
-        (Config(server=ServerConfig(port=port)), str(port)),
+        (Config(server=ServerConfig(port=port)), f"{port}: .* see server.port"),
+        (Config(server=ServerConfig(port=0, http={"port": port})), f"{port}: .* see server.http.port"),
         (Config(server=ServerConfig(port=0, token_file=tmp_path / "none")), "none"),
         (Config(server=ServerConfig(port=0, tls={"certificate": "c.pem", "private_key": "k.pem"})), "c.pem"),
     ]
@@ -256,15 +257,16 @@ def test_serve_stops_before_anything_starts_if_something_is_missing(tmp_path):
 def test_serve_refuses_a_damaged_tokenizer(tmp_path):
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / name).write_text("{}")
+    free = ServerConfig(port=0, http={"port": 0})
     with pytest.raises(ConfigError, match="cannot load the tokenizer in"):
-        check_startable(Config(server=ServerConfig(port=0), verifier=VerifierConfig(target={"model": str(tmp_path)})))
+        check_startable(Config(server=free, verifier=VerifierConfig(target={"model": str(tmp_path)})))
 
 
 def test_serve_checks_the_default_model_without_loading_torch():
     code = (
         "import sys; from cli.main import main; from cli.serve import check_startable; from treeline.config import *;"
     )
-    code += "check_startable(Config(server=ServerConfig(port=0))); sys.exit('torch' in sys.modules)"
+    code += "check_startable(Config(server={'port': 0, 'http': {'port': 0}})); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -285,8 +287,18 @@ def test_doctor_looks_at_everything(tmp_path, monkeypatch):
     monkeypatch.setenv("TREELINE_CACHE", str(tmp_path))
     result = treeline("doctor")
     assert result.exit_code == 0, result.stdout
-    for subject in ("treeline", "torch", "ray", "cpu", "gpu", "models", "port"):
+    for subject in ("treeline", "torch", "ray", "cpu", "gpu", "models", "server.port", "server.http.port"):
         assert f"ok    {subject}" in result.stdout
+
+
+def test_doctor_tells_our_service_on_a_port_from_another_program(monkeypatch):
+    monkeypatch.setattr("cli.doctor.ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        found = {subject: (fine, said) for fine, subject, said in examine(Config(server=ServerConfig(port=port)))}
+    fine, said = found["server.port"]
+    assert not fine
+    assert f"127.0.0.1:{port} is in use, and no Treeline answers" in said
 
 
 def test_doctor_asks_a_running_service_about_its_drafter():
@@ -299,7 +311,9 @@ def test_doctor_asks_a_running_service_about_its_drafter():
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        assert (False, "drafter", "never right") in list(examine(Config(server=ServerConfig(port=port))))
+        found = list(examine(Config(server=ServerConfig(port=port))))
+        assert (False, "drafter", "never right") in found
+        assert (True, "server.port", f"127.0.0.1:{port} is in use by this service") in found
     finally:
         server.stop(None)
 

@@ -60,7 +60,7 @@ def test_folders_named_like_our_packages_do_not_matter(target, tmp_path):
                 break
         assert "serving at" in lines[-1], lines
         phases = "\n".join(lines)
-        for phase in ("starting Ray", "verifier is running", "front-door is running"):
+        for phase in ("starting Ray", "logs: /", "verifier is running", "front-door is running"):
             assert phase in phases
     finally:
         process.send_signal(signal.SIGINT)
@@ -132,6 +132,21 @@ def test_a_second_interrupt_ends_the_service_at_once(serving):
     serving.process.send_signal(signal.SIGINT)
     assert serving.process.wait(10) in (0, 130)  # 0: it had ended already
     serving.check_nothing_is_left()
+
+
+def test_sigterm_during_the_start_ends_it_quietly(target, tmp_path):
+    process = serve(tmp_path, plain(target))
+    for line in process.stderr:
+        if "starting the services" in line:
+            break
+    time.sleep(1)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143, errors
+    assert not re.search("SIGTERM|Traceback|Error", errors), errors
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert not alive
 
 
 @pytest.mark.parametrize(
