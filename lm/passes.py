@@ -92,6 +92,8 @@ class Passes:
         """The body will give something else from now on."""
         if self.announce is not None:
             self.announce("forget")
+        if any(len(static.graphs) for static in self._static.values()):
+            logger.warning("captured passes are dropped: each size is captured again at its next use")
         self._static.clear()
 
     @torch.inference_mode()

@@ -103,6 +103,18 @@ def test_a_size_that_cannot_be_captured_runs_uncaptured_and_is_tried_again(
     assert model.passes.padded
 
 
+def test_captured_passes_are_not_dropped_in_silence(
+    device: Device, model: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = model.new_cache(64, 16)
+    model.tap((1,))
+    assert not caplog.text
+    assert one_pass(model, cache) == "replayed"
+    model.tap((2,))
+    assert "dropped" in caplog.text
+    assert one_pass(model, cache) == "replayed"
+
+
 def test_ranks_in_lockstep_do_not_run_a_pass_in_another_way(device: Device, model: LanguageModel) -> None:
     """The others would wait for it, or add up other numbers."""
     model.passes.in_lockstep = True
