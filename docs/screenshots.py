@@ -24,6 +24,9 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 PICTURES = Path(__file__).with_name("pictures")
+PROMPT = "Write a Python class Stack with push, pop, peek and is_empty, with a docstring for each method."
+"""Drafts of it are partly wrong, so the price tells: 4.7 nodes a step alone, 1.1 beside 3 streams, 2.6 beside 15, on a busy
+machine. A text that repeats itself is worth verifying at any price."""
 STREAMS = (1, 4, 16)  # the answer on show is one of them, the slider adds the others
 SETTLE_S = 20  # the plan and the figures follow a load within a few seconds
 ANSWER_S = 180  # 80 tokens beside 15 streams on a busy machine
@@ -52,9 +55,9 @@ def photograph_page(address: str) -> None:
             WebDriverWait(driver, SETTLE_S).until(lambda d: "context" in d.find_element(By.ID, "model").text)
             slide = "const s = document.getElementById('load'); s.value = arguments[0]; s.oninput(); s.onchange();"
             driver.execute_script(slide, streams - 1)
-            tokens = driver.find_element(By.ID, "tokens")
-            tokens.clear()
-            tokens.send_keys("80")
+            for field, text in (("prompt", PROMPT), ("tokens", "80")):
+                driver.find_element(By.ID, field).clear()
+                driver.find_element(By.ID, field).send_keys(text)
             time.sleep(SETTLE_S)
             for _ in range(WARM_ANSWERS + 1):
                 driver.find_element(By.ID, "send").click()
