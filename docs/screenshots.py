@@ -24,9 +24,13 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 PICTURES = Path(__file__).with_name("pictures")
-PROMPT = "Write a Python class Stack with push, pop, peek and is_empty, with a docstring for each method."
-"""Drafts of it are partly wrong, so the price tells: 4.7 nodes a step alone, 1.1 beside 3 streams, 2.6 beside 15, on a busy
-machine. A text that repeats itself is worth verifying at any price."""
+PROMPT = (
+    "Summarise this text in two sentences: The harbour of Kilmory was built in 1823 for the herring fleet. At its "
+    "height, two hundred boats landed their catch there each week, and the curing yards employed half of the town. "
+    "When the herring left in 1911, the boats left with them, and the yards closed one by one."
+)
+"""Drafts of the answer are partly wrong, so the price tells: 3.7 nodes a step alone, 1.9 beside 3 streams, on a busy
+machine. A text that repeats itself is worth verifying at any price, and a long list hides the trees."""
 STREAMS = (1, 4, 16)  # the answer on show is one of them, the slider adds the others
 SETTLE_S = 20  # the plan and the figures follow a load within a few seconds
 ANSWER_S = 180  # 80 tokens beside 15 streams on a busy machine
