@@ -70,12 +70,11 @@ def test_a_model_that_is_fused_and_rounded_is_nearly_the_same() -> None:
     assert {kind for name, kind in kinds.items() if name != "lm_head"} == {Fp8Linear}
     assert kinds["lm_head"] is nn.Linear
     model = LanguageModel.from_hf(hf, tiny_tokenizer())
-    for padded in (False, True):  # Norms of a padded pass round at once.
-        if padded:
-            pad_passes(model.passes, interpreted=True)
+    for run in (tokens, tokens[:4]):
         cache = model.new_cache(32, 16)
-        logits = model.forward([PackedSequence(cache.allocate(16), tokens)], cache)
-        assert torch.nn.functional.cosine_similarity(logits, expected, dim=1).mean() > 0.97
+        logits = model.forward([PackedSequence(cache.allocate(16), run)], cache)
+        assert torch.nn.functional.cosine_similarity(logits, expected[: len(run)], dim=1).mean() > 0.97
+        pad_passes(model.passes, interpreted=True)  # The second one: norms of a padded pass round at once.
 
 
 def test_only_plain_layers_of_fitting_sizes_are_rounded() -> None:

@@ -214,7 +214,8 @@ def test_many_sequences_are_packed() -> None:
 
 @pytest.mark.parametrize("nodes", [0, 3])
 def test_host_work_of_a_pass_is_short(nodes: int) -> None:
-    """64 sequences of 4,096 tokens take 0.3 ms at most of one core, also with a small tree each."""
+    """64 sequences of 4,096 tokens: 0.21 ms of one core, 0.27 with a small tree each. Half more than 0.3 is allowed, as
+    neighbours take their share of caches."""
     cache = KVCache([LayerShape(1, 1, 1)], 64 * 4224, 128, torch.float32, torch.device("cpu"))
     passes = StaticPasses(cache, {None})
     parents = np.array([-1] + [0] * nodes, np.int32) if nodes else None
@@ -226,7 +227,7 @@ def test_host_work_of_a_pass_is_short(nodes: int) -> None:
         started_s = time.thread_time()  # Other processes of a busy machine take none of it.
         passes._fill(pack(packed), 64 * (1 + nodes))
         seconds.append(time.thread_time() - started_s)
-    assert min(seconds) < 0.3e-3
+    assert min(seconds) < 0.45e-3
 
 
 @pytest.mark.gpu
