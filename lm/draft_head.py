@@ -65,12 +65,9 @@ class HeadModule(nn.Module):
         shape._attn_implementation = IMPLEMENTATION
         layer: Any = (Qwen3DecoderLayer if config.qk_norm else LlamaDecoderLayer)(shape, 0)  # type: ignore[arg-type]
         layer.hidden_norm = LlamaRMSNorm(size, eps)
-        if config.joined:
-            self.join_norm, self.join = LlamaRMSNorm(size, eps), nn.Linear(2 * size, size, bias=False)
-        else:
-            for name in ("q_proj", "k_proj", "v_proj"):
-                wide = nn.Linear(2 * size, getattr(layer.self_attn, name).out_features, bias=False)
-                setattr(layer.self_attn, name, wide)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            wide = nn.Linear(2 * size, getattr(layer.self_attn, name).out_features, bias=False)
+            setattr(layer.self_attn, name, wide)
         self.layers = nn.ModuleList([layer])
         self.norm = LlamaRMSNorm(size, eps)
         self.rotary_emb: nn.Module = LlamaRotaryEmbedding(shape)  # type: ignore[arg-type]
@@ -95,12 +92,8 @@ class HeadModule(nn.Module):
         input_norm = layer.input_norm if isinstance(layer, FusedLayer) else layer.input_layernorm
         turns = self.rotary_emb(states, positions)
         normed = _norm(states, layer.hidden_norm)
-        if config.joined:
-            residual = self.join(torch.cat((_norm(embedded, self.join_norm), normed), dim=-1))
-            inputs = _norm(residual, input_norm)
-        else:
-            residual = normed if config.norm_before_residual else states
-            inputs = torch.cat((_norm(embedded, input_norm), normed), dim=-1)
+        residual = normed if config.norm_before_residual else states
+        inputs = torch.cat((_norm(embedded, input_norm), normed), dim=-1)
         out = _mixed(layer, inputs, residual, turns, context)
         final = _norm(out, self.norm)
         return final if config.norm_output else out, final
@@ -270,7 +263,7 @@ def _read(
         wanted |= {EMBEDDING: torch.empty(config.target_vocab_size, config.hidden_size)}
     if EMBEDDING not in tensors:
         tensors[EMBEDDING] = _target_weight(model, PreTrainedModel.get_input_embeddings)
-    if OUTPUT not in tensors and (config.joined or config.draft_vocab_size == config.target_vocab_size):
+    if OUTPUT not in tensors and config.draft_vocab_size == config.target_vocab_size:
         tensors[OUTPUT] = _target_weight(model, PreTrainedModel.get_output_embeddings)[draft_ids]
     check_tensors(folder, tensors, wanted)
     embedding = nn.Embedding.from_pretrained(tensors.pop(EMBEDDING))
@@ -306,5 +299,4 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 def save_head(folder: Path, module: HeadModule, output: Tensor, draft_ids: Tensor) -> None:
     """Write a head; `output` [draft_vocab_size, hidden_size] are its output rows."""
-    rows = {} if module.config.joined else {OUTPUT: output}
-    write_head(folder, module.config, module.state_dict() | rows, draft_ids)
+    write_head(folder, module.config, module.state_dict() | {OUTPUT: output}, draft_ids)

@@ -43,8 +43,6 @@ class HeadConfig:
         norm_before_fc: one norm over all features; `fc_norm`: one for each of them.
         norm_output: the state handed to the next draft token is the normed output.
         qk_norm: queries and keys are normed (Qwen3).
-        joined: of this project's first heads. A linear layer joins embedding and state before an ordinary layer, and
-            the output rows are the target's own.
         vocabulary_sha256: of the target's tokenizer; empty if the head does not say.
     """
 
@@ -64,7 +62,6 @@ class HeadConfig:
     fc_norm: bool = False
     norm_output: bool = False
     qk_norm: bool = False
-    joined: bool = False
     vocabulary_sha256: str = ""
 
     @property
@@ -122,7 +119,6 @@ def read_config(folder: Path, target_layers: int, feature_layers: tuple[int, ...
         fc_norm=bool(top.get("fc_norm")),
         norm_output=norm_output,
         qk_norm=kind is not None and layer.get("model_type") == "qwen3",
-        joined=bool(ours.get("joined")),
         vocabulary_sha256=ours.get("vocabulary_sha256", ""),
     )
 
@@ -225,7 +221,7 @@ def write_head(folder: Path, config: HeadConfig, tensors: dict[str, Tensor], dra
             "rope_theta": config.rope["rope_theta"],
             "vocab_size": config.target_vocab_size,
         },
-        "treeline": {"vocabulary_sha256": config.vocabulary_sha256, "joined": config.joined},
+        "treeline": {"vocabulary_sha256": config.vocabulary_sha256},
     }
     (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
 
