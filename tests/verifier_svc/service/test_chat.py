@@ -88,6 +88,8 @@ def test_roles_are_those_that_the_template_names():
     assert "<tool>42</tool>" in t.decode(token_ids_of(chat(("user", "q"), ("tool", "42")), t))
     with pytest.raises(InvalidRequestError, match=r"messages\[1\].role.*'developer'.*system, user, assistant, tool"):
         token_ids_of(chat(("user", "q"), ("developer", "x")), t)
+    t = tokenizer(TRIMMING.replace("tool", "developer"))
+    assert "<developer>x</developer>" in t.decode(token_ids_of(chat(("developer", "x"), ("user", "q")), t))
 
 
 @pytest.mark.parametrize("template", [CHATML, TRIMMING])
