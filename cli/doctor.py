@@ -19,6 +19,7 @@ import treeline
 from cli.options import ConfigFile
 from treeline.config import Config, ServerConfig
 from treeline.config_file import load_config
+from treeline.rpc.channels import family_of
 from treeline.rpc.tokens import read_tokens
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1.generation_pb2_grpc import GenerationServiceStub
@@ -135,7 +136,7 @@ async def _prometheus(url: str) -> tuple[bool, str, str]:
 
 
 def _port(setting: str, host: str, port: int, user: str) -> tuple[bool, str, str]:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+    with socket.socket(family_of(host)) as probe:
         probe.settimeout(0.5)
         taken = port != 0 and probe.connect_ex((host, port)) == 0
     if not taken:

@@ -11,6 +11,7 @@ from cli.options import ConfigFile
 from treeline.config import Config
 from treeline.config_file import load_config
 from treeline.errors import ConfigError
+from treeline.rpc.channels import family_of
 from treeline.rpc.tokens import read_tokens
 
 
@@ -73,8 +74,7 @@ def check_policies(config: Config) -> None:
 
 def check_port_free(host: str, port: int, setting: str) -> None:
     """Raises ConfigError, naming the setting, if nothing can listen there."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
+    with socket.socket(family_of(host)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

@@ -154,10 +154,9 @@ class Trainer:
         rate = self.plan.learning_rate * min(1.0, (self._step + 1) / WARM_UP_STEPS) * max(LEAST_RATE, 1 - progress)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        rounds = self._unroll(
-            self.corpus.load(samples), self.plan.depth if progress >= UNROLLED_FROM else 1, measure=False
-        )
-        loss = torch.stack([DEPTH_DISCOUNT**depth * r.loss for depth, r in enumerate(rounds)]).sum()
+        depth = self.plan.depth if progress >= UNROLLED_FROM else 1
+        rounds = self._unroll(self.corpus.load(samples), depth, measure=False)
+        loss = torch.stack([DEPTH_DISCOUNT**number * r.loss for number, r in enumerate(rounds)]).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), CLIP_NORM)
         self._optimizer.step()

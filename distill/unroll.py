@@ -133,6 +133,8 @@ class CrossEntropy(torch.autograd.Function):
             first = aims.argmax(dim=-1, keepdim=True)
             reached = (aims * logits).sum(dim=-1) + HARD_WEIGHT * logits.gather(1, first)[:, 0]
             total += ((1 + HARD_WEIGHT) * logits.logsumexp(dim=-1) - reached).sum()
+            if not ctx.needs_input_grad[0]:  # held-out texts are only measured
+                continue
             slope = logits.softmax(dim=-1).mul_(1 + HARD_WEIGHT).sub_(aims)
             slope.scatter_add_(1, first, torch.full_like(first, -HARD_WEIGHT, dtype=slope.dtype))
             gradient[chunk] = F.linear(slope.to(output.dtype), output.T)

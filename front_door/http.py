@@ -34,7 +34,7 @@ from front_door.service import FrontDoor
 from treeline.config import ServerConfig
 from treeline.errors import ConfigError, InvalidRequestError, TreelineError
 from treeline.request import answers_of, index_of
-from treeline.rpc.channels import DiscoverPages
+from treeline.rpc.channels import DiscoverPages, family_of
 from treeline.rpc.merged import merged
 from treeline.rpc.status import RETRY_DELAY_S, code_of, from_rpc_error, retry_s
 from treeline.rpc.tokens import TokenFile
@@ -116,9 +116,8 @@ class HttpServer:
         )
         server = _Server(settings)
         # Opened here: where uvicorn can't listen it exits, which would leave a replica without its event loop.
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         try:
-            listening = socket.create_server((config.host, config.http.port), family=family)
+            listening = socket.create_server((config.host, config.http.port), family=family_of(config.host))
             serving = asyncio.create_task(server.serve([listening]), name="http")
             async with asyncio.timeout(START_TIMEOUT_S):
                 while not server.started:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from treeline.rpc import local_stream
 from treeline.rpc.local_stream import LENGTH_BYTES, LocalServer, LocalStream, connect_local
 from treeline.v1 import drafting_pb2 as pb
 
@@ -86,6 +87,17 @@ def test_answers_come_back_until_either_side_closes(echo: LocalServer[pb.DraftRe
     closing.join()
     assert connect_local(echo.path, pb.DraftRequest, MAX_BYTES) is None
     assert not Path(echo.path).parent.exists()
+
+
+def test_a_server_that_no_longer_accepts_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_stream, "CONNECT_S", 0.05)
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as stopped:
+        stopped.bind(path)
+        stopped.listen(0)
+        queued = [connect_local(path, pb.DraftRequest, MAX_BYTES) for _ in range(3)]
+    assert queued[0] is not None
+    assert queued[-1] is None
 
 
 def test_only_this_user_may_enter(echo: LocalServer[pb.DraftRequest], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,10 @@ def freeze_started() -> None:
     gc.freeze()
 
 
+def family_of(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 def reachable_host(host: str) -> str:
     """`host`, or this machine's own address if `host` stands for all interfaces."""
     if host not in ("0.0.0.0", "::", "[::]"):

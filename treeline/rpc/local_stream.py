@@ -24,6 +24,8 @@ Incoming = TypeVar("Incoming", bound=Message)
 LENGTH_BYTES = 4
 """Of the little-endian number before each message."""
 CHUNK_BYTES = 1 << 16
+CONNECT_S = 1.0
+"""A server that runs accepts at once; one that is stopped, with a full queue, would hold the caller's event loop."""
 
 
 class LocalStream(Generic[Incoming]):
@@ -86,6 +88,7 @@ def connect_local(path: str, incoming: type[Incoming], max_bytes: int) -> LocalS
     sock = socket.socket(socket.AF_UNIX)
     try:
         if os.stat(path).st_uid == os.getuid():
+            sock.settimeout(CONNECT_S)
             sock.connect(path)
             return LocalStream(sock, incoming, max_bytes)
     except OSError:

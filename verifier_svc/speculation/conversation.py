@@ -48,7 +48,7 @@ class GrpcTransport:
 
     def receive(self, timeout_s: float) -> pb.DraftResponse | None:
         try:
-            message = self._received.get(timeout=timeout_s) if timeout_s > 0 else self._received.get_nowait()
+            message = self._received.get(timeout=timeout_s)
         except queue.Empty:
             return None
         if message is None:

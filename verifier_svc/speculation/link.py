@@ -159,24 +159,21 @@ class RemoteLink:
                 raise ConfigError(f"the drafter '{info.drafter}' has another vocabulary than the target")
             self.info = info
             local = connect_local(info.socket_path, pb.DraftResponse, max_bytes) if info.socket_path else None
-            try:
-                if local is not None:
-                    await self._converse(info, endpoint, local, [])
-                else:
-                    stream = GrpcTransport(stub.Draft())
-                    await self._converse(info, endpoint, stream, [stream.run()])
-            finally:
-                if local is not None:
-                    local.close()
+            if local is None:
+                stream = GrpcTransport(stub.Draft())
+                await self._converse(info, endpoint, stream, stream.run())
+            else:
+                with contextlib.closing(local):
+                    await self._converse(info, endpoint, local)
 
     async def _converse(
         self,
         info: pb.GetDrafterInfoResponse,
         endpoint: str,
         transport: Transport,
-        running: list[Coroutine[None, None, None]],
+        *running: Coroutine[None, None, None],
     ) -> None:
-        """Let the engine talk over `transport` until one of `running` ends, or what else ends a connection."""
+        """Let the engine talk over `transport` until it or one of `running` ends, or another drafter has less to do."""
         ended, lost_s = asyncio.Event(), LOST_TIMEOUTS * self._config.verifier.draft_timeout_s
         conversation = self._conversation = Conversation(
             info, transport, self._vocab_size, lost_s, lambda: self._loop.call_soon_threadsafe(ended.set)
