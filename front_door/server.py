@@ -11,7 +11,7 @@ from grpc_health.v1 import health, health_pb2
 
 from front_door.access import AccessLog
 from front_door.clients import Clients, address_of
-from front_door.http import HttpServer
+from front_door.http.server import HttpServer
 from front_door.routing import VerifierPool
 from front_door.service import FrontDoor
 from front_door.streams import MAX_SILENT, MAX_WATCHES, StreamLimits

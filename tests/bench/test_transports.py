@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from bench.service.transports import IN_TURN, Block, rows_of
 from cli.main import app
-from tests.front_door.test_server import with_front_door
+from tests.front_door.doors import with_front_door
 from tests.verifier_svc.fake_engine import FakeEngine
 
 

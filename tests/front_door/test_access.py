@@ -9,9 +9,9 @@ import grpc
 import pytest
 
 from front_door.access import MAX_REFUSALS_PER_S, AccessLog
-from front_door.http import MAX_LOGGED_CHARS
-from tests.front_door.test_http import HELLO, post
-from tests.front_door.test_server import METRICS, with_front_door
+from front_door.http.guard import MAX_LOGGED_CHARS
+from tests.front_door.doors import METRICS, with_front_door
+from tests.front_door.http.calling import HELLO, post
 from tests.verifier_svc.fake_engine import FakeEngine, until
 from tests.verifier_svc.service.test_service import collect, failure, request
 from treeline.config import Config, LoggingConfig, ServerConfig

@@ -9,8 +9,8 @@ import pytest
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 
 from front_door.clients import Clients
-from tests.front_door.test_http import post
-from tests.front_door.test_server import METRICS, with_front_door
+from tests.front_door.doors import METRICS, with_front_door
+from tests.front_door.http.calling import post
 from tests.verifier_svc.fake_engine import FakeEngine
 from tests.verifier_svc.service.test_service import collect, details, failure, request
 from treeline.config import Config, ServerConfig

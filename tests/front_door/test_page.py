@@ -11,7 +11,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from tests.front_door.test_server import METRICS, with_front_door
+from tests.front_door.doors import METRICS, with_front_door
 from tests.verifier_svc.fake_engine import FakeEngine
 from treeline.config import Config, ServerConfig
 

@@ -9,8 +9,8 @@ import grpc
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 
+from tests.front_door.doors import METRICS, with_front_door
 from tests.front_door.test_access import lines as lines  # a fixture
-from tests.front_door.test_server import METRICS, with_front_door
 from tests.verifier_svc.fake_engine import FakeEngine, FakeVerifier, ended, fake_verifier, until
 from tests.verifier_svc.service.test_service import collect, details, failure, request
 from treeline.config import Config, ServerConfig

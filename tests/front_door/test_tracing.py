@@ -9,8 +9,8 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from tests.front_door.test_http import HELLO, post
-from tests.front_door.test_server import with_front_door
+from tests.front_door.doors import with_front_door
+from tests.front_door.http.calling import HELLO, post
 from tests.verifier_svc.fake_engine import FakeEngine
 from tests.verifier_svc.service.test_service import collect, failure, request
 from treeline.config import TracingConfig

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, Json, model_validator
 
-from front_door.tool_calls import SPELLINGS, BoundCalls, Finder, FreeCalls, PlainText
+from front_door.http.tool_calls import SPELLINGS, BoundCalls, Finder, FreeCalls, PlainText
 from treeline.errors import FieldViolation, InvalidRequestError
 from treeline.v1 import generation_pb2 as pb
 

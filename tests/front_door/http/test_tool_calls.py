@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from front_door.tool_calls import SPELLINGS, BoundCalls, FreeCalls
+from front_door.http.tool_calls import SPELLINGS, BoundCalls, FreeCalls
 
 NAMES = ("weather", "add")
 WEATHER = '{"name": "weather", "arguments": {"city": "Ulm", "days": [1, 2.5]}}'

@@ -7,7 +7,7 @@ import json
 import openai
 import pytest
 
-from tests.front_door.test_http import with_client
+from tests.front_door.http.calling import with_client
 from tests.verifier_svc.fake_engine import FakeEngine
 
 ASK = [{"role": "user", "content": "hi"}]

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any
 
-from front_door.tool_calls import CallPiece, Finder, Found
+from front_door.http.tool_calls import CallPiece, Finder, Found
 from treeline.v1 import generation_pb2 as pb
 
 FINISH_REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length", pb.FINISH_REASON_ABORTED: "abort"}

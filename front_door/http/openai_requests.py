@@ -9,8 +9,8 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from front_door.tool_calls import Finder, FreeCalls, PlainText
-from front_door.tools import SPACING, ChatInput, Input, Many
+from front_door.http.tool_calls import Finder, FreeCalls, PlainText
+from front_door.http.tools import SPACING, ChatInput, Input, Many
 from treeline.errors import FieldViolation, InvalidRequestError
 from treeline.request import MAX_ANSWERS
 from treeline.v1 import generation_pb2 as pb

@@ -19,7 +19,7 @@ import pytest
 
 from tests.verifier_svc.services import running_services, save_tiny_model, tiny_config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CLIENTS_PYTHON = ROOT / "build/clients/bin/python"
 """Has LangChain and LiteLLM, whose requirements exclude ours (.ci/run makes it)."""
 NODE = pytest.mark.skipif(

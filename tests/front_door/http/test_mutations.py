@@ -15,10 +15,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from front_door.access import AccessLog
-from front_door.http import create_app
+from front_door.http.app import create_app
 from front_door.server import no_pages
-from tests.front_door.test_http_tools import TOOLS, TURNS
-from tests.front_door.test_server import with_front_door
+from tests.front_door.doors import with_front_door
+from tests.front_door.http.test_tools import TOOLS, TURNS
 from tests.verifier_svc.fake_engine import FakeEngine, until
 
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, "x"]}}, "required": ["a"]}
