@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PROMPT_CHARS = 4096
 """Of a prompt in a line, where prompts are asked for."""
+MAX_ERROR_CHARS = 300
+"""Of what a refused client was told: one mistake with its field takes 100."""
 REFUSED = ("UNAUTHENTICATED", "401")
 MAX_REFUSALS_PER_S = 10
 """Lines about calls without a valid token, which anybody can make: a log of 320 MiB holds two days of them."""
@@ -44,18 +46,20 @@ class AccessLog:
         """Call it in the call's own task."""
         _answers.set([])
 
-    def handled(self, method: str, code: str, seconds: float, quiet: bool = False, **known: str) -> None:
-        """`quiet`: whether this call is for debugging even if it failed. `known`: fields that its answers may lack."""
+    def handled(
+        self, method: str, code: str, seconds: float, error: str = "", quiet: bool = False, **known: str
+    ) -> None:
+        """`quiet`: this call is for debugging even if it failed. `error`, `known`: fields that its answers may lack."""
         answers = _answers.get() or []
         matters = not quiet and (answers or code not in ("OK", "200"))
         fields = {"method": method, "code": code, "seconds": seconds}
-        fields |= {name: value for name, value in known.items() if value} | combined(answers)
+        fields |= {name: value for name, value in {**known, "error": error}.items() if value} | combined(answers)
         if code in REFUSED:
             left_out = self._left_out()
             if left_out is None:
                 return
             fields |= {"left_out": left_out} if left_out else {}
-        logger.log(logging.INFO if matters else logging.DEBUG, "%s %s", method, code, extra=_rounded(fields))
+        logger.log(logging.INFO if matters else logging.DEBUG, "%s %s", method, code, extra=_brief(fields))
 
     def _left_out(self) -> int | None:
         """How many refusals had no line before this one. None: this one has none either."""
@@ -120,5 +124,6 @@ def combined(answers: list[Fields]) -> Fields:
     return together
 
 
-def _rounded(fields: Fields) -> Fields:
-    return {name: round(value, 4) if isinstance(value, float) else value for name, value in fields.items()}
+def _brief(fields: Fields) -> Fields:
+    brief: Fields = {name: round(value, 4) if isinstance(value, float) else value for name, value in fields.items()}
+    return brief | ({"error": brief["error"][:MAX_ERROR_CHARS]} if "error" in brief else {})

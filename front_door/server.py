@@ -19,7 +19,7 @@ from treeline.config import Config
 from treeline.metrics import FrontDoorMetrics
 from treeline.rpc.channels import Discover, DiscoverPages, add_standard_services, bind, new_server
 from treeline.rpc.interceptors import SERVICE, CallInterceptor
-from treeline.rpc.tokens import TokenFile
+from treeline.rpc.tokens import TOKEN_NEEDED, TokenFile
 from treeline.telemetry.page import new_registry, serve_metrics
 from treeline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 
@@ -73,7 +73,7 @@ class FrontDoorServer:
             for observer in (metrics, access):
                 observer.started(method)
             metrics.handled(method, "UNAUTHENTICATED", 0.0)
-            access.handled(method, "UNAUTHENTICATED", 0.0, address=address_of(context))
+            access.handled(method, "UNAUTHENTICATED", 0.0, TOKEN_NEEDED, address=address_of(context))
 
         server = new_server(
             config.server,

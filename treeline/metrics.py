@@ -247,7 +247,7 @@ class FrontDoorMetrics:
         self._started.labels(method).inc()
         self.in_flight.labels(method).inc()
 
-    def handled(self, method: str, code: str, seconds: float) -> None:
+    def handled(self, method: str, code: str, seconds: float, error: str = "") -> None:
         self._handled.labels(method, code).inc()
         self._seconds.labels(method).observe(seconds)
         self.in_flight.labels(method).dec()

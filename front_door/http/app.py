@@ -16,8 +16,8 @@ from starlette.staticfiles import StaticFiles
 
 from front_door.access import AccessLog
 from front_door.http.answers import HttpCall, answer
-from front_door.http.errors import error_response, failed
-from front_door.http.guard import Guard
+from front_door.http.errors import ErrorResponse, failed
+from front_door.http.guard import JSON, Guard
 from front_door.http.openai_requests import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from front_door.http.openai_responses import ChatDialect, CompletionDialect
 from front_door.service import FrontDoor
@@ -53,13 +53,17 @@ def create_app(
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        return error_response(HTTPStatus(error.status_code), str(error.detail))
+        return ErrorResponse(HTTPStatus(error.status_code), str(error.detail))
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        match first:
+            case {"type": "json_invalid", "loc": ("body", int(place)), "ctx": {"error": why}}:
+                sent = f"it came as {request.state.sent_as}, {JSON} is wanted"
+                return ErrorResponse(HTTPStatus.BAD_REQUEST, f"body: not JSON ({why} at character {place}); {sent}")
         field = ".".join(str(part) for part in first["loc"][1:])
-        return error_response(HTTPStatus.BAD_REQUEST, f"{field or 'body'}: {first['msg']}", field or None)
+        return ErrorResponse(HTTPStatus.BAD_REQUEST, f"{field or 'body'}: {first['msg']}", field or None)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:

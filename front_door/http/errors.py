@@ -7,7 +7,8 @@ from http import HTTPStatus
 from typing import Any
 
 import grpc
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from treeline.errors import InvalidRequestError, TreelineError
 from treeline.rpc.status import RETRY_DELAY_S, code_of, retry_s
@@ -27,25 +28,33 @@ HTTP_STATUS = {
 RETRYABLE = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
-def error_response(
-    status: HTTPStatus,
-    message: str,
-    param: str | None = None,
-    code: str | None = None,
-    retry_after_s: float = RETRY_DELAY_S,
-) -> Response:
-    """An error in OpenAI's form."""
-    kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
-    headers = {"Retry-After": str(math.ceil(retry_after_s))} if status in RETRYABLE else {}
-    return JSONResponse({"error": error_object(message, kind, param, code)}, status, headers)
+class ErrorResponse(JSONResponse):
+    """An error in OpenAI's form. The access log gets its message, as `error` of the call's state."""
+
+    def __init__(
+        self,
+        status: HTTPStatus,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float = RETRY_DELAY_S,
+    ) -> None:
+        kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+        headers = {"Retry-After": str(math.ceil(retry_after_s))} if status in RETRYABLE else {}
+        super().__init__({"error": error_object(message, kind, param, code)}, status, headers)
+        self._message = message
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["error"] = self._message
+        await super().__call__(scope, receive, send)
 
 
 def error_object(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     return {"message": message, "type": kind, "param": param, "code": code}
 
 
-def failed(error: TreelineError) -> Response:
+def failed(error: TreelineError) -> ErrorResponse:
     code = code_of(error)
     param = error.violations[0].field if isinstance(error, InvalidRequestError) and error.violations else None
     status = HTTP_STATUS.get(code, HTTPStatus.INTERNAL_SERVER_ERROR)
-    return error_response(status, str(error), param, code.name.lower(), retry_s(error))
+    return ErrorResponse(status, str(error), param, code.name.lower(), retry_s(error))

@@ -3,18 +3,19 @@
 import asyncio
 import json
 import logging
+import urllib.error
 import urllib.request
 
 import grpc
 import pytest
 
-from front_door.access import MAX_REFUSALS_PER_S, AccessLog
+from front_door.access import MAX_ERROR_CHARS, MAX_REFUSALS_PER_S, AccessLog
 from front_door.http.guard import MAX_LOGGED_CHARS
 from tests.front_door.doors import METRICS, with_front_door
 from tests.front_door.http.calling import HELLO, post
 from tests.verifier_svc.fake_engine import FakeEngine, until
 from tests.verifier_svc.service.test_service import collect, failure, request
-from treeline.config import Config, LoggingConfig, ServerConfig
+from treeline.config import Config, LimitsConfig, LoggingConfig, ServerConfig
 from treeline.errors import EngineFailedError
 from treeline.rpc.interceptors import SERVICE
 from treeline.v1 import generation_pb2 as pb
@@ -150,3 +151,74 @@ def test_every_answer_names_its_request_and_what_is_polled_is_not_logged(lines):
     named, mine = with_front_door(scenario, FakeEngine())
     assert (len(named), mine) == (32, "mine")
     assert [(line["request_id"], line["code"]) for line in lines()] == [("wrong", "400")]
+
+
+REFUSED_OVER_HTTP = [
+    ("/v1/completions", {"prompt": 1}, {}, "400", "prompt"),
+    ("/v1/completions", b"prompt=hello", {}, "400", "not JSON"),
+    ("/v1/completions", {"prompt": "x", "max_tokens": 0}, {}, "400", "max_tokens"),
+    ("/v1/completions", {"prompt": "x", "model": "other"}, {}, "404", "other"),
+    ("/nowhere", {}, {}, "404", "Not Found"),
+    ("/load", {}, {}, "405", "Method Not Allowed"),
+    ("/tokenize", {"prompt": "x" * 2000}, {}, "400", "2000"),
+    ("/tokenize", {"prompt": "x" * (1 << 17)}, {}, "413", "limits.max_message_bytes"),
+    ("/tokenize", {"prompt": "x"}, {"content-type": "text/plain", "origin": "http://elsewhere"}, "415", "text/plain"),
+    ("/tokenize", {"prompt": "x"}, {"authorization": "Bearer letmeout"}, "401", "bearer token"),
+]
+
+
+def test_the_line_of_a_refusal_over_http_says_why(lines, tmp_path):
+    (tmp_path / "tokens").write_text("letmein\n")
+    server = ServerConfig(port=0, http={"port": 0}, token_file=tmp_path / "tokens")
+
+    async def scenario(s):
+        for path, body, headers, code, _ in REFUSED_OVER_HTTP:
+            headers = {"authorization": "Bearer letmein"} | headers
+            status, _, _ = await asyncio.to_thread(post, s.door.http.port, path, body, headers)
+            assert str(status) == code, path
+
+    limits = LimitsConfig(max_message_bytes=1 << 16)
+    with_front_door(scenario, FakeEngine(), config=Config(server=server, metrics=METRICS, limits=limits))
+    for line, (path, *_, code, why) in zip(lines(), REFUSED_OVER_HTTP, strict=True):
+        assert (line["method"], line["code"]) == (f"POST {path}", code)
+        assert why in line["error"], line
+        assert len(line["error"]) <= MAX_ERROR_CHARS
+
+
+def test_the_line_of_a_refusal_over_grpc_says_why(lines, tmp_path):
+    (tmp_path / "tokens").write_text("letmein\n")
+    server = ServerConfig(port=0, http={"port": 0}, token_file=tmp_path / "tokens")
+    token = (("authorization", "Bearer letmein"),)
+
+    async def scenario(s):
+        malformed = s.channel.unary_unary(f"/{SERVICE}/Tokenize")
+        for call in (
+            lambda: s.stub.Generate(request()),
+            lambda: s.stub.Generate(request(max_tokens=0), metadata=token),
+            lambda: s.stub.Tokenize(pb.TokenizeRequest(prompt="x" * 2000), metadata=token),
+            lambda: malformed(b"\x0a\x02\xff\xfe", metadata=token),
+            lambda: s.stub.Abort(pb.AbortRequest(request_ids=["none"]), metadata=token),
+        ):
+            await failure(call())
+        s.door._door.draining = True
+        await failure(s.stub.Generate(request(), metadata=token))
+
+    with_front_door(scenario, FakeEngine(), config=Config(server=server, metrics=METRICS))
+    whys = ("bearer token", "max_tokens", "2000", "not a valid message", "no such request", "shutting down")
+    for line, why in zip(lines(), whys, strict=True):
+        assert why in line["error"], line
+
+
+def test_what_breaks_an_http_call_is_told_apart_from_a_client_that_hung_up(lines, monkeypatch):
+    async def broken(self, message, context):
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr("front_door.service.FrontDoor.GetLoad", broken)
+
+    async def scenario(s):
+        url = f"http://127.0.0.1:{s.door.http.port}/load"
+        with pytest.raises(urllib.error.HTTPError, match="500"):
+            await asyncio.to_thread(urllib.request.urlopen, url)
+
+    with_front_door(scenario, FakeEngine())
+    assert [(line["code"], line["error"]) for line in lines()] == [("500", "ZeroDivisionError")]

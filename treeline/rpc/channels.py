@@ -13,7 +13,7 @@ import grpc
 
 from treeline.errors import ConfigError
 from treeline.rpc.interceptors import METHODS, MessageGuard
-from treeline.rpc.tokens import TokenFile, authorization
+from treeline.rpc.tokens import TOKEN_NEEDED, TokenFile, authorization
 
 if TYPE_CHECKING:
     from grpc_health.v1 import health
@@ -174,8 +174,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         async def refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
             if self._refused and details.method in METHODS:  # an invented name must not become a metric's label
                 self._refused(method, context)
-            problem = "a valid bearer token is needed (metadata 'authorization')"
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, problem)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"{TOKEN_NEEDED} (metadata 'authorization')")
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 

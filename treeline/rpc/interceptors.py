@@ -87,11 +87,12 @@ async def write_all(answer: Any, context: grpc.aio.ServicerContext) -> None:
 
 
 class CallObserver(Protocol):
-    """Counts calls: at the start by method ("Generate"), at the end also by gRPC code name ("OK"), with the seconds."""
+    """Hears of each call: at its start the method ("Generate"), at its end also the gRPC code's name ("OK"), the
+    seconds, and what a client was told whose call failed."""
 
     def started(self, method: str) -> None: ...
 
-    def handled(self, method: str, code: str, seconds: float) -> None: ...
+    def handled(self, method: str, code: str, seconds: float, error: str = "") -> None: ...
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -133,7 +134,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(unary, parse, handler.response_serializer)
 
     async def _finish(self, method: str, context: grpc.aio.ServicerContext, answer: Callable[[], Any]) -> Any:
-        code, started_s = grpc.StatusCode.OK, time.perf_counter()
+        code, told, started_s = grpc.StatusCode.OK, "", time.perf_counter()
         for observer in self._observers:
             observer.started(method)
         try:
@@ -144,18 +145,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             code = grpc.StatusCode.DEADLINE_EXCEEDED if out_of_time else grpc.StatusCode.CANCELLED
             raise
         except TreelineError as error:
-            code = code_of(error)
+            code, told = code_of(error), str(error)
             await abort_with(context, error)
         except grpc.aio.AioRpcError as error:
-            code = error.code()
+            code, told = error.code(), error.details() or ""
             await abort_as(context, error)
         except Exception:
             code, error_id = grpc.StatusCode.INTERNAL, uuid.uuid4().hex
+            told = f"internal error; the service's log has it as {error_id}"
             logger.exception("%s failed: %s", method, error_id)
-            await abort_with(context, RequestBrokenError(f"internal error; the service's log has it as {error_id}"))
+            await abort_with(context, RequestBrokenError(told))
         finally:
             for observer in self._observers:
-                observer.handled(method, code.name, time.perf_counter() - started_s)
+                observer.handled(method, code.name, time.perf_counter() - started_s, told)
 
 
 def _parsed(request: Any) -> Any:

@@ -18,6 +18,7 @@ from treeline.request import MAX_PRIORITY
 
 logger = logging.getLogger(__name__)
 
+TOKEN_NEEDED = "a valid bearer token is needed"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 

@@ -182,6 +182,50 @@ def test_bodies_are_bounded_and_must_be_json():
         port, path = s.door.http.port, "/v1/chat/completions"
         large = await asyncio.to_thread(post, port, path, b"x" * (1 << 17))
         broken = await asyncio.to_thread(post, port, path, b"{")
-        return large[0], broken[0], broken[2]["error"]["type"]
+        return large[0], broken[0], broken[2]["error"]
 
-    assert with_client(scenario, config=config) == (413, 400, "invalid_request_error")
+    large, broken, error = with_client(scenario, config=config)
+    assert (large, broken, error["type"]) == (413, 400, "invalid_request_error")
+    assert error["message"].startswith("body: not JSON (")
+
+
+FORM = "application/x-www-form-urlencoded"
+
+
+@pytest.mark.parametrize("content_type", [FORM, "text/plain; charset=utf-8", "", "application/json; charset=utf-8"])
+def test_a_body_that_is_json_is_taken_whatever_it_is_called(content_type):
+    """curl calls a body of `-d` a form unless it is told otherwise."""
+
+    async def scenario(client, s):
+        headers = {"Content-Type": content_type}
+        return await asyncio.to_thread(post, s.door.http.port, "/tokenize", {"prompt": "hi"}, headers)
+
+    status, _, answer = with_client(scenario)
+    assert (status, answer["count"]) == (200, 2)
+
+
+def test_a_form_is_told_what_is_wanted():
+    async def scenario(client, s):
+        headers = {"Content-Type": FORM}
+        return await asyncio.to_thread(post, s.door.http.port, "/tokenize", b"prompt=hi", headers)
+
+    status, _, answer = with_client(scenario)
+    assert (status, answer["error"]["param"]) == (400, None)
+    for said in ("not JSON", FORM, "application/json"):
+        assert said in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("content_type", [FORM, "text/plain", "multipart/form-data; boundary=x"])
+def test_a_page_of_another_site_cannot_ask_through_its_reader(content_type):
+    """Browsers send such bodies anywhere without asking first; for JSON they ask, and are refused."""
+
+    async def scenario(client, s):
+        headers = {"Content-Type": content_type, "Origin": "http://elsewhere"}
+        wrong = await asyncio.to_thread(post, s.door.http.port, "/tokenize", {"prompt": "hi"}, headers)
+        headers["Content-Type"] = "application/json"
+        return wrong, await asyncio.to_thread(post, s.door.http.port, "/tokenize", {"prompt": "hi"}, headers)
+
+    (status, _, answer), (own, _, _) = with_client(scenario)
+    assert (status, own) == (415, 200)
+    assert content_type in answer["error"]["message"]
+    assert "application/json" in answer["error"]["message"]
