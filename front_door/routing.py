@@ -30,7 +30,7 @@ MOST_LOAD: Bounds = dict.fromkeys(
 """Counts of requests in a load report: those of a thousand verifiers still add up to 32 bits."""
 
 OnPoll = Callable[[int], Awaitable[None]]
-"""Told after each round how many verifiers serve."""
+"""Told after each poll how many verifiers serve."""
 
 
 @dataclass(eq=False)
@@ -43,6 +43,7 @@ class Verifier:
         in_flight: answers that this front door has open there now.
         calls: all calls for clients that this front door has open there now.
         others: requests there that came by other ways, as of the last poll.
+        following: the task that polls; `polled`: it has done so once.
     """
 
     endpoint: str
@@ -54,6 +55,8 @@ class Verifier:
     others: int = 0
     load: pb.GetLoadResponse = field(default_factory=pb.GetLoadResponse)
     info: pb.GetModelInfoResponse | None = None
+    following: asyncio.Task[None] | None = None
+    polled: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def requests(self) -> int:
@@ -65,7 +68,7 @@ class Verifier:
 
     @contextmanager
     def calling(self, answers: int = 0) -> Iterator[pb_grpc.GenerationServiceStub]:
-        """For one call, of so many answers: the channel stays open meanwhile."""
+        """For one call that asks for `answers`: the channel stays open meanwhile."""
         self.calls += 1
         self.in_flight += answers
         try:
@@ -75,14 +78,14 @@ class Verifier:
             self.in_flight -= answers
 
     async def poll(self) -> None:
-        """Bring everything but in_flight up to date."""
-        service, health = self.stub, health_pb2_grpc.HealthStub(self.channel)
+        """Bring everything but `in_flight` and `calls` up to date, within POLL_TIMEOUT_S."""
+        health, in_flight = health_pb2_grpc.HealthStub(self.channel), self.in_flight
         try:
-            status = await health.Check(health_pb2.HealthCheckRequest(), timeout=POLL_TIMEOUT_S)
-            if self.info is None:
-                self.info = await service.GetModelInfo(pb.GetModelInfoRequest(), timeout=POLL_TIMEOUT_S)
-            in_flight = self.in_flight
-            load = await service.GetLoad(pb.GetLoadRequest(), timeout=POLL_TIMEOUT_S)
+            status, load, self.info = await asyncio.gather(
+                health.Check(health_pb2.HealthCheckRequest(), timeout=POLL_TIMEOUT_S),
+                self.stub.GetLoad(pb.GetLoadRequest(), timeout=POLL_TIMEOUT_S),
+                self._info(),
+            )
             check_numbers(load, MOST_LOAD)
         except ValueError as error:
             self._set_serving(False, f"a load report that makes no sense: {error}")
@@ -96,6 +99,15 @@ class Verifier:
         self.others = max(0, self.load.num_requests_running + self.load.num_requests_waiting - in_flight)
         self._set_serving(status.status == health_pb2.HealthCheckResponse.SERVING, "draining")
 
+    async def _info(self) -> pb.GetModelInfoResponse:
+        return self.info or await self.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=POLL_TIMEOUT_S)
+
+    async def close(self) -> None:
+        if self.following is not None:
+            self.following.cancel()
+            await asyncio.gather(self.following, return_exceptions=True)
+        await self.channel.close()
+
     def _set_serving(self, serving: bool, problem: str) -> None:
         if serving != self.serving:
             logger.info("verifier %s: %s", self.endpoint, "serving" if serving else problem)
@@ -103,20 +115,23 @@ class Verifier:
 
 
 class VerifierPool:
-    """Follows discovery, health and load of all verifiers in a background task."""
+    """Follows discovery in one background task, and each verifier's health and load in one of its own: a verifier that
+    hangs delays no news of the others."""
 
     def __init__(self, config: Config, discover: Discover, on_poll: OnPoll) -> None:
         self._config, self._discover, self._on_poll = config, discover, on_poll
         self._verifiers: dict[str, Verifier] = {}
         self._discovery_fails = False
-        self._task: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(cls, config: Config, discover: Discover, on_poll: OnPoll) -> VerifierPool:
-        """A pool that has looked around once."""
+        """A pool that has looked around once, and polled whoever answers."""
         pool = cls(config, discover, on_poll)
-        await pool._refresh()
-        pool._task = asyncio.create_task(pool._keep_fresh(), name="verifier-pool")
+        await pool._look()
+        await asyncio.gather(*(verifier.polled.wait() for verifier in pool._verifiers.values()))
+        await on_poll(len(pool.serving))  # There may be none to poll.
+        pool._looking = asyncio.create_task(pool._keep_looking(), name="verifier-pool")
         return pool
 
     @property
@@ -133,22 +148,33 @@ class VerifierPool:
         return min(self.serving, key=lambda v: (v is rather_not, v.requests, v.load.kv_blocks_used), default=None)
 
     def check(self) -> None:
-        """Raise RuntimeError if the background task has ended."""
-        if self._task is not None and self._task.done():
-            raise RuntimeError("the verifier pool is no longer refreshed")
+        """Raise RuntimeError if a background task has ended."""
+        tasks = (self._looking, *(verifier.following for verifier in self._verifiers.values()))
+        if any(task is not None and task.done() for task in tasks):
+            raise RuntimeError("the verifiers are no longer followed")
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        await asyncio.gather(*(verifier.channel.close() for verifier in self._verifiers.values()))
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+        await asyncio.gather(*(verifier.close() for verifier in self._verifiers.values()))
 
-    async def _keep_fresh(self) -> None:
+    async def _keep_looking(self) -> None:
         while True:
             await asyncio.sleep(POLL_INTERVAL_S)
-            await self._refresh()
+            await self._look()
 
-    async def _refresh(self) -> None:
+    async def _follow(self, verifier: Verifier) -> None:
+        while True:
+            try:
+                await verifier.poll()
+                await self._on_poll(len(self.serving))
+            finally:
+                verifier.polled.set()
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+    async def _look(self) -> None:
+        """Ask discovery, follow whoever is new, and forget whoever is gone and has no call open."""
         try:
             found = set(await self._discover())
             self._discovery_fails = False
@@ -159,10 +185,10 @@ class VerifierPool:
             found = set(self._verifiers)
         for endpoint in found - self._verifiers.keys():
             channel = connect(endpoint, self._config.internal, self._config.limits.max_message_bytes)
-            self._verifiers[endpoint] = Verifier(endpoint, channel)
-        await asyncio.gather(*(verifier.poll() for verifier in self._verifiers.values()))
+            self._verifiers[endpoint] = verifier = Verifier(endpoint, channel)
+            verifier.following = asyncio.create_task(self._follow(verifier), name=f"verifier {endpoint}")
         for endpoint, verifier in list(self._verifiers.items()):
             if endpoint not in found and not verifier.calls:
                 del self._verifiers[endpoint]
-                await verifier.channel.close()
-        await self._on_poll(len(self.serving))
+                await verifier.close()
+                await self._on_poll(len(self.serving))

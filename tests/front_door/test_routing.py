@@ -1,11 +1,13 @@
 """Which verifier a call goes to, as verifiers come, hang, drain and go."""
 
 import asyncio
+import socket
 
 import grpc
 import pytest
 from google.rpc.error_details_pb2 import RetryInfo
 
+from front_door.server import FrontDoorServer
 from tests.front_door.doors import CONFIG, METRICS, NOT_SERVING, SERVING, with_front_door
 from tests.verifier_svc.fake_engine import FakeEngine, ended, fake_verifier, until
 from tests.verifier_svc.service.test_service import collect, details, failure, request
@@ -109,6 +111,44 @@ def test_a_verifier_that_no_longer_answers_loses_its_place(monkeypatch):
         assert await s.health() == NOT_SERVING
 
     with_front_door(scenario, FakeEngine())
+
+
+def test_a_verifier_that_hangs_delays_no_news_of_the_others():
+    """It takes connections and never says a word: each poll of it lasts its whole timeout."""
+
+    async def scenario(s):
+        async def until_running(requests):
+            while (await s.stub.GetLoad(pb.GetLoadRequest())).num_requests_running != requests:
+                await asyncio.sleep(0.02)
+
+        with socket.create_server(("127.0.0.1", 0)) as hung:
+            s.found.append(f"127.0.0.1:{hung.getsockname()[1]}")
+            for requests in range(1, 6):
+                s.engines[0].elsewhere = requests
+                await asyncio.wait_for(until_running(requests), 1)
+            async with fake_verifier(FakeEngine()) as newcomer:
+                newcomer.engine.elsewhere = 10
+                s.found.append(newcomer.endpoint)
+                await asyncio.wait_for(until_running(15), 1.5)
+            await s.door.check()
+
+    with_front_door(scenario, FakeEngine())
+
+
+def test_a_front_door_starts_beside_a_verifier_that_hangs(monkeypatch):
+    monkeypatch.setattr("front_door.routing.POLL_TIMEOUT_S", 0.3)
+
+    async def scenario():
+        with socket.create_server(("127.0.0.1", 0)) as hung:
+
+            async def discover():
+                return [f"127.0.0.1:{hung.getsockname()[1]}"]
+
+            async with asyncio.timeout(1.3):
+                door = await FrontDoorServer.start(CONFIG, discover)
+            await door.stop(0)
+
+    asyncio.run(scenario())
 
 
 def test_one_poll_that_fails_oddly_costs_a_verifier_nothing(monkeypatch):
