@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import socket
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from safetensors import SafetensorError, safe_open
 
 from cli.options import ConfigFile
 from treeline.config import Config
@@ -13,6 +16,8 @@ from treeline.config_file import load_config
 from treeline.errors import ConfigError
 from treeline.rpc.channels import family_of
 from treeline.rpc.tokens import read_tokens
+
+GGUF_MAGIC = b"GGUF"
 
 
 def serve(
@@ -52,11 +57,62 @@ def check_startable(config: Config) -> None:
     check_port_free(config.server.host, config.server.port, "server.port")
     if config.server.http.enabled:
         check_port_free(config.server.host, config.server.http.port, "server.http.port")
-    from lm.store import check_tokenizer, resolve_model
+    target = check_model(config.verifier.target.model)
+    if config.drafter.model is not None:
+        check_model(config.drafter.model.model)
+    if config.drafter.head is not None and (config.drafter.kind == "auto" or "head" in config.drafter.kind):
+        check_head(str(config.drafter.head), tuple(config.drafter.head_layers or ()), target)
 
-    for model in (config.verifier.target, config.drafter.model):
-        if model is not None:
-            check_tokenizer(resolve_model(model.model))
+
+def check_model(spec: str) -> Path:
+    """The folder of a model whose files can be opened. Weights are not read.
+
+    Raises:
+        ConfigError: a file is missing or damaged.
+    """
+    from lm.store import check_tokenizer, one_line, resolve_model
+
+    path = Path(spec).expanduser()
+    if path.suffix == ".gguf" and path.is_file() and path.open("rb").read(len(GGUF_MAGIC)) != GGUF_MAGIC:
+        raise ConfigError(f"model file '{path}' is no GGUF file")
+    file = path / "config.json"
+    try:
+        if file.is_file():
+            json.loads(file.read_text())
+        folder = resolve_model(spec)
+        check_tokenizer(folder)
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "np"):
+                pass
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"cannot read {file}: {one_line(error)}") from None
+    return folder
+
+
+def check_head(spec: str, feature_layers: tuple[int, ...], target: Path) -> None:
+    """Raises ConfigError, naming the head, unless it can be one of the target's, by the shapes that both tell."""
+    from lm.checkpoints.eagle3 import read_config, read_tensors
+    from lm.store import one_line, resolve_head
+
+    folder = resolve_head(spec)
+    told = json.loads((target / "config.json").read_text())
+    told = told.get("text_config", told)
+    try:
+        head = read_config(folder, told.get("num_hidden_layers", 0), feature_layers)
+        read_tensors(folder)
+    except ConfigError:
+        raise
+    except Exception as error:  # a folder of something else raises anything
+        raise ConfigError(f"cannot load the draft head {folder}: {one_line(error)}") from None
+    wanted, served = (
+        (head.target_hidden_size, head.target_vocab_size),
+        (told.get("hidden_size"), told.get("vocab_size")),
+    )
+    if None not in served and wanted != served:
+        raise ConfigError(
+            f"the draft head {folder} is for a target of hidden size {wanted[0]} and {wanted[1]} tokens, "
+            f"not for {target.name} ({served[0]}, {served[1]})"
+        )
 
 
 def check_policies(config: Config) -> None:

@@ -16,10 +16,8 @@ from typer.testing import CliRunner
 import lm.store
 from cli.doctor import examine
 from cli.main import app
-from cli.serve import check_startable
 from treeline import __version__
-from treeline.config import Config, ServerConfig, VerifierConfig
-from treeline.errors import ConfigError
+from treeline.config import Config, ServerConfig
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1 import generation_pb2_grpc as pb_grpc
 
@@ -235,39 +233,6 @@ def test_a_wrong_file_is_one_line_and_exit_2(tmp_path, command, text):
     assert (result.exit_code, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1
     assert "wrong.yaml" in result.stderr
-
-
-def test_serve_stops_before_anything_starts_if_something_is_missing(tmp_path):
-    free, taken = ServerConfig(port=0, http={"port": 0}), socket.create_server(("127.0.0.1", 0))
-    port = taken.getsockname()[1]
-    wrong = [
-        (Config(server=free, verifier=VerifierConfig(default_policy="sharp")), "sharp"),
-        (Config(server=free, verifier=VerifierConfig(target={"model": "/no/such/model"})), "/no/such/model"),
-        (Config(server=ServerConfig(port=port)), f"{port}: .* see server.port"),
-        (Config(server=ServerConfig(port=0, http={"port": port})), f"{port}: .* see server.http.port"),
-        (Config(server=ServerConfig(port=0, token_file=tmp_path / "none")), "none"),
-        (Config(server=ServerConfig(port=0, tls={"certificate": "c.pem", "private_key": "k.pem"})), "c.pem"),
-    ]
-    with taken:
-        for config, named in wrong:
-            with pytest.raises(ConfigError, match=named):
-                check_startable(config)
-
-
-def test_serve_refuses_a_damaged_tokenizer(tmp_path):
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (tmp_path / name).write_text("{}")
-    free = ServerConfig(port=0, http={"port": 0})
-    with pytest.raises(ConfigError, match="cannot load the tokenizer in"):
-        check_startable(Config(server=free, verifier=VerifierConfig(target={"model": str(tmp_path)})))
-
-
-def test_serve_checks_the_default_model_without_loading_torch():
-    code = (
-        "import sys; from cli.main import main; from cli.serve import check_startable; from treeline.config import *;"
-    )
-    code += "check_startable(Config(server={'port': 0, 'http': {'port': 0}})); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_models_lists_the_cache(tmp_path, monkeypatch):

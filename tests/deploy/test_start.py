@@ -154,7 +154,6 @@ def test_sigterm_during_the_start_ends_it_quietly(target, tmp_path):
     [
         ("limits", {"max_context_tokens": 4096}, "verifier did not start: limits.max_context_tokens is 4096"),
         ("planner", {"resources": {"num_gpus": 64}}, "the services ask for 64 GPUs"),
-        pytest.param("drafter", {"kind": "head", "head": "nowhere"}, "drafter did not start: ", marks=pytest.mark.slow),
     ],
 )
 def test_a_start_that_fails_says_why_in_one_line(target, tmp_path, section, values, cause):
