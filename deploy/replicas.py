@@ -125,8 +125,8 @@ class FrontDoorReplica(Replica):
         services = {**services, "front-door": _equals()}
 
         async def pages() -> dict[str, list[str]]:
-            found = await asyncio.gather(*(_ask_all(handle, "metrics_target") for handle in services.values()))
-            return dict(zip(services, found, strict=True))
+            answers = await asyncio.gather(*(_ask_all(handle, "metrics_target") for handle in services.values()))
+            return {service: found for service, (found, _) in zip(services, answers, strict=True)}
 
         checked = self.configured(config)
         self.front_door = self.server = await FrontDoorServer.start(checked, discover(services["verifier"]), pages)
@@ -145,17 +145,23 @@ class FrontDoorReplica(Replica):
 async def known_profiles(verifiers: DeploymentHandle) -> list[dict[str, str]]:
     """What verifiers that run have measured of their devices. Without an answer in time a device is measured again."""
     try:
-        return await _ask_all(verifiers, "profiles")
+        found, silent = await _ask_all(verifiers, "profiles")
     except TimeoutError:
-        logger.warning("no device profiles from other verifiers within %g s", DISCOVERY_TIMEOUT_S)
-        return []
+        found, silent = [], True
+    if silent:
+        logger.warning("not all other verifiers sent their device profiles within %g s", DISCOVERY_TIMEOUT_S)
+    return found
 
 
 def discover(handle: DeploymentHandle) -> Discover:
-    """Asks all live replicas of a deployment where they listen."""
+    """Asks all live replicas of a deployment where they listen. While one does not answer, the known ones stay."""
+    known: set[str] = set()
 
     async def endpoints() -> list[str]:
-        return await _ask_all(handle, "endpoint", ray.util.get_node_ip_address())
+        nonlocal known
+        found, silent = await _ask_all(handle, "endpoint", ray.util.get_node_ip_address())
+        known = {*found, *(known if silent else ())}
+        return list(known)
 
     return endpoints
 
@@ -182,15 +188,22 @@ def _equals() -> DeploymentHandle:
     return serve.get_deployment_handle(context.deployment, context.app_name)
 
 
-async def _ask_all(handle: DeploymentHandle, method: str, *arguments: str) -> list[Any]:
-    """The answers of all replicas that run; those that fail are left out.
+async def _ask_all(handle: DeploymentHandle, method: str, *arguments: str) -> tuple[list[Any], int]:
+    """The answers of all replicas that run, and how many gave none within DISCOVERY_TIMEOUT_S. Those that fail are left
+    out.
 
     Raises:
-        TimeoutError: they did not come within DISCOVERY_TIMEOUT_S.
+        TimeoutError: Serve did not say which replicas there are.
     """
-    answers = handle.broadcast(method, *arguments).results_async(return_exceptions=True)
     try:
-        found = await asyncio.wait_for(answers, DISCOVERY_TIMEOUT_S)
+        # `results_async` waits for the slowest: a replica that hangs would hide all others.
+        asking = handle.broadcast(method, *arguments)._fetch_replica_results_async()
+        asked = await asyncio.wait_for(asking, DISCOVERY_TIMEOUT_S)
     except DeploymentUnavailableError:  # none runs
-        return []
-    return [answer for answer in found if not isinstance(answer, BaseException)]
+        return [], 0
+    answers = [asyncio.ensure_future(replica.get_async()) for replica in asked]
+    answered, silent = await asyncio.wait(answers, timeout=DISCOVERY_TIMEOUT_S)
+    for answer in silent:
+        answer.cancel()
+    found = await asyncio.gather(*answered, return_exceptions=True)
+    return [answer for answer in found if not isinstance(answer, BaseException)], len(silent)

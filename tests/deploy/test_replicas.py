@@ -8,7 +8,7 @@ import gc
 import pytest
 
 from deploy import replicas
-from deploy.replicas import known_profiles, unreachable
+from deploy.replicas import discover, known_profiles, unreachable
 from treeline.rpc.channels import OWN_ADDRESS, freeze_started, reachable_host
 
 HERE, THERE = "10.0.0.1", "10.0.0.2"
@@ -36,20 +36,68 @@ def test_a_server_on_all_interfaces_names_the_address_that_ray_knows(monkeypatch
     assert reachable_host("127.0.0.1") == "127.0.0.1"
 
 
-class Silent:
-    """A handle whose replicas do not answer."""
+SILENT = object()
 
-    def broadcast(self, method):
+
+class Replicas:
+    """A handle of replicas with these answers, one of which may be an exception, or SILENT."""
+
+    def __init__(self, *answers):
+        self.answers = answers
+
+    def broadcast(self, method, *arguments):
         return self
 
-    async def results_async(self, return_exceptions):
+    async def _fetch_replica_results_async(self):
+        return [Replica(answer) for answer in self.answers]
+
+
+class Unknown(Replicas):
+    """Serve does not say which replicas there are."""
+
+    async def _fetch_replica_results_async(self):
         await asyncio.sleep(60)
+
+
+class Replica:
+    def __init__(self, answer):
+        self.answer = answer
+
+    async def get_async(self):
+        if self.answer is SILENT:
+            await asyncio.sleep(60)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
 
 
 def test_a_verifier_starts_although_others_do_not_send_their_profiles(monkeypatch, caplog):
     monkeypatch.setattr(replicas, "DISCOVERY_TIMEOUT_S", 0.01)
-    assert asyncio.run(known_profiles(Silent())) == []
-    assert [record.message for record in caplog.records] == ["no device profiles from other verifiers within 0.01 s"]
+    said = ["not all other verifiers sent their device profiles within 0.01 s"]
+    for handle, profiles in ((Replicas(SILENT, {"a": "b"}), [{"a": "b"}]), (Unknown(), [])):
+        caplog.clear()
+        assert asyncio.run(known_profiles(handle)) == profiles
+        assert [record.message for record in caplog.records] == said
+
+
+def test_a_replica_that_hangs_hides_no_other(monkeypatch):
+    """It stays known itself, as it may only be busy; one that is gone does not answer at all."""
+    monkeypatch.setattr(replicas, "DISCOVERY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: HERE)
+    handle = Replicas("a:1", "b:1")
+    endpoints = discover(handle)
+
+    async def found(*answers):
+        handle.answers = answers
+        return sorted(await endpoints())
+
+    async def scenario():
+        assert await found("a:1", "b:1") == ["a:1", "b:1"]
+        assert await found("a:1", SILENT, "c:1") == ["a:1", "b:1", "c:1"]
+        assert await found(SILENT, SILENT) == ["a:1", "b:1", "c:1"]
+        assert await found("a:1", RuntimeError("broken")) == ["a:1"]
+
+    asyncio.run(scenario())
 
 
 def test_the_collector_passes_over_what_lives_at_the_start():
