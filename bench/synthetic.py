@@ -63,7 +63,7 @@ class SyntheticProposer:
         answers: by prompt, the token ids that the target said.
     """
 
-    source = Source.SYNTHETIC
+    source = Source.MODEL
 
     def __init__(
         self, acceptance: Acceptance, answers: dict[tuple[int, ...], list[int]], vocab_size: int, seed: int = 0

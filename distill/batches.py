@@ -72,10 +72,6 @@ class Corpus:
         self.training = [sample for sample in distinct if sample.index % HELD_OUT_EVERY]
         self._files: dict[Path, Any] = {}
 
-    @property
-    def training_tokens(self) -> int:
-        return sum(sample.length for sample in self.training)
-
     def frequent_tokens(self, count: int, vocab_size: int) -> Tensor:
         """int64 [count], increasing: the tokens the target wrote most; of those it never wrote, the lowest."""
         written = Counter[int]()

@@ -93,11 +93,6 @@ class Shard:
     turn_starts: list[int]
     token_ids: Tensor
 
-    def features(self) -> Tensor:
-        """[tokens, width], read from disk."""
-        with safe_open(self.path, "pt") as file:
-            return file.get_tensor("features")
-
 
 def read_shard(path: Path) -> Shard:
     with safe_open(path, "pt") as file:

@@ -22,7 +22,6 @@ class Source(IntEnum):
 
     MODEL = 0
     NGRAM = 1
-    SYNTHETIC = 2
 
 
 @dataclass(frozen=True)
@@ -58,21 +57,6 @@ class Forest:
     def empty(trees: int) -> Forest:
         """Trees without nodes."""
         return Forest(np.zeros(trees, np.intp), *(np.zeros(0, dtype) for dtype in COLUMNS.values()))
-
-    @staticmethod
-    def of_tree(
-        token_ids: Sequence[int],
-        parents: Sequence[int],
-        draft_probs: Sequence[float] | None = None,
-        source: Source = Source.MODEL,
-    ) -> Forest:
-        """One tree, from plain sequences; probabilities default to 1."""
-        n = len(token_ids)
-        columns = (token_ids, parents, draft_probs or [1.0] * n, [source] * n)
-        return Forest(
-            np.asarray([n], np.intp),
-            *(np.asarray(column, dtype) for column, dtype in zip(columns, COLUMNS.values(), strict=True)),
-        )
 
     @staticmethod
     def join(forests: Sequence[Forest]) -> Forest:

@@ -16,7 +16,7 @@ from treeline.messages import Bounds, check_numbers, from_message, to_message
 from treeline.v1 import generation_pb2
 from treeline.v1 import planning_pb2 as pb
 
-SOURCES, DEPTHS, PROB_BINS = 3, 8, 16
+SOURCES, DEPTHS, PROB_BINS = 2, 8, 16
 """Axes of the calibration: `treeline.forest.Source`; depth, the last one for all deeper ones, `limits.max_tree_depth`
 being 8 by default; bin of the draft probability. With them a cell in use sees a few nodes per step."""
 

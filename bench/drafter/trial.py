@@ -28,7 +28,7 @@ from treeline.drafting import NO_FEATURES, DraftRequest, DraftSequence
 from treeline.forest import ROOT, Forest
 from treeline.sampling import SamplingParams
 from treeline.step_record import NodeOutcomes
-from verifier_svc.engine.walk import Walk, concatenate, observed, target_walks
+from verifier_svc.engine.walk import Walk, observed, target_walks
 from verifier_svc.speculation.hidden_states import WINDOW_TOKENS
 from verifier_svc.speculation.prompt_lookup import Allowance, PromptLookup
 
@@ -90,8 +90,9 @@ class Tally:
 
 def reliability(outcomes: list[NodeOutcomes]) -> dict[str, Any]:
     """Bins of the drafter's own probability with what was accepted in each, and the expected calibration error."""
-    together = concatenate(outcomes)
-    probs, accepted = together.draft_probs, together.accepted
+    seen = [NodeOutcomes.empty(), *outcomes]
+    probs = np.concatenate([one.draft_probs for one in seen])
+    accepted = np.concatenate([one.accepted for one in seen])
     bins = np.minimum((probs * BINS).astype(int), BINS - 1)
     rows = []
     for index in np.unique(bins).tolist():

@@ -11,6 +11,7 @@ from planner.fast.acceptance import prior
 from planner.fast.rule import Pruning, Requests, prune_batch
 from planner.fast.step_prices import StepPrices
 from planner.policies import Policy
+from tests.trees import tree_of
 from treeline.forest import Forest
 from treeline.plan import CostCurve, CostModel, Plan
 from treeline.step_record import NodeOutcomes, StepRecord
@@ -30,7 +31,7 @@ def linear_cost(fixed_s: float = 0.03, token_s: float = 0.001, **changes: float)
 def random_tree(random: np.random.Generator, most: int) -> Forest:
     n = int(random.integers(0, most + 1))
     parents = [int(random.integers(-1, i)) if i else -1 for i in range(n)]
-    return Forest.of_tree(list(range(n)), parents, random.uniform(0.01, 1.0, n).tolist())
+    return tree_of(list(range(n)), parents, random.uniform(0.01, 1.0, n).tolist())
 
 
 class Drafted(NamedTuple):

@@ -17,6 +17,7 @@ from drafter_svc.server import check_request
 from planner.policies import parse_policy
 from planner.service.loop import PlanMaker, VerifierState
 from tests.planner.builders import Drafted, linear_cost, outcomes, plan_with, prices_of, prune, random_tree, record
+from tests.trees import tree_of
 from treeline.config import Config
 from treeline.drafting import (
     DraftReply,
@@ -67,7 +68,7 @@ REQUEST = DraftRequest(
 )
 REPLY = DraftReply(
     7,
-    Forest.join([Forest.of_tree([1, 2, 3], [-1, 0, 0], [0.9, 0.5, 0.2]), Forest.of_tree([], [])]),
+    Forest.join([tree_of([1, 2, 3], [-1, 0, 0], [0.9, 0.5, 0.2]), tree_of([], [])]),
     {4: 1},
     DraftStats(0.01, (1, 2), 3, (0.002, 0.003)),
 )
@@ -232,7 +233,7 @@ def test_curves_that_would_end_an_engine_are_refused():
     with pytest.raises(ValueError, match="falls"):
         plan_from_proto(message)
     message = plan_to_proto(PLAN)
-    message.calibration.acceptance[700] = math.nan
+    message.calibration.acceptance[500] = math.nan
     with pytest.raises(ValueError, match="acceptance"):
         plan_from_proto(message)
 

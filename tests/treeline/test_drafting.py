@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from planner.fast.builtin_plan import builtin_plan
+from tests.trees import tree_of
 from treeline.config import MAX_TREE_DEPTH, LimitsConfig
 from treeline.drafting import (
     DraftReply,
@@ -22,7 +23,7 @@ from treeline.sampling import SamplingParams
 PLAN = builtin_plan(LimitsConfig())
 SAMPLING = SamplingParams(0.75, 0.5, 40, 1.25, 2**64 - 1, 0.5, -0.25, 0.125, {7: 1.5, 49151: -2.0})
 SEQUENCE = DraftSequence(2**63, 5, [1, 2, 49151], SAMPLING, "eagle2:5,4,16", 16, 5, 2.0)
-TREE = Forest.of_tree([5, 6, 7], [-1, 0, -1], [0.5, 0.25, 0.125])
+TREE = tree_of([5, 6, 7], [-1, 0, -1], [0.5, 0.25, 0.125])
 
 
 def over_the_wire(message):
@@ -69,7 +70,7 @@ def test_replies_arrive_as_they_were_sent():
 
 
 def test_a_bad_tree_costs_that_tree_and_is_counted():
-    got = received(DraftReply(9, Forest.join([TREE, Forest.of_tree([100], [-1])])))
+    got = received(DraftReply(9, Forest.join([TREE, tree_of([100], [-1])])))
     assert (got.forest.sizes.tolist(), got.refused) == ([3, 0], 1)
 
 

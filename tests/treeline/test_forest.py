@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from tests.planner.builders import random_tree
+from tests.trees import tree_of
 from treeline.forest import COLUMNS, ROOT, Forest, Source, checked, forest_from_proto, forest_to_proto
 from treeline.v1 import drafting_pb2 as pb
 
 #        root
 #       5    7
 #      6 8    5
-TREE = Forest.of_tree([5, 7, 6, 8, 5], [-1, -1, 0, 0, 1], [0.5, 0.3, 0.5, 0.2, 0.9])
+TREE = tree_of([5, 7, 6, 8, 5], [-1, -1, 0, 0, 1], [0.5, 0.3, 0.5, 0.2, 0.9])
 
 
 def forests(count: int) -> list[Forest]:
@@ -117,7 +118,7 @@ def test_a_bad_tree_costs_that_tree_alone(column, values):
 
 
 def test_a_tree_beyond_its_allowance_is_refused():
-    deep = Forest.of_tree([1, 2, 3], [-1, 0, 1])
+    deep = tree_of([1, 2, 3], [-1, 0, 1])
     got, refused = checked(
         Forest.join([TREE, TREE, deep, deep]), np.asarray([4, 5, 9, 9]), np.asarray([9, 2, 3, 2]), 10
     )

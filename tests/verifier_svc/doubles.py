@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tests.trees import tree_of
 from treeline.drafting import DraftReply, DraftRequest, FeatureSpec
 from treeline.forest import ROOT, Forest
 
@@ -68,7 +69,7 @@ class OracleDrafter:
             if on_path is None:
                 break
         probs = random.uniform(0.05, 1.0, len(token_ids)).tolist()
-        return Forest.of_tree(token_ids, parents, probs)
+        return tree_of(token_ids, parents, probs)
 
 
 class SilentLink:

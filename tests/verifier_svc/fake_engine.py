@@ -34,8 +34,8 @@ from verifier_svc.engine.request import (
     StepExplanation,
     TokenLogprobs,
 )
+from verifier_svc.service.fields import ServedModel
 from verifier_svc.service.service import GenerationServicer
-from verifier_svc.service.validation import ServedModel
 
 INFO = ServedModel("fake", "FakeForCausalLM", "float32", 256, 1024, frozenset({0}), has_chat_template=True)
 

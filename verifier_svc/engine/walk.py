@@ -99,10 +99,3 @@ def observed(forest: Forest, chosen: NDArray[np.bool_], walks: list[Walk], sampl
         draft_probs=forest.draft_probs[reached],
         accepted=accepted[1:][reached],
     )
-
-
-def concatenate(outcomes: list[NodeOutcomes]) -> NodeOutcomes:
-    if not outcomes:
-        return NodeOutcomes.empty()
-    names = ("sources", "depths", "first", "sampled", "draft_probs", "accepted")
-    return NodeOutcomes(*(np.concatenate([getattr(o, name) for o in outcomes]) for name in names))

@@ -12,7 +12,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from treeline.errors import FieldViolation, InvalidRequestError
 from treeline.v1 import generation_pb2 as pb
 from verifier_svc.engine.grammar import Grammar
-from verifier_svc.service.validation import ServedModel
+from verifier_svc.service.fields import ServedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -27,11 +27,11 @@ from verifier_svc.engine.engine import Engine
 from verifier_svc.engine.request import Chunk, Completion
 from verifier_svc.service.async_engine import AsyncEngine
 from verifier_svc.service.chat import tool_call_format
+from verifier_svc.service.fields import ServedModel
 from verifier_svc.service.profile import warm_up
 from verifier_svc.service.profile_cache import verification_profile
 from verifier_svc.service.service import GenerationServicer
 from verifier_svc.service.speedup import Speedup
-from verifier_svc.service.validation import ServedModel
 from verifier_svc.speculation.link import RemoteLink, wait_for_info
 
 logger = logging.getLogger(__name__)

@@ -34,9 +34,9 @@ from verifier_svc.engine.request import (
     TokenLogprobs,
 )
 from verifier_svc.service.chat import Prompt, token_ids_of
+from verifier_svc.service.fields import ServedModel
 from verifier_svc.service.grammars import GrammarCompiler
 from verifier_svc.service.validation import (
-    ServedModel,
     answer_id,
     parse_detokenize,
     parse_generate,

@@ -12,6 +12,7 @@ from planner.fast.cost import verify_seconds
 from planner.fast.rule import MAX_ACCEPTANCE, PricedFrontier, another_layer
 from planner.policies import parse_policy
 from tests.planner.builders import Drafted, linear_cost, plan_with, prices_of, prune, random_tree
+from tests.trees import tree_of
 from treeline.forest import ROOT, Forest
 from treeline.plan import CostCurve, CostModel
 
@@ -111,7 +112,7 @@ def check_against_brute_force(
 def test_of_equal_nodes_the_earlier_are_kept():
     tokens = tuple(range(1, 17))
     cost = CostModel((CostCurve(1, 64, tokens, tuple(0.03 if n <= 4 else 0.06 for n in tokens)),))
-    tree = Forest.of_tree(list(range(6)), [-1, -1, -1, -1, 0, 1], [0.05] * 4 + [0.9] * 2)
+    tree = tree_of(list(range(6)), [-1, -1, -1, -1, 0, 1], [0.05] * 4 + [0.9] * 2)
     pruning = prune([Drafted(tree, SMART, 1.0, False)], plan_with(cost))
     assert pruning.keep[0].tolist() == [True, True, True, False, False, False]
 
@@ -120,14 +121,14 @@ def test_a_staircase_is_climbed_past_a_node_that_does_not_pay_by_itself():
     # 1 to 8 tokens cost the same, the ninth costs a lot; each node alone is worth little.
     tokens = tuple(range(1, 17))
     cost = CostModel((CostCurve(1, 64, tokens, tuple(0.03 if n <= 8 else 0.06 for n in tokens)),))
-    tree = Forest.of_tree(list(range(12)), [-1] * 12, [0.05] * 12)
+    tree = tree_of(list(range(12)), [-1] * 12, [0.05] * 12)
     pruning = prune([Drafted(tree, SMART, 1.0, False)], plan_with(cost))
     assert int(pruning.keep[0].sum()) == 7
 
 
 def test_waiting_requests_raise_the_price_and_shrink_the_tree():
     plan = plan_with(linear_cost())
-    tree = Forest.of_tree(list(range(8)), [-1, 0, 1, 2, 3, 4, 5, 6], [0.8] * 8)
+    tree = tree_of(list(range(8)), [-1, 0, 1, 2, 3, 4, 5, 6], [0.8] * 8)
     candidates = [Drafted(tree, SMART, 1.0, False)]
     alone = prune(candidates, plan)
     queued = prune(candidates, plan, startable=8)
@@ -136,7 +137,7 @@ def test_waiting_requests_raise_the_price_and_shrink_the_tree():
 
 
 def test_a_step_that_is_dear_enough_verifies_nothing():
-    tree = Forest.of_tree([1, 2], [-1, 0], [0.3, 0.3])
+    tree = tree_of([1, 2], [-1, 0], [0.3, 0.3])
     plan = plan_with(linear_cost(fixed_s=0.001, token_s=0.05))
     pruning = prune([Drafted(tree, SMART, 1.0, False)], plan)
     assert not pruning.keep[0].any()
@@ -144,7 +145,7 @@ def test_a_step_that_is_dear_enough_verifies_nothing():
 
 
 def test_higher_weight_takes_nodes_from_lower():
-    tree = Forest.of_tree(list(range(6)), [-1, 0, 1, 2, 3, 4], [0.7] * 6)
+    tree = tree_of(list(range(6)), [-1, 0, 1, 2, 3, 4], [0.7] * 6)
     plan = plan_with(linear_cost(token_s=0.004))
     heavy, light = prune([Drafted(tree, SMART, 4.0, False), Drafted(tree, SMART, 0.25, False)], plan).keep
     assert heavy.sum() > light.sum()
@@ -154,7 +155,7 @@ def test_a_prompt_in_the_step_makes_nodes_no_cheaper():
     # The pass gets dearer by the token from 64 tokens on: a prompt makes it long, and its nodes dear.
     tokens = (1, 64, 512)
     plan = plan_with(CostModel((CostCurve(1, 64, tokens, (0.02, 0.02, 0.244)),)))
-    tree = Forest.of_tree(list(range(4)), [-1, 0, 1, 2], [0.45] * 4)
+    tree = tree_of(list(range(4)), [-1, 0, 1, 2], [0.45] * 4)
     candidates = [Drafted(tree, SMART, 1.0, False)] * 4
     alone = prune(candidates, plan)
     beside = prune(candidates, plan, prompt_tokens=400)
@@ -184,13 +185,13 @@ def test_nodes_that_pay_are_never_refused_before_they_are_looked_at(shape):
 
 
 def test_drafts_that_do_not_pay_make_time_no_cheaper():
-    tree = Forest.of_tree([1], [-1], [0.3])
+    tree = tree_of([1], [-1], [0.3])
     pruning = prune([Drafted(tree, SMART, 1.0, False)], plan_with(linear_cost()), draft_s=1.0)
     assert pruning.price == pytest.approx(1 / 0.031)
 
 
 def test_the_best_node_left_out_says_what_a_node_has_to_be_worth():
-    tree = Forest.of_tree(list(range(6)), [-1, 0, 1, 2, 3, 4], [0.7] * 6)
+    tree = tree_of(list(range(6)), [-1, 0, 1, 2, 3, 4], [0.7] * 6)
     plan = plan_with(linear_cost(token_s=0.01))
     pruning = prune([Drafted(tree, SMART, 1.0, False)], plan)
     kept = int(pruning.keep[0].sum())

@@ -10,6 +10,7 @@ from planner.policies import parse_policy
 from planner.policies.smart import SPARE
 from planner.service.loop import PlanMaker, VerifierState
 from tests.planner.builders import Drafted, prune, record
+from tests.trees import tree_of
 from treeline.config import LimitsConfig, PlannerConfig
 from treeline.forest import ROOT, Forest
 from treeline.plan import CostCurve, CostModel, Plan, VerifierProfile
@@ -34,7 +35,7 @@ def bushy_tree() -> Forest:
         parents += [on_path, on_path]
         on_path = len(parents) - 2
         probs += [0.7, 0.2]
-    return Forest.of_tree(list(range(10)), parents, probs)
+    return tree_of(list(range(10)), parents, probs)
 
 
 class World:

@@ -13,15 +13,15 @@ from planner.service.latency import PROMETHEUS
 from planner.service.loop import PlanMaker, VerifierState
 from planner.service.objectives import AIM
 from tests.planner.builders import Drafted, prune, record
+from tests.trees import tree_of
 from treeline.config import LimitsConfig, ObjectivesConfig, PlannerConfig
-from treeline.forest import Forest
 from treeline.plan import CostCurve, Plan, VerifierProfile
 
 BATCH = 4
 STEP_S = 0.05
 CURVE = CostCurve(1, 64, (1, 8, 256), (0.018, 0.02, 0.268))
 """Flat to 8 tokens, then 1 ms each."""
-TREE = Forest.of_tree(list(range(8)), [-1, 0, 1, 2, 3, 4, 5, 6], [0.85] * 8)
+TREE = tree_of(list(range(8)), [-1, 0, 1, 2, 3, 4, 5, 6], [0.85] * 8)
 OBJECTIVES = ObjectivesConfig(inter_token_p95_ms=40, time_to_first_token_p95_ms=500)
 
 

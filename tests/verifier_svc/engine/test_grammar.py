@@ -17,8 +17,8 @@ from treeline.sampling import SamplingParams
 from treeline.v1 import generation_pb2 as pb
 from verifier_svc.engine.grammar import Grammar
 from verifier_svc.engine.request import Chunk, FinishReason, GenerationRequest
+from verifier_svc.service.fields import ServedModel
 from verifier_svc.service.grammars import GrammarCompiler
-from verifier_svc.service.validation import ServedModel
 
 SCHEMA = {
     "type": "object",

@@ -13,6 +13,7 @@ from scipy.stats import chisquare
 from lm.model import LanguageModel
 from planner.fast.builtin_plan import builtin_plan
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
+from tests.trees import tree_of
 from treeline.config import Config, LimitsConfig, ModelConfig, VerifierConfig
 from treeline.drafting import DraftReply, DraftRequest
 from treeline.forest import Forest
@@ -20,8 +21,8 @@ from treeline.sampling import SamplingParams
 from treeline.v1 import generation_pb2 as pb
 from verifier_svc.engine.engine import Engine
 from verifier_svc.engine.request import Chunk, GenerationRequest
+from verifier_svc.service.fields import ServedModel
 from verifier_svc.service.grammars import GrammarCompiler
-from verifier_svc.service.validation import ServedModel
 from verifier_svc.speculation.link import LocalLink
 
 DRAWS = {"grammar": 4_000}
@@ -75,10 +76,10 @@ class LikelyDrafter:
         if shape == 0:
             return Forest.empty(1)
         if shape == 1:
-            return Forest.of_tree(best[:1], [-1])
+            return tree_of(best[:1], [-1])
         if shape == 2:
-            return Forest.of_tree(best[:4], [-1] * 4)
-        return Forest.of_tree([*best[:3], 5, 6, 7], [-1, -1, -1, 0, 0, 1])
+            return tree_of(best[:4], [-1] * 4)
+        return tree_of([*best[:3], 5, 6, 7], [-1, -1, -1, 0, 0, 1])
 
     def close(self) -> None:
         pass

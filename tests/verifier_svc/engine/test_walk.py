@@ -1,12 +1,13 @@
 import numpy as np
 
+from tests.trees import tree_of
 from treeline.forest import Forest
-from verifier_svc.engine.walk import Walk, concatenate, observed, target_walks
+from verifier_svc.engine.walk import Walk, observed, target_walks
 
 #        root
 #       5    7
 #      6 8    5
-TREE = Forest.of_tree([5, 7, 6, 8, 5], [-1, -1, 0, 0, 1], [0.6, 0.3, 0.5, 0.2, 0.9])
+TREE = tree_of([5, 7, 6, 8, 5], [-1, -1, 0, 0, 1], [0.6, 0.3, 0.5, 0.2, 0.9])
 
 
 def walk(own_tokens: list[int]) -> Walk:
@@ -52,10 +53,6 @@ def test_a_batch_shows_what_each_of_its_pruned_trees_would_alone():
         observed(tree, np.ones(len(tree), np.bool_), [walk], [sampled])
         for tree, walk, sampled in zip(map(kept.tree, range(3)), walks, (False, True, True), strict=True)
     ]
-    for name, column in vars(concatenate(alone)).items():
-        np.testing.assert_array_equal(getattr(together, name), column)
+    for name, column in vars(together).items():
+        np.testing.assert_array_equal(column, np.concatenate([getattr(one, name) for one in alone]))
     assert together.draft_probs.tolist() == np.asarray([0.6, 0.3, 0.2, 0.6, 0.5], np.float32).tolist()
-
-
-def test_concatenation_of_nothing_is_empty():
-    assert len(concatenate([]).accepted) == 0

@@ -3,8 +3,8 @@ import pytest
 from tests.lm.tiny import tiny_tokenizer
 from treeline.errors import InvalidRequestError
 from treeline.v1 import generation_pb2 as pb
+from verifier_svc.service.fields import ServedModel
 from verifier_svc.service.grammars import MAX_GRAMMAR_CHARS, GrammarCompiler
-from verifier_svc.service.validation import ServedModel
 
 
 def compiler() -> GrammarCompiler:

@@ -8,14 +8,8 @@ from treeline.errors import InvalidRequestError, UnknownModelError
 from treeline.sampling import SamplingParams
 from treeline.v1 import generation_pb2 as pb
 from verifier_svc.service.chat import Chat
-from verifier_svc.service.validation import (
-    MAX_VIOLATIONS,
-    UNSET,
-    ServedModel,
-    parse_generate,
-    parse_tokenize,
-    with_prompt,
-)
+from verifier_svc.service.fields import MAX_VIOLATIONS, ServedModel
+from verifier_svc.service.validation import UNSET, parse_generate, parse_tokenize, with_prompt
 
 INFO = ServedModel(
     "m", "arch", "float32", vocab_size=100, max_context_tokens=64, eos_token_ids=frozenset({0}), has_chat_template=True

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from planner.fast.builtin_plan import builtin_plan
+from tests.trees import tree_of
 from treeline.config import Config, VerifierConfig
 from treeline.drafting import DraftRequest, DraftSequence
-from treeline.forest import Forest, forest_to_proto
+from treeline.forest import forest_to_proto
 from treeline.rpc.channels import bind, new_server
 from treeline.rpc.local_stream import LocalServer, LocalStream
 from treeline.sampling import SamplingParams
@@ -31,7 +32,7 @@ Behaviour = Callable[[pb.DraftRequest], "pb.DraftResponse | Exception | None"]
 
 
 def good(request: pb.DraftRequest) -> pb.DraftResponse:
-    return pb.DraftResponse(step_id=request.step_id, forest=forest_to_proto(Forest.of_tree([5], [-1])))
+    return pb.DraftResponse(step_id=request.step_id, forest=forest_to_proto(tree_of([5], [-1])))
 
 
 class ScriptedDrafter(DraftingServiceServicer):
@@ -243,7 +244,7 @@ def test_a_verifier_moves_when_its_drafter_is_always_late(with_drafters):
 def test_a_bad_tree_costs_its_step_a_tree_and_nothing_else(with_drafters):
     async def use(steps: Steps, drafter: ScriptedDrafter) -> None:
         await steps.ready()
-        bad = replace(Forest.of_tree([5], [-1]), sources=np.asarray([3], np.uint8))
+        bad = replace(tree_of([5], [-1]), sources=np.asarray([3], np.uint8))
         drafter.answer = lambda request: pb.DraftResponse(step_id=request.step_id, forest=forest_to_proto(bad))
         reply = await steps.draft()
         assert reply is not None

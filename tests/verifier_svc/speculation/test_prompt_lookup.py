@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from planner.fast.acceptance import prior
+from tests.trees import tree_of
 from treeline.forest import ROOT, Forest, Source, checked
 from verifier_svc.speculation.prompt_lookup import Allowance, PromptLookup
 
@@ -84,18 +85,18 @@ TEXT = [1, 2, 3, 4, 5, 6, 9, 2, 3]
 
 
 def test_the_text_goes_on_below_the_root_beside_the_models_nodes():
-    tree = grafted([Forest.of_tree([7, 8], [ROOT, 0], [0.6, 0.5])], [TEXT], depth=3)
+    tree = grafted([tree_of([7, 8], [ROOT, 0], [0.6, 0.5])], [TEXT], depth=3)
     assert paths(tree) == [(7,), (7, 8), (4,), (4, 5), (4, 5, 6)]
     assert tree.sources.tolist() == [0, 0, 1, 1, 1]
 
 
 def test_it_goes_on_below_nodes_whose_path_ends_as_the_text_did_before():
-    tree = grafted([Forest.of_tree([7, 1, 2], [ROOT, 0, 1], [0.6, 0.5, 0.9])], [[1, 2, 3, 4, 8]], depth=5)
+    tree = grafted([tree_of([7, 1, 2], [ROOT, 0, 1], [0.6, 0.5, 0.9])], [[1, 2, 3, 4, 8]], depth=5)
     assert paths(tree) == [(7,), (7, 1), (7, 1, 2), (7, 1, 2, 3), (7, 1, 2, 3, 4)]
 
 
 def test_a_node_that_both_propose_is_there_once_from_the_surer_one():
-    sure, unsure = (grafted([Forest.of_tree([4], [ROOT], [prob])], [TEXT], depth=1) for prob in (0.95, 0.05))
+    sure, unsure = (grafted([tree_of([4], [ROOT], [prob])], [TEXT], depth=1) for prob in (0.95, 0.05))
     assert (paths(sure), sure.sources.tolist()) == ([(4,)], [Source.MODEL])
     assert (paths(unsure), unsure.sources.tolist()) == ([(4,)], [Source.NGRAM])
     assert unsure.draft_probs[0] > 0.3
@@ -112,7 +113,7 @@ def test_every_tree_of_a_batch_gets_its_own_and_stays_within_its_allowance():
             for _ in range(int(random.integers(0, 8))):
                 row = int(random.integers(-1, len(rows))), int(random.integers(4))
                 rows += [row] if row not in rows else []
-            trees.append(Forest.of_tree([t for _, t in rows], [p for p, _ in rows], [0.4] * len(rows)))
+            trees.append(tree_of([t for _, t in rows], [p for p, _ in rows], [0.4] * len(rows)))
         forest = grafted(trees, texts, nodes=5, depth=6)
         sizes = np.asarray([len(tree) for tree in trees])
         assert checked(forest, sizes + 5, np.full(count, 8), 4)[1] == 0
@@ -125,7 +126,7 @@ def test_every_tree_of_a_batch_gets_its_own_and_stays_within_its_allowance():
 def test_what_a_grammar_forces_is_proposed_within_the_allowance():
     lookup = PromptLookup()
     assert lookup.read(0, [1, 2], [7, 8, 9]) > 0.9
-    tree = lookup.graft(Forest.of_tree([7, 5], [ROOT, 0], [0.1, 0.1]), [Allowance(0, False, 1, 3)], PRIOR)
+    tree = lookup.graft(tree_of([7, 5], [ROOT, 0], [0.1, 0.1]), [Allowance(0, False, 1, 3)], PRIOR)
     assert paths(tree) == [(7,), (7, 5), (7, 8)]
     assert tree.draft_probs[[0, 2]].min() > 0.9, "it is surer of 7 than the model"
     assert lookup.graft(Forest.empty(1), [Allowance(0, True, 8, 2)], PRIOR).token_ids.tolist() == [7, 8]

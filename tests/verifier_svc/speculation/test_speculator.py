@@ -10,6 +10,7 @@ from lm.model import LanguageModel
 from planner.fast.acceptance import prior
 from planner.fast.gate import PROBE_REQUESTS
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
+from tests.trees import tree_of
 from treeline.config import Config, DrafterConfig, LimitsConfig, ModelConfig, VerifierConfig
 from treeline.drafting import DraftReply, DraftRequest
 from treeline.forest import Forest
@@ -59,7 +60,7 @@ class ChainLink:
             self.asked.append(len(request.sequences))
             self.weights.append([sequence.weight for sequence in request.sequences])
             self.limits_s.append(timeout_s)
-        tree = Forest.of_tree([5, 6, 7, 8], [-1, 0, 1, 2], [0.7] * 4)
+        tree = tree_of([5, 6, 7, 8], [-1, 0, 1, 2], [0.7] * 4)
         fits = [s.max_nodes >= 4 and s.max_depth >= 4 for s in request.sequences]
         forest = Forest.join([Forest.empty(0), *(tree if each else Forest.empty(1) for each in fits)])
         return DraftReply(request.step_id, forest)
