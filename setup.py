@@ -21,7 +21,6 @@ setup(
         "grpcio-status>=1.85.1",
         "jinja2>=3.1",
         "llguidance>=1.9,<2",
-        "matplotlib>=3.10",
         "numpy>=2",
         "prometheus-client>=0.26",
         "psutil>=7",

@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from lm.device import processor_name
 from treeline.errors import ConfigError
 
 OWN_PROMPTS = Path(__file__).parent / "prompts.jsonl"
-VERSIONS_OF = ("treeline-serve", "torch", "transformers", "ray", "grpcio")
+VERSIONS_OF = ("treeline-serve", "torch", "transformers", "ray", "grpcio", "openvino-genai", "llama-cpp-python")
+
+
+Row = dict[str, Any]
+"""A row of a report."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,13 @@ def load_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
         raise ConfigError(f'{path}: every line must be {{"id", "category", "turns": [...]}} ({error})') from None
 
 
-def write_report(path: Path, config: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> None:
+def spread(name: str, values: Sequence[float]) -> Row:
+    """The median of `values` as `name`, the extremes as `name_min` and `name_max`; None where there are no values."""
+    found = (median(values), min(values), max(values)) if values else (None, None, None)
+    return dict(zip((name, f"{name}_min", f"{name}_max"), found, strict=True))
+
+
+def write_report(path: Path, config: dict[str, Any], rows: list[Row], **more: Any) -> None:
     """Write a benchmark's JSON: machine, versions, config, rows, and what else it found."""
     report = {"machine": machine(), "versions": versions(), "config": config, "rows": rows, **more}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,4 +65,9 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: version(name) for name in VERSIONS_OF}
+    """Of Python, and of those of VERSIONS_OF that are installed."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONS_OF:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

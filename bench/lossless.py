@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.common import Prompt
+from bench.common import Prompt, Row
 from bench.local_engine import encode, greedy_answers, planned_engine
 from lm.device import torch_dtype
 from lm.model import LanguageModel
@@ -35,33 +35,6 @@ class Difference:
     prompt: str
     position: int
     logit_gap: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """One way of running the engine, over all prompts."""
-
-    drafter: str
-    policy: str
-    batch: int
-    prompts: int
-    tokens: int
-    accepted_nodes: int
-    differences: list[Difference]
-
-    def row(self) -> dict:
-        gaps = [d.logit_gap for d in self.differences]
-        return {
-            "drafter": self.drafter,
-            "policy": self.policy,
-            "batch": self.batch,
-            "prompts": self.prompts,
-            "identical": self.prompts - len(gaps),
-            "tokens": self.tokens,
-            "accepted_nodes": self.accepted_nodes,
-            "largest_logit_gap": max(gaps, default=0.0),
-            "differences": [vars(d) for d in self.differences],
-        }
 
 
 class Reference:
@@ -111,8 +84,8 @@ def run_lossless(
     max_tokens: int,
     policies: tuple[str, ...] = POLICIES,
     on_progress: Callable[[str], None] = lambda what: None,
-) -> list[Result]:
-    """Every drafter with every policy alone, then all policies mixed in batches of 8."""
+) -> list[Row]:
+    """Every drafter with every policy alone, then all policies mixed in batches of 8: one row each."""
     on_progress("reference")
     reference = Reference(target)
     encoded = [encode(reference.tokenizer, prompt) for prompt in prompts]
@@ -120,7 +93,7 @@ def run_lossless(
     model = LanguageModel.load(target)
     on_progress("device profile")
     curves = profile_verification(model, model.new_cache(PROFILE_CACHE_TOKENS, 16))
-    results = []
+    rows: list[Row] = []
     for name, drafter in drafters.items():
         for batch, policy in [*((1, policy) for policy in policies), (BATCH, "mixed")]:
             on_progress(f"{name}, {policy}, batch {batch}")
@@ -132,5 +105,17 @@ def run_lossless(
                 for prompt, token_ids, answer, mine in zip(prompts, encoded, answers, ours, strict=True)
             ]
             differences = [d for d in found if d is not None]
-            results.append(Result(name, policy, batch, len(prompts), sum(map(len, ours)), accepted, differences))
-    return results
+            rows.append(
+                {
+                    "drafter": name,
+                    "policy": policy,
+                    "batch": batch,
+                    "prompts": len(prompts),
+                    "identical": len(prompts) - len(differences),
+                    "tokens": sum(map(len, ours)),
+                    "accepted_nodes": accepted,
+                    "largest_logit_gap": max((d.logit_gap for d in differences), default=0.0),
+                    "differences": [vars(d) for d in differences],
+                }
+            )
+    return rows

@@ -24,11 +24,11 @@ from bench.load import (
     Request,
     System,
     closed_loop,
+    in_turns,
     measure,
     open_loop,
     poisson_arrivals,
 )
-from bench.turns import in_turns
 from lm.cpu.threads import own_cores
 from planner.policies import canonical_spellings
 

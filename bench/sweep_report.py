@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
+from bench.common import Row, spread
 from bench.load import Answer
 from bench.sweep import OFF, Result
 
 FIXED = ("off", "chain:", "static:", "sequoia:", "eagle2:", "opt-tree:")
 """Policies whose trees are as large at any load."""
 ORACLE = "oracle-fixed"
-SMART, PAPER, EAGLE = "smart", "smart-paper", "eagle2:"
-MEAN_OVER = (4, 32)
-"""Concurrency from and to which the geometric mean is taken."""
+SMART, PAPER = "smart", "smart-paper"
 
-Row = dict[str, Any]
 Rounds = dict[int, float]
 """Tokens per second of one policy at one load, by round."""
 
@@ -31,7 +27,7 @@ def report(results: Sequence[Result]) -> dict[str, Any]:
     return {
         "rows": [*policy_rows(closed, "concurrency"), *oracle_rows(closed)],
         "open_loop": policy_rows(arrived, "rate"),
-        "summary": summary(closed),
+        "ratios": ratios(closed),
         "identical_outputs": not differences,
         "compared_outputs": compared,
         "different_outputs": differences,
@@ -48,7 +44,7 @@ def policy_rows(results: Sequence[Result], load_name: str) -> list[Row]:
         measured = [asdict(result.measured) for result in cell]
         for name in measured[0]:
             if name != "rejected":
-                row |= _spread(name, [m[name] for m in measured if m[name] is not None])
+                row |= spread(name, [m[name] for m in measured if m[name] is not None])
         if load_name == "rate":
             row["rejected"] = sum(m["rejected"] for m in measured)
         rows.append(row)
@@ -67,22 +63,21 @@ def oracle_rows(closed: Sequence[Result]) -> list[Row]:
     return [{**row, "policy": ORACLE, "setting": row["policy"]} for row in best.values()]
 
 
-def summary(closed: Sequence[Result]) -> dict[str, Any]:
-    """`smart` against what it has to beat: per concurrency, and in the mean against the best single EAGLE-2 setting.
+def ratios(closed: Sequence[Result]) -> list[Row]:
+    """Tokens per second of `smart` over those of what it has to beat, by concurrency.
 
     A ratio is the median of the rounds' ratios: blocks of one round ran near to each other, on the same prompts.
     """
     rates = _rates(closed)
     oracle = {row["concurrency"]: row["setting"] for row in oracle_rows(closed)}
-    loads = sorted({load for load, _ in rates})
-    ratios = []
-    for load in loads:
+    rows = []
+    for load in sorted({load for load, _ in rates}):
         row: Row = {"concurrency": load, "setting": oracle.get(load)}
         for name, policy in ((OFF, OFF), (ORACLE, oracle.get(load)), (PAPER, PAPER)):
-            values = _ratios(rates.get((load, SMART), {}), rates.get((load, policy or ""), {}))
-            row |= _spread(f"{SMART}/{name}", values)
-        ratios.append(row)
-    return {"ratios": ratios, "against_best_eagle2": _against_best_eagle(rates, loads)}
+            values = _over(rates.get((load, SMART), {}), rates.get((load, policy or ""), {}))
+            row |= spread(f"{SMART}/{name}", values)
+        rows.append(row)
+    return rows
 
 
 def compare_outputs(results: Sequence[Result]) -> tuple[int, list[Row]]:
@@ -120,22 +115,6 @@ def first_difference(reference: Answer, answer: Answer) -> int | None:
     return common if shorter.finished else None
 
 
-def _against_best_eagle(rates: dict[tuple[float, str], Rounds], loads: Sequence[float]) -> Row | None:
-    """The geometric mean of `smart`'s ratios to the EAGLE-2 setting that is best in the geometric mean."""
-    over = [load for load in loads if MEAN_OVER[0] <= load <= MEAN_OVER[1] and (load, SMART) in rates]
-    settings = [p for p in dict.fromkeys(p for _, p in rates) if p.startswith(EAGLE)]
-    settings = [p for p in settings if all(_ratios(rates[load, SMART], rates.get((load, p), {})) for load in over)]
-    if not over or not settings:
-        return None
-
-    def mean(value: Callable[[float], float]) -> float:
-        return float(np.exp(np.mean([np.log(value(load)) for load in over])))
-
-    best = max(settings, key=lambda p: mean(lambda load: float(np.median(list(rates[load, p].values())))))
-    ratio = mean(lambda load: float(np.median(_ratios(rates[load, SMART], rates[load, best]))))
-    return {"setting": best, "concurrency": over, "geometric_mean": ratio}
-
-
 def _cells(results: Sequence[Result]) -> dict[tuple[float, str], list[Result]]:
     """Results by load and policy, in the order in which they were first run."""
     cells: dict[tuple[float, str], list[Result]] = {}
@@ -152,14 +131,8 @@ def _rates(closed: Sequence[Result]) -> dict[tuple[float, str], Rounds]:
     }
 
 
-def _ratios(numerator: Rounds, denominator: Rounds) -> list[float]:
+def _over(numerator: Rounds, denominator: Rounds) -> list[float]:
     return [numerator[round_] / denominator[round_] for round_ in numerator if round_ in denominator]
-
-
-def _spread(name: str, values: Sequence[float]) -> Row:
-    if not values:
-        return {name: None, f"{name}_min": None, f"{name}_max": None}
-    return {name: float(np.median(values)), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
 def _key(result: Result) -> tuple[str, float, int]:

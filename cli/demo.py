@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +18,12 @@ from rich.table import Table
 
 from cli.options import ConfigFile
 from cli.serve import check_startable
+from cli.terminal import Narrator
 from treeline.client import TreelineClient
 from treeline.config_file import load_config
 from treeline.rpc.tokens import read_tokens
 from treeline.v1 import generation_pb2 as pb
 
-LINE_CHARS = 88
 PASSAGE = (
     "The harbour of Kilmory was built in 1823 for the herring fleet. At its height, two hundred boats landed their "
     "catch there each week, and the curing yards employed half of the town. When the herring left in 1911, the boats "
@@ -253,34 +252,6 @@ def follow(
             show(prompt.label, message.text)
     show(prompt.label, "\n")
     return Outcome(first_s, time.perf_counter() - started_s, text, complete, steps)
-
-
-class Narrator:
-    """Prints several streams at once so that each can be read: a labelled line whenever one of them has filled it."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._pending: dict[str, str] = {}
-        self._lock = threading.Lock()
-
-    def __call__(self, label: str, text: str) -> None:
-        with self._lock:
-            text = self._pending.get(label, "") + text
-            while cut := line_end(text):
-                line, text = text[:cut].rstrip(), text[cut:]
-                if line:
-                    self._console.print(f"[bold]{label:>8}[/] | {escape(line)}", highlight=False, soft_wrap=True)
-            self._pending[label] = text
-
-
-def line_end(text: str) -> int:
-    """How many characters to print as one line; 0 while there is no whole line yet."""
-    newline = text.find("\n", 0, LINE_CHARS + 1)
-    if newline >= 0:
-        return newline + 1
-    if len(text) > LINE_CHARS:
-        return text.rfind(" ", 0, LINE_CHARS) + 1 or LINE_CHARS
-    return 0
 
 
 def comparison(title: str, prompts: tuple[DemoPrompt, ...], turns: Turns) -> Table:

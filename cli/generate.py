@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.options import DEFAULT_SERVER, PlaintextToken, Server, TlsCa, Token
+from cli.options import PlaintextToken, Server, TlsCa, Token
 from treeline.client import TreelineClient
 from treeline.client.as_dict import as_dict
-from treeline.client.base import Message, texts_of
+from treeline.client.base import DEFAULT_SERVER, Message, texts_of
 from treeline.v1 import generation_pb2 as pb
 
 

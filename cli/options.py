@@ -12,8 +12,6 @@ from treeline.errors import ConfigError
 
 Number = TypeVar("Number", int, float)
 
-DEFAULT_SERVER = "127.0.0.1:50051"
-
 Server = Annotated[str, typer.Option(envvar="TREELINE_SERVER", help="host:port of the service.")]
 Token = Annotated[str | None, typer.Option(envvar="TREELINE_TOKEN", help="Bearer token.", show_default=False)]
 TlsCa = Annotated[

@@ -31,14 +31,13 @@ def profile(
     if as_json:
         typer.echo(json.dumps([asdict(curve) for curve in curves]))
         return
-    from rich.console import Console
-    from rich.table import Table
+    from cli.terminal import show_table
 
-    table = Table(title=f"{model.name}, {str(model.dtype).removeprefix('torch.')}, {model.device}: milliseconds a pass")
-    table.add_column("tokens", justify="right")
-    for curve in curves:
-        table.add_column(f"sequences {curve.sequences}\ncontext {curve.context_tokens}", justify="right")
+    headings = [f"sequences {curve.sequences}\ncontext {curve.context_tokens}" for curve in curves]
     columns = [dict(zip(curve.tokens, curve.seconds, strict=True)) for curve in curves]
-    for tokens in sorted(set().union(*columns)):
-        table.add_row(str(tokens), *(f"{column[tokens] * 1e3:.1f}" if tokens in column else "" for column in columns))
-    Console().print(table)
+    rows = [
+        [str(tokens), *(f"{column[tokens] * 1e3:.1f}" if tokens in column else "" for column in columns)]
+        for tokens in sorted(set().union(*columns))
+    ]
+    device = f"{str(model.dtype).removeprefix('torch.')}, {model.device}"
+    show_table(f"{model.name}, {device}: milliseconds a pass", ["tokens", *headings], rows, names=0)

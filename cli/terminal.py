@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+LINE_CHARS = 88
+"""Of text in a line, so that a label fits in front of it on a terminal of 100 columns."""
 
 
 class Counted:
@@ -35,14 +40,42 @@ class Counted:
         self._progress.stop()
 
 
-def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> Table:
-    """The first `names` columns are text, the others numbers."""
-    made = Table(title=title)
+class Narrator:
+    """Prints several streams at once so that each can be read: a labelled line whenever one of them has filled it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._pending: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, label: str, text: str) -> None:
+        with self._lock:
+            text = self._pending.get(label, "") + text
+            while cut := line_end(text):
+                line, text = text[:cut].rstrip(), text[cut:]
+                if line:
+                    self._console.print(f"[bold]{label:>8}[/] | {escape(line)}", highlight=False, soft_wrap=True)
+            self._pending[label] = text
+
+
+def line_end(text: str) -> int:
+    """How many characters to print as one line; 0 while there is no whole line yet."""
+    newline = text.find("\n", 0, LINE_CHARS + 1)
+    if newline >= 0:
+        return newline + 1
+    if len(text) > LINE_CHARS:
+        return text.rfind(" ", 0, LINE_CHARS) + 1 or LINE_CHARS
+    return 0
+
+
+def show_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> None:
+    """Print a table. The first `names` columns are text, the others numbers."""
+    table = Table(title=title)
     for index, heading in enumerate(headings):
-        made.add_column(heading, justify="left" if index < names else "right")
+        table.add_column(heading, justify="left" if index < names else "right")
     for row in rows:
-        made.add_row(*row)
-    return made
+        table.add_row(*row)
+    Console().print(table)
 
 
 def number(value: float | None, digits: int = 1) -> str:

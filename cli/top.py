@@ -10,8 +10,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from cli.options import DEFAULT_SERVER, PlaintextToken, Server, TlsCa, Token
+from cli.options import PlaintextToken, Server, TlsCa, Token
 from treeline.client import TreelineClient
+from treeline.client.base import DEFAULT_SERVER
 from treeline.v1 import generation_pb2 as pb
 
 

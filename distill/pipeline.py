@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from distill.batches import Corpus
 from distill.corpus import CorpusMeta, CorpusWriter
@@ -117,7 +117,10 @@ def train_head(
     _, output = shared_layers(hf, draft_ids)
     vocabulary = vocabulary_sha256(load_tokenizer(resolve_model(target.model)))
     final_norm = final_norm_of(hf)
-    module = initial_module(head_config(hf, vocabulary, recipe), final_norm)
+    shape = hf.config.get_text_config()
+    read = (*(layer + 1 for layer in recipe.feature_layers), shape.num_hidden_layers)
+    config = head_config(shape, read, recipe.draft_vocab_size, vocabulary)
+    module = initial_module(config, final_norm)
     weights = (embedding.weight.detach(), output.weight.detach(), final_norm)
     trainer = Trainer(module, *weights, corpus, recipe.training, folder / CHECKPOINT)
     held_out = trainer.run(on_progress)
@@ -125,25 +128,26 @@ def train_head(
     return held_out
 
 
-def head_config(hf: PreTrainedModel, vocabulary: str, recipe: Recipe) -> HeadConfig:
-    """A head of the target's own proportions."""
-    config = hf.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
+def head_config(
+    target: PreTrainedConfig, feature_layers: tuple[int, ...], draft_vocab_size: int, vocabulary_sha256: str = ""
+) -> HeadConfig:
+    """A head of the target's own proportions. `feature_layers`: as `FeatureTap` counts them."""
+    rope = getattr(target, "rope_parameters", None) or {}
     return HeadConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        norm_eps=getattr(config, "rms_norm_eps", 1e-6),
+        hidden_size=target.hidden_size,
+        intermediate_size=target.intermediate_size,
+        heads=target.num_attention_heads,
+        kv_heads=target.num_key_value_heads,
+        head_dim=getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
+        norm_eps=getattr(target, "rms_norm_eps", 1e-6),
         rope={"rope_type": "default", "rope_theta": rope.get("rope_theta", EAGLE_ROPE_THETA)},
-        feature_layers=(*(layer + 1 for layer in recipe.feature_layers), config.num_hidden_layers),
-        target_hidden_size=config.hidden_size,
-        target_vocab_size=config.vocab_size,
-        draft_vocab_size=recipe.draft_vocab_size,
+        feature_layers=feature_layers,
+        target_hidden_size=target.hidden_size,
+        target_vocab_size=target.vocab_size,
+        draft_vocab_size=draft_vocab_size,
         norm_before_residual=True,
         fc_norm=True,
-        vocabulary_sha256=vocabulary,
+        vocabulary_sha256=vocabulary_sha256,
     )
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from treeline import __version__
 from treeline.client import TreelineClient
 from treeline.client.as_dict import as_dict
+from treeline.client.base import DEFAULT_SERVER
 from treeline.errors import ConfigError, TreelineError
 
-DEFAULT_SERVER = "127.0.0.1:50051"
 SAMPLING = (("max-tokens", int), ("temperature", float), ("top-p", float), ("top-k", int), ("seed", int))
 
 

@@ -1,11 +1,10 @@
-"""What trials of a drafter say: summaries, the cost of passes, the speed-up that follows, a plot."""
+"""What trials of a drafter say: summaries, the cost of passes, the speed-up that follows."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -85,22 +84,3 @@ def evaluation(model: LanguageModel, trials: dict[str, DrafterTrial], kind: str)
     }
     summaries = {name: tallies.pop("") for name, tallies in by_kind.items()}
     return Evaluation(model.name, summaries, by_kind, costs_s)
-
-
-def plot_acceptance(path: Path, summaries: dict[str, dict[str, Any]]) -> None:
-    """Acceptance by depth, and reliability, of each drafter."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    depth, reliability_axes = figure.subplots(1, 2)
-    for name, summary in summaries.items():
-        by_depth = summary["acceptance_by_depth"]
-        depth.plot(list(map(int, by_depth)), list(by_depth.values()), marker="o", label=name)
-        rows = summary["reliability"]
-        reliability_axes.plot([r["probability"] for r in rows], [r["accepted"] for r in rows], marker="o", label=name)
-    depth.set(xlabel="depth", ylabel="share of reached nodes with an accepted child", ylim=(0, 1), title="tree of 16")
-    reliability_axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
-    reliability_axes.set(xlabel="drafter's probability", ylabel="accepted", title="reliability")
-    depth.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import median
+
+from bench.common import Row, spread
 
 Answers = list[list[int]]
 Answerer = Callable[[list[list[int]], int], Answers]
@@ -39,24 +40,6 @@ class Missing:
     reason: str
 
 
-@dataclass(frozen=True)
-class PeerRow:
-    """One peer at one concurrency; the median over rounds, with the slowest and the fastest.
-
-    Attributes:
-        agreement: share of answers identical to transformers' plain greedy ones.
-    """
-
-    system: str
-    mode: str
-    concurrency: int
-    tokens_per_s: float
-    tokens_per_s_min: float
-    tokens_per_s_max: float
-    agreement: float
-    note: str
-
-
 @dataclass
 class Lineup:
     """Who takes part, and who cannot. The first peer's answers are the reference.
@@ -87,10 +70,12 @@ def run_peers(
     rounds: int,
     concurrencies: list[int],
     on_progress: Callable[[str], None] = lambda what: None,
-) -> list[PeerRow]:
+) -> list[Row]:
     """Every peer answers all prompts once a round, all peers in turns; its first prompt alone warms it up.
 
     A peer that fails on its first prompt is moved to the missing ones.
+
+    A row is one peer at one concurrency; "agreement": the share of answers that equal transformers' plain greedy ones.
 
     Args:
         on_progress: called with what comes next: each peer's warm-up, each peer at each concurrency in each round.
@@ -113,8 +98,8 @@ def run_peers(
         for concurrency in concurrencies:
             run = (index, 1 if peer.serial else concurrency)
             same = sum(a == b for a, b in zip(answers[run], reference, strict=True)) / len(prompts)
-            spread = (median(rates[run]), min(rates[run]), max(rates[run]))
-            rows.append(PeerRow(peer.system, peer.mode, concurrency, *spread, same, peer.note))
+            named = {"system": peer.system, "mode": peer.mode, "concurrency": concurrency}
+            rows.append({**named, **spread("tokens_per_s", rates[run]), "agreement": same, "note": peer.note})
     return rows
 
 

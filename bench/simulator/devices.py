@@ -19,6 +19,8 @@ LAUNCH_S = 20e-6
 """Host and launch time of one layer of a model, an assumption."""
 STEP_OVERHEAD_S = 1e-3
 """Scheduling, sampling and streaming of a step, an assumption."""
+ROUND_TRIP_S = 0.3e-3
+"""To a drafter in another process and back, an assumption."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def preset(name: str) -> Device:
     curves = tuple(_curve(target, GPUS[gpu], context) for context in CONTEXTS)
     layer_s = head.layers * LAUNCH_S + 2 * head.parameters / GPUS[gpu].bytes_s
     node_s = 2 * head.parameters / GPUS[gpu].flop_s
-    return Device(name, VerifierProfile(curves, layer_s, node_s), 0.3e-3, STEP_OVERHEAD_S)
+    return Device(name, VerifierProfile(curves, layer_s, node_s), ROUND_TRIP_S, STEP_OVERHEAD_S)
 
 
 def measured(path: Path, draft_layer_s: float, draft_node_s: float) -> Device:
@@ -101,7 +103,7 @@ def measured(path: Path, draft_layer_s: float, draft_node_s: float) -> Device:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not what `treeline profile --json` prints ({error})") from None
-    return Device(path.name, VerifierProfile(curves, draft_layer_s, draft_node_s), 0.3e-3, STEP_OVERHEAD_S)
+    return Device(path.name, VerifierProfile(curves, draft_layer_s, draft_node_s), ROUND_TRIP_S, STEP_OVERHEAD_S)
 
 
 def _curve(model: Model, gpu: Gpu, context_tokens: int) -> CostCurve:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from statistics import median
-from typing import Any
 
 import torch
 
+from bench.common import Row, spread
 from bench.step.limits import MachineLimit, ModelSize, Point, measure_limit, timed_s
 from bench.step.passes import (
     Pass,
@@ -54,29 +53,6 @@ class Subject:
     makers: dict[str, PassMaker]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One subject at one point; medians in milliseconds, with the fastest and slowest of the repeats.
-
-    `grammar_ms`: added to a pass, its logits included, if every sequence is bound by a grammar.
-    """
-
-    model: str
-    tokens: int
-    sequences: int
-    context: int
-    ours_ms: float
-    ours_ms_min: float
-    ours_ms_max: float
-    transformers_ms: float | None
-    transformers_ms_min: float | None
-    transformers_ms_max: float | None
-    limit_ms: float | None
-    grammar_ms: float | None
-    grammar_ms_min: float | None
-    grammar_ms_max: float | None
-
-
 def model_subject(name: str, config: ModelConfig) -> Subject:
     """A language model, ours and transformers' own copy of it.
 
@@ -102,12 +78,14 @@ def head_subject(head: DraftHead, max_context_tokens: int) -> Subject:
 
 @dataclass(frozen=True)
 class StepResult:
+    """`rows`: one a subject and point; medians of the repeats in milliseconds, with extremes."""
+
     limit: MachineLimit
     rows: list[Row]
 
     def limit_json(self) -> dict[str, float | None]:
         """The machine's limits, and the least time of the target's first row."""
-        first = next((row.limit_ms for row in self.rows if row.model == "target"), None)
+        first = next((row["limit_ms"] for row in self.rows if row["model"] == "target"), None)
         return asdict(self.limit) | {"pass_ms": first}
 
 
@@ -145,28 +123,21 @@ def _measure(subject: Subject, point: Point, limit: MachineLimit, repeats: int) 
             measured.reset()
             if repeat:
                 taken_ms[system].append(1e3 * elapsed_s)
-    return Row(
-        subject.model,
-        point.tokens,
-        point.sequences,
-        point.context,
-        *_spread(taken_ms["treeline"]),
-        *_spread(taken_ms.get("transformers")),
-        None if subject.size is None else limit.pass_ms(subject.size, point),
-        *_spread(_grammar_ms(passes["treeline"], subject.device, repeats)),
-    )
+    return {
+        "model": subject.model,
+        **asdict(point),
+        **spread("ours_ms", taken_ms["treeline"]),
+        **spread("transformers_ms", taken_ms.get("transformers", [])),
+        "limit_ms": None if subject.size is None else limit.pass_ms(subject.size, point),
+        **spread("grammar_ms", _grammar_ms(passes["treeline"], subject.device, repeats)),
+    }
 
 
-def _grammar_ms(measured: Pass, device: torch.device, repeats: int) -> list[float] | None:
-    """What masks add to choosing tokens, measured in turns."""
+def _grammar_ms(measured: Pass, device: torch.device, repeats: int) -> list[float]:
+    """What masks add to choosing tokens if every sequence is bound by a grammar, measured in turns."""
     if measured.choose_bound is None:
-        return None
+        return []
     logits, plain, bound = measured.forward(), measured.choose, measured.choose_bound
     measured.reset()
     taken_s = [[timed_s(partial(each, logits), device) for each in (plain, bound)] for _ in range(1 + repeats)]
     return [1e3 * (with_masks - without) for without, with_masks in taken_s[1:]]
-
-
-def _spread(values: list[float] | None) -> tuple[Any, Any, Any]:
-    """Median, least and most; nothing of nothing."""
-    return (median(values), min(values), max(values)) if values else (None, None, None)

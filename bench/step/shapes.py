@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from bench.step.limits import ModelSize
 from bench.step.measure import Subject
 from bench.step.passes import treeline_passes
+from distill.pipeline import head_config
 from lm.attention import IMPLEMENTATION
-from lm.checkpoints.eagle3 import EAGLE_ROPE_THETA, HeadConfig
 from lm.device import torch_device, torch_dtype
 from lm.draft_head import DraftHead, HeadModule
 from lm.layers.fuse import fuse_layers
@@ -95,26 +95,13 @@ def random_model(shape: str, config: ModelConfig) -> LanguageModel:
 
 @torch.inference_mode()
 def random_head(shape: str, device: torch.device, dtype: torch.dtype) -> DraftHead:
-    """A draft head for a target of this shape, as large as those that people publish for it."""
+    """A draft head for a target of this shape, as `treeline distill` makes them, of random weights."""
     target = SHAPES[shape]
-    size, vocab_size = target.hidden_size, target.vocab_size
-    config = HeadConfig(
-        hidden_size=size,
-        intermediate_size=target.intermediate_size,
-        heads=target.num_attention_heads,
-        kv_heads=target.num_key_value_heads,
-        head_dim=getattr(target, "head_dim", None) or size // target.num_attention_heads,
-        norm_eps=1e-5,
-        rope={"rope_type": "default", "rope_theta": EAGLE_ROPE_THETA},
-        feature_layers=(1, 2, 3),
-        target_hidden_size=size,
-        target_vocab_size=vocab_size,
-        draft_vocab_size=min(HEAD_VOCAB_SIZE, vocab_size),
-    )
+    config = head_config(target, (1, 2, 3), min(HEAD_VOCAB_SIZE, target.vocab_size))
     with torch.device(device):
         module = HeadModule(config).to(dtype)
-        embedding = nn.Embedding(vocab_size, size, dtype=dtype)
-        output = nn.Linear(size, config.draft_vocab_size, bias=False, dtype=dtype)
+        embedding = nn.Embedding(target.vocab_size, target.hidden_size, dtype=dtype)
+        output = nn.Linear(target.hidden_size, config.draft_vocab_size, bias=False, dtype=dtype)
         draft_ids = torch.arange(config.draft_vocab_size)
     module.fuse()
     return DraftHead(f"{shape}-head", module, embedding, output, draft_ids)

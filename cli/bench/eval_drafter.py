@@ -25,7 +25,6 @@ def eval_drafter(
     limit: Limit = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of each answer.")] = 96,
     json_file: JsonFile = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a plot of acceptance and reliability here (PNG).")] = None,
 ) -> None:
     """Measure a drafter on the target's own greedy answers.
 
@@ -33,7 +32,6 @@ def eval_drafter(
     nodes, the cost of its passes, and the speed-up that follows. A merged drafter is tried in its parts as well.
     """
     from bench.common import OWN_PROMPTS, load_prompts, write_report
-    from bench.drafter.report import plot_acceptance
 
     config = load_config(config_file)
     config = config.model_copy(update={"drafter": _drafter(config, head)})
@@ -41,8 +39,6 @@ def eval_drafter(
     found = _evaluate(config, loaded, max_tokens)
     kind = config.drafter.kind
     _show(found, len(loaded))
-    if plot is not None:
-        plot_acceptance(plot, found.summaries)
     if json_file is not None:
         used = {"target": found.target, "drafter": kind, "prompts": len(loaded), "max_tokens": max_tokens}
         rows = [{"drafter": name, **summary} for name, summary in found.summaries.items()]
@@ -96,22 +92,19 @@ def _evaluate(config: Config, prompts: list[Prompt], max_tokens: int) -> Evaluat
 
 
 def _show(found: Evaluation, prompts: int) -> None:
-    from rich.console import Console
+    from cli.terminal import show_table
 
-    from cli.terminal import table
-
-    console = Console()
     headings = ("drafter", "top-1", "top-4", "chain:5", "tree:16", "speed-up", "ECE")
     lines = [[kind, *_cells(summary)] for kind, summary in found.summaries.items()]
-    console.print(table(f"drafters for {found.target}, {prompts} prompts", headings, lines))
-    console.print(f"a draft pass over 8 nodes takes {100 * found.pass_ratio:.1f} % of a target pass over 1 token")
+    show_table(f"drafters for {found.target}, {prompts} prompts", headings, lines)
+    typer.echo(f"a draft pass over 8 nodes takes {100 * found.pass_ratio:.1f} % of a target pass over 1 token")
     categories = next(iter(found.by_category.values()))
     lines = [
         [category, *(f"{rows[category]['accepted_length']['tree:16']:.2f}" for rows in found.by_category.values())]
         for category in categories
     ]
     title = "accepted length of a tree of 16 nodes, by category"
-    console.print(table(title, ("category", *found.by_category), lines))
+    show_table(title, ("category", *found.by_category), lines)
 
 
 def _cells(summary: dict[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,8 +13,7 @@ from treeline.config import DrafterConfig, ModelConfig
 from treeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from bench.common import Prompt
-    from bench.lossless import Result
+    from bench.common import Prompt, Row
 
 DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"float32": "float32", "bfloat16": "bfloat16"}
 
@@ -40,8 +39,7 @@ def lossless(
         raise ConfigError(f"dtype '{dtype}': float32 or bfloat16")
     loaded = load_prompts(prompts or OWN_PROMPTS, limit)
     model = ModelConfig(model=target, dtype=DTYPES[dtype], arithmetic="float32")  # as transformers computes
-    results = _compare(model, draft_layers, loaded, max_tokens)
-    rows = [result.row() for result in results]
+    rows = _compare(model, draft_layers, loaded, max_tokens)
     _show(f"{target}, {dtype}: identical to transformers' generate", rows)
     if json_file is not None:
         config = {"target": target, "dtype": dtype, "max_tokens": max_tokens, "draft_layers": draft_layers}
@@ -50,7 +48,7 @@ def lossless(
         raise typer.Exit(1)
 
 
-def _compare(target: ModelConfig, draft_layers: int, prompts: list[Prompt], max_tokens: int) -> list[Result]:
+def _compare(target: ModelConfig, draft_layers: int, prompts: list[Prompt], max_tokens: int) -> list[Row]:
     """With every kind of drafter that there is for this target, and a draft model cut from it."""
     from bench.lossless import run_lossless, truncated_drafter
     from cli.terminal import Counted
@@ -69,10 +67,8 @@ def _compare(target: ModelConfig, draft_layers: int, prompts: list[Prompt], max_
         return run_lossless(target, drafters, prompts, max_tokens, on_progress=bar.begin)
 
 
-def _show(title: str, rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-
-    from cli.terminal import table
+def _show(title: str, rows: list[Row]) -> None:
+    from cli.terminal import show_table
 
     headings = ("drafter", "policy", "batch", "identical", "tokens", "accepted nodes", "largest logit gap")
     lines = [
@@ -87,4 +83,4 @@ def _show(title: str, rows: list[dict[str, Any]]) -> None:
         ]
         for row in rows
     ]
-    Console().print(table(title, headings, lines, names=2))
+    show_table(title, headings, lines, names=2)

@@ -9,7 +9,6 @@ from cli.bench.objectives import objectives
 from cli.bench.peers import peers
 from cli.bench.step import step
 from cli.bench.sweep import sweep
-from cli.bench.transports import transports
 
 bench = typer.Typer(
     help="Measurements that can be repeated. Run them on an otherwise idle machine.", no_args_is_help=True
@@ -19,4 +18,3 @@ bench.command()(peers)
 bench.command()(lossless)
 bench.command()(sweep)
 bench.command()(objectives)
-bench.command()(transports)

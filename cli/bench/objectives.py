@@ -19,18 +19,16 @@ def objectives(
     json_file: JsonFile = None,
 ) -> None:
     """Start the service and a Prometheus, hold 1.3 times plain decoding's p95 at 4 streams, and stop Prometheus."""
-    from rich.console import Console
-
     from bench.common import OWN_PROMPTS, load_prompts, write_report
     from bench.service.objectives import run_objectives
-    from cli.terminal import number, table
+    from cli.terminal import number, show_table
 
     loaded, asked = load_config(config), load_prompts(prompts or OWN_PROMPTS)
     check_startable(loaded)
     rows, more = run_objectives(loaded, asked, seconds, max_tokens, lambda what: typer.echo(what, err=True))
     numbers = ("objective_ms", "p95_ms_clients", "p95_ms_prometheus", "settled_s", "swings")
     cells = [[row["arm"], str(row["streams"]), *(number(row[name]) for name in numbers)] for row in rows]
-    Console().print(table("Inter-token latency, 95th percentile", ["arm", "streams", *numbers], cells))
+    show_table("Inter-token latency, 95th percentile", ["arm", "streams", *numbers], cells)
     typer.echo(f"seconds until plans rest on step records without Prometheus, and on it again: {more['outage']}")
     if json_file is not None:
         described = {"seconds": seconds, "max_tokens": max_tokens, "treeline": loaded.model_dump(mode="json")}

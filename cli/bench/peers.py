@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,10 +12,8 @@ from treeline.config_file import load_config
 from treeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from bench.common import Prompt
-    from bench.peers.compare import Missing, PeerRow
-
-OPTIONAL = ("openvino-genai", "llama-cpp-python")
+    from bench.common import Prompt, Row
+    from bench.peers.compare import Missing
 
 
 def peers(
@@ -50,23 +46,13 @@ def peers(
             "prompts": len(texts),
             "max_tokens": max_tokens,
             "rounds": rounds,
-            "optional_peers": _installed(OPTIONAL),
         }
-        write_report(json_file, described, [asdict(row) for row in rows], missing=[asdict(peer) for peer in missing])
-
-
-def _installed(packages: tuple[str, ...]) -> dict[str, str]:
-    """The versions of those packages that are installed."""
-    found = {}
-    for name in packages:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+        write_report(json_file, described, rows, missing=[asdict(peer) for peer in missing])
 
 
 def _measure(
     config: Config, texts: list[Prompt], max_tokens: int, rounds: int, concurrencies: list[int]
-) -> tuple[list[PeerRow], list[Missing]]:
+) -> tuple[list[Row], list[Missing]]:
     from bench.local_engine import encode
     from bench.peers.compare import run_peers
     from bench.peers.lineup import build_lineup
@@ -90,28 +76,26 @@ def _measure(
     return rows, lineup.missing
 
 
-def _show(rows: list[PeerRow], missing: list[Missing]) -> None:
-    from rich.console import Console
+def _show(rows: list[Row], missing: list[Missing]) -> None:
+    from cli.terminal import number, show_table
 
-    from cli.terminal import table
-
-    console = Console()
-    ours = {row.concurrency: row.tokens_per_s for row in rows if (row.system, row.mode) == ("treeline", "smart")}
+    smart = [row for row in rows if (row["system"], row["mode"]) == ("treeline", "smart")]
+    ours = {row["concurrency"]: row["tokens_per_s"] for row in smart}
     headings = ("system", "mode", "at a time", "tokens/s", "of smart", "agreement")
     lines = [
         [
-            row.system,
-            row.mode,
-            str(row.concurrency),
-            f"{row.tokens_per_s:.1f}",
-            f"{row.tokens_per_s / ours[row.concurrency]:.2f}",
-            f"{row.agreement:.0%}",
+            row["system"],
+            row["mode"],
+            str(row["concurrency"]),
+            number(row["tokens_per_s"]),
+            number(row["tokens_per_s"] / ours[row["concurrency"]], 2),
+            format(row["agreement"], ".0%"),
         ]
-        for row in sorted(rows, key=lambda row: row.concurrency)
+        for row in sorted(rows, key=lambda row: row["concurrency"])
     ]
-    console.print(table("greedy decoding, end to end", headings, lines, names=2))
-    for note in dict.fromkeys(row.note for row in rows if row.note):
-        who = dict.fromkeys(f"{row.system} {row.mode}" for row in rows if row.note == note)
-        console.print(f"{', '.join(who)}: {note}", highlight=False)
+    show_table("greedy decoding, end to end", headings, lines, names=2)
+    for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
+        who = dict.fromkeys(" ".join((row["system"], row["mode"])) for row in rows if row["note"] == note)
+        typer.echo(f"{', '.join(who)}: {note}")
     for peer in missing:
-        console.print(f"missing: {peer.system} {peer.mode}: {peer.reason}", markup=False, highlight=False)
+        typer.echo(f"missing: {peer.system} {peer.mode}: {peer.reason}")

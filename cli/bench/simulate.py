@@ -67,9 +67,7 @@ def simulate(
 
 
 def _show(device: str, made: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-
-    from cli.terminal import number, table
+    from cli.terminal import number, show_table
 
     columns = ("tokens_per_s", "speedup", "accepted_length", "tree_nodes", "ttft_ms_p50", "itl_ms_p50", "itl_ms_p95")
     digits = (0, 2, 2, 1, 0, 1, 1)
@@ -78,4 +76,4 @@ def _show(device: str, made: list[dict[str, Any]]) -> None:
         [row["load"], row["policy"], *(number(row[name], d) for name, d in zip(columns, digits, strict=True))]
         for row in made
     ]
-    Console().print(table(f"{device}: simulated", headings, lines, names=2))
+    show_table(f"{device}: simulated", headings, lines, names=2)

@@ -54,7 +54,7 @@ def step(
     _show(result)
     if json_file is not None:
         described = {"config": loaded.model_dump(mode="json"), "repeats": repeats, "shape": shape}
-        write_report(json_file, described, [asdict(row) for row in result.rows], limit=result.limit_json())
+        write_report(json_file, described, result.rows, limit=result.limit_json())
 
 
 def _subjects(config: Config, drafter: str | None) -> list[Subject]:
@@ -90,19 +90,17 @@ def _shaped(config: Config, shape: str, curves: Path | None) -> Subject:
 
 
 def _show(result: StepResult) -> None:
-    from rich.console import Console
+    from cli.terminal import number, show_table
 
-    from cli.terminal import number, table
-
-    console, limit = Console(), result.limit
-    console.print(f"this machine reads {limit.read_gb_s:.1f} GB/s and multiplies {limit.gemm_gflop_s:.0f} GFLOP/s")
+    limit = result.limit
+    typer.echo(f"this machine reads {limit.read_gb_s:.1f} GB/s and multiplies {limit.gemm_gflop_s:.0f} GFLOP/s")
     headings = ("context", "sequences", "tokens", "limit", "ours", "transformers", "ours /\ntheirs", "a grammar\nadds")
-    for model in dict.fromkeys(row.model for row in result.rows):
+    for model in dict.fromkeys(row["model"] for row in result.rows):
         rows = []
         for row in result.rows:
-            if row.model == model:
-                ratio = None if row.transformers_ms is None else row.ours_ms / row.transformers_ms
-                times = map(number, (row.limit_ms, row.ours_ms, row.transformers_ms))
-                cells = [str(row.context), str(row.sequences), str(row.tokens), *times, number(ratio, 2)]
-                rows.append([*cells, number(row.grammar_ms, 2)])
-        console.print(table(f"{model}: milliseconds of a pass", headings, rows, names=0))
+            if row["model"] == model:
+                ratio = None if row["transformers_ms"] is None else row["ours_ms"] / row["transformers_ms"]
+                times = (number(row[name]) for name in ("limit_ms", "ours_ms", "transformers_ms"))
+                cells = [*(str(row[name]) for name in ("context", "sequences", "tokens")), *times, number(ratio, 2)]
+                rows.append([*cells, number(row["grammar_ms"], 2)])
+        show_table(f"{model}: milliseconds of a pass", headings, rows, names=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,21 +18,20 @@ from treeline.v1 import generation_pb2 as pb
 if TYPE_CHECKING:
     from bench.common import Prompt
     from bench.sweep import Block, BlockRun, Result, Settings, Swept
-    from bench.synthetic import Acceptance
 
 POLICIES = (
     "off smart smart-paper eagle2:2,2,4 eagle2:4,4,12 eagle2:6,10,60 chain:3 static:2-2-1 sequoia:16,6 opt-tree:16,6 "
     "smartspec sglang-ema vllm-adaptive cast"
 )
+COLUMNS = (
+    ("tokens_per_s", "tokens/s", 1),
+    ("accepted_length", "accepted", 2),
+    ("tree_nodes", "nodes", 1),
+    ("ttft_ms_p50", "TTFT p50, ms", 0),
+    ("itl_ms_p50", "ITL p50, ms", 0),
+    ("itl_ms_p95", "ITL p95, ms", 0),
+)
 INTERRUPTED = 130
-
-
-@dataclass(frozen=True)
-class Files:
-    """Where to write what, if anywhere."""
-
-    json: Path | None
-    markdown: Path | None
 
 
 def sweep(
@@ -66,7 +65,6 @@ def sweep(
     tls_ca: TlsCa = None,
     plaintext_token: PlaintextToken = False,
     json_file: JsonFile = None,
-    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here.")] = None,
 ) -> None:
     """Measure policies over load, closed loop and open loop, in blocks that take turns, and compare their texts.
 
@@ -94,20 +92,22 @@ def sweep(
     if target and (config or drafts):
         raise ConfigError("--config and --acceptance are for an engine in this process: leave out --target")
     loaded = load_prompts(prompts or OWN_PROMPTS, limit)
-    files = Files(json_file, markdown_file)
 
     def start() -> Swept:
-        if target is not None:
-            client = TreelineClient(target, token, tls_ca, max_retries=0, allow_plaintext_token=plaintext_token)
-            return _service(client, settings, grammar)
-        return _engine(config, loaded, settings, drafts, grammar)
+        from bench.systems import RemoteSystem, start_local
+
+        streams = max(settings.concurrency)
+        if target is None:
+            return start_local(load_config(config), loaded, streams, max_tokens, drafts, grammar)
+        client = TreelineClient(target, token, tls_ca, max_retries=0, allow_plaintext_token=plaintext_token)
+        return RemoteSystem(client, streams, grammar)
 
     results, complete = _run(settings, loaded, start)
     if results:
         described = {**asdict(settings), "prompts": len(loaded), "acceptance": acceptance, "complete": complete}
         described |= {"json_schema": grammar.json_schema} if grammar else {}
         described |= {"target": target} if target else {"treeline": load_config(config).model_dump(mode="json")}
-        _write(files, described, results)
+        _write(json_file, described, results)
     if not complete:
         raise typer.Exit(INTERRUPTED)
 
@@ -119,70 +119,24 @@ def _grammar(schema: Path) -> pb.Grammar:
         raise ConfigError(f"cannot read {schema}: {error}") from None
 
 
-def _service(client: TreelineClient, settings: Settings, grammar: pb.Grammar | None) -> Swept:
-    from bench.systems import RemoteSystem
-
-    return RemoteSystem(client, max(settings.concurrency), grammar)
-
-
-def _engine(
-    config: Path | None,
-    prompts: list[Prompt],
-    settings: Settings,
-    drafts: Acceptance | None,
-    grammar: pb.Grammar | None,
-) -> Swept:
-    from bench.systems import start_local
-
-    streams = max(settings.concurrency)
-    return start_local(load_config(config), prompts, streams, settings.max_tokens, drafts, grammar)
-
-
 def _run(settings: Settings, prompts: list[Prompt], start: Callable[[], Swept]) -> tuple[list[Result], bool]:
     """All results until the end or Ctrl-C, and whether it was the end."""
     from bench.sweep import closed_blocks, open_blocks, run_sweep
+    from cli.terminal import Counted
 
     blocks = [*closed_blocks(settings), *open_blocks(settings)]
     done: list[BlockRun] = []
-    complete = False
-    with _Bar(blocks) as bar:
+    with Counted("loading and profiling") as bar:
+        bar.expect(len(blocks))
         try:
-            for run in run_sweep(start(), prompts, settings):
+            runs = run_sweep(start(), prompts, settings)
+            bar.begin(_described(blocks[0]))
+            for run in runs:
                 done.append(run)
-                bar.show(done)
-            complete = True
+                bar.begin(_described(blocks[len(done)]) if len(done) < len(blocks) else "done")
         except KeyboardInterrupt:
             pass
-    return [run.result for run in done if run.result is not None], complete
-
-
-class _Bar:
-    """Which block is run. A context manager."""
-
-    def __init__(self, blocks: list[Block]) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._blocks = blocks
-        self._progress = Progress(
-            TextColumn("{task.description:<40}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-        )
-        self._task = self._progress.add_task("loading and profiling", total=len(blocks))
-
-    def show(self, done: list[BlockRun]) -> None:
-        left = self._blocks[len(done) :]
-        self._progress.update(self._task, completed=len(done), description=_described(left[0]) if left else "done")
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+    return [run.result for run in done if run.result is not None], len(done) == len(blocks)
 
 
 def _described(block: Block) -> str:
@@ -190,16 +144,42 @@ def _described(block: Block) -> str:
     return f"{block.loop} {block.load:g}, {kind}, {block.policy}"
 
 
-def _write(files: Files, described: dict[str, Any], results: list[Result]) -> None:
+def _write(json_file: Path | None, described: dict[str, Any], results: list[Result]) -> None:
     from bench.common import write_report
     from bench.sweep_report import report
-    from bench.sweep_tables import markdown
 
     found = report(results)
-    tables = markdown(found)
-    typer.echo(tables)
-    if files.markdown is not None:
-        files.markdown.write_text(tables)
-    if files.json is not None:
-        rows = found.pop("rows")
-        write_report(files.json, described, rows, **found)
+    _show(found)
+    if json_file is not None:
+        write_report(json_file, described, found.pop("rows"), **found)
+
+
+def _show(found: dict[str, Any]) -> None:
+    from cli.terminal import number, show_table
+
+    def cell(row: dict[str, Any], name: str, digits: int) -> str:
+        """The median, with the extremes of several rounds."""
+        low, high = row[f"{name}_min"], row[f"{name}_max"]
+        return number(row[name], digits) + ("" if low == high else f" ({low:.{digits}f}-{high:.{digits}f})")
+
+    for title, load, rows in (
+        ("Closed loop, by streams", "concurrency", found["rows"]),
+        ("Open loop, by arrivals over the capacity of plain decoding", "rate", found["open_loop"]),
+    ):
+        lines = [
+            [
+                f"{row[load]:g}",
+                f"{row['policy']} ({row['setting']})" if "setting" in row else row["policy"],
+                *(cell(row, name, digits) for name, _, digits in COLUMNS),
+            ]
+            for row in rows
+        ]
+        if lines:
+            show_table(title, ["load", "policy", *(heading for _, heading, _ in COLUMNS)], lines, names=2)
+    ratios = found["ratios"]
+    names = [name for name in (ratios or [{}])[0] if "/" in name and not name.endswith(("_min", "_max"))]
+    lines = [[f"{row['concurrency']:g}", *(cell(row, name, 2) for name in names)] for row in ratios]
+    show_table("Ratios of tokens per second, round by round", ["load", *names], lines)
+    for differs in found["different_outputs"]:
+        typer.echo("text differs from that of off: " + ", ".join(f"{name} {value}" for name, value in differs.items()))
+    typer.echo(f"{len(found['different_outputs'])} of {found['compared_outputs']} answers differ from those of off")

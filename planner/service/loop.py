@@ -172,7 +172,11 @@ class PlanMaker:
 
 
 def _use_latency(state: VerifierState, max_age_s: float) -> None:
-    """Correct the cost model by measured verification latency while requests run and no step records come."""
+    """Correct the cost model by measured verification latency while requests run and no step records come.
+
+    Each plan goes a tenth of the way, since the quantile's window of 5 s spans 20 plans. More than twice the prediction
+    is a stuck pass rather than a slow device.
+    """
     now_s, last = state.clock(), state.last
     measured_s = state.latency.newest("verify_p50", now_s, max_age_s).value
     if measured_s is None or last is None or time.time() - last.unix_s < QUIET_S:

@@ -34,11 +34,10 @@ def test_every_drafter_and_policy_gives_the_answers_of_transformers(target, tmp_
         "model": DrafterConfig(kind="model", model=ModelConfig(model=str(cut), dtype="float32", threads=1)),
     }
     begun: list[str] = []
-    results = run_lossless(target, drafters, PROMPTS, MAX_TOKENS, ("off", "chain:3"), begun.append)
+    rows = run_lossless(target, drafters, PROMPTS, MAX_TOKENS, ("off", "chain:3"), begun.append)
     ran = [(name, policy, batch) for name in drafters for policy, batch in (("off", 1), ("chain:3", 1), ("mixed", 8))]
-    assert [(result.drafter, result.policy, result.batch) for result in results] == ran
+    assert [(row["drafter"], row["policy"], row["batch"]) for row in rows] == ran
     assert begun[2:] == [f"{name}, {policy}, batch {batch}" for name, policy, batch in ran]
-    rows = [result.row() for result in results]
     assert all((row["identical"], row["tokens"]) == (2, 2 * MAX_TOKENS) for row in rows)
     accepted = {(row["drafter"], row["policy"]): row["accepted_nodes"] for row in rows}
     assert accepted["ngram", "off"] == 0

@@ -43,15 +43,15 @@ def test_agreement_is_the_share_of_answers_like_the_first_peers():
     lineup.add("transformers", "plain", lambda: fixed([[1, 2, 9], [3, 4]]), serial=True)
     lineup.add("treeline", "smart", lambda: fixed([[1, 2], [3, 5]]), note="one differs")
     rows = run_peers(lineup, PROMPTS, frozenset({9}), 3, [1, 8])
-    assert [(row.system, row.mode, row.concurrency, row.agreement) for row in rows] == [
+    assert [(row["system"], row["mode"], row["concurrency"], row["agreement"]) for row in rows] == [
         ("transformers", "plain", 1, 1.0),
         ("transformers", "plain", 8, 1.0),
         ("treeline", "smart", 1, 0.5),
         ("treeline", "smart", 8, 0.5),
     ]
-    assert rows[0].tokens_per_s == rows[1].tokens_per_s  # one after the other is measured once
-    assert rows[2].note == "one differs"
-    assert all(0 < row.tokens_per_s_min <= row.tokens_per_s <= row.tokens_per_s_max for row in rows)
+    assert rows[0]["tokens_per_s"] == rows[1]["tokens_per_s"]  # one after the other is measured once
+    assert rows[2]["note"] == "one differs"
+    assert all(0 < row["tokens_per_s_min"] <= row["tokens_per_s"] <= row["tokens_per_s_max"] for row in rows)
 
 
 def test_who_cannot_be_built_or_cannot_answer_is_missing():
@@ -63,7 +63,7 @@ def test_who_cannot_be_built_or_cannot_answer_is_missing():
     lineup.add("other", "unbuilt", refuse)
     lineup.add("other", "mute", lambda: refuse)
     rows = run_peers(lineup, PROMPTS, frozenset(), 2, [1], seen.append)
-    assert [row.system for row in rows] == ["transformers"]
+    assert [row["system"] for row in rows] == ["transformers"]
     assert [(m.mode, m.reason) for m in lineup.missing] == [("unbuilt", "not here"), ("mute", "not here")]
     assert seen == ["transformers plain, warm-up", "other mute, warm-up", *["transformers plain, 1"] * 2]
 
@@ -90,7 +90,7 @@ def test_packages_that_are_not_installed_are_named(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kind", ["ngram", "model"])
 def test_the_command_names_everyone(tmp_path, monkeypatch, kind):
     monkeypatch.setenv("TREELINE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("cli.bench.peers.OPTIONAL", ("torch", "no-such-package"))
+    monkeypatch.setattr("bench.common.VERSIONS_OF", ("torch", "no-such-package"))
     model = tmp_path / "tiny"
     tiny_llama().save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
@@ -117,7 +117,7 @@ def test_the_command_names_everyone(tmp_path, monkeypatch, kind):
         ("openvino-genai", "prompt_lookup"),
         ("llama.cpp", "plain"),
     }
-    assert written["config"]["optional_peers"].keys() == {"torch"}
+    assert written["versions"].keys() == {"python", "torch"}
     assert len(rows) == 2 * len(seen)
     assert all(row["agreement"] == 1.0 for row in rows)
     assert (kind == "ngram") == ("ngram" in missing.get(("transformers", "assistant_model"), ""))

@@ -60,32 +60,32 @@ def test_every_point_has_a_row_for_both_systems(folder):
     subjects = [model_subject("target", config), model_subject("drafter", config)]
     result = run_step(subjects, POINTS, 2, seen.append)
     assert len(seen) == 1 + 2 * len(POINTS)
-    assert [(r.model, r.tokens, r.sequences, r.context) for r in result.rows] == [
+    assert [(r["model"], r["tokens"], r["sequences"], r["context"]) for r in result.rows] == [
         (name, p.tokens, p.sequences, p.context) for name in ("target", "drafter") for p in POINTS
     ]
     for row in result.rows:
-        assert 0 < row.ours_ms_min <= row.ours_ms <= row.ours_ms_max
-        assert 0 < row.transformers_ms_min <= row.transformers_ms <= row.transformers_ms_max
-        assert row.limit_ms > 0
-        assert row.grammar_ms_min <= row.grammar_ms <= row.grammar_ms_max
+        assert 0 < row["ours_ms_min"] <= row["ours_ms"] <= row["ours_ms_max"]
+        assert 0 < row["transformers_ms_min"] <= row["transformers_ms"] <= row["transformers_ms_max"]
+        assert row["limit_ms"] > 0
+        assert row["grammar_ms_min"] <= row["grammar_ms"] <= row["grammar_ms_max"]
     assert result.limit_json().keys() == {"read_gb_s", "gemm_gflop_s", "pass_ms"}
-    assert result.limit_json()["pass_ms"] == result.rows[0].limit_ms
+    assert result.limit_json()["pass_ms"] == result.rows[0]["limit_ms"]
 
 
 def test_a_draft_head_is_measured_like_a_draft_model(folder, model):
     target = model_subject("target", ModelConfig(model=str(folder), dtype="float32", device="cpu"))
     subjects = [target, head_subject(tiny_head(model.hf), 512)]
     result = run_step(subjects, POINTS, 1)
-    rows = [row for row in result.rows if row.model == "drafter"]
-    assert [row.tokens for row in rows] == [1, 4]
-    assert all(row.ours_ms > 0 and row.transformers_ms is None for row in rows)
+    rows = [row for row in result.rows if row["model"] == "drafter"]
+    assert [row["tokens"] for row in rows] == [1, 4]
+    assert all(row["ours_ms"] > 0 and row["transformers_ms"] is None for row in rows)
 
 
 def test_a_subject_may_be_any_pass_and_points_beyond_its_context_are_left_out(model):
     head = Subject("drafter", None, 64, model.dtype, CPU, {"treeline": treeline_passes(model)})
     result = run_step([head], [Point(1, 1, 16), Point(1, 1, 64)], 1)
     (row,) = result.rows
-    assert (row.context, row.transformers_ms, row.limit_ms) == (16, None, None)
+    assert (row["context"], row["transformers_ms"], row["limit_ms"]) == (16, None, None)
 
 
 @pytest.mark.parametrize("system", ["treeline", "transformers"])

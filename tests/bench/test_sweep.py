@@ -111,11 +111,10 @@ def run(config_file: Path, *options: str, policies: str = "off chain:3 eagle2:2,
 
 
 def test_the_command_writes_everything(config_file, tmp_path):
-    files = {name: tmp_path / name for name in ("report.json", "tables.md")}
-    options = ["--json", files["report.json"], "--markdown", files["tables.md"]]
-    result = run(config_file, *map(str, options))
+    file = tmp_path / "report.json"
+    result = run(config_file, "--json", str(file))
     assert result.exit_code == 0, result.output
-    report = json.loads(files["report.json"].read_text())
+    report = json.loads(file.read_text())
     assert {"machine", "versions", "config"} < set(report)
     assert report["config"]["complete"] is True
     assert report["config"]["policies"] == ["off", "chain:3", "eagle2:2,2,4", "smart"]
@@ -136,10 +135,9 @@ def test_the_command_writes_everything(config_file, tmp_path):
     assert report["identical_outputs"] is True
     assert report["different_outputs"] == []
     assert report["compared_outputs"] > 50
-    assert [row["concurrency"] for row in report["summary"]["ratios"]] == [1, 4]
-    assert report["summary"]["against_best_eagle2"]["setting"] == "eagle2:2,2,4"
-
-    assert files["tables.md"].read_text().strip() in result.stdout
+    assert [row["concurrency"] for row in report["ratios"]] == [1, 4]
+    assert "Open loop" in result.stdout
+    assert f"0 of {report['compared_outputs']} answers differ" in result.stdout
 
 
 def test_drafts_of_a_given_quality_are_swept_without_a_drafter(config_file, tmp_path):

@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from bench.load import Clock, Loop, Window
-from bench.turns import in_turns
+from bench.load import Clock, Loop, Window, in_turns
 
 POLL_S = 0.01
 

@@ -2,7 +2,8 @@ import io
 
 from rich.console import Console
 
-from cli.demo import LOADS, PROMPTS, TURNS, Narrator, show_demo, show_kill
+from cli.demo import LOADS, PROMPTS, TURNS, show_demo, show_kill
+from cli.terminal import Narrator
 from treeline.client import TreelineClient
 
 

@@ -18,6 +18,8 @@ from treeline.request import identify
 from treeline.rpc.channels import client_options
 from treeline.v1 import generation_pb2 as pb
 
+DEFAULT_SERVER = "127.0.0.1:50051"
+"""Where `treeline serve` listens by default: server.host and server.port."""
 MAX_MESSAGE_BYTES = 4 << 20
 CALL_TIMEOUT_S = 10.0
 
