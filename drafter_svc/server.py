@@ -19,7 +19,7 @@ from lm.store import load_tokenizer, resolve_model, vocabulary_sha256
 from planner.fast.builtin_plan import builtin_plan
 from planner.policies import parse_policy
 from treeline.config import DEFAULT_MODEL, Config, LimitsConfig
-from treeline.drafting import DraftReply, DraftRequest, reply_to_proto, request_from_proto
+from treeline.drafting import MAX_DRAFT_MESSAGE_BYTES, DraftReply, DraftRequest, reply_to_proto, request_from_proto
 from treeline.metrics import DrafterMetrics
 from treeline.plan import Plan
 from treeline.rpc.channels import add_standard_services, bind, new_server
@@ -66,7 +66,7 @@ class DrafterServer:
         drafter = await asyncio.get_running_loop().run_in_executor(worker, _build, config)
         registry = new_registry()
         service = DraftingService(drafter, config.limits, worker, DrafterMetrics(registry))
-        server = new_server(config.internal, config.limits.max_message_bytes)
+        server = new_server(config.internal, MAX_DRAFT_MESSAGE_BYTES)
         pb_grpc.add_DraftingServiceServicer_to_server(service, server)
         health_servicer = await add_standard_services(server, SERVICE)
         endpoint = bind(server, config.internal)
@@ -123,7 +123,7 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
         self._told_s = time.monotonic()
         self._local: LocalServer[pb.DraftRequest] | None = None
         try:
-            self._local = LocalServer(self._draft_locally, pb.DraftRequest, limits.max_message_bytes)
+            self._local = LocalServer(self._draft_locally, pb.DraftRequest, MAX_DRAFT_MESSAGE_BYTES)
         except OSError as error:
             logger.warning("verifiers on this machine use the port: no Unix socket: %s", error)
 

@@ -25,6 +25,9 @@ _EXPONENT = np.uint16(0x7F80)
 MAX_SCALE = 1e6
 """Of sampling parameters and weights, far beyond what a request may ask for (0.01 to 100): products of two, and a count
 times one, stay finite in float32."""
+MAX_DRAFT_MESSAGE_BYTES = 32 << 20
+"""Half of it are features: of 9 tokens a step (the deepest default tree, and the bonus token) of 64 requests to an 8B
+target, which has 24 KiB a token (3 layers of 4,096 values in bfloat16), or of 32 requests to a 70B one."""
 NO_FEATURES = np.zeros((0, 0), np.uint16)
 
 

@@ -66,7 +66,7 @@ class Engine:
         verifier = config.verifier
         chunk_tokens = min(verifier.prefill_chunk_tokens, model.passes.most_tokens)
         self.scheduler = Scheduler(self.cache, config.limits, chunk_tokens, verifier.prefix_caching, clock)
-        hidden_states = HiddenStates(model, config.limits.max_message_bytes)
+        hidden_states = HiddenStates(model)
         # A drafter's features are part of captured passes: if it is known now, they are captured once.
         hidden_states.follow(link.features if link else None)
         model.capture(self.cache)

@@ -16,7 +16,7 @@ from torch import Tensor
 from lm.device import download, upload
 from lm.features import FeatureTap
 from lm.model import LanguageModel
-from treeline.drafting import NO_FEATURES, FeatureSpec
+from treeline.drafting import MAX_DRAFT_MESSAGE_BYTES, NO_FEATURES, FeatureSpec
 from treeline.errors import ConfigError
 from verifier_svc.engine.scheduler import Batch
 from verifier_svc.engine.sequence import Sequence
@@ -25,8 +25,8 @@ from verifier_svc.engine.walk import Walk
 logger = logging.getLogger(__name__)
 
 WINDOW_TOKENS = 256
-"""Most feature rows kept per request: the context with which a head starts after a long prompt or an absence. At 4.6 KB
-a row (docs/drafters.md) they take 1.2 MB per request."""
+"""Most feature rows kept per request: the context with which a head starts after a long prompt or an absence. They take
+1.2 MB per request to the default target (4.5 KiB a row), 6.3 MB to an 8B one (24 KiB a row)."""
 UNREAD_TOKENS = 256
 """Tokens of passes that are copied together while nothing is drafted: 16 steps of 16 streams."""
 
@@ -52,9 +52,9 @@ class HiddenStates:
     The rows of a request belong to consecutive tokens, the last one to the token before its root.
     """
 
-    def __init__(self, model: LanguageModel, max_message_bytes: int) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         self._model = model
-        self._budget_bytes = max_message_bytes // 2
+        self._budget_bytes = MAX_DRAFT_MESSAGE_BYTES // 2
         self._window_tokens = WINDOW_TOKENS
         self._spec: FeatureSpec | None = None
         self._tap: FeatureTap | None = None

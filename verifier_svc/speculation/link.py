@@ -12,7 +12,7 @@ from collections.abc import Coroutine
 import grpc
 
 from treeline.config import Config
-from treeline.drafting import Drafter, DraftReply, DraftRequest, FeatureSpec
+from treeline.drafting import MAX_DRAFT_MESSAGE_BYTES, Drafter, DraftReply, DraftRequest, FeatureSpec
 from treeline.errors import ConfigError
 from treeline.rpc.channels import Discover, connect
 from treeline.rpc.local_stream import connect_local
@@ -141,7 +141,7 @@ class RemoteLink:
         return {e: info for e, info in zip(endpoints, infos, strict=True) if not isinstance(info, BaseException)}
 
     async def _ask_info(self, endpoint: str) -> pb.GetDrafterInfoResponse:
-        async with connect(endpoint, self._config.internal, self._config.limits.max_message_bytes) as channel:
+        async with connect(endpoint, self._config.internal, MAX_DRAFT_MESSAGE_BYTES) as channel:
             return await DraftingServiceStub(channel).GetDrafterInfo(pb.GetDrafterInfoRequest(), timeout=INFO_TIMEOUT_S)
 
     async def _serve_stream(self, endpoint: str) -> None:
@@ -151,14 +151,14 @@ class RemoteLink:
             grpc.aio.AioRpcError, OSError: it broke, an answer was lost or wrong, or too many were late.
             ConfigError: the drafter has another vocabulary.
         """
-        max_bytes = self._config.limits.max_message_bytes
-        async with connect(endpoint, self._config.internal, max_bytes) as channel:
+        async with connect(endpoint, self._config.internal, MAX_DRAFT_MESSAGE_BYTES) as channel:
             stub = DraftingServiceStub(channel)
             info = await stub.GetDrafterInfo(pb.GetDrafterInfoRequest(), timeout=INFO_TIMEOUT_S)
             if info.vocabulary_sha256 and info.vocabulary_sha256 != self._vocabulary_sha256:
                 raise ConfigError(f"the drafter '{info.drafter}' has another vocabulary than the target")
             self.info = info
-            local = connect_local(info.socket_path, pb.DraftResponse, max_bytes) if info.socket_path else None
+            path = info.socket_path
+            local = connect_local(path, pb.DraftResponse, MAX_DRAFT_MESSAGE_BYTES) if path else None
             if local is None:
                 stream = GrpcTransport(stub.Draft())
                 await self._converse(info, endpoint, stream, stream.run())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,11 +15,13 @@ from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from tests.lm.tiny_head import FEATURE_LAYERS, target_features
 from tests.verifier_svc.doubles import OracleDrafter
 from tests.verifier_svc.engine.test_engine import CONFIG, LIMITS, Known, plain_greedy, prompts, run, tokens_of
+from treeline.config import LimitsConfig
 from treeline.drafting import DraftReply, DraftRequest, FeatureSpec
 from treeline.sampling import SamplingParams
 from verifier_svc.engine.engine import Engine
 from verifier_svc.engine.request import GenerationRequest
 from verifier_svc.speculation import hidden_states
+from verifier_svc.speculation.hidden_states import HiddenStates
 from verifier_svc.speculation.link import LocalLink
 
 WIDTH = 96
@@ -158,19 +163,26 @@ def test_a_prefix_from_the_cache_has_no_features_and_the_rest_has(model):
 
 
 def test_a_message_stays_within_its_limit_and_the_rest_comes_later(model):
-    small = LIMITS.model_copy(update={"max_message_bytes": 1 << 16, "max_running_requests": 8})
     known = Known()
     requests = requests_for(known, model, 8)
     drafter = FeatureReader(known, model.vocab_size)
-    engine = Engine(
-        model, LocalLink(drafter), lambda: builtin_plan(LIMITS), CONFIG.model_copy(update={"limits": small})
-    )
+    engine = Engine(model, LocalLink(drafter), lambda: builtin_plan(LIMITS), CONFIG)
     engine.speculator.exchange.hidden_states._budget_bytes = 8 * 2 * WIDTH
     for request in requests:
         engine.add(request)
     while engine.has_work:
         engine.step()
     assert all(drafter.read[session_id] for session_id in range(1, 9))
+
+
+@pytest.mark.parametrize(("requests", "hidden"), [(64, 4096), (32, 8192)])
+def test_a_step_of_many_requests_to_a_large_target_fits_one_message(model, requests, hidden):
+    """Each of them accepts the deepest tree; a head that misses a token starts over."""
+    tokens = LimitsConfig().max_tree_depth + 1
+    states, rows = HiddenStates(model), [np.zeros(3 * hidden, np.uint16)] * tokens
+    states._rows = {session: deque(rows) for session in range(requests)}
+    sequences = [SimpleNamespace(session_id=session, token_ids=[0] * tokens) for session in range(requests)]
+    assert [len(features) for features in states.unsent(sequences)] == [tokens] * requests
 
 
 def test_a_drafter_that_comes_back_as_it_was_costs_no_capture(model, monkeypatch):
