@@ -19,7 +19,6 @@ from distill.writer import Writer
 from lm.checkpoints.eagle3 import EAGLE_ROPE_THETA, HeadConfig
 from lm.device import torch_device
 from lm.draft_head import HeadModule, load_plain, save_head, shared_layers
-from lm.features import FeatureTap
 from lm.model import LanguageModel
 from lm.store import load_tokenizer, resolve_model, vocabulary_sha256
 from treeline.config import ModelConfig
@@ -85,7 +84,7 @@ def write_texts(
     if not missing:
         return
     boundaries = [layer + 1 for layer in recipe.feature_layers]
-    tap = FeatureTap(model.hf, (*boundaries, len(model.layers) + 1))
+    tap = model.tap((*boundaries, len(model.layers) + 1))
     writer = Writer(model, tap, recipe.slots, recipe.max_tokens, recipe.training.seed)
     turns = [model.tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     texts, tokens = len(corpus.done), corpus.tokens

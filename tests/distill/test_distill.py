@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from distill.writer import Template
 from lm.checkpoints.eagle3 import WEIGHTS_FILE
 from lm.draft_head import DraftHead
 from lm.model import LanguageModel
+from tests.lm.helpers import pad_passes
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from tests.lm.tiny_head import target_features
 from treeline.config import ModelConfig
@@ -73,7 +75,12 @@ def test_texts_are_turns_of_the_template_with_the_targets_own_features(model: La
     assert sorted(texts) == list(range(RECIPE.texts))
     prompt = model.tokenizer("how are you", add_special_tokens=False).input_ids
     assert texts[0][: len(template.prefix + prompt + template.infix)] == [*template.prefix, *prompt, *template.infix]
-    shard = read_shard(sorted((written / TEXT_FOLDER).glob("*.safetensors"))[0])
+    check_features(written)
+
+
+def check_features(folder: Path) -> None:
+    """Those of the first texts are the target's own."""
+    texts, shard = texts_of(folder), read_shard(sorted((folder / TEXT_FOLDER).glob("*.safetensors"))[0])
     features, start = load_file(shard.path)["features"], 0
     for index, length in list(zip(shard.indices, shard.lengths, strict=True))[:5]:
         wanted = target_features(tiny_llama(), texts[index])
@@ -96,6 +103,18 @@ def test_writing_goes_on_after_a_kill_and_comes_to_the_same_texts(
     assert 0 < len(part) < 60
     write_texts(model, RECIPE, ["how are you", "sing"], tmp_path, nothing)
     assert texts_of(tmp_path) == texts_of(written)
+
+
+def test_padded_passes_write_the_same_texts(
+    model: LanguageModel, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU runs them: features come out of the pass, not off its modules."""
+    monkeypatch.setattr(model.passes, "padded", True)
+    pad_passes(model.passes)
+    write_texts(model, replace(RECIPE, texts=20), ["how are you", "sing"], tmp_path, nothing)
+    texts = texts_of(written)
+    assert texts_of(tmp_path) == {index: texts[index] for index in range(20)}
+    check_features(tmp_path)
 
 
 def test_a_folder_of_other_texts_is_refused(model: LanguageModel, written: Path) -> None:
