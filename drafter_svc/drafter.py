@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from drafter_svc.layered_proposer import LayeredProposer
 from drafter_svc.model_proposer import ModelProposer
 from drafter_svc.proposer import Proposer, Root
 from drafter_svc.sessions import SessionMemory
+from lm.cuda.graphs import How
 from lm.draft_head import DraftHead
 from lm.model import LanguageModel
 from lm.store import DEFAULT_NAME, resolve_head
@@ -76,6 +78,11 @@ class TreeDrafter:
     def sessions(self) -> int:
         """Number of sessions held."""
         return len(self._memory)
+
+    @property
+    def passes(self) -> Counter[How]:
+        """Passes of its model or head so far, by how they ran."""
+        return self._model.passes.counts if self._model else Counter()
 
     def draft(self, request: DraftRequest, verifier: int = 0) -> DraftReply:
         """Release sessions, catch up with new tokens, and draft. `verifier`: the owner of the session ids.

@@ -24,7 +24,7 @@ class HeadProposer(LayeredProposer):
     """
 
     def __init__(self, head: DraftHead, cache: KVCache, max_nodes: int) -> None:
-        super().__init__(cache, max_nodes)
+        super().__init__(cache, head.passes, max_nodes)
         self._head = head
         # Output states of the last pass, and the index of each node's state among them.
         self._states = torch.empty(0)

@@ -15,6 +15,7 @@ from drafter_svc.proposer import Children, Frontier, Root
 from drafter_svc.sessions import Key, Session, SessionMemory
 from lm.kv_cache import KVCache, SequenceCache
 from lm.packed import PackedSequence
+from lm.passes import Passes
 from lm.sampling import Row
 from treeline.forest import ROOT, Source
 
@@ -38,14 +39,15 @@ class LayeredProposer(ABC):
 
     Attributes:
         cache: the network's; `SessionMemory` divides it among the sessions.
+        passes: of the network.
         stats: of the current step.
     """
 
     source = Source.MODEL
 
-    def __init__(self, cache: KVCache, max_nodes: int) -> None:
+    def __init__(self, cache: KVCache, passes: Passes, max_nodes: int) -> None:
         """`max_nodes`: most draft nodes of one tree."""
-        self.cache = cache
+        self.cache, self.passes = cache, passes
         self.stats = LayerStats()
         self._max_nodes = max_nodes
         self._root_logits: dict[Key, Tensor] = {}

@@ -29,7 +29,7 @@ class ModelProposer(LayeredProposer):
     """
 
     def __init__(self, model: LanguageModel, cache: KVCache, max_nodes: int) -> None:
-        super().__init__(cache, max_nodes)
+        super().__init__(cache, model.passes, max_nodes)
         self._model = model
 
     def _follow(self, sessions: list[Session], memory: SessionMemory) -> dict[Key, Tensor]:

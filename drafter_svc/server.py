@@ -121,6 +121,7 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
         self._verifiers: set[_Verifier] = set()
         self._in_queue_s = self._drafting_s = 0.0  # since the statistics of `_told_s`
         self._told_s = time.monotonic()
+        self._counted = drafter.passes.copy()
         self._local: LocalServer[pb.DraftRequest] | None = None
         try:
             self._local = LocalServer(self._draft_locally, pb.DraftRequest, MAX_DRAFT_MESSAGE_BYTES)
@@ -225,6 +226,9 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
         for seconds in stats.layer_s:
             metrics.layer_seconds.observe(seconds)
         metrics.nodes.inc(len(reply.forest.token_ids))
+        for how, count in (self._drafter.passes - self._counted).items():
+            metrics.passes.labels(how).inc(count)
+        self._counted = self._drafter.passes.copy()
 
 
 def check_request(request: DraftRequest, limits: LimitsConfig, info: DrafterInfo) -> None:

@@ -130,9 +130,15 @@ class DraftHead:
     """
 
     def __init__(
-        self, name: str, module: HeadModule, embedding: nn.Embedding, output: nn.Module, draft_ids: Tensor
+        self,
+        name: str,
+        module: HeadModule,
+        embedding: nn.Embedding,
+        output: nn.Module,
+        draft_ids: Tensor,
+        required: bool = False,
     ) -> None:
-        """`output`: the output rows of `draft_ids`."""
+        """`output`: the output rows of `draft_ids`; `required`: as `Passes`."""
         self.name, self.config = name, module.config
         self.device, self.dtype = embedding.weight.device, embedding.weight.dtype
         self.draft_ids = draft_ids.to(self.device)
@@ -140,13 +146,14 @@ class DraftHead:
         config = module.config
         self.layers = [LayerShape(config.kv_heads, config.head_dim, config.head_dim)]
         states = torch.zeros(BUCKETS[-1], config.hidden_size, dtype=self.dtype, device=self.device)
-        self.passes = Passes({None}, self.device, states)
+        self.passes = Passes({None}, self.device, states, required)
 
     @classmethod
     def load(cls, folder: Path, target: ModelConfig, feature_layers: tuple[int, ...] = ()) -> DraftHead:
         """Read a head, and from its target the rows it lacks.
 
         Args:
+            target: the head runs on its device, in its dtype, and captures its passes where the target has to.
             feature_layers: take the place of those that the head's config.json names, if there are any.
 
         Raises:
@@ -161,7 +168,7 @@ class DraftHead:
         parts = nn.ModuleDict({"module": module, "output": _linear(output), "embedding": embedding})
         parts.to(torch_device(target.device), torch_dtype(target, model))
         pack_linear_layers(parts, "int8", target.arithmetic)  # A guess needs no exact weights.
-        return cls(folder.name, module, embedding, parts["output"], draft_ids)
+        return cls(folder.name, module, embedding, parts["output"], draft_ids, target.cuda_graphs == "require")
 
     def new_cache(self, num_tokens: int | Literal["auto"], block_tokens: int | Literal["auto"]) -> KVCache:
         """An empty KV cache for this head; `KVCache.sized` says what "auto" is, and what it raises."""

@@ -40,7 +40,7 @@ class Passes:
         announce: is told ("pass", sequences, cache) before each pass, and ("forget",), which other processes do too.
         in_lockstep: they do: a pass that fails is then an error, and not run in another way.
         how: how the last pass ran; of one that was run as several, the slowest way.
-        largest: int64 [rows], the token of the largest logit of each row of the last pass; None if it was packed.
+        largest: int64 [rows], the token of the largest logit of each row of the last pass; None if it was not padded.
         counts: of all passes so far, by how they ran.
     """
 
@@ -51,9 +51,10 @@ class Passes:
         self.padded, self.required = device.type == "cuda", required
         self.announce: Callable[..., None] | None = None
         self.in_lockstep = False
-        self.how: How = "packed"
+        self.how: How = "native"
         self.largest: Tensor | None = None
         self.counts: Counter[How] = Counter()
+        self._unpadded: How = "packed" if self.padded else "native"
         self._windows, self._device, self._states = windows, device, states
         self._static: WeakKeyDictionary[KVCache, StaticPasses] = WeakKeyDictionary()
 
@@ -65,7 +66,7 @@ class Passes:
     @property
     def slow(self) -> int:
         """How many passes ran in a slower way than this device allows."""
-        return self.counts["eager"] + self.counts["packed"] if self._device.type == "cuda" else 0
+        return self.counts["eager"] + self.counts["packed"]
 
     def run(self, body: Body, sequences: list[PackedSequence], cache: KVCache, states: Tensor | None = None) -> Outputs:
         """One pass over all sequences' new tokens: the logits of the wanted ones, then what the body gives by token.
@@ -133,7 +134,7 @@ class Passes:
             columns = (upload(column, self._device) for column in (batch.token_ids, batch.positions, batch.rows))
             token_ids, positions, rows = columns
             outputs = body(token_ids, positions, states, rows, attention_for(batch, cache))
-            self.largest, self.how = None, "packed"
+            self.largest, self.how = None, self._unpadded
         self.counts[self.how] += 1
         for sequence in sequences:
             sequence.cache.scratch += len(sequence.token_ids)

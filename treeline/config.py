@@ -98,7 +98,8 @@ class ModelConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cuda_graphs: Literal["auto", "require"] = Field(
-        default="auto", description="require: a start fails unless all its passes are captured as CUDA graphs"
+        default="auto",
+        description="require: a start fails unless all passes are captured as CUDA graphs, those of its draft head too",
     )
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves it to torch")
     tensor_parallel: int = Field(

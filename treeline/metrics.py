@@ -20,6 +20,8 @@ _LENGTH_BUCKETS = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 8)
 _TOKEN_BUCKETS = tuple(2**i for i in range(16))
 _NODE_BUCKETS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 
+_WAYS = "replayed, eager or packed on a GPU, native on a CPU"
+
 
 class VerifierMetrics:
     """Requests, KV cache, speculation and step time of one verifier."""
@@ -66,7 +68,7 @@ class VerifierMetrics:
         )
         self._steps = counter("steps", "Engine steps")
         self._preemptions = counter("num_preemptions", "Requests that lost their KV blocks to others and began again")
-        self._passes = counter("passes", "Verification passes, by how they ran: replayed, eager, packed", ("how",))
+        self._passes = counter("passes", f"Verification passes, by how they ran: {_WAYS}", ("how",))
         self._phase = histogram("step_phase_seconds", "Seconds of a step by phase", _PHASE_BUCKETS, ("phase",))
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token", _TTFT_BUCKETS)
         self._itl = histogram("inter_token_latency_seconds", "Between tokens, counted per token", _ITL_BUCKETS)
@@ -180,6 +182,9 @@ class DrafterMetrics:
         self.nodes = Counter(f"{PREFIX}_drafter_nodes", "Nodes of the trees sent", registry=registry)
         self.catch_up_tokens = Counter(
             f"{PREFIX}_drafter_catch_up_tokens", "Committed tokens run through the draft model", registry=registry
+        )
+        self.passes = Counter(
+            f"{PREFIX}_drafter_passes", f"Draft passes, by how they ran: {_WAYS}", ("how",), registry=registry
         )
         self.step_seconds = Histogram(
             f"{PREFIX}_drafter_step_seconds", "Seconds of a draft step", buckets=_PHASE_BUCKETS, registry=registry

@@ -66,8 +66,8 @@ class StepRecord:
         node_s: gain of the best drafted node that was not verified, in seconds at the price; 0 if there was none.
         catch_up_tokens: committed tokens that the drafter ran to bring its cache up to date.
         drafted_requests: requests that were drafted for.
-        pass_how: how the verification pass ran: "replayed" (a captured CUDA graph), "eager" (the same, uncaptured), or
-            "packed" (without padding; the only way on a CPU).
+        pass_how: how the verification pass ran: "replayed" (a captured CUDA graph), "eager" (the same, uncaptured),
+            "packed" (without padding), or "native" (on a CPU).
         gaps: (seconds since its last tokens, tokens) for each request that received further tokens.
         first_token_s: seconds from its arrival for each request that received its first token.
         gap_priority, first_token_priority: of the same requests; empty if all are 0.

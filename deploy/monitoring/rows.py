@@ -169,10 +169,21 @@ def speculation() -> list[Any]:
 def steps() -> list[Any]:
     phase = "treeline_step_phase_seconds"
     p95 = f"histogram_quantile(0.95, {total(f'{phase}_bucket', by='le, phase')})"
+    ways = {
+        f"{who} {{{{how}}}}": total(f"treeline_{series}_total", labels, by="how")
+        for who, series, labels in (("target", "passes", ON), ("draft", "drafter_passes", ""))
+    }
     return [
         stacked(lines("Mean step time by phase", "s", {"{{phase}}": mean(phase, by="phase")})),
         lines("p95 step time by phase", "s", {"{{phase}}": p95}),
         lines("Steps per second", "cps", {"{{instance}}": rate("treeline_steps_total")}),
+        lines(
+            "Passes per second by how they ran",
+            "cps",
+            ways,
+            "On a GPU all should be replayed; eager and packed ones are slow. On a CPU all are native.",
+            width=24,
+        ),
     ]
 
 

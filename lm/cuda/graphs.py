@@ -25,8 +25,9 @@ RETRY_S = 60.0
 """A size whose capture failed is captured at its first use after so many seconds."""
 
 Outputs = tuple[Tensor, ...]
-How = Literal["replayed", "eager", "packed"]
-"""How a pass ran: as a captured graph, by the same operations launched one by one, or packed without padding."""
+How = Literal["replayed", "native", "eager", "packed"]
+"""How a pass ran. "replayed": as a captured graph. "native": without padding, the only way on a CPU. "eager": padded,
+its operations launched one by one. "packed": without padding on a device that captures; about ten times slower."""
 WAYS: tuple[How, ...] = get_args(How)
 """The slowest one last."""
 

@@ -59,6 +59,7 @@ class Services:
             step_s=0.07,
             goodput=40.0,
             price=20.0,
+            pass_how="eager",
             outcomes=outcomes,
         )
         self.verifier.observe_step(step)
@@ -73,6 +74,7 @@ class Services:
         self.drafter.sessions.set(1)
         self.drafter.steps.inc()
         self.drafter.nodes.inc(4)
+        self.drafter.passes.labels("packed").inc(3)
         self.drafter.catch_up_tokens.inc(3)
         self.drafter.step_seconds.observe(0.008)
         self.drafter.layer_seconds.observe(0.004)

@@ -264,6 +264,7 @@ def test_health_reflection_and_metrics(model_folder):
         await exchange(stream, message(REPEATING))
         page = await read_metrics(server.metrics_port)
         assert "treeline_drafter_nodes_total 3.0" in page
+        assert 'treeline_drafter_passes_total{how="native"} 3.0' in page
         assert "treeline_drafter_sessions 1.0" in page
         assert "treeline_drafter_steps_total 1.0" in page
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,15 @@ from lm.cuda import graphs
 from lm.cuda.graphs import Graphs
 from lm.cuda.layout import BUCKETS
 from lm.cuda.static_pass import StaticPasses
+from lm.draft_head import DraftHead, save_head, shared_layers
 from lm.kv_cache import KVCache, LayerShape
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from lm.passes import Passes
 from tests.lm.helpers import pad_passes, random_tokens, reference_logits
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
+from tests.lm.tiny_head import tiny_draft_ids, tiny_head_module
+from treeline.config import ModelConfig
 from treeline.errors import ConfigError
 
 
@@ -69,6 +73,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 def model() -> LanguageModel:
     made = LanguageModel.from_hf(tiny_llama(), tiny_tokenizer())
     pad_passes(made.passes)
+    made.passes._unpadded = "packed"  # As on the device.
     return made
 
 
@@ -188,6 +193,18 @@ def test_a_start_that_requires_captured_passes_fails_without_them(device: Device
         plain.capture(plain.new_cache(64, 16))
 
 
+def test_a_draft_head_captures_its_passes_where_its_target_has_to(model: LanguageModel, tmp_path: Path) -> None:
+    target, folder = tmp_path / "target", tmp_path / "head"
+    model.hf.save_pretrained(target)
+    model.tokenizer.save_pretrained(target)
+    save_head(folder, tiny_head_module(model.hf), shared_layers(model.hf, tiny_draft_ids())[1].weight, tiny_draft_ids())
+    for how in ("auto", "require"):
+        head = DraftHead.load(folder, ModelConfig(model=str(target), dtype="float32", device="cpu", cuda_graphs=how))
+        assert head.passes.required == (how == "require")
+    with pytest.raises(ConfigError, match="only 0 of 21"):
+        head.capture(head.new_cache(64, 16))
+
+
 def test_small_sizes_put_their_outputs_where_large_ones_do() -> None:
     shared = Graphs(torch.device("cpu"))
     large = shared._shared_for((torch.zeros(8, 3), torch.zeros(8, 5)))
@@ -222,10 +239,10 @@ def test_a_cache_takes_what_the_device_has_room_for(monkeypatch: pytest.MonkeyPa
         KVCache.sized(layers, "auto", "auto", bf16, cuda)
 
 
-def test_passes_on_a_cpu_are_packed_and_none_is_slow(caplog: pytest.LogCaptureFixture) -> None:
+def test_passes_on_a_cpu_are_native_and_none_is_slow(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     model = LanguageModel.from_hf(tiny_llama(), tiny_tokenizer())
-    assert one_pass(model, model.new_cache(64, 16)) == "packed"
+    assert one_pass(model, model.new_cache(64, 16)) == "native"
     assert model.passes.slow == 0
     assert not caplog.text
     assert isinstance(model.passes, Passes)

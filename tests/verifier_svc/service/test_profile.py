@@ -43,7 +43,7 @@ def measured(monkeypatch) -> list[int]:
 
 
 def test_a_profile_of_passes_that_ran_slowly_is_not_kept(model, folder, monkeypatch, caplog):
-    monkeypatch.setattr(type(model.passes), "slow", property(lambda passes: passes.counts["packed"]))
+    monkeypatch.setattr(type(model.passes), "slow", property(lambda passes: passes.counts["native"]))
     cache = model.new_cache(512, 16)
     assert verification_profile(model, cache)
     assert not list(folder.rglob("*.json"))
