@@ -16,7 +16,9 @@ import triton
 from torch import nn
 
 from bench.gpu_check.arms import arms
+from bench.gpu_check.host import host_work
 from bench.gpu_check.scale import Scale
+from bench.gpu_check.training import training
 from bench.step.limits import ModelSize, Point, measure_limit
 from bench.step.shapes import random_head, random_model
 from drafter_svc.head_proposer import HeadProposer
@@ -44,8 +46,10 @@ def parts(scale: Scale) -> Iterator[tuple[str, Callable[[], Finding]]]:
     yield "fp8", lambda: fp8(scale)
     yield "model", lambda: model(scale, scale.shapes[0], scale.points)
     yield "head", lambda: head(scale)
+    yield "host work", lambda: host_work(scale)
     yield "arms", lambda: arms(scale)
     yield "second model", lambda: model(scale, scale.shapes[1], scale.points[:2])
+    yield "training", lambda: training(scale)
 
 
 def machine(scale: Scale) -> Finding:

@@ -7,6 +7,11 @@ from typing import Literal
 
 import torch
 
+from distill.pipeline import Recipe
+from distill.trainer import TrainingPlan
+from lm.store import DEFAULT_NAME, cached_models
+from treeline.config import DEFAULT_MODEL
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -21,6 +26,9 @@ class Scale:
         points: (tokens, sequences, context) of timed passes; of the second model the first two alone.
         streams: loads under which policies are compared, for `block_s` each; of prompts and answers of so many tokens.
         repeats: of everything else that is timed.
+        target: the model for which a head is trained; None if there is none at hand.
+        recipe: of the head, layers that it reads excepted; the target writes so many texts over and over for about
+            `writing_s`.
     """
 
     device: torch.device
@@ -39,6 +47,9 @@ class Scale:
     prompt_tokens: int
     answer_tokens: int
     repeats: int
+    target: str | None
+    recipe: Recipe
+    writing_s: float
 
     @property
     def name(self) -> Literal["cpu", "cuda"]:
@@ -67,6 +78,9 @@ def on_device() -> Scale:
         prompt_tokens=32,
         answer_tokens=128,
         repeats=20,
+        target=DEFAULT_MODEL if DEFAULT_NAME in [path.name for path in cached_models()] else None,
+        recipe=Recipe((), texts=256, slots=256, training=TrainingPlan(epochs=2, batch_tokens=8192)),
+        writing_s=20.0,
     )
 
 
@@ -88,4 +102,7 @@ def toy() -> Scale:
         prompt_tokens=4,
         answer_tokens=16,
         repeats=1,
+        target=None,
+        recipe=Recipe((), 60, 64, 20, 64, TrainingPlan(epochs=4, batch_tokens=512, depth=2, learning_rate=3e-3)),
+        writing_s=0.0,
     )

@@ -59,36 +59,14 @@ class StaticPasses:
         tokens, wanted = len(batch.token_ids), len(batch.rows)
         size = bucket(tokens)
         rows = next(rows for rows in row_counts(size) if rows >= wanted)
-        upload_into(self._fill(batch, size), self._indices)
+        upload_into(self.fill(batch, size), self._indices)
         if states is not None and self._states is not None:
             self._states[:tokens] = states
         (largest, logits, *others), how = self.graphs.run((size, rows), lambda: self._pass(body, size, rows))
         outputs = logits[:wanted].clone(), *(other[:tokens].clone() for other in others)
         return outputs, largest[:wanted].clone(), how
 
-    def _layout(self, size: int) -> Layout:
-        return Layout.of(size, len(self._windows))
-
-    def _pass(self, body: Body, size: int, rows: int) -> Outputs:
-        from lm.cuda.attention import PaddedAttention, PaddedBatch  # Triton is not installed everywhere.
-
-        layout = self._layout(size)
-        sections = self._indices.tensor_split(layout.ends)
-        columns, words, sequences, queries = (
-            section.view(shape)
-            for section, shape in zip(
-                sections, (layout.columns, layout.words, layout.sequences, layout.queries), strict=False
-            )
-        )
-        token_ids, positions, slots, wanted = columns.long()
-        by_window = dict(zip(self._windows, words, strict=True))
-        batch = PaddedBatch(columns[1], slots, by_window, sequences, sections[4], queries)
-        context = PaddedAttention(batch, self._keys, self._values, self._block_tokens)
-        states = None if self._states is None else self._states[:size]
-        outputs = body(token_ids, positions, states, wanted[:rows], context)
-        return outputs[0].argmax(dim=-1), *outputs
-
-    def _fill(self, batch: PackedBatch, size: int) -> NDArray[np.int32]:
+    def fill(self, batch: PackedBatch, size: int) -> NDArray[np.int32]:
         """A batch's indices, padded: the sections of its `Layout`, then the table of blocks."""
         layout, spans, tokens = self._layout(size), batch.spans, len(batch.token_ids)
         starts, new, lengths, entries = batch.shapes.T
@@ -115,6 +93,28 @@ class StaticPasses:
         queries[len(own) : len(own) + len(padding), 1] = np.minimum(size - padding, QUERY_TOKENS)
         np.concatenate(tables, out=parts[4])
         return filled
+
+    def _layout(self, size: int) -> Layout:
+        return Layout.of(size, len(self._windows))
+
+    def _pass(self, body: Body, size: int, rows: int) -> Outputs:
+        from lm.cuda.attention import PaddedAttention, PaddedBatch  # Triton is not installed everywhere.
+
+        layout = self._layout(size)
+        sections = self._indices.tensor_split(layout.ends)
+        columns, words, sequences, queries = (
+            section.view(shape)
+            for section, shape in zip(
+                sections, (layout.columns, layout.words, layout.sequences, layout.queries), strict=False
+            )
+        )
+        token_ids, positions, slots, wanted = columns.long()
+        by_window = dict(zip(self._windows, words, strict=True))
+        batch = PaddedBatch(columns[1], slots, by_window, sequences, sections[4], queries)
+        context = PaddedAttention(batch, self._keys, self._values, self._block_tokens)
+        states = None if self._states is None else self._states[:size]
+        outputs = body(token_ids, positions, states, wanted[:rows], context)
+        return outputs[0].argmax(dim=-1), *outputs
 
 
 def _query_blocks(starts: NDArray[np.int64], stops: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -9,25 +9,33 @@ import sys
 
 import pytest
 
+from tests.verifier_svc.services import save_tiny_model
+
 START = """
 import sys
+from dataclasses import replace
 import lm.cuda.attention
 lm.cuda.attention.SPLITS = 2  # The interpreter runs programs without work as well.
 from pathlib import Path
 from bench.gpu_check import __main__ as command
 heavy = {"ray", "grpc", "typer", "google.rpc", "cli"} & sys.modules.keys()  # The arms need some of them, later.
-wrong = command.check(command.toy(), 300, Path(sys.argv[1]))
+wrong = command.check(replace(command.toy(), target=sys.argv[2]), 300, Path(sys.argv[1]))
 sys.exit(str(wrong or heavy) if wrong or heavy else 0)
 """
+
+
+PARTS = ["machine", "attention", "passes", "sampling", "fp8", "model", "head"]
+PARTS += ["host work", "arms", "second model", "training"]
 
 
 @pytest.mark.timeout(600)
 def test_every_part_runs_and_imports_no_service(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, "-c", START, tmp_path], capture_output=True, text=True, env=environment)
+    target, out = save_tiny_model(tmp_path / "target"), tmp_path / "out"
+    run = subprocess.run([sys.executable, "-c", START, out, target], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
-    found = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert list(found) == ["machine", "attention", "passes", "sampling", "fp8", "model", "head", "arms", "second model"]
+    found = json.loads((out / "gpu_check.json").read_text())
+    assert list(found) == PARTS
     assert found["head"]["layer_ms"] > 0
     assert found["attention"]["rows"][0]["error"] < 1e-5
     assert found["model"]["rows"][0]["how"] == found["second model"]["rows"][0]["how"] == "eager"
@@ -35,6 +43,11 @@ def test_every_part_runs_and_imports_no_service(tmp_path):
     assert [(row["policy"], row["streams"]) for row in rows if row["policy"] == "smart"] == [("smart", 1), ("smart", 2)]
     assert max(row["accepted_length"] for row in rows) > 1.5
     assert found["sampling"]["rows"][0]["same"] == 1.0
+    assert [row["nodes"] for row in found["host work"]["rows"]] == [0, 3]
+    assert found["training"]["trained_tokens"] > found["training"]["written_tokens"] > 60 * 30
+    before, after = found["training"]["loss"]
+    assert after < before
+    assert len(found["training"]["top4"]) == 2
 
 
 def test_what_goes_wrong_is_kept_and_said(tmp_path, monkeypatch):
