@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -60,6 +61,18 @@ class Serving:
                 return pid
         raise LookupError(deployment)
 
+    def followers(self) -> list[int]:
+        """The process ids of the other ranks of the verifier's model."""
+        verifier, found = self.replica("verifier"), []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                spawned = b"--multiprocessing-fork" in entry.read_bytes()
+                if spawned and verifier == parent(int(entry.parent.name)):
+                    found.append(int(entry.parent.name))
+            except OSError:
+                continue
+        return found
+
     def kill(self, deployment: str) -> None:
         os.kill(self.replica(deployment), signal.SIGKILL)
 
@@ -79,16 +92,25 @@ class Serving:
 def ancestors(pid: int) -> Iterator[int]:
     while pid > 1:
         yield pid
-        status = Path(f"/proc/{pid}/status").read_text()
-        pid = int(re.search(r"PPid:\t(\d+)", status)[1])
+        pid = parent(pid)
+
+
+def parent(pid: int) -> int:
+    return int(re.search(r"PPid:\t(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
 
 
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory) -> Iterator[Serving]:
-    folder = tmp_path_factory.mktemp("serve")
+    with started(tmp_path_factory.mktemp("serve")) as running:
+        yield running
+
+
+@contextmanager
+def started(folder: Path, tensor_parallel: int = 1) -> Iterator[Serving]:
     target = save_tiny_model(folder / "target")
     drafter = DrafterConfig(kind="model+ngram", model=ModelConfig(model=str(target), dtype="float32", threads=1))
     config = tiny_config(target, drafter).model_dump(mode="json")
+    config["verifier"]["target"]["tensor_parallel"] = tensor_parallel
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     process = subprocess.Popen(
         [sys.executable, "-c", "from cli.main import main; main()", "serve", "--config", str(folder / "config.yaml")],
@@ -159,3 +181,16 @@ def test_ctrl_c_stops_everything(serving):
     serving.process.send_signal(signal.SIGINT)
     assert serving.process.wait(60) == 0
     serving.until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ray_processes))
+
+
+@pytest.mark.slow
+def test_a_replica_that_loses_a_rank_of_its_model_is_replaced(tmp_path):
+    with started(tmp_path, tensor_parallel=2) as serving:
+        expected, killed = serving.answer(), serving.replica("verifier")
+        (follower,) = serving.followers()
+        os.kill(follower, signal.SIGKILL)
+        serving.until(lambda: serving.replica("verifier") != killed and len(serving.followers()) == 1)
+        again: list[list[int]] = []
+        serving.until(lambda: again.append(serving.answer()) is None)
+        assert again == [expected]
+        assert not Path(f"/proc/{killed}").exists()
