@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import AsyncExitStack
 from typing import Any
 
 import grpc
@@ -92,17 +93,23 @@ class FrontDoorServer:
 
         endpoint = bind(server, config.server, config.server.port)
         tokens = TokenFile(config.server.token_file) if config.server.token_file else None
-        pool = await VerifierPool.start(config, verifiers, show_health)
-        door = FrontDoor(pool, Clients(tokens), config.server.resume_wait_s, config.logging.prompts)
-        add_GenerationServiceServicer_to_server(door, server)
-        http = None
-        if config.server.http.enabled:
-            http = await HttpServer.start(
-                config.server, config.limits.max_message_bytes, door, tokens, registry, pages, access
-            )
-        await server.start()
+        async with AsyncExitStack() as if_it_fails:
+            pool = await VerifierPool.start(config, verifiers, show_health)
+            if_it_fails.push_async_callback(pool.stop)
+            door = FrontDoor(pool, Clients(tokens), config.server.resume_wait_s, config.logging.prompts)
+            add_GenerationServiceServicer_to_server(door, server)
+            await server.start()
+            if_it_fails.push_async_callback(server.stop, None)
+            http = None
+            if config.server.http.enabled:
+                http = await HttpServer.start(
+                    config.server, config.limits.max_message_bytes, door, tokens, registry, pages, access
+                )
+                if_it_fails.push_async_callback(http.stop, 0)
+            metrics_port = serve_metrics(registry, config.metrics)
+            if_it_fails.pop_all()
         logger.info("front door at %s, HTTP port %s", endpoint, http.port if http else "off")
-        return cls(server, endpoint, serve_metrics(registry, config.metrics), door, health_servicer, http)
+        return cls(server, endpoint, metrics_port, door, health_servicer, http)
 
     async def until_serving(self) -> None:
         """Wait until there is a verifier to forward to."""

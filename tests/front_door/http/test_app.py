@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from front_door.http.openai_requests import ChatBody
+from front_door.server import FrontDoorServer
 from tests.front_door.http.calling import HELLO, post, with_client
 from tests.front_door.test_server import METRICS
 from tests.verifier_svc.fake_engine import FakeEngine
@@ -39,12 +40,19 @@ def test_numbers_of_no_sense_are_refused(fields, param):
     assert (status, answer["error"]["param"]) == (400, param)
 
 
-def test_a_taken_port_is_said():
+def test_a_taken_port_is_said_and_nothing_is_left():
+    async def scenario():
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: .* server.http.port"):
+            await FrontDoorServer.start(config, no_verifiers)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    async def no_verifiers():
+        return []
+
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         config = Config(server=ServerConfig(port=0, http={"port": port}), metrics=METRICS)
-        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: .* server.http.port"):
-            with_client(None, config=config)
+        asyncio.run(scenario())
 
 
 def test_models_health_metrics_and_tokenize():
