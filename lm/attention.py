@@ -56,13 +56,14 @@ class AttentionOptions:
     window: int | None
 
 
-_current: ContextVar[AttentionContext | None] = ContextVar("attention", default=None)
+_current: ContextVar[tuple[AttentionContext, Tensor] | None] = ContextVar("attention", default=None)
 
 
 @contextmanager
-def attending(context: AttentionContext) -> Iterator[None]:
-    """Also give the context to layers that drop keyword arguments on their way to attention (StableLM, Nemotron)."""
-    token = _current.set(context)
+def attending(context: AttentionContext, positions: Tensor) -> Iterator[None]:
+    """Also give the context to layers that drop keyword arguments on their way to attention (StableLM, Nemotron), and
+    the tokens' positions, int64 [tokens], to attention that depends on them (ALiBi)."""
+    token = _current.set((context, positions))
     try:
         yield
     finally:
@@ -72,6 +73,13 @@ def attending(context: AttentionContext) -> Iterator[None]:
 def is_attending() -> bool:
     """Whether a pass of ours is running."""
     return _current.get() is not None
+
+
+def positions_of_pass() -> Tensor:
+    """Positions int64 [tokens] of the tokens of the pass of ours that is running."""
+    current = _current.get()
+    assert current is not None
+    return current[1]
 
 
 class UnsupportedAttentionError(Exception):
@@ -90,7 +98,8 @@ def interface_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers: [1, heads, tokens, dim] in, [1, tokens, heads, dim] out."""
-    context: AttentionContext | None = kwargs.get(CONTEXT) or _current.get()
+    current = _current.get()
+    context: AttentionContext | None = kwargs.get(CONTEXT) or (current and current[0])
     if context is None:
         raise UnsupportedAttentionError("its modules do not hand keyword arguments through to attention")
     beyond = [name for name in _BEYOND_PLAIN if kwargs.get(name) is not None]

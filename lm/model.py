@@ -20,7 +20,7 @@ from lm.features import FeatureTap
 from lm.kv_cache import KVCache, LayerShape
 from lm.layers.fuse import fuse_layers
 from lm.layers.fused import LENGTH_DEPENDENT_ROPE
-from lm.layers.older import lead_to_interface
+from lm.layers.older import BIASED, ignored_option, lead_to_interface
 from lm.layers.sharded import Shard, keep_shard
 from lm.packed import PackedSequence
 from lm.passes import Passes
@@ -180,7 +180,7 @@ class LanguageModel:
         """The `Body` of its passes: logits, then what the tap reads off."""
         if self._tap is not None:
             self._tap.put([])
-        with attending(context):
+        with attending(context, positions):
             output = self.hf(
                 input_ids=token_ids[None],
                 position_ids=positions[None],
@@ -207,12 +207,11 @@ def _probe(hf: PreTrainedModel) -> tuple[list[LayerShape], int, set[int | None]]
         raise refuse("it is not decoder-only")
     if hf._is_stateful:
         raise refuse("it keeps recurrent state, which a tree cannot share")
-    # MPT has it in a section of its own.
-    if getattr(getattr(config, "attn_config", config), "alibi", config.model_type == "bloom"):
-        raise refuse("its attention adds ALiBi biases")
+    if option := ignored_option(config):
+        raise refuse(f"transformers ignores its {option}")
     if hf.config._attn_implementation != IMPLEMENTATION:
         raise refuse("it does not use the attention interface of transformers")
-    if "position_ids" not in inspect.signature(hf.forward).parameters:
+    if "position_ids" not in inspect.signature(hf.forward).parameters and config.model_type not in BIASED:
         raise refuse("it does not let positions be given")
     other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if other:
@@ -220,7 +219,7 @@ def _probe(hf: PreTrainedModel) -> tuple[list[LayerShape], int, set[int | None]]
     probe = Probe()
     tokens, last = torch.tensor([[0, 1]], device=hf.device), torch.tensor([1], device=hf.device)
     try:
-        with attending(probe):
+        with attending(probe, tokens[0]):
             logits = hf(
                 input_ids=tokens, position_ids=tokens, use_cache=False, logits_to_keep=last, **{CONTEXT: probe}
             ).logits
@@ -266,7 +265,9 @@ def _max_context_tokens(config: PretrainedConfig) -> int:
     if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
         original = rope.get("original_max_position_embeddings")
         return original or getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
-    return config.max_position_embeddings
+    # MPT names it otherwise. BLOOM's configurations may not tell: it was trained on 2,048 tokens (arXiv 2211.05100).
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")
+    return next((limit for name in names if (limit := getattr(config, name, None))), 2048)
 
 
 def _sampling(hf: PreTrainedModel) -> SamplingParams:

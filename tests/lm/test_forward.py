@@ -24,7 +24,7 @@ from tests.lm.tiny import CONFIGS, tiny_model, tiny_tokenizer
 TIGHT = {"rtol": 1e-4, "atol": 2e-5}
 
 
-PADDED = ["llama", "mistral-sliding", "gemma2-softcap", "gpt2"]
+PADDED = ["llama", "mistral-sliding", "gemma2-softcap", "gpt2", "mpt-alibi"]
 
 
 @pytest.fixture(scope="module", params=[*CONFIGS, *(f"{kind}, padded" for kind in PADDED)])

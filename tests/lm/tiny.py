@@ -15,6 +15,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MptConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
@@ -52,6 +53,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gemma2-softcap": Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=5.0),
     "gemma3-mixed": Gemma3TextConfig(**_GEMMA, layer_types=["sliding_attention", "full_attention"]),
     "gpt-neox": GPTNeoXConfig(**_UNGROUPED),
+    "mpt-alibi": MptConfig(**_UNGROUPED),
     "gpt2": GPT2Config(
         vocab_size=VOCAB_SIZE, n_embd=48, n_layer=2, n_head=6, n_positions=512, bos_token_id=None, eos_token_id=256
     ),

@@ -35,6 +35,7 @@ ATTENTION = {  # (group, head dimension, type, tokens of a block, architectures)
     "head 256, float32": (8, 256, "fp32", 128, (89,)),
     "small blocks": (3, 80, "bf16", 16, (90,)),
     "group 4, head 256, float32": (4, 256, "fp32", 128, (89,)),
+    "mpt, bloom": (1, 136, "bf16", 128, (89,)),
     "head 64": (1, 64, "bf16", 128, (89,)),
 }
 

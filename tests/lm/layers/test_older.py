@@ -13,7 +13,7 @@ from lm.layers.older import FAMILIES
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from tests.lm.helpers import random_tokens, reference_logits
-from tests.lm.tiny import tiny_model, tiny_tokenizer
+from tests.lm.tiny import CONFIGS, tiny_model, tiny_tokenizer
 from tests.verifier_svc.engine.test_architectures import KINDS, SHAPE
 from treeline.config import ModelConfig
 
@@ -29,3 +29,15 @@ def test_a_folder_is_loaded_as_transformers_loads_it(tmp_path: Path, kind: str) 
     assert sequence is not None
     logits = model.forward([PackedSequence(sequence, tokens)], cache)
     torch.testing.assert_close(logits, reference_logits(reference, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_biases_of_far_positions_are_exact_in_bfloat16() -> None:
+    """From 512 on, bfloat16 holds every fourth position alone; transformers adds these biases in float32."""
+    hf = tiny_model(CONFIGS["mpt-alibi"], dtype=torch.bfloat16)
+    model = LanguageModel.from_hf(hf, tiny_tokenizer())
+    cache, tokens = model.new_cache(1024, 16), random_tokens(np.random.default_rng(0), 900)
+    sequence = cache.allocate(900)
+    assert sequence is not None
+    logits = model.forward([PackedSequence(sequence, tokens, None, "last")], cache)
+    expected = reference_logits(hf, tokens)[-1:]
+    assert (logits - expected).abs().max() < 0.03 * expected.abs().max()

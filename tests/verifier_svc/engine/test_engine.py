@@ -39,7 +39,8 @@ def model() -> LanguageModel:
 
 def plain_greedy(model: LanguageModel, prompt: list[int], max_tokens: int) -> list[int]:
     """transformers' own greedy continuation, with its own attention."""
-    model.hf.set_attn_implementation("eager")
+    # Its eager attention of Falcon adds ALiBi biases twice: to the mask as well.
+    model.hf.set_attn_implementation("sdpa" if model.hf.config.model_type == "falcon" else "eager")
     try:
         out = model.hf.generate(
             torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
