@@ -7,6 +7,7 @@ takes the head's own state at its parent in their place.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from lm.attention import CONTEXT, IMPLEMENTATION, AttentionContext
 from lm.checkpoints.eagle3 import HeadConfig, check_tensors, pop_draft_ids, read_config, read_tensors, write_head
 from lm.cpu.elementwise import TORCH, elementwise_for
+from lm.cpu.native_attention import NativeAttention
+from lm.cpu.native_head import native_head
 from lm.cpu.packed_linear import pack_linear_layers
 from lm.cuda.graphs import Outputs
 from lm.cuda.layout import BUCKETS
@@ -147,6 +150,8 @@ class DraftHead:
         self.layers = [LayerShape(config.kv_heads, config.head_dim, config.head_dim)]
         states = torch.zeros(BUCKETS[-1], config.hidden_size, dtype=self.dtype, device=self.device)
         self.passes = Passes({None}, self.device, states, required)
+        # Looked for at the first pass: only then are the weights as they will stay.
+        self._native = functools.cache(lambda: native_head(config, module.layers, module.norm, embedding, output))
 
     @classmethod
     def load(cls, folder: Path, target: ModelConfig, feature_layers: tuple[int, ...] = ()) -> DraftHead:
@@ -224,6 +229,10 @@ class DraftHead:
     ) -> Outputs:
         """The `Body` of its passes: logits and output states."""
         assert states is not None
+        if isinstance(context, NativeAttention) and (native := self._native()) is not None:
+            assert rows is not None
+            turns = self._module.rotary_emb(states, positions[None])
+            return native.forward(token_ids, turns, states, rows, context)
         out, final = self._module(self._embedding(token_ids)[None], states[None], positions[None], context)
         return self._output(final[0] if rows is None else final[0][rows]), out[0]
 

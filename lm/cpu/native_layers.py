@@ -18,7 +18,7 @@ from lm.kv_cache import KVCache
 from lm.layers.fused import FusedLayer
 
 
-class _Layer(ctypes.Structure):
+class LayerStruct(ctypes.Structure):
     _fields_ = (
         *((name, LinearStruct) for name in ("qkv", "o", "gate_up", "down")),
         *((name, c_void_p) for name in ("input_norm", "mlp_norm")),
@@ -28,7 +28,7 @@ class _Layer(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, layer: FusedLayer, cache: KVCache) -> _Layer:
+    def of(cls, layer: FusedLayer, cache: KVCache) -> LayerStruct:
         queries, kv_heads, _ = layer.heads
         keys, values = cache.keys[layer.index], cache.values[layer.index]
         norms = (layer.input_norm, layer.mlp_norm)
@@ -47,14 +47,14 @@ class NativeLayers:
 
     def __init__(self, layers: Sequence[FusedLayer]) -> None:
         self._layers = layers
-        self._tables: WeakKeyDictionary[KVCache, ctypes.Array[_Layer]] = WeakKeyDictionary()
+        self._tables: WeakKeyDictionary[KVCache, ctypes.Array[LayerStruct]] = WeakKeyDictionary()
         self._run = typed(library().treeline_decoder_layers, "nppnnppp")  # type: ignore[union-attr]
 
     def forward(self, hidden: Tensor, turns: Tensor, context: NativeAttention) -> Tensor:
         """float32 hidden states [1, tokens, hidden] -> the same behind the last layer; turns as `ComplexRotary`'s."""
         table = self._tables.get(context.cache)
         if table is None:
-            table = (_Layer * len(self._layers))(*(_Layer.of(layer, context.cache) for layer in self._layers))
+            table = (LayerStruct * len(self._layers))(*(LayerStruct.of(layer, context.cache) for layer in self._layers))
             self._tables[context.cache] = table
         for start, stop in self._runs():
             hidden = self._call(table, start, stop, context, turns, hidden.contiguous())
@@ -73,7 +73,7 @@ class NativeLayers:
 
     def _call(
         self,
-        table: ctypes.Array[_Layer],
+        table: ctypes.Array[LayerStruct],
         start: int,
         stop: int,
         context: NativeAttention,
@@ -83,7 +83,7 @@ class NativeLayers:
         out = torch.empty_like(hidden)
         self._run(
             stop - start,
-            ctypes.byref(table, start * ctypes.sizeof(_Layer)),
+            ctypes.byref(table, start * ctypes.sizeof(LayerStruct)),
             context.batch,
             *hidden.shape[1:],
             turns.data_ptr(),

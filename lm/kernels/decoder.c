@@ -1,5 +1,7 @@
-/* Whole decoder layers of Llama's kind, one after the other: what they compute is in the other kernels. */
+/* Whole decoder layers of Llama's kind, and the pass of a draft head around one: what they compute is in the other
+   kernels. One team of threads runs all of a pass. */
 #include <stdlib.h>
+#include <string.h>
 
 #include "kernels.h"
 
@@ -11,45 +13,114 @@ typedef struct {
     float *keys, *values; /* of the cache */
 } DecoderLayer;
 
+/* A layer between the inputs and the output rows of a draft head. Its qkv takes rows of twice the size: a token's normed
+   embedding and its normed state. */
+typedef struct {
+    DecoderLayer layer;
+    Linear output;
+    const float *embedding, *state_norm, *norm;
+    float state_epsilon, epsilon;
+    int32_t norm_before_residual, norm_output; /* as lm/checkpoints/eagle3.py says */
+} DraftHead;
+
+/* What lies between the parts of a layer, for all tokens of a pass. */
+typedef struct {
+    float *added, *normed, *qkv, *mixed, *gate_up, *gated;
+    void *room; /* of products */
+} Between;
+
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* Freed by `drop`. `size`: of a hidden state. */
+static Between make(const DecoderLayer *layer, int64_t tokens, int64_t size)
+{
+    int64_t normed_size = layer->qkv.features_in, qkv_size = layer->qkv.features_out;
+    int64_t mixed_size = layer->o.features_in, gate_up_size = layer->gate_up.features_out;
+    int64_t floats = size + normed_size + qkv_size + mixed_size + gate_up_size + layer->down.features_in;
+    Between b;
+    b.added = malloc(tokens * floats * sizeof *b.added);
+    b.normed = b.added + tokens * size;
+    b.qkv = b.normed + tokens * normed_size;
+    b.mixed = b.qkv + tokens * qkv_size;
+    b.gate_up = b.mixed + tokens * mixed_size;
+    b.gated = b.gate_up + tokens * gate_up_size;
+    b.room = malloc(larger(larger(treeline_room(&layer->qkv, tokens), treeline_room(&layer->o, tokens)),
+                           treeline_room(&layer->down, tokens)));
+    return b;
+}
+
+static void drop(Between b)
+{
+    free(b.room);
+    free(b.added);
+}
+
+/* Attention over what is normed, and the feed-forward part. total [tokens, size] becomes the sum of residual and
+   attention; what the feed-forward part adds to it is left in `added`. */
+static void team_mix(const DecoderLayer *layer, const Batch *batch, int64_t tokens, int64_t size, const float *turns,
+                     const float *residual, float *total, const Between *b)
+{
+    const Attention *heads = &layer->attention;
+    int64_t queries = heads->kv_heads * heads->group, turned = queries + heads->kv_heads;
+    int64_t stride = layer->qkv.features_out;
+    const float *key = b->qkv + queries * heads->key_dim, *value = b->qkv + turned * heads->key_dim;
+    treeline_team_linear(&layer->qkv, b->normed, b->qkv, tokens, b->room);
+    treeline_team_rotate(tokens, turned, heads->key_dim, b->qkv, stride, turns);
+    treeline_team_attend(batch, heads, layer->keys, layer->values, b->qkv, stride, key, stride, value, stride, b->mixed);
+    treeline_team_linear(&layer->o, b->mixed, b->added, tokens, b->room);
+    treeline_team_rms_norm(tokens, size, residual, b->added, total, layer->mlp_norm, layer->mlp_epsilon, b->normed);
+    treeline_team_linear(&layer->gate_up, b->normed, b->gate_up, tokens, b->room);
+    treeline_team_silu_times(tokens, layer->down.features_in, b->gate_up, b->gated);
+    treeline_team_linear(&layer->down, b->gated, b->added, tokens, b->room);
+}
+
 /* out [tokens, size] = what `count` layers, which are of one shape, make of hidden [tokens, size].
-   turns [tokens, key_dim / 2] of (cos, sin). One team of threads runs all of them. */
+   turns [tokens, key_dim / 2] of (cos, sin). */
 void treeline_decoder_layers(int64_t count, const DecoderLayer *layers, const Batch *batch, int64_t tokens,
                              int64_t size, const float *turns, const float *hidden, float *out)
 {
-    const Attention *heads = &layers->attention;
-    int64_t queries = heads->kv_heads * heads->group, turned = queries + heads->kv_heads;
-    int64_t qkv_size = layers->qkv.features_out, mixed_size = layers->o.features_in;
-    int64_t gate_up_size = layers->gate_up.features_out, gated_size = layers->down.features_in;
-    float *added = malloc(tokens * (2 * size + qkv_size + mixed_size + gate_up_size + gated_size) * sizeof *added);
-    float *normed = added + tokens * size, *qkv = normed + tokens * size, *mixed = qkv + tokens * qkv_size;
-    float *gate_up = mixed + tokens * mixed_size, *gated = gate_up + tokens * gate_up_size;
-    const float *key = qkv + queries * heads->key_dim, *value = qkv + turned * heads->key_dim;
-    void *room = malloc(larger(larger(treeline_room(&layers->qkv, tokens), treeline_room(&layers->o, tokens)),
-                               treeline_room(&layers->down, tokens)));
-
+    const Between b = make(layers, tokens, size);
 #pragma omp parallel num_threads(batch->threads)
     {
         const float *residual = hidden;
         for (const DecoderLayer *layer = layers; layer < layers + count; layer++) {
-            treeline_team_rms_norm(tokens, size, residual, layer == layers ? NULL : added, out, layer->input_norm,
-                                   layer->input_epsilon, normed);
-            treeline_team_linear(&layer->qkv, normed, qkv, tokens, room);
-            treeline_team_rotate(tokens, turned, heads->key_dim, qkv, qkv_size, turns);
-            treeline_team_attend(batch, &layer->attention, layer->keys, layer->values, qkv, qkv_size, key, qkv_size,
-                                 value, qkv_size, mixed);
-            treeline_team_linear(&layer->o, mixed, added, tokens, room);
-            treeline_team_rms_norm(tokens, size, residual, added, out, layer->mlp_norm, layer->mlp_epsilon, normed);
+            treeline_team_rms_norm(tokens, size, residual, layer == layers ? NULL : b.added, out, layer->input_norm,
+                                   layer->input_epsilon, b.normed);
+            team_mix(layer, batch, tokens, size, turns, residual, out, &b);
             residual = out; /* from here on sums are made in place */
-            treeline_team_linear(&layer->gate_up, normed, gate_up, tokens, room);
-            treeline_team_silu_times(tokens, gated_size, gate_up, gated);
-            treeline_team_linear(&layer->down, gated, added, tokens, room);
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < tokens * size; i++)
-            out[i] += added[i];
+            out[i] += b.added[i];
     }
-    free(room);
-    free(added);
+    drop(b);
+}
+
+/* One draft step of tokens whose predecessors have `states` [tokens, size]: `next` [tokens, size], the states for their
+   children, and logits [count, output.features_out] of the tokens `rows` [count]. turns as above. */
+void treeline_draft_head(const DraftHead *head, const Batch *batch, int64_t tokens, int64_t size,
+                         const int64_t *token_ids, const float *turns, const float *states, int64_t count,
+                         const int64_t *rows, float *next, float *logits)
+{
+    const DecoderLayer *layer = &head->layer;
+    const Between b = make(layer, tokens, size);
+    float *normed = head->norm_output ? next : b.normed, *wanted = b.added;
+#pragma omp parallel num_threads(batch->threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < tokens; token++) {
+            const float *embedded = head->embedding + token_ids[token] * size, *state = states + token * size;
+            float *input = b.normed + 2 * token * size;
+            treeline_norm_row(size, embedded, NULL, NULL, layer->input_norm, layer->input_epsilon, input);
+            treeline_norm_row(size, state, NULL, NULL, head->state_norm, head->state_epsilon, input + size);
+            memcpy(next + token * size, head->norm_before_residual ? input + size : state, size * sizeof *next);
+        }
+        team_mix(layer, batch, tokens, size, turns, next, next, &b);
+        treeline_team_rms_norm(tokens, size, next, b.added, next, head->norm, head->epsilon, normed);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < count; row++)
+            memcpy(wanted + row * size, normed + rows[row] * size, size * sizeof *wanted);
+        treeline_team_linear(&head->output, wanted, logits, count, b.room);
+    }
+    drop(b);
 }

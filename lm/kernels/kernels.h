@@ -44,7 +44,8 @@ typedef struct {
     int64_t features_in, features_out, kernel;
 } Linear;
 
-/* What follows is called by every thread of a team: they share the work, and go on together. */
+/* What follows, but for `treeline_norm_row`, is called by every thread of a team: they share the work, and go on
+   together. */
 
 /* outputs [tokens, features_out] = inputs [tokens, features_in] * weight^T + bias.
    room [`treeline_room` bytes], for what is made of the inputs. */
@@ -57,6 +58,9 @@ int64_t treeline_room(const Linear *linear, int64_t tokens);
 void treeline_team_attend(const Batch *batch, const Attention *layer, float *keys, float *values, const float *query,
                           int64_t query_stride, const float *key, int64_t key_stride, const float *value,
                           int64_t value_stride, float *output);
+
+void treeline_norm_row(int64_t size, const float *hidden, const float *added, float *total, const float *weight,
+                       float epsilon, float *out);
 
 void treeline_team_rms_norm(int64_t tokens, int64_t size, const float *hidden, const float *added, float *total,
                             const float *weight, float epsilon, float *out);

@@ -7,31 +7,37 @@
 
 enum { PARALLEL_FLOATS = 1 << 16 }; /* below it, waking threads costs more than they save */
 
-/* total = hidden + added, if there is something to add; out = total / sqrt(mean of squares + epsilon) * weight. */
+/* total = hidden + added, if there is something to add; out = total / sqrt(mean of squares + epsilon) * weight. Each is a
+   row of `size` numbers; `out` may be `total`. */
+void treeline_norm_row(int64_t size, const float *hidden, const float *added, float *total, const float *weight,
+                       float epsilon, float *out)
+{
+    v8f squares = {0};
+    for (int64_t i = 0; i < size; i += LANES) {
+        v8f x = load8(hidden + i);
+        if (added) {
+            x += load8(added + i);
+            store8(total + i, x);
+        }
+        squares += x * x;
+    }
+    const float *row = added ? total : hidden;
+    float sum = 0;
+    for (int lane = 0; lane < LANES; lane++)
+        sum += squares[lane];
+    v8f scale = splat8(1.0f / sqrtf(sum / size + epsilon));
+    for (int64_t i = 0; i < size; i += LANES)
+        store8(out + i, load8(row + i) * scale * load8(weight + i));
+}
+
+/* The same for rows [tokens, size]. */
 void treeline_team_rms_norm(int64_t tokens, int64_t size, const float *hidden, const float *added, float *total,
                             const float *weight, float epsilon, float *out)
 {
 #pragma omp for schedule(static)
-    for (int64_t token = 0; token < tokens; token++) {
-        const float *row = hidden + token * size;
-        v8f squares = {0};
-        for (int64_t i = 0; i < size; i += LANES) {
-            v8f x = load8(row + i);
-            if (added) {
-                x += load8(added + token * size + i);
-                store8(total + token * size + i, x);
-            }
-            squares += x * x;
-        }
-        if (added)
-            row = total + token * size;
-        float sum = 0;
-        for (int lane = 0; lane < LANES; lane++)
-            sum += squares[lane];
-        v8f scale = splat8(1.0f / sqrtf(sum / size + epsilon));
-        for (int64_t i = 0; i < size; i += LANES)
-            store8(out + token * size + i, load8(row + i) * scale * load8(weight + i));
-    }
+    for (int64_t first = 0; first < tokens * size; first += size)
+        treeline_norm_row(size, hidden + first, added ? added + first : NULL, added ? total + first : NULL, weight,
+                          epsilon, out + first);
 }
 
 /* Turns the first `heads` heads of each row, in place: (x, y) -> (x cos - y sin, x sin + y cos) for pairs that lie side

@@ -18,7 +18,8 @@ class Grammar(NamedTuple):
 
     def warm_up(self) -> str:
         """Build what the first mask needs, outside the engine's thread; returns the error, empty if there is none."""
-        first = int(_mask(self.matcher, self.vocab_size).argmax())
+        bits = _mask(self.matcher, self.vocab_size).view(np.uint8)
+        first = int(np.unpackbits(bits, bitorder="little").argmax())
         probe = self.matcher.deep_copy()  # Some errors show only when a token is consumed.
         probe.consume_token(first)
         return probe.get_error()
@@ -61,8 +62,8 @@ class GrammarState:
         """Whether all these tokens may follow the text."""
         return self._matcher.validate_tokens(path) == len(path)
 
-    def allowed(self, path: list[int]) -> NDArray[np.bool_]:
-        """bool [vocab]: the tokens that may follow text and `path`, end tokens included where the text may end."""
+    def allowed(self, path: list[int]) -> NDArray[np.int32]:
+        """The tokens that may follow text and `path`, end tokens included where the text may end, as `Row.allowed`."""
         matcher = self._matcher
         if path:
             matcher = matcher.deep_copy()
@@ -70,7 +71,7 @@ class GrammarState:
         return _mask(matcher, self._vocab_size)
 
 
-def _mask(matcher: LLMatcher, vocab_size: int) -> NDArray[np.bool_]:
+def _mask(matcher: LLMatcher, vocab_size: int) -> NDArray[np.int32]:
     words = np.zeros((1, -(-vocab_size // 32)), np.int32)
     fill_next_token_bitmask(matcher, words)
-    return np.unpackbits(words.view(np.uint8)[0], bitorder="little")[:vocab_size].astype(np.bool_)
+    return words[0]

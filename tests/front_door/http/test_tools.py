@@ -149,7 +149,7 @@ def takes(grammar, text):
             state.take(token)
     except ValueError:
         return False
-    return state.ended or bool(state.allowed([])[0])  # token 0 ends an answer
+    return state.ended or bool(state.allowed([])[0] & 1)  # token 0 ends an answer
 
 
 def one_tool(function):

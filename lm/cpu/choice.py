@@ -1,0 +1,82 @@
+"""From scores to tokens by our kernels (`lm/kernels/choice.c`), or by torch where those cannot."""
+
+from __future__ import annotations
+
+import functools
+from ctypes import CDLL
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lm.cpu.native import library, typed
+from lm.device import upload
+
+
+def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best columns of each row of `scores` float32 [rows, columns], best first.
+
+    Returns:
+        Columns int64 [rows, k]; and their probabilities under a softmax over the row, float32 [rows, k].
+    """
+    kernels = _kernels_for(scores)
+    if kernels is None:
+        probs, ids = torch.softmax(scores, dim=-1).topk(k, dim=-1)
+        return ids, probs
+    rows, columns = scores.shape
+    ids, probs = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k)
+    _best(kernels)(rows, columns, scores.data_ptr(), k, ids.data_ptr(), probs.data_ptr(), torch.get_num_threads())
+    return ids, probs
+
+
+def bar(scores: Tensor, rows: list[int], bits: NDArray[np.int32]) -> None:
+    """Set scores to minus infinity where bits are 0, in place.
+
+    Args:
+        scores: float32 [all rows, columns].
+        rows: of `scores`, one for each row of bits.
+        bits: [rows, words]; a word's lowest bit is of the first of its 32 columns.
+    """
+    places, columns, kernels = np.asarray(rows, np.int64), scores.shape[1], _kernels_for(scores)
+    if kernels is None:
+        words = upload(bits, scores.device)[:, :, None]
+        barred = (words >> torch.arange(32, dtype=torch.int32, device=scores.device) & 1 == 0).flatten(1)
+        index = upload(places, scores.device)
+        scores[index] = scores[index].masked_fill(barred[:, :columns], -torch.inf)
+        return
+    where = (len(rows), places.ctypes.data, bits.shape[1], bits.ctypes.data)
+    _bar(kernels)(*where, columns, scores.data_ptr(), torch.get_num_threads())
+
+
+def largest(scores: Tensor, bits: NDArray[np.int32]) -> Tensor:
+    """int64 [rows]: the first column of the largest score among those whose bit is 1. Arguments as in `bar`."""
+    kernels = _kernels_for(scores)
+    if kernels is None:
+        scores = scores.clone()
+        bar(scores, [*range(len(scores))], bits)
+        return scores.argmax(dim=-1)
+    ids = torch.empty(len(scores), dtype=torch.int64)
+    where = (len(scores), bits.shape[1], bits.ctypes.data, scores.shape[1], scores.data_ptr())
+    _largest(kernels)(*where, ids.data_ptr(), torch.get_num_threads())
+    return ids
+
+
+def _kernels_for(scores: Tensor) -> CDLL | None:
+    return library() if scores.is_cpu and scores.is_contiguous() else None
+
+
+@functools.cache
+def _best(kernels: CDLL) -> Any:
+    return typed(kernels.treeline_best, "nnpnppi")
+
+
+@functools.cache
+def _bar(kernels: CDLL) -> Any:
+    return typed(kernels.treeline_bar, "npnpnpi")
+
+
+@functools.cache
+def _largest(kernels: CDLL) -> Any:
+    return typed(kernels.treeline_largest, "nnpnppi")
