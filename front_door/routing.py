@@ -21,6 +21,8 @@ from treeline.v1 import generation_pb2_grpc as pb_grpc
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.5
+LOST_POLL_INTERVAL_S = 0.1
+"""Of a verifier that does not serve, and between looks for others where none serves: streams may wait for one."""
 POLL_TIMEOUT_S = 2.0
 MAX_FAILED_POLLS = 3
 """A verifier that answers late, or that it has too many calls, may only be busy; one that is gone refuses at once."""
@@ -161,7 +163,7 @@ class VerifierPool:
 
     async def _keep_looking(self) -> None:
         while True:
-            await asyncio.sleep(POLL_INTERVAL_S)
+            await asyncio.sleep(POLL_INTERVAL_S if self.serving else LOST_POLL_INTERVAL_S)
             await self._look()
 
     async def _follow(self, verifier: Verifier) -> None:
@@ -171,7 +173,7 @@ class VerifierPool:
                 await self._on_poll(len(self.serving))
             finally:
                 verifier.polled.set()
-            await asyncio.sleep(POLL_INTERVAL_S)
+            await asyncio.sleep(POLL_INTERVAL_S if verifier.serving else LOST_POLL_INTERVAL_S)
 
     async def _look(self) -> None:
         """Ask discovery, follow whoever is new, and forget whoever is gone and has no call open."""

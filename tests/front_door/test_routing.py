@@ -151,6 +151,20 @@ def test_a_front_door_starts_beside_a_verifier_that_hangs(monkeypatch):
     asyncio.run(scenario())
 
 
+def test_a_verifier_that_starts_again_where_it_was_is_found_at_once():
+    """Its channel, which has failed for a while, does not wait longer and longer between attempts."""
+
+    async def scenario(s):
+        await s.verifiers[0].kill()
+        await asyncio.sleep(2)
+        async with fake_verifier(FakeEngine(), port=int(s.found[0].rpartition(":")[2])):
+            async with asyncio.timeout(0.6):
+                while await s.health() != SERVING:
+                    await asyncio.sleep(0.02)
+
+    with_front_door(scenario, FakeEngine())
+
+
 def test_one_poll_that_fails_oddly_costs_a_verifier_nothing(monkeypatch):
     answer, polls = GenerationServicer.GetLoad, []
 

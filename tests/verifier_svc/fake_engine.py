@@ -206,13 +206,17 @@ class FakeVerifier:
 
 
 @asynccontextmanager
-async def fake_verifier(engine: FakeEngine, config: Config = Config()) -> AsyncIterator[FakeVerifier]:  # noqa: B008
+async def fake_verifier(
+    engine: FakeEngine,
+    config: Config = Config(),  # noqa: B008
+    port: int = 0,
+) -> AsyncIterator[FakeVerifier]:
     server = new_server(config.internal, config.limits.max_message_bytes, interceptors=[CallInterceptor()])
     info = replace(INFO, tool_call_format=engine.tool_call_format)
     servicer = GenerationServicer(engine, FakeTokenizer(), info, config.limits, config.verifier, lambda: PLAN)
     pb_grpc.add_GenerationServiceServicer_to_server(servicer, server)
     health = await add_standard_services(server, SERVICE)
-    endpoint = bind(server, config.internal)
+    endpoint = bind(server, config.internal, port)
     await server.start()
     try:
         yield FakeVerifier(endpoint, engine, server, health)

@@ -33,6 +33,9 @@ HEALTH_PREFIX = "/grpc.health.v1.Health/"
 """Health checks need no token, so that orchestrators can make them."""
 
 MAX_INTERNAL_RPCS = 1024
+INTERNAL_BACKOFF_MS = 250
+"""Most between attempts to reach a service that is gone: streams may wait for it, and an attempt costs a refused
+connection."""
 
 _KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
 
@@ -45,9 +48,9 @@ def message_limits(max_message_bytes: int) -> list[tuple[str, int]]:
     ]
 
 
-def client_options(max_message_bytes: int) -> list[tuple[str, int]]:
-    """Options of every client channel; a lost peer is tried again within 0.1 to 2 s."""
-    backoff = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 2_000)]
+def client_options(max_message_bytes: int, max_backoff_ms: int = 2_000) -> list[tuple[str, int]]:
+    """Options of every client channel; a lost peer is tried again after 0.1 s, then less and less often."""
+    backoff = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", max_backoff_ms)]
     return [*message_limits(max_message_bytes), *_KEEPALIVE, *backoff]
 
 
@@ -57,7 +60,7 @@ def connect(endpoint: str, internal: InternalConfig, max_message_bytes: int) -> 
     Raises:
         ConfigError: a certificate or token file cannot be read.
     """
-    options = [*client_options(max_message_bytes), ("grpc.enable_http_proxy", 0)]
+    options = [*client_options(max_message_bytes, INTERNAL_BACKOFF_MS), ("grpc.enable_http_proxy", 0)]
     interceptors = bearer_interceptors(TokenFile(internal.token_file)) if internal.token_file else None
     if internal.tls is None:
         return grpc.aio.insecure_channel(endpoint, options, interceptors=interceptors)
