@@ -25,7 +25,7 @@ from lm.checkpoints.eagle3 import HeadConfig, check_tensors, pop_draft_ids, read
 from lm.cpu.elementwise import TORCH, elementwise_for
 from lm.cpu.native_attention import NativeAttention
 from lm.cpu.native_head import native_head
-from lm.cpu.packed_linear import pack_linear_layers
+from lm.cpu.packed_linear import gather_weights, pack_linear_layers
 from lm.cuda.graphs import Outputs
 from lm.cuda.layout import BUCKETS
 from lm.device import torch_device, torch_dtype
@@ -173,6 +173,7 @@ class DraftHead:
         parts = nn.ModuleDict({"module": module, "output": _linear(output), "embedding": embedding})
         parts.to(torch_device(target.device), torch_dtype(target, model))
         pack_linear_layers(parts, "int8", target.arithmetic)  # A guess needs no exact weights.
+        gather_weights(parts)
         return cls(folder.name, module, embedding, parts["output"], draft_ids, target.cuda_graphs == "require")
 
     def new_cache(self, num_tokens: int | Literal["auto"], block_tokens: int | Literal["auto"]) -> KVCache:

@@ -7,6 +7,7 @@ Full blocks whose tokens are known may be shared, and stay readable after they w
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,9 +17,11 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lm.blocks.free_runs import FreeRuns
 from lm.blocks.prefix_index import PrefixIndex
+from lm.cpu.large_pages import zeros_in_large_pages
 from lm.device import upload
 from treeline.errors import ConfigError
 
@@ -128,7 +131,7 @@ class KVCache:
         shapes = [(s.kv_heads, dim) for s in layers for dim in (s.key_dim, s.value_dim)]
         self.trash_slot = self.total_blocks * block_tokens
         storages = {
-            shape: torch.zeros(count, self.trash_slot + 1, *shape, dtype=dtype, device=device)
+            shape: _zeros((count, self.trash_slot + 1, *shape), dtype, device)
             for shape, count in Counter(shapes).items()
         }
         tensors = {shape: iter(storage.unbind(0)) for shape, storage in storages.items()}
@@ -282,3 +285,9 @@ class KVCache:
         else:
             for storage in self._storages:
                 storage.index_copy_(1, target, storage.index_select(1, source))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return zeros_in_large_pages(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)

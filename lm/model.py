@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lm.attention import CONTEXT, IMPLEMENTATION, AttentionContext, Probe, UnsupportedAttentionError, attending
-from lm.cpu.packed_linear import arithmetic_of, pack_linear_layers, read_bytes
+from lm.cpu.packed_linear import arithmetic_of, gather_weights, pack_linear_layers, read_bytes
 from lm.cuda.graphs import Outputs
 from lm.device import torch_device, torch_dtype
 from lm.features import FeatureTap
@@ -104,6 +104,7 @@ class LanguageModel:
             else:
                 fuse_layers(hf, finish=pack)
                 pack(hf)
+                gather_weights(hf)
             _let_go_of_files(hf)
             model = cls(hf, tokenizer, config.name or model_name(config.model), config.cuda_graphs == "require")
         except ConfigError:

@@ -86,6 +86,11 @@ class GroupedLinear(nn.Module):
             kernel,
         )
 
+    def move(self, memory: Tensor) -> None:
+        """Keep the weights in `memory`, uint8 of their size, from now on."""
+        self.tiles = memory.view_as(self.tiles).copy_(self.tiles)
+        self.struct.tiles = self.tiles.data_ptr()
+
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         inputs = inputs.contiguous()

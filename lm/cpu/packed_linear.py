@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lm.cpu.grouped_linear import GroupedLinear, kernel_for, kernels
+from lm.cpu.large_pages import zeros_in_large_pages
 from lm.cpu.quantized import GROUP, Bfloat16Weight, GroupedWeight, find_smaller, round_to_q4_1, round_to_q8_0
 from lm.device import has_bfloat16_kernels
 from treeline.config import Arithmetic, Quantization
@@ -86,6 +87,14 @@ def _packed(layer: nn.Linear, quantization: Quantization, arithmetic: Arithmetic
         if smaller is not None and kernel is not None:
             return GroupedLinear(smaller, layer.bias, kernel)
     return PackedLinear(layer) if weight.dtype in packed_dtypes() else layer
+
+
+def gather_weights(model: nn.Module) -> None:
+    """Move the weights in groups to large pages, in the order of the modules. The first pass takes their addresses."""
+    layers = [module for module in model.modules() if isinstance(module, GroupedLinear)]
+    sizes = [layer.tiles.numel() for layer in layers]
+    for layer, memory in zip(layers, zeros_in_large_pages(sum(sizes)).split(sizes), strict=True):
+        layer.move(memory)
 
 
 def read_bytes(model: nn.Module) -> int:
