@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -19,7 +20,11 @@ needs_kernels = pytest.mark.skipif(library() is None, reason="the kernels were n
 
 def cores_of_threads() -> list[set[int]]:
     """Of each thread of this process, one after the other."""
-    return [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
+    cores = []
+    for task in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # It has just ended.
+            cores.append(os.sched_getaffinity(int(task)))
+    return cores
 
 
 @pytest.fixture
