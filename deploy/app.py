@@ -9,7 +9,6 @@ restarts whole applications when their arguments change, so that a changed setti
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +24,7 @@ from deploy.replicas import (
     Replica,
     VerifierReplica,
 )
-from treeline.config import SPIN_COUNT, Config, ReplicaRange, ResourcesConfig
+from treeline.config import Config, ReplicaRange, ResourcesConfig
 
 APP = "treeline"
 HEALTH_PERIOD_S = 2.0
@@ -77,15 +76,14 @@ def _planner(config: Config) -> serve.Application:
 
 
 def _drafter(config: Config) -> serve.Application:
-    threads = config.drafter.model.threads if config.drafter.model else 1
     resources = config.drafter.resources
-    deployment = _deployment(DrafterReplica, "drafter", resources, resources.replicas, threads)
+    deployment = _deployment(DrafterReplica, "drafter", resources, resources.replicas)
     return deployment.bind(config.model_dump(mode="json"))
 
 
 def _verifier(config: Config, drafter: Found, planner: Found) -> serve.Application:
-    resources, threads = config.verifier.resources, config.verifier.target.threads
-    deployment = _deployment(VerifierReplica, "verifier", resources, resources.replicas, threads)
+    resources = config.verifier.resources
+    deployment = _deployment(VerifierReplica, "verifier", resources, resources.replicas)
     return deployment.bind(config.model_dump(mode="json"), drafter, planner)
 
 
@@ -96,20 +94,13 @@ def _front_door(config: Config, services: Mapping[str, Found]) -> serve.Applicat
 
 
 def _deployment(
-    replica: type[Replica],
-    name: str,
-    resources: ResourcesConfig,
-    replicas: int | ReplicaRange = 1,
-    threads: int = 1,
+    replica: type[Replica], name: str, resources: ResourcesConfig, replicas: int | ReplicaRange = 1
 ) -> serve.Deployment:
-    # Ray would give a replica of less than one CPU a single thread; the verifier is to have all cores by default.
-    threads = threads or os.cpu_count() or 1
-    openmp = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPIN_COUNT)}
+    # No `runtime_env`: with one, no process that Ray has started ahead would do.
     actor_options: dict[str, Any] = {
         "num_cpus": resources.num_cpus,
         "num_gpus": resources.num_gpus,
         "resources": resources.custom,
-        "runtime_env": {"env_vars": openmp},
     }
     if resources.accelerator_type:
         actor_options["accelerator_type"] = resources.accelerator_type

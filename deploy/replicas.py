@@ -14,7 +14,7 @@ from ray.serve._private.logging_utils import get_serve_logs_dir
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from treeline.config import LOOPBACK, Config
+from treeline.config import LOOPBACK, SPIN_COUNT, Config
 from treeline.rpc.channels import OWN_ADDRESS, Discover, freeze_started, reachable_host
 from treeline.telemetry import logs, tracing
 
@@ -43,11 +43,15 @@ class Replica:
     _asked_from = ""
 
     def configured(self, config: dict[str, Any]) -> Config:
-        """The checked configuration. Sets the log up; servers on all interfaces name Ray's address of this node."""
+        """The checked configuration. Call it before anything imports torch, which then reads OpenMP's settings.
+
+        Sets the log up; servers on all interfaces name Ray's address of this node.
+        """
         os.environ.setdefault(OWN_ADDRESS, ray.util.get_node_ip_address())
         checked = Config.model_validate(config)
         self.metrics_host = checked.metrics.host
         service = serve.get_replica_context().deployment
+        os.environ |= openmp(service, checked)
         logs.configure(checked.logging, service, Path(get_serve_logs_dir()))
         tracing.configure(checked.tracing, service)
         return checked
@@ -85,9 +89,10 @@ class PlannerReplica(Replica):
 
 class DrafterReplica(Replica):
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
+        checked = self.configured(config)
         from drafter_svc.server import DrafterServer
 
-        self.drafter = self.server = await DrafterServer.start(self.configured(config))
+        self.drafter = self.server = await DrafterServer.start(checked)
         freeze_started()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -96,10 +101,10 @@ class DrafterReplica(Replica):
 
 class VerifierReplica(Replica):
     async def __init__(self, config: dict[str, Any], drafter: DeploymentHandle, planner: DeploymentHandle) -> None:  # type: ignore[misc]
+        checked = self.configured(config)
         from verifier_svc.service.profile_cache import keep_profiles
         from verifier_svc.service.server import VerifierServer
 
-        checked = self.configured(config)
         for profiles in await known_profiles(_equals()):
             keep_profiles(profiles)
         rank = str(serve.get_replica_context().rank.rank)
@@ -140,6 +145,13 @@ class FrontDoorReplica(Replica):
     async def http_port(self) -> int:
         """0 if HTTP is not enabled."""
         return self.front_door.http.port if self.front_door.http else 0
+
+
+def openmp(service: str, config: Config) -> dict[str, str]:
+    """OpenMP's settings in the environment of a replica. Ray's own are one thread for less than one CPU."""
+    model = {"verifier": config.verifier.target, "drafter": config.drafter.model}.get(service)
+    threads = 1 if model is None else model.threads or os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPIN_COUNT)}
 
 
 async def known_profiles(verifiers: DeploymentHandle) -> list[dict[str, str]]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 
 import pytest
 
 from deploy import replicas
-from deploy.replicas import discover, known_profiles, unreachable
+from deploy.replicas import discover, known_profiles, openmp, unreachable
+from treeline.config import SPIN_COUNT, Config
 from treeline.rpc.channels import OWN_ADDRESS, freeze_started, reachable_host
 
 HERE, THERE = "10.0.0.1", "10.0.0.2"
@@ -34,6 +36,22 @@ def test_a_server_on_all_interfaces_names_the_address_that_ray_knows(monkeypatch
     monkeypatch.setenv(OWN_ADDRESS, HERE)
     assert reachable_host("0.0.0.0") == HERE
     assert reachable_host("127.0.0.1") == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("service", "settings", "threads"),
+    [
+        ("verifier", {}, os.cpu_count()),
+        ("verifier", {"verifier": {"target": {"threads": 3}}}, 3),
+        ("drafter", {}, 1),
+        ("drafter", {"drafter": {"model": {"model": "default", "threads": 2}}}, 2),
+        ("front-door", {}, 1),
+    ],
+)
+def test_a_replica_has_the_threads_of_its_model(monkeypatch, service, settings, threads):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    expected = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": SPIN_COUNT}
+    assert openmp(service, Config.model_validate(settings)) == expected
 
 
 SILENT = object()
