@@ -1,4 +1,4 @@
-"""Tree attention by our own kernel (`lm/kernels/attention.c`): float32 on the CPU, read and written in place."""
+"""Tree attention by our own kernel (`lm/kernels/attention`): float32 on the CPU, read and written in place."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from lm.attention import AttentionContext, AttentionOptions, TreeAttention
+from lm.cpu.grouped_linear import Kernel, kernels
 from lm.cpu.native import LANES, library, typed
 from lm.kv_cache import KVCache
 from lm.packed import PackedBatch
+
+WIDE_LANES = 16
+"""Numbers in the vectors of processors with AVX-512."""
 
 
 class _Batch(ctypes.Structure):
@@ -27,12 +31,14 @@ class LayerAttention(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("kv_heads", "group", "key_dim", "value_dim", "window")),
         *((name, c_float) for name in ("scale", "softcap")),
+        ("wide", c_int64),
     )
 
     @classmethod
     def of(cls, kv_heads: int, group: int, key_dim: int, value_dim: int, options: AttentionOptions) -> LayerAttention:
         sizes = (kv_heads, group, key_dim, value_dim, options.window or 0)
-        return cls(*sizes, options.scale, options.softcap or 0.0)
+        wide = value_dim % WIDE_LANES == 0 and Kernel.FLOAT32_WIDE in kernels()
+        return cls(*sizes, options.scale, options.softcap or 0.0, wide)
 
 
 def attention_for(batch: PackedBatch, cache: KVCache) -> AttentionContext:

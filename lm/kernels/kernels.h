@@ -20,6 +20,7 @@ typedef struct {
     int64_t kv_heads, group, key_dim, value_dim;
     int64_t window; /* 0: none */
     float scale, softcap; /* 0: none */
+    int64_t wide;         /* by vectors of 16; values have whole ones */
 } Attention;
 
 /* How a product is computed: in float32 by vectors of 8 or 16, or in integers by these instructions. */

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lm.attention import AttentionOptions, TreeAttention
+from lm.cpu import native_attention
+from lm.cpu.grouped_linear import Kernel, kernels
 from lm.cpu.native import library
 from lm.cpu.native_attention import NativeAttention, attention_for
 from lm.kv_cache import KVCache, LayerShape, SequenceCache
@@ -212,3 +214,17 @@ def test_other_types_go_to_torch() -> None:
     sequence = cache.allocate(4)
     assert isinstance(sequence, SequenceCache)
     assert isinstance(attention_for(pack([PackedSequence(sequence, [1])]), cache), TreeAttention)
+
+
+@pytest.mark.skipif(Kernel.FLOAT32_WIDE not in kernels(), reason="needs AVX-512")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("tokens", [1, 2, 5, 17])
+def test_the_width_of_vectors_leaves_no_trace(options, tokens, monkeypatch):
+    case = make([(75, tokens, tokens > 1), (0, 3, False)], scattered=True)
+    wide = case.attend(options)
+    native_attention._layer.cache_clear()
+    monkeypatch.setattr(native_attention, "kernels", lambda: (Kernel.FLOAT32,))
+    try:
+        assert torch.equal(case.attend(options), wide)
+    finally:
+        native_attention._layer.cache_clear()
