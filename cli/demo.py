@@ -57,8 +57,10 @@ PROMPTS = (
 ALONE = tuple(prompt for prompt in PROMPTS if prompt.label == "repeat")
 LOADS = (1, 2, 4, 7)
 """Streams at once while the load climbs."""
-TURNS = (None, "off", "off", None) * 2
+TURNS = (None, "off", "off", None)
 """Policies of the rounds that are compared (None: the default): slow spells of the machine hit both alike."""
+ALONE_TURNS, TOGETHER_REPEATS = 2 * TURNS, 2
+"""A round of all prompts asks each this often, so that all streams stay busy while it is measured."""
 SEED = 7
 WARM_UP_TOKENS = 16
 """A service that has just started pays for first calls, and its planner knows nothing yet: neither is compared."""
@@ -68,13 +70,22 @@ TOKENS_BEFORE_KILL = 5
 
 @dataclass
 class Outcome:
-    """One stream as its client saw it: seconds to the first text, and to the end."""
+    """One stream as its client saw it. `arrivals`: (time, tokens) of each chunk."""
 
-    first_s: float
-    total_s: float
+    started_s: float
+    ended_s: float
+    arrivals: list[tuple[float, int]]
     text: str
     complete: pb.GenerateComplete
     steps: list[pb.SpeculationStep]
+
+    @property
+    def first_s(self) -> float:
+        return self.arrivals[0][0] - self.started_s
+
+    @property
+    def total_s(self) -> float:
+        return self.ended_s - self.started_s
 
     @property
     def tokens(self) -> int:
@@ -83,18 +94,20 @@ class Outcome:
 
 @dataclass
 class Rounds:
-    """Rounds of the same prompts: their streams, round by round, and the seconds that all took."""
+    """Rounds of the same prompts: their streams, round by round; tokens and seconds while all streams were busy."""
 
     outcomes: list[Outcome] = field(default_factory=list)
+    tokens: int = 0
     seconds: float = 0.0
 
     def add(self, more: Rounds) -> None:
         self.outcomes += more.outcomes
+        self.tokens += more.tokens
         self.seconds += more.seconds
 
     @property
     def tokens_per_s(self) -> float:
-        return sum(outcome.tokens for outcome in self.outcomes) / self.seconds
+        return self.tokens / self.seconds
 
 
 @dataclass(frozen=True)
@@ -161,9 +174,9 @@ def show_demo(client: TreelineClient, console: Console, max_tokens: int) -> None
     for streams in LOADS:
         console.print(rung(run_round(client, ALONE + PROMPTS[: streams - 1], max_tokens)), highlight=False)
 
-    console.print(f"\n[bold]{policy} and off in turns[/], {len(TURNS)} rounds alone and {len(TURNS)} with all ...")
-    alone = in_turns(client, ALONE, max_tokens)
-    together = in_turns(client, PROMPTS, max_tokens)
+    console.print(f"\n[bold]{policy} and off in turns[/], {len(ALONE_TURNS)} rounds alone, {len(TURNS)} with all ...")
+    alone = in_turns(client, ALONE, max_tokens, ALONE_TURNS)
+    together = in_turns(client, PROMPTS, max_tokens, TURNS, TOGETHER_REPEATS)
     console.print(comparison(f"policy {policy}, and the same with off: alone", ALONE, alone))
     console.print(comparison("all at once", PROMPTS, together))
     for what, turns in (("alone", alone), ("all at once", together)):
@@ -204,11 +217,18 @@ def show_kill(client: TreelineClient, console: Console, max_tokens: int, kill: C
     )
 
 
-def in_turns(client: TreelineClient, prompts: tuple[DemoPrompt, ...], max_tokens: int) -> Turns:
-    """Rounds of the same prompts by the policies of `TURNS`."""
+def in_turns(
+    client: TreelineClient,
+    prompts: tuple[DemoPrompt, ...],
+    max_tokens: int,
+    policies: tuple[str | None, ...],
+    repeats: int = 1,
+) -> Turns:
+    """Rounds of the same prompts by these policies, one after the other."""
     turns = Turns(Rounds(), Rounds())
-    for policy in TURNS:
-        (turns.plain if policy else turns.with_trees).add(run_round(client, prompts, max_tokens, policy))
+    for policy in policies:
+        done = run_round(client, prompts, max_tokens, policy, repeats=repeats)
+        (turns.plain if policy else turns.with_trees).add(done)
     return turns
 
 
@@ -218,12 +238,17 @@ def run_round(
     max_tokens: int,
     policy: str | None = None,
     show: Callable[[str, str], None] = silent,
+    repeats: int = 1,
 ) -> Rounds:
-    """All prompts at once, until the last one has ended."""
+    """As many streams as prompts; a stream that ends takes the next request, until each prompt was asked `repeats`
+    times. What comes after a stream finds no more to take is not measured: then fewer are busy."""
     started_s = time.perf_counter()
     with ThreadPoolExecutor(len(prompts)) as pool:
-        outcomes = list(pool.map(lambda prompt: follow(client, prompt, max_tokens, policy, show), prompts))
-    return Rounds(outcomes, time.perf_counter() - started_s)
+        asked = pool.map(lambda prompt: follow(client, prompt, max_tokens, policy, show), prompts * repeats)
+        outcomes = list(asked)
+    closed_s = sorted(outcome.ended_s for outcome in outcomes)[-len(prompts)]
+    arrivals = [arrival for outcome in outcomes for arrival in outcome.arrivals]
+    return Rounds(outcomes, sum(tokens for at_s, tokens in arrivals if at_s <= closed_s), closed_s - started_s)
 
 
 def follow(
@@ -231,7 +256,8 @@ def follow(
 ) -> Outcome:
     """One stream from its request to its end."""
     started_s = time.perf_counter()
-    first_s, text, complete = 0.0, "", pb.GenerateComplete()
+    text, complete = "", pb.GenerateComplete()
+    arrivals: list[tuple[float, int]] = []
     steps: list[pb.SpeculationStep] = []
     answer = client.generate(
         messages=[{"role": "user", "content": prompt.text}],
@@ -246,12 +272,12 @@ def follow(
         if isinstance(message, pb.GenerateComplete):
             complete = message
         else:
-            first_s = first_s or time.perf_counter() - started_s
+            arrivals.append((time.perf_counter(), len(message.token_ids)))
             text += message.text
             steps.append(message.speculation)
             show(prompt.label, message.text)
     show(prompt.label, "\n")
-    return Outcome(first_s, time.perf_counter() - started_s, text, complete, steps)
+    return Outcome(started_s, time.perf_counter(), arrivals, text, complete, steps)
 
 
 def comparison(title: str, prompts: tuple[DemoPrompt, ...], turns: Turns) -> Table:

@@ -1,10 +1,13 @@
 import io
+import time
+from typing import cast
 
 from rich.console import Console
 
-from cli.demo import LOADS, PROMPTS, TURNS, show_demo, show_kill
+from cli.demo import ALONE_TURNS, LOADS, PROMPTS, TOGETHER_REPEATS, TURNS, Outcome, run_round, show_demo, show_kill
 from cli.terminal import Narrator
 from treeline.client import TreelineClient
+from treeline.v1 import generation_pb2 as pb
 
 
 def test_streams_are_told_apart_line_by_line():
@@ -38,17 +41,29 @@ def test_the_demo_takes_turns_with_all_prompts_and_with_one_and_compares_them(se
     shown = out.getvalue()
     # A round that only warms up and one that is shown, the climbing load, then turns alone and with all.
     rounds = ["smart"] * (2 * len(PROMPTS) + sum(LOADS))
-    compared = [policy or "smart" for policy in TURNS]
-    together = [policy for policy in compared for _ in PROMPTS]
-    assert [request.policy for request in engine.requests] == rounds + compared + together
+    alone = [policy or "smart" for policy in ALONE_TURNS]
+    together = [policy or "smart" for policy in TURNS for _ in range(TOGETHER_REPEATS * len(PROMPTS))]
+    assert [request.policy for request in engine.requests] == rounds + alone + together
     for prompt in PROMPTS:
         assert f"{prompt.label:>8} | a0 a1 a2 a3" in shown
     for streams in LOADS:
         assert f"{streams:>2} streams: " in shown
-    half = len(TURNS) // 2
-    assert f"{half} of {half} texts identical" in shown
-    assert f"{half * len(PROMPTS)} of {half * len(PROMPTS)} texts identical" in shown
+    for texts in (len(ALONE_TURNS) // 2, TOGETHER_REPEATS * len(TURNS) // 2 * len(PROMPTS)):
+        assert f"{texts} of {texts} texts identical" in shown
     assert "accepted" in shown
+
+
+def test_streams_that_have_run_out_of_requests_are_not_measured(monkeypatch):
+    now_s, endings_s = time.perf_counter(), iter([1.0, 2.0, 5.0, 9.0])
+
+    def follow(*_) -> Outcome:
+        end_s = now_s + next(endings_s)
+        return Outcome(now_s, end_s, [(end_s - 0.5, 3), (end_s, 1)], "", pb.GenerateComplete(), [])
+
+    monkeypatch.setattr("cli.demo.follow", follow)
+    # Two streams, four requests: after 5 s one stream finds no more to take.
+    done = run_round(cast(TreelineClient, None), PROMPTS[:2], 8, repeats=2)
+    assert (done.tokens, round(done.seconds, 1)) == (12, 5.0)
 
 
 def test_the_killed_answer_is_compared_with_an_undisturbed_one(service):
