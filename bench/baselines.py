@@ -6,6 +6,7 @@ All read the plan's measured costs and calibration, which the originals mostly l
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -55,13 +56,27 @@ class SmartSpec(_Chain):
         return _best_length(plan.cost, first_choice(plan, sampled), batch)
 
 
+@dataclass(frozen=True)
+class SloChain(_Chain):
+    """SmartSpec within a latency objective: the best k for goodput among those whose step the step budget allows.
+
+    Much as SpecServe (arXiv 2503.05096) does, which predicts latency by itself; here it gets our planner's budget.
+    """
+
+    spec = "slo-chain"
+
+    def layers(self, plan: Plan, batch: int, sampled: bool) -> int:
+        return _best_length(plan.cost, first_choice(plan, sampled), batch, plan.step_budget_s)
+
+
 @lru_cache(maxsize=256)
-def _best_length(cost: CostModel, acceptance: float, batch: int) -> int:
+def _best_length(cost: CostModel, acceptance: float, batch: int, longest_s: float = math.inf) -> int:
     lengths = np.arange(MAX_LENGTH + 1)
     expected = np.cumsum(np.power(acceptance, lengths))
     verify_s = verify_seconds(cost, batch, 0, batch * (MAX_LENGTH + 1))[batch * (lengths + 1)]
     draft_s = lengths * (cost.draft_layer_s + cost.draft_node_s * batch) + (lengths > 0) * cost.draft_round_trip_s
-    return int(np.argmax(expected / (verify_s + draft_s + cost.step_overhead_s)))
+    step_s = verify_s + draft_s + cost.step_overhead_s
+    return int(np.argmax(np.where((step_s <= longest_s) | (lengths == 0), expected / step_s, 0)))
 
 
 @dataclass(frozen=True)
@@ -247,5 +262,5 @@ def _sequoia(parameters: list[str]) -> Policy:
 
 register("sequoia", "NODES,DEPTH", _sequoia)
 register("opt-tree", "NODES,DEPTH[,THRESHOLD]", _opt_tree)
-for _plain in (SmartSpec, SglangEma, VllmAdaptive, Cast):
+for _plain in (SmartSpec, SloChain, SglangEma, VllmAdaptive, Cast):
     register(_plain.spec, "", lambda _, make=_plain: make())  # type: ignore[misc]

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -34,7 +34,7 @@ from drafter_svc.drafter import DrafterInfo, TreeDrafter
 from drafter_svc.model_proposer import ModelProposer
 from lm.model import LanguageModel
 from planner.fast.cost import pass_s
-from treeline.config import Config, DrafterConfig, LimitsConfig, VerifierConfig
+from treeline.config import Config, DrafterConfig, LimitsConfig, ObjectivesConfig, PlannerConfig, VerifierConfig
 from treeline.drafting import DraftReply, DraftRequest
 from treeline.errors import ConfigError
 from treeline.plan import CostModel, Plan
@@ -87,6 +87,7 @@ class Scenario:
 
     Attributes:
         steps: of plain decoding with all streams busy; every policy is given the time that these take.
+        objectives: that the planner holds; requests are counted that meet them.
     """
 
     device: Device
@@ -95,6 +96,7 @@ class Scenario:
     seed: int = 0
     prompt_tokens: int = 256
     output_tokens: int = 256
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
 
 
 @dataclass(frozen=True)
@@ -200,11 +202,14 @@ def simulate_all(scenario: Scenario, policies: Sequence[str], loads: Sequence[Lo
         pool.shutdown(cancel_futures=True)
 
 
-def rows(results: Sequence[Simulated], loads: Sequence[Load], policies: Sequence[str]) -> list[dict[str, Any]]:
+def rows(
+    results: Sequence[Simulated], loads: Sequence[Load], policies: Sequence[str], objectives: ObjectivesConfig
+) -> list[dict[str, Any]]:
     """One row per load and policy, in the order given.
 
     speedup: over `off`; of tokens per second in a closed loop, of the median time between tokens under open arrivals,
     whose tokens per second are what arrives. None without `off`.
+    met: share of the finished requests that met the objectives. None without objectives.
     """
     found = {(result.load, result.policy): measure(result.window) for result in results}
     work = {(result.load, result.policy): result for result in results}
@@ -224,11 +229,29 @@ def rows(results: Sequence[Simulated], loads: Sequence[Load], policies: Sequence
                     "load": load.spec,
                     **asdict(here),
                     "speedup": speedup,
+                    "met": share_met(done.window, objectives),
                     "steps": done.steps,
                     "cpu_s": done.cpu_s,
                 }
             )
     return made
+
+
+def share_met(window: Window, objectives: ObjectivesConfig) -> float | None:
+    """Share of the window's finished requests whose first token and whose own 95th percentile of inter-token latency
+    came within the objectives; None without objectives, or without such requests."""
+    longest_first_s = (objectives.time_to_first_token_p95_ms or math.inf) / 1000
+    longest_gap_s = (objectives.inter_token_p95_ms or math.inf) / 1000
+    finished = [answer for answer in window.answers if answer.finished and answer.sent_s >= window.opened_s]
+    if not finished or min(longest_first_s, longest_gap_s) == math.inf:
+        return None
+    met = 0
+    for answer in finished:
+        times_s, counts = zip(*answer.arrivals, strict=True)
+        gaps_s = np.repeat(np.diff(times_s) / counts[1:], counts[1:])  # the tokens of a chunk waited an equal share
+        in_time = not len(gaps_s) or np.quantile(gaps_s, 0.95) <= longest_gap_s
+        met += in_time and times_s[0] - answer.sent_s <= longest_first_s
+    return met / len(finished)
 
 
 def _run(loop: Loop) -> Window:
@@ -247,6 +270,7 @@ def _config(scenario: Scenario, slots: int) -> Config:
     room = slots * (longest + limits.max_tree_nodes + BLOCK_TOKENS)
     return Config(
         limits=limits,
+        planner=PlannerConfig(objectives=scenario.objectives),
         verifier=VerifierConfig(kv_cache_tokens=room, kv_block_tokens=BLOCK_TOKENS),
         # What the draft model gets is made by hand; the kind only says that nothing is looked up: fake texts do not
         # repeat themselves.

@@ -35,6 +35,12 @@ def simulate(
     over_confidence: Annotated[
         float | None, typer.Option(min=0.1, help="Claimed over true probability of the drafter's first choice.")
     ] = None,
+    inter_token_p95_ms: Annotated[
+        float | None, typer.Option(min=0.001, help="An objective: planner.objectives.inter_token_p95_ms.")
+    ] = None,
+    time_to_first_token_p95_ms: Annotated[
+        float | None, typer.Option(min=0.001, help="An objective: planner.objectives.time_to_first_token_p95_ms.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Simulate policies over load: all decisions are real, passes and texts are made up by the curves and a law."""
@@ -44,10 +50,14 @@ def simulate(
     from bench.simulator.simulate import Scenario, parse_load, rows, simulate_all
     from cli.terminal import Counted
     from planner.policies import canonical_spellings
+    from treeline.config import ObjectivesConfig
 
     device = measured(curves, draft_layer_ms / 1e3, draft_node_ms / 1e3) if curves else preset_device(preset)
     law = EAGLE3_LIKE if over_confidence is None else replace(EAGLE3_LIKE, over_confidence=over_confidence)
-    scenario = Scenario(device, law, steps, seed, prompt_tokens, output_tokens)
+    objectives = ObjectivesConfig(
+        inter_token_p95_ms=inter_token_p95_ms, time_to_first_token_p95_ms=time_to_first_token_p95_ms
+    )
+    scenario = Scenario(device, law, steps, seed, prompt_tokens, output_tokens, objectives)
     names, parsed = canonical_spellings(policies.split()), [parse_load(load) for load in dict.fromkeys(loads.split())]
     if not names or not parsed:
         raise ConfigError("at least one policy and one load")
@@ -57,21 +67,23 @@ def simulate(
         for result in simulate_all(scenario, names, parsed):
             results.append(result)
             bar.begin(f"{result.policy} at {result.load.spec} done")
-    made = rows(results, parsed, names)
+    made = rows(results, parsed, names, objectives)
     _show(device.name, made)
     if json_file is not None:
         from bench.common import write_report
 
         config = {"device": device.name, "law": asdict(law), "steps": steps, "seed": seed}
+        config |= {"objectives": objectives.model_dump()}
         write_report(json_file, {**config, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens}, made)
 
 
 def _show(device: str, made: list[dict[str, Any]]) -> None:
     from cli.terminal import number, show_table
 
-    columns = ("tokens_per_s", "speedup", "accepted_length", "tree_nodes", "ttft_ms_p50", "itl_ms_p50", "itl_ms_p95")
-    digits = (0, 2, 2, 1, 0, 1, 1)
-    headings = ("load", "policy", "tokens/s", "x off", "accepted", "nodes", "TTFT p50", "ITL p50", "p95, ms")
+    numbers = ("tokens_per_s", "speedup", "accepted_length", "tree_nodes", "ttft_ms_p50", "itl_ms_p50", "itl_ms_p95")
+    columns = (*numbers, "met")
+    digits = (0, 2, 2, 1, 0, 1, 1, 2)
+    headings = ("load", "policy", "tokens/s", "x off", "accepted", "nodes", "TTFT p50", "ITL p50", "p95, ms", "met")
     lines = [
         [row["load"], row["policy"], *(number(row[name], d) for name, d in zip(columns, digits, strict=True))]
         for row in made

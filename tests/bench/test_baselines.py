@@ -86,6 +86,16 @@ def test_smartspec_is_its_goodput_formula():
     assert parse_policy("smartspec").layers(plan, batch, False) == int(np.argmax(goodput))
 
 
+def test_slo_chain_is_the_best_chain_whose_step_the_budget_allows():
+    policy = parse_policy("slo-chain")
+    plan = plan_where(0.8, fixed_s=0.03, token_s=0.001, draft_layer_s=0.002)
+    free = policy.layers(plan, 4, False)
+    assert free == parse_policy("smartspec").layers(plan, 4, False) > 2
+    # Of batch 4 and length k: 30 ms, 1 ms for each of 4 (k + 1) tokens, 2 ms for each of k draft layers.
+    assert policy.layers(replace(plan, step_budget_s=0.030 + 0.012 + 0.004), 4, False) == 2
+    assert policy.layers(replace(plan, step_budget_s=0.001), 4, False) == 0
+
+
 @pytest.mark.parametrize(("acceptance", "length"), [(0.0, 1), (0.3, 1), (0.5, 2), (0.75, 3), (1.0, 8)])
 def test_sglang_settles_one_beyond_the_accepted_length(acceptance, length):
     found = parse_policy("sglang-ema").layers(plan_where(acceptance), 4, False)

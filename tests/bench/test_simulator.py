@@ -10,13 +10,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench.load import measure
+from bench.common import Prompt
+from bench.load import Answer, End, Request, Window, measure
 from bench.simulator.acceptance import EAGLE3_LIKE, AcceptanceLaw
 from bench.simulator.devices import PRESETS, Device, measured, preset
-from bench.simulator.simulate import Scenario, VirtualEngine, parse_load, rows, simulate
+from bench.simulator.simulate import Scenario, VirtualEngine, parse_load, rows, share_met, simulate
 from bench.simulator.virtual import VOCAB, FakeTarget, FakeText, VirtualClock, prompt_of
 from cli.main import app
 from lm.packed import PackedSequence
+from treeline.config import ObjectivesConfig
 from treeline.errors import ConfigError
 from treeline.plan import CostCurve, CostModel, VerifierProfile
 from treeline.sampling import SamplingParams
@@ -94,7 +96,7 @@ def test_every_policy_gets_the_same_text(policy):
 def test_the_same_seed_gives_the_same_numbers():
     def run(of: Scenario) -> list[dict]:
         results = [simulate(of, policy, parse_load("2")) for policy in ("off", "smart")]
-        made = rows(results, [parse_load("2")], ["off", "smart"])
+        made = rows(results, [parse_load("2")], ["off", "smart"], of.objectives)
         return [{name: value for name, value in row.items() if name != "cpu_s"} for row in made]
 
     first = run(scenario(STEEP, steps=100))
@@ -129,6 +131,34 @@ def test_open_arrivals_are_answered_and_their_load_is_a_share_of_plain_capacity(
     few, many = measure(light.window), measure(heavy.window)
     assert 2 < many.tokens_per_s / few.tokens_per_s < 8
     assert many.ttft_ms_p50 >= few.ttft_ms_p50 > 0
+
+
+def test_requests_that_meet_their_objectives_are_counted():
+    def answer(sent_s: float, arrivals: list[tuple[float, int]], finished: bool = True) -> Answer:
+        request = Request("r", Prompt("r", "fake", ""), 8, "off")
+        return Answer(request, sent_s, arrivals=arrivals, end=End("r", finished))
+
+    answers = [
+        answer(1.0, [(1.1, 1), (1.3, 4)]),  # 100 ms, then 50 ms a token
+        answer(1.0, [(1.4, 1), (1.5, 2)]),  # its first token is late
+        answer(1.0, [(1.1, 1), (1.3, 1)]),  # its second one is
+        answer(1.0, [(1.2, 1)]),  # a single token
+        answer(0.5, [(9.0, 1)]),  # sent before the window
+        answer(1.0, [(9.0, 1)], finished=False),
+    ]
+    window = Window(answers, 1.0, 2.0)
+    both = ObjectivesConfig(inter_token_p95_ms=60, time_to_first_token_p95_ms=300)
+    assert share_met(window, both) == 0.5
+    assert share_met(window, ObjectivesConfig(inter_token_p95_ms=60)) == 0.75
+    assert share_met(window, ObjectivesConfig()) is None
+    assert share_met(Window([], 1.0, 2.0), both) is None
+
+
+def test_an_objective_shortens_steps_and_its_absence_changes_nothing():
+    free = scenario(STEEP, SURE, steps=400)
+    longest = measure(simulate(free, "eagle2:4,4,12", parse_load("4")).window)
+    held = replace(free, objectives=ObjectivesConfig(inter_token_p95_ms=0.9 * longest.itl_ms_p95))
+    assert measure(simulate(held, "smart", parse_load("4")).window).itl_ms_p95 < longest.itl_ms_p95
 
 
 def test_presets_are_rooflines_and_measured_curves_can_be_read(tmp_path):
