@@ -195,7 +195,8 @@ def grow(roots: list[Root], plan: Plan, proposer: Proposer) -> Forest:
         starts = [0, *ends[:-1]]
         priced: list[PricedFrontier] = []
         for index, (forest, start, end) in enumerate(zip(forests, starts, ends, strict=True)):
-            forest.add_layer(_between(children, start, end), plan, len(roots))
+            own = children if len(forests) == 1 else _between(children, start, end)
+            forest.add_layer(own, plan, len(roots))
             frontiers[index], worth = forest.next(plan)
             priced += worth
         if not another_layer(priced, plan):

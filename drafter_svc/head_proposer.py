@@ -10,6 +10,7 @@ from torch import Tensor
 from drafter_svc.layered_proposer import LayeredProposer, packed_nodes
 from drafter_svc.proposer import Frontier, Root
 from drafter_svc.sessions import Key, Session, SessionMemory
+from lm.device import upload
 from lm.draft_head import DraftHead
 from lm.kv_cache import KVCache, SequenceCache
 from lm.packed import PackedSequence
@@ -75,7 +76,7 @@ class HeadProposer(LayeredProposer):
         if not runs:
             return np.zeros(0, np.intp), torch.empty(0)
         nodes = np.concatenate([nodes for _, nodes in runs])
-        states = self._states[torch.as_tensor(above[nodes], device=self._states.device)]
+        states = self._states.index_select(0, upload(above[nodes], self._states.device))
         logits, self._states = self._head.forward(packed_nodes(runs, frontier), states, self.cache)
         self._state_of = np.zeros(len(frontier.tree_of), np.intp)
         self._state_of[nodes] = np.arange(len(nodes))

@@ -64,14 +64,10 @@ class Children:
     @staticmethod
     def best(nodes: NDArray[np.intp], counts: NDArray[np.intp], ids: NDArray, probs: NDArray) -> Children:
         """The first `counts` [r] of the choices `ids`, `probs` [r, k], best first, below the frontier's `nodes` [r]."""
-        ranks = np.arange(ids.shape[1], dtype=np.uint8)
-        chosen = ranks < counts[:, None]
+        rows, ranks = (np.arange(ids.shape[1]) < counts[:, None]).nonzero()
         return Children(
-            nodes.repeat(np.minimum(counts, len(ranks))),
-            ids[chosen].astype(np.int32),
-            probs[chosen].astype(np.float32),
-            np.broadcast_to(ranks, chosen.shape)[chosen],
-        )
+            nodes[rows], ids[rows, ranks].astype(np.int32), probs[rows, ranks], ranks.astype(np.uint8)
+        )  # fmt: skip
 
     @staticmethod
     def none() -> Children:

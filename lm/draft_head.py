@@ -151,7 +151,7 @@ class DraftHead:
         states = torch.zeros(BUCKETS[-1], config.hidden_size, dtype=self.dtype, device=self.device)
         self.passes = Passes({None}, self.device, states, required)
         # Looked for at the first pass: only then are the weights as they will stay.
-        self._native = functools.cache(lambda: native_head(config, module.layers, module.norm, embedding, output))
+        self._native = functools.cache(lambda: native_head(module, embedding, output))
 
     @classmethod
     def load(cls, folder: Path, target: ModelConfig, feature_layers: tuple[int, ...] = ()) -> DraftHead:
@@ -188,14 +188,16 @@ class DraftHead:
     @torch.inference_mode()
     def states(self, features: Tensor) -> Tensor:
         """States [n, hidden] from the target's features [n, feature_width]."""
-        return self._module.states(features.to(self.device, self.dtype))
+        native = self._native() if features.is_cpu else None
+        states = None if native is None else native.states(features)
+        return self._module.states(features.to(self.device, self.dtype)) if states is None else states
 
     @torch.inference_mode()
     def top_drafts(self, logits: Tensor, rows: list[Row], k: int) -> tuple[Tensor, Tensor]:
         """`lm.sampling.top_drafts` of `logits` [rows, draft_vocab_size], as the target's token ids."""
         if all(row.is_argmax for row in rows):
             columns, probs = top_drafts(logits, rows, min(k, len(self.draft_ids)))
-            return self.draft_ids[columns], probs
+            return self.draft_ids.take(columns), probs
         # Noise and penalties are keyed by the target's token ids.
         full = logits.new_full((len(logits), self.vocab_size), -torch.inf)
         return top_drafts(full.index_copy_(1, self.draft_ids, logits), rows, min(k, len(self.draft_ids)))

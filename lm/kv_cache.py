@@ -51,6 +51,7 @@ class SequenceCache:
         scratch: entries behind them, from forward passes since the last commit.
         shared_tokens: of the first blocks, which other sequences may read as well; never written.
         table: int32, the same as `blocks`.
+        slots_address: of the slots of all entries, int64 [capacity].
     """
 
     blocks: list[int]
@@ -59,6 +60,7 @@ class SequenceCache:
     scratch: int = 0
     shared_tokens: int = 0
     table: NDArray[np.int32] = field(init=False, repr=False)
+    slots_address: int = field(init=False, repr=False)
     _slots: NDArray[np.int64] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -70,6 +72,7 @@ class SequenceCache:
         self.table = np.asarray(blocks, np.int32)
         first_slots = self.table.astype(np.int64) * self.block_tokens
         self._slots = (first_slots[:, None] + np.arange(self.block_tokens)).ravel()
+        self.slots_address = self._slots.ctypes.data
 
     @property
     def capacity(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -32,26 +31,56 @@ class PackedSequence:
     logits: Literal["all", "last", "none"] = "all"
 
 
+class Ancestry:
+    """Who sees whom among m entries behind a context.
+
+    Attributes:
+        depths: int64 [m], 0-based.
+        paths: of each entry; bit i is set if it sees the i-th one.
+    """
+
+    def __init__(self, depths: NDArray[np.int64], paths: list[int]) -> None:
+        self.depths, self.paths = depths, paths
+
+    @functools.cached_property
+    def visible(self) -> NDArray[np.bool_]:
+        """bool [m, m]: the bits of `paths`."""
+        return _bits(self.paths, len(self.paths))
+
+    @functools.cached_property
+    def addresses(self) -> tuple[int, int]:
+        """Of `depths` and `visible`."""
+        return self.depths.ctypes.data, self.visible.ctypes.data
+
+
 class Span(NamedTuple):
     """Where one sequence's new tokens are in the packed row, and what they see.
 
     Attributes:
         start, stop: their place in the packed row.
         cache: where their sequence's KV is; `length` and `scratch` are those before this pass.
-        depths: int64 [scratch + n], 0-based.
-        paths: of each new token; bit i is set if it sees the i-th of the scratch entries and new tokens.
+        tree: of the scratch entries and the new tokens.
     """
 
     start: int
     stop: int
     cache: SequenceCache
-    depths: NDArray[np.int64]
-    paths: Sequence[int]
+    tree: Ancestry
+
+    @property
+    def depths(self) -> NDArray[np.int64]:
+        """int64 [scratch + n], 0-based."""
+        return self.tree.depths
+
+    @property
+    def paths(self) -> list[int]:
+        """Those of the new tokens."""
+        return self.tree.paths[self.start - self.stop :]
 
     @property
     def visible(self) -> NDArray[np.bool_]:
         """bool [n, scratch + n]: the bits of `paths`."""
-        return _bits(self.paths, len(self.depths))
+        return self.tree.visible[self.start - self.stop :]
 
 
 @dataclass(frozen=True)
@@ -90,23 +119,18 @@ def pack(sequences: list[PackedSequence]) -> PackedBatch:
         if sequence.logits != "none":
             rows += range(start if sequence.logits == "all" else span.stop - 1, span.stop)
         start = span.stop
-    places = [(span.start, span.stop - span.start, span.cache.length, len(span.depths)) for span in spans]
+    places = [(span.start, span.stop - span.start, span.cache.length, len(span.tree.depths)) for span in spans]
     shapes = np.array(places, np.int64)
-    starts, new, lengths, entries = shapes.T
-    depths = np.concatenate([span.depths[span.start - span.stop :] for span in spans])
-    # A token's entry is its place among all that its sequence holds; blocks of all tables lie one behind the other.
-    own = np.repeat(lengths + entries - new - starts, new) + np.arange(start)
-    block_tokens, tables = spans[0].cache.block_tokens, [span.cache.table for span in spans]
-    sizes = np.fromiter(map(len, tables), np.int64, len(tables))
-    if ((lengths + entries) > sizes * block_tokens).any():
-        raise ValueError("KV entries exceed the sequence's capacity")
-    blocks = np.concatenate(tables)[np.repeat(np.cumsum(sizes) - sizes, new) + own // block_tokens]
+    _, new, lengths, entries = shapes.T
+    depths = np.concatenate([span.tree.depths[span.start - span.stop :] for span in spans])
+    ends = (lengths + entries).tolist()
+    slots = [span.cache.slots(end + span.start - span.stop, end) for span, end in zip(spans, ends, strict=True)]
     return PackedBatch(
         spans,
         shapes,
         np.array(token_ids, np.int64),
         positions=depths + np.repeat(lengths, new),
-        slots=blocks.astype(np.int64) * block_tokens + own % block_tokens,
+        slots=np.concatenate(slots),
         rows=np.array(rows, np.int64),
     )
 
@@ -118,23 +142,22 @@ def _span(sequence: PackedSequence, start: int) -> Span:
     if sequence.parents is None:
         if scratch:
             raise ValueError(f"a causal run behind {scratch} scratch entries")
-        depths, paths = _causal(new)
+        tree = _causal(new)
     else:
         if len(sequence.parents) != scratch + new:
             raise ValueError(f"{len(sequence.parents)} parents for {scratch} scratch entries and {new} new tokens")
-        depths, paths = _ancestry_of(np.asarray(sequence.parents, np.int32).tobytes())
-        paths = paths[scratch:]
-    return Span(start, start + new, sequence.cache, depths, paths)
+        tree = _ancestry_of(np.asarray(sequence.parents, np.int32).tobytes())
+    return Span(start, start + new, sequence.cache, tree)
 
 
-@functools.lru_cache(maxsize=64)  # Most runs are one token long.
-def _causal(new: int) -> tuple[NDArray[np.int64], Sequence[int]]:
-    return np.arange(new), [(2 << token) - 1 for token in range(new)]
+@functools.lru_cache(maxsize=8)  # Most runs are one token long; of a prompt of 2,048 tokens it takes 4 MB.
+def _causal(new: int) -> Ancestry:
+    return Ancestry(np.arange(new), [(2 << token) - 1 for token in range(new)])
 
 
-@functools.lru_cache(maxsize=1024)  # Small trees have few shapes, and come again step after step.
-def _ancestry_of(parents: bytes) -> tuple[NDArray[np.int64], list[int]]:
-    return ancestry(np.frombuffer(parents, np.int32))
+@functools.lru_cache(maxsize=512)  # Small trees have few shapes, and come again step after step.
+def _ancestry_of(parents: bytes) -> Ancestry:
+    return Ancestry(*ancestry(np.frombuffer(parents, np.int32)))
 
 
 def ancestry(parents: NDArray[np.integer]) -> tuple[NDArray[np.int64], list[int]]:
@@ -153,7 +176,7 @@ def ancestry(parents: NDArray[np.integer]) -> tuple[NDArray[np.int64], list[int]
     return np.array([path.bit_count() - 1 for path in paths], np.int64), paths
 
 
-def _bits(paths: Sequence[int], size: int) -> NDArray[np.bool_]:
+def _bits(paths: list[int], size: int) -> NDArray[np.bool_]:
     """bool [paths, size]."""
     row_bytes = -(-size // 8)
     rows = np.frombuffer(b"".join([path.to_bytes(row_bytes, "little") for path in paths]), np.uint8)

@@ -69,17 +69,12 @@ class NativeAttention:
     def __init__(self, kernels: ctypes.CDLL, batch: PackedBatch, cache: KVCache) -> None:
         self._attend, self.cache = _kernel(kernels), cache
         spans = batch.spans
-        shapes = batch.shapes
-        _, tokens, lengths, entries = shapes.T
-        slots = np.concatenate([s.cache.slots(0, s.cache.length + len(s.depths)) for s in spans])
-        depths = np.concatenate([s.depths for s in spans])
-        visible = np.concatenate([s.visible.ravel() for s in spans])
-        addresses = [
-            _addresses(column, counts)
-            for column, counts in ((slots, lengths + entries), (depths, entries), (visible, tokens * entries))
-        ]
-        table = np.column_stack((shapes, *addresses))
-        self._kept = (slots, depths, visible, table)  # The kernel reads them while this object lives.
+        table = np.empty((len(spans), 7), np.int64)
+        table[:, :4] = batch.shapes
+        table[:, 4:] = [(span.cache.slots_address, *span.tree.addresses) for span in spans]
+        _, tokens, _, entries = batch.shapes.T
+        table[:, 6] += (entries - tokens) * entries  # The new tokens' rows are the last ones.
+        self._kept = (batch, table)  # The kernel reads them while this object lives.
         self.batch = ctypes.byref(_Batch(len(spans), torch.get_num_threads(), table.ctypes.data))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
@@ -118,8 +113,3 @@ def _layer(kv_heads: int, group: int, key_dim: int, value_dim: int, options: Att
 def _dense_heads(tensor: Tensor) -> Tensor:
     """[tokens, heads, dim] of which each token's heads lie side by side."""
     return tensor if tensor.stride()[1:] == (tensor.shape[2], 1) else tensor.contiguous()
-
-
-def _addresses(column: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """int64: where each of the parts that lie one behind the other in `column` begins."""
-    return column.ctypes.data + (np.cumsum(counts) - counts) * column.itemsize

@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lm.checkpoints.eagle3 import HeadConfig
 from lm.cpu.grouped_linear import GroupedLinear, LinearStruct
 from lm.cpu.native import library, typed
 from lm.cpu.native_attention import NativeAttention
@@ -32,12 +31,26 @@ class _Head(ctypes.Structure):
 class NativeHead:
     """A head whose weights are in place."""
 
-    def __init__(
-        self, config: HeadConfig, layer: FusedLayer, norm: Any, embedding: nn.Embedding, output: GroupedLinear
-    ) -> None:
-        self._parts, self._features_out = (config, layer, norm, embedding, output), output.out_features
+    def __init__(self, module: Any, embedding: nn.Embedding, output: GroupedLinear) -> None:
+        """`module`: a `HeadModule`."""
+        self._module, self._embedding, self._output = module, embedding, output
+        self._norms = [norm for norm in (module.input_norm, *(module.fc_norm or ())) if norm is not None]
+        self._norm_weights = torch.cat([norm.weight for norm in self._norms]) if self._norms else None
         self._structs: WeakKeyDictionary[KVCache, _Head] = WeakKeyDictionary()
-        self._run = typed(library().treeline_draft_head, "ppnnpppnppp")  # type: ignore[union-attr]
+        kernels: Any = library()
+        self._run = typed(kernels.treeline_draft_head, "ppnnpppnppp")
+        self._run_states = typed(kernels.treeline_head_states, "pnpfnppn")
+
+    def states(self, features: Tensor) -> Tensor | None:
+        """`HeadModule.states` of bfloat16 features [n, feature_width], if the kernel can."""
+        fc = self._module.fc
+        if self._norm_weights is None or features.dtype != torch.bfloat16 or not features.is_contiguous():
+            return None
+        states = torch.empty(len(features), fc.out_features)
+        norms = (len(self._norms), self._norm_weights.data_ptr(), self._norms[0].variance_epsilon)
+        places = (features.data_ptr(), states.data_ptr())
+        self._run_states(ctypes.byref(fc.struct), *norms, len(features), *places, torch.get_num_threads())
+        return states
 
     def forward(
         self, token_ids: Tensor, turns: Tensor, states: Tensor, rows: Tensor, context: NativeAttention
@@ -51,7 +64,7 @@ class NativeHead:
         if struct is None:
             struct = self._structs[context.cache] = self._struct(context.cache)
         states = states.contiguous()
-        following, logits = torch.empty_like(states), states.new_empty(len(rows), self._features_out)
+        following, logits = torch.empty_like(states), states.new_empty(len(rows), self._output.out_features)
         self._run(
             ctypes.byref(struct),
             context.batch,
@@ -67,12 +80,12 @@ class NativeHead:
         return logits, following
 
     def _struct(self, cache: KVCache) -> _Head:
-        config, layer, norm, embedding, output = self._parts
-        norms: list[Any] = [layer.hidden_norm, norm]
+        config, layer = self._module.config, self._module.layers[0]
+        norms = (layer.hidden_norm, self._module.norm)
         return _Head(
             LayerStruct.of(layer, cache),
-            output.struct,
-            embedding.weight.data_ptr(),
+            self._output.struct,
+            self._embedding.weight.data_ptr(),
             *(norm.weight.data_ptr() for norm in norms),
             *(norm.variance_epsilon for norm in norms),
             config.norm_before_residual,
@@ -80,11 +93,9 @@ class NativeHead:
         )
 
 
-def native_head(
-    config: HeadConfig, layers: nn.ModuleList, norm: nn.Module, embedding: nn.Embedding, output: nn.Module
-) -> NativeHead | None:
-    """This head as the kernel runs it, if it can: as `native_layers`, and with output rows in groups."""
-    layer = layers[0]
-    if not isinstance(layer, FusedLayer) or not isinstance(output, GroupedLinear) or native_layers(layers) is None:
+def native_head(module: Any, embedding: nn.Embedding, output: nn.Module) -> NativeHead | None:
+    """A `HeadModule` as the kernel runs it, if it can: as `native_layers`, and with all other weights in groups."""
+    grouped = isinstance(output, GroupedLinear) and isinstance(module.fc, GroupedLinear)
+    if not grouped or not isinstance(module.layers[0], FusedLayer) or native_layers(module.layers) is None:
         return None
-    return NativeHead(config, layer, norm, embedding, output)
+    return NativeHead(module, embedding, output)  # type: ignore[arg-type]

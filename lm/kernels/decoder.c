@@ -124,3 +124,28 @@ void treeline_draft_head(const DraftHead *head, const Batch *batch, int64_t toke
     }
     drop(b);
 }
+
+/* The states [tokens, fc.features_out] of tokens whose predecessors have these features, bits of bfloat16 [tokens,
+   fc.features_in], of which each of `parts` is normed apart. */
+void treeline_head_states(const Linear *fc, int64_t parts, const float *norms, float epsilon, int64_t tokens,
+                          const uint16_t *features, float *states, int64_t threads)
+{
+    int64_t size = fc->features_in / parts;
+    float *normed = malloc(tokens * fc->features_in * sizeof *normed);
+    void *room = malloc(treeline_room(fc, tokens));
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < tokens * parts; part++) {
+            float *row = normed + part * size;
+            for (int64_t i = 0; i < size; i++) {
+                uint32_t bits = (uint32_t)features[part * size + i] << 16; /* a bfloat16 is the high half of a float */
+                memcpy(row + i, &bits, sizeof bits);
+            }
+            treeline_norm_row(size, row, NULL, NULL, norms + part % parts * size, epsilon, row);
+        }
+        treeline_team_linear(fc, normed, states, tokens, room);
+    }
+    free(room);
+    free(normed);
+}

@@ -137,11 +137,11 @@ class ComplexRotary(nn.Module):
             return self._turns(hidden_states, position_ids)
         # Asking a device for the largest position would wait for it: there are turns for all that the model may have.
         config: Any = self.rotary.config
-        needed = int(position_ids.max()) + 1 if hidden_states.is_cpu else config.max_position_embeddings
+        needed = int(position_ids.numpy().max()) + 1 if hidden_states.is_cpu else config.max_position_embeddings
         if needed > len(self._turns_at):
             ahead = max(FIRST_POSITIONS, 2 * needed) if hidden_states.is_cpu else needed
             self._turns_at = self._turns(hidden_states, torch.arange(ahead, device=hidden_states.device)[None])
-        return self._turns_at[position_ids[0]]
+        return self._turns_at.index_select(0, position_ids[0])
 
     def _turns(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
         cos, sin = self.rotary(hidden_states.float(), position_ids, *self._more)

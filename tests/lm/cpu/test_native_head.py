@@ -54,19 +54,17 @@ def outputs_of(head: DraftHead) -> list[Tensor]:
     assert first is not None
     assert second is not None
     prompts = [PackedSequence(kv, random_tokens(rng, 15), logits="last") for kv in (first, second)]
-    logits, states = head.forward(prompts, torch.randn(30, 64, generator=torch.Generator().manual_seed(1)), cache)
+    features = torch.randn(30, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    logits, states = head.forward(prompts, head.states(features), cache)
     cache.commit([(first, list(range(15))), (second, list(range(15)))])
     tree = PackedSequence(first, random_tokens(rng, 12), random_parents(rng, 12))
     more = PackedSequence(second, random_tokens(rng, 7), logits="none")
     return [logits, states, *head.forward([tree, more], states[:19], cache)]
 
 
-@pytest.mark.parametrize("norm_before_residual", [True, False])
-@pytest.mark.parametrize("norm_output", [True, False])
-def test_every_bit_is_that_of_its_parts(
-    norm_before_residual: bool, norm_output: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = replace(CONFIG, norm_before_residual=norm_before_residual, norm_output=norm_output)
+@pytest.mark.parametrize("names", [(), ("norm_before_residual", "fc_norm"), ("norm_output", "norm_before_fc")])
+def test_every_bit_is_that_of_its_parts(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, **dict.fromkeys(names, True))
     head = grouped_head(config)
     assert head._native() is not None
     outputs = outputs_of(head)
