@@ -161,10 +161,13 @@ static void hide(const Tile *tile, int64_t token, const Attention *layer, float 
 
 static float largest(const float *scores, int64_t count)
 {
-    v8f best[2] = {load8(scores), load8(scores)}; /* two, as each waits for its last comparison */
-    for (int64_t i = LANES; i < count; i += LANES)
-        best[i / LANES % 2] = max8(best[i / LANES % 2], load8(scores + i));
-    v8f lanes = max8(best[0], best[1]);
+    v8f even = load8(scores), odd = even; /* two, as each waits for its last comparison */
+    int64_t i = LANES;
+    for (; i + LANES < count; i += 2 * LANES) {
+        odd = max8(odd, load8(scores + i));
+        even = max8(even, load8(scores + i + LANES));
+    }
+    v8f lanes = max8(even, i < count ? max8(odd, load8(scores + i)) : odd);
     float most = lanes[0];
     for (int lane = 1; lane < LANES; lane++)
         most = lanes[lane] > most ? lanes[lane] : most;
