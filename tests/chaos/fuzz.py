@@ -157,6 +157,10 @@ async def code_of(channel: grpc.aio.Channel, path: str, messages: Sequence[bytes
     except grpc.aio.AioRpcError as error:
         # What grpc.aio says when the call had ended before the last message was written: the server's code is lost.
         return "LEFT" if error.details() == "Internal error from Core" else error.code().name
+    except asyncio.CancelledError:  # The same, or this task is to end.
+        if not call.cancelled():
+            raise
+        return "LEFT"
     finally:
         call.cancel()
     return "LEFT"
