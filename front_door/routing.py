@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,7 +31,7 @@ MOST_LOAD: Bounds = dict.fromkeys(
 )
 """Counts of requests in a load report: those of a thousand verifiers still add up to 32 bits."""
 
-OnPoll = Callable[[int], Awaitable[None]]
+OnPoll = Callable[[int], None]
 """Told after each poll how many verifiers serve."""
 
 
@@ -132,7 +132,7 @@ class VerifierPool:
         pool = cls(config, discover, on_poll)
         await pool._look()
         await asyncio.gather(*(verifier.polled.wait() for verifier in pool._verifiers.values()))
-        await on_poll(len(pool.serving))  # There may be none to poll.
+        on_poll(len(pool.serving))  # There may be none to poll.
         pool._looking = asyncio.create_task(pool._keep_looking(), name="verifier-pool")
         return pool
 
@@ -170,7 +170,7 @@ class VerifierPool:
         while True:
             try:
                 await verifier.poll()
-                await self._on_poll(len(self.serving))
+                self._on_poll(len(self.serving))
             finally:
                 verifier.polled.set()
             await asyncio.sleep(POLL_INTERVAL_S if verifier.serving else LOST_POLL_INTERVAL_S)
@@ -193,4 +193,4 @@ class VerifierPool:
             if endpoint not in found and not verifier.calls:
                 del self._verifiers[endpoint]
                 await verifier.close()
-                await self._on_poll(len(self.serving))
+                self._on_poll(len(self.serving))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from contextlib import AsyncExitStack
 from typing import Any
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 EXTRA_RPCS = 256
 """Calls allowed in addition to open generation requests: health checks, load, aborts."""
 SERVING_CHECK_INTERVAL_S = 0.1
+HEALTH_TIMEOUT_S = 1.0
+"""For telling those who watch health of a stop: one of them may not read."""
 
 
 async def no_pages() -> dict[str, list[str]]:
@@ -51,10 +54,11 @@ class FrontDoorServer:
         metrics_port: int,
         door: FrontDoor,
         health_servicer: health.aio.HealthServicer,
+        showing: asyncio.Task[None],
         http: HttpServer | None,
     ) -> None:
         self.endpoint, self.metrics_port, self.http = endpoint, metrics_port, http
-        self._server, self._door, self._health = server, door, health_servicer
+        self._server, self._door, self._health, self._showing = server, door, health_servicer, showing
 
     @classmethod
     async def start(cls, config: Config, verifiers: Discover, pages: DiscoverPages = no_pages) -> FrontDoorServer:
@@ -85,17 +89,32 @@ class FrontDoorServer:
         )
         health_servicer = await add_standard_services(server, SERVICE)
 
-        async def show_health(serving: int) -> None:
+        polled = asyncio.Event()
+
+        def on_poll(serving: int) -> None:
             metrics.verifiers.set(serving)
+            polled.set()
+
+        async def show_health() -> None:
             status = health_pb2.HealthCheckResponse
             for service in ("", SERVICE):
-                await health_servicer.set(service, status.SERVING if serving else status.NOT_SERVING)
+                await health_servicer.set(service, status.SERVING if pool.serving else status.NOT_SERVING)
+
+        async def keep_health_shown() -> None:
+            """Apart from the polls: a client that watches health and does not read makes `set` wait."""
+            while True:
+                await polled.wait()
+                polled.clear()
+                await show_health()
 
         endpoint = bind(server, config.server, config.server.port)
         tokens = TokenFile(config.server.token_file) if config.server.token_file else None
         async with AsyncExitStack() as if_it_fails:
-            pool = await VerifierPool.start(config, verifiers, show_health)
+            pool = await VerifierPool.start(config, verifiers, on_poll)
             if_it_fails.push_async_callback(pool.stop)
+            await show_health()
+            showing = asyncio.create_task(keep_health_shown(), name="front-door-health")
+            if_it_fails.callback(showing.cancel)
             door = FrontDoor(pool, Clients(tokens), config.server.resume_wait_s, config.logging.prompts)
             add_GenerationServiceServicer_to_server(door, server)
             await server.start()
@@ -109,7 +128,7 @@ class FrontDoorServer:
             metrics_port = serve_metrics(registry, config.metrics)
             if_it_fails.pop_all()
         logger.info("front door at %s, HTTP port %s", endpoint, http.port if http else "off")
-        return cls(server, endpoint, metrics_port, door, health_servicer, http)
+        return cls(server, endpoint, metrics_port, door, health_servicer, showing, http)
 
     async def until_serving(self) -> None:
         """Wait until there is a verifier to forward to."""
@@ -123,6 +142,8 @@ class FrontDoorServer:
     async def stop(self, grace_s: float = 5) -> None:
         """Report NOT_SERVING, refuse new requests, let running ones end within `grace_s`."""
         self._door.draining = True
-        await self._health.enter_graceful_shutdown()
+        self._showing.cancel()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._health.enter_graceful_shutdown(), HEALTH_TIMEOUT_S)
         await asyncio.gather(self._server.stop(grace_s), *([self.http.stop(grace_s)] if self.http else []))
         await self._door.pool.stop()

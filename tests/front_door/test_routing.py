@@ -135,6 +135,22 @@ def test_a_verifier_that_hangs_delays_no_news_of_the_others():
     with_front_door(scenario, FakeEngine())
 
 
+def test_a_client_that_watches_health_and_reads_nothing_delays_no_news(monkeypatch):
+    async def stuck(self, service, status):
+        await asyncio.sleep(60)
+
+    async def scenario(s):
+        monkeypatch.setattr("grpc_health.v1.health.aio.HealthServicer._set", stuck)
+        await asyncio.sleep(0.6)
+        s.engines[0].elsewhere = 3
+        async with asyncio.timeout(1):
+            while (await s.stub.GetLoad(pb.GetLoadRequest())).num_requests_running != 3:
+                await asyncio.sleep(0.02)
+        monkeypatch.undo()
+
+    with_front_door(scenario, FakeEngine())
+
+
 def test_a_front_door_starts_beside_a_verifier_that_hangs(monkeypatch):
     monkeypatch.setattr("front_door.routing.POLL_TIMEOUT_S", 0.3)
 
