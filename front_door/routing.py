@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -82,20 +83,25 @@ class Verifier:
     async def poll(self) -> None:
         """Bring everything but `in_flight` and `calls` up to date, within POLL_TIMEOUT_S."""
         health, in_flight = health_pb2_grpc.HealthStub(self.channel), self.in_flight
+        # As results, since grpc.aio at times cancels a call by itself, which must not end the task.
+        answers: tuple[Any, ...] = await asyncio.gather(
+            health.Check(health_pb2.HealthCheckRequest(), timeout=POLL_TIMEOUT_S),
+            self.stub.GetLoad(pb.GetLoadRequest(), timeout=POLL_TIMEOUT_S),
+            self._info(),
+            return_exceptions=True,
+        )
+        errors = [answer for answer in answers if isinstance(answer, BaseException)]
+        if errors:
+            codes = [error.code() for error in errors if isinstance(error, grpc.aio.AioRpcError)]
+            self.failed_polls += 1
+            if grpc.StatusCode.UNAVAILABLE in codes or self.failed_polls >= MAX_FAILED_POLLS:
+                self._set_serving(False, codes[0].name if codes else repr(errors[0]))
+            return
+        status, load, self.info = answers
         try:
-            status, load, self.info = await asyncio.gather(
-                health.Check(health_pb2.HealthCheckRequest(), timeout=POLL_TIMEOUT_S),
-                self.stub.GetLoad(pb.GetLoadRequest(), timeout=POLL_TIMEOUT_S),
-                self._info(),
-            )
             check_numbers(load, MOST_LOAD)
         except ValueError as error:
             self._set_serving(False, f"a load report that makes no sense: {error}")
-            return
-        except grpc.aio.AioRpcError as error:
-            self.failed_polls += 1
-            if error.code() is grpc.StatusCode.UNAVAILABLE or self.failed_polls >= MAX_FAILED_POLLS:
-                self._set_serving(False, error.code().name)
             return
         self.failed_polls, self.load = 0, load
         self.others = max(0, self.load.num_requests_running + self.load.num_requests_waiting - in_flight)

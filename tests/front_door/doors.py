@@ -30,6 +30,11 @@ class Setup:
         check = health_pb2_grpc.HealthStub(self.channel).Check
         return (await check(health_pb2.HealthCheckRequest(), timeout=2)).status
 
+    async def until_health(self, status: int, timeout_s: float = 3.0) -> None:
+        async with asyncio.timeout(timeout_s):
+            while await self.health() != status:
+                await asyncio.sleep(0.02)
+
 
 def with_front_door(
     scenario, *engines: FakeEngine, config: Config = CONFIG, credentials=None, timeout_s=20, pages=no_pages

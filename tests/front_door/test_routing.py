@@ -55,11 +55,9 @@ def test_without_verifiers_calls_are_unavailable_until_one_appears():
         error = await failure(s.stub.Generate(request()))
         async with fake_verifier(FakeEngine()) as verifier:
             s.found.append(verifier.endpoint)
-            await asyncio.sleep(0.8)
-            assert await s.health() == SERVING
+            await s.until_health(SERVING)
             await collect(s.stub.Generate(request()))
-        await asyncio.sleep(0.8)
-        assert await s.health() == NOT_SERVING
+        await s.until_health(NOT_SERVING)
         await s.door.check()
         return error
 
@@ -151,6 +149,25 @@ def test_a_client_that_watches_health_and_reads_nothing_delays_no_news(monkeypat
     with_front_door(scenario, FakeEngine())
 
 
+def test_a_poll_that_grpc_cancels_by_itself_is_not_the_last(monkeypatch):
+    polls = []
+
+    async def cancelled(self):
+        polls.append(self)
+        raise asyncio.CancelledError
+
+    async def scenario(s):
+        with monkeypatch.context() as patched:
+            patched.setattr("front_door.routing.Verifier._info", cancelled)
+            await until(lambda: polls)
+        s.engines[0].elsewhere = 3
+        while (await s.stub.GetLoad(pb.GetLoadRequest())).num_requests_running != 3:
+            await asyncio.sleep(0.02)
+        await s.door.check()
+
+    with_front_door(scenario, FakeEngine())
+
+
 def test_a_front_door_starts_beside_a_verifier_that_hangs(monkeypatch):
     monkeypatch.setattr("front_door.routing.POLL_TIMEOUT_S", 0.3)
 
@@ -174,9 +191,7 @@ def test_a_verifier_that_starts_again_where_it_was_is_found_at_once():
         await s.verifiers[0].kill()
         await asyncio.sleep(2)
         async with fake_verifier(FakeEngine(), port=int(s.found[0].rpartition(":")[2])):
-            async with asyncio.timeout(0.6):
-                while await s.health() != SERVING:
-                    await asyncio.sleep(0.02)
+            await s.until_health(SERVING, 0.6)
 
     with_front_door(scenario, FakeEngine())
 
