@@ -22,8 +22,6 @@ PROBE_SHARE = 0.01
 """Largest share of the working time that probes take while the gate is closed: half of START_MARGIN."""
 PROBE_REQUESTS = 2
 """Requests in a probe, and in the first drafts. One would measure a single text; the whole batch waits for each."""
-CATCH_UP_STEPS = 32
-"""Steps over which the cost of catching the drafter up is spread: an answer of 100 tokens at 3 tokens per step."""
 MAX_DOUBLINGS = 7
 """Consecutive late drafts that still double the pause: up to 128 waits, two minutes at the time-out of 1 s."""
 
@@ -71,26 +69,19 @@ class DraftGate:
         self._credit_s = 0.0  # what probes may spend; negative: what working time must earn first
         self._paused_until_s = 0.0
 
-    def decide(
-        self, requests: int, prices: StepPrices, cost: CostModel, now_s: float, behind_tokens: int = 0
-    ) -> Decision:
-        """For how many of the `requests` to draft in this step.
-
-        Args:
-            behind_tokens: committed tokens of these requests that the draft model has not run yet.
-        """
+    def decide(self, requests: int, prices: StepPrices, cost: CostModel, now_s: float) -> Decision:
+        """For how many of the `requests` to draft in this step."""
         if now_s < self._paused_until_s:
             return Decision(0, "the drafter was late: drafting is paused")
         probed = min(requests, PROBE_REQUESTS)
         if not self._offers:
             return Decision(probed, "first drafts")
         draft_s = self._draft_s(requests, cost)
-        paid_s = draft_s + cost.draft_node_s * behind_tokens / CATCH_UP_STEPS
         scale = requests / self._requests
         nodes = np.arange(len(self._gains), dtype=np.float64) * scale
         nodes = nodes[nodes <= prices.nodes_within_budget(draft_s, prices.base_tokens)]
         gain = float((scale * self._gains[: len(nodes)] - prices.second * prices.added_s(nodes)).max())
-        gain -= prices.second * paid_s
+        gain -= prices.second * draft_s
         self._open = gain > (0.0 if self._open else START_MARGIN * prices.sequences)
         if self._open:
             return Decision(requests, "", draft_s)

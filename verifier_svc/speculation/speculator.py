@@ -133,8 +133,7 @@ class Speculator:
         priced = [place for place in wanting if decoding[place].policy.priced]
         if not priced:
             return wanting, Decision(0)
-        behind_tokens = sum([decoding[place].behind_tokens for place in priced])
-        decision = self.gate.decide(len(priced), batch.prices, batch.plan.cost, self._clock(), behind_tokens)
+        decision = self.gate.decide(len(priced), batch.prices, batch.plan.cost, self._clock())
         if decision.requests < len(priced):
             # A probe is cheapest with the requests that have the least to catch up with.
             priced.sort(key=lambda place: decoding[place].behind_tokens)

@@ -119,7 +119,7 @@ def test_idle_times_do_not_hasten_probes(model):
 
 def test_fixed_policies_are_drafted_where_smart_ones_are_not(model):
     link = ChainLink()
-    engine = Engine(model, link, lambda: plan(0.0001, 0.1, draft_sequence_s=0.05), CONFIG)
+    engine = Engine(model, link, lambda: plan(0.0001, 0.1, draft_sequence_s=0.05), CONFIG, Clock())
     steps(engine, [request("fixed", policy="chain:4"), *(request(f"r{i}") for i in range(3))], 6)
     assert link.asked[:2] == [1 + PROBE_REQUESTS, 1]  # in the first step nothing is known yet
     assert link.asked.count(1) > link.asked.count(1 + PROBE_REQUESTS)
