@@ -157,8 +157,13 @@ class DraftLink(Protocol):
         ...
 
     @property
+    def connected(self) -> bool:
+        """False while the drafter is known to be away."""
+        ...
+
+    @property
     def ready(self) -> bool:
-        """False while the drafter is known to be away, or owes an answer: nothing is then sent to it."""
+        """Whether it is connected and owes no answer: else nothing is sent to it."""
         ...
 
     @property

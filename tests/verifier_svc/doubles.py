@@ -75,7 +75,7 @@ class OracleDrafter:
 class SilentLink:
     """A drafter that never answers."""
 
-    ready = True
+    connected = ready = True
     features = None
 
     def refresh(self) -> None:

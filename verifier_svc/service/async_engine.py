@@ -146,7 +146,7 @@ class AsyncEngine:
             mean_tree_nodes=sum(r.verified_nodes for r in recent) / decoded if decoded else 0.0,
             plan_version=last.plan_version if last else 0,
             price=self.engine.plan().price,
-            drafter_ready=self.engine.speculator.exchange.ready,
+            drafter_ready=self.engine.speculator.exchange.connected,
             drafter_problem=self._alarm.problem,
         )
 

@@ -99,8 +99,12 @@ class Conversation:
         self._plan: Plan | None = None  # as sent last
 
     @property
+    def connected(self) -> bool:
+        return self._drafts and not self.problem
+
+    @property
     def ready(self) -> bool:
-        return self._drafts and self.pending is None and not self.problem
+        return self.connected and self.pending is None
 
     def ask(self, request: DraftRequest, timeout_s: float) -> DraftReply | None:
         """The answer to `request`, or None if it does not come in time or the conversation ends."""

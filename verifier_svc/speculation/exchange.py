@@ -29,6 +29,10 @@ class Exchange:
         self._step_id = 0
 
     @property
+    def connected(self) -> bool:
+        return self._link is not None and self._link.connected
+
+    @property
     def ready(self) -> bool:
         return self._link is not None and self._link.ready
 

@@ -36,7 +36,7 @@ class LocalLink:
     def __init__(self, drafter: Drafter) -> None:
         self._drafter = drafter
 
-    ready = True
+    connected = ready = True
 
     @property
     def features(self) -> FeatureSpec | None:
@@ -71,6 +71,11 @@ class RemoteLink:
         self._left = ""  # the endpoint of the connection that ended last
         self.info: pb.GetDrafterInfoResponse | None = None
         self._task = asyncio.create_task(self._stay_connected(), name="draft-link")
+
+    @property
+    def connected(self) -> bool:
+        conversation = self._conversation
+        return conversation is not None and conversation.connected
 
     @property
     def ready(self) -> bool:

@@ -44,7 +44,7 @@ def plan(fixed_s: float, token_s: float, **cost: float) -> Plan:
 class ChainLink:
     """A drafter that gives every request the same chain of quite likely nodes, and notes whom it was asked about."""
 
-    ready = True
+    connected = ready = True
     features = None
 
     def __init__(self) -> None:
