@@ -68,14 +68,19 @@ def line_end(text: str) -> int:
     return 0
 
 
+FILE_WIDTH = 160
+"""Columns of a table that goes to a file or a pipe."""
+
+
 def show_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> None:
     """Print a table. The first `names` columns are text, the others numbers."""
     table = Table(title=title)
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index < names else "right")
+        table.add_column(heading, justify="left" if index < names else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    console.print(table, width=None if console.is_terminal else FILE_WIDTH)
 
 
 def number(value: float | None, digits: int = 1) -> str:
