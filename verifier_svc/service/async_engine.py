@@ -87,7 +87,7 @@ class AsyncEngine:
         self._streams: dict[str, _Stream] = {}
         self._wake = threading.Condition()
         self._inbox: list[GenerationRequest | str] = []  # new requests, and ids to abort, in order
-        self._recent: deque[StepRecord] = deque(maxlen=4096)
+        self._recent: deque[StepRecord] = deque()  # of RATE_WINDOW_S before the last one
         self._occupancy = Occupancy(0, 0, 0)
         self._draining = self._stopping = False
         self._failure: Exception | None = None
@@ -216,6 +216,8 @@ class AsyncEngine:
                     self._deliver(outputs)
                     if record is not None:
                         self._recent.append(record)
+                        while self._recent[0].unix_s < record.unix_s - RATE_WINDOW_S:
+                            self._recent.popleft()
                         self._alarm.observe(record.outcomes)
                         _observe(self._on_step, record)
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,9 @@ from tests.verifier_svc.engine.test_engine import engine_for
 from tests.verifier_svc.engine.test_engine import model as model  # a fixture
 from treeline.errors import DrainingError, QueueFullError, UnavailableError
 from treeline.sampling import SamplingParams
+from treeline.step_record import StepRecord
 from verifier_svc.engine.request import Completion, FinishReason, GenerationRequest
+from verifier_svc.service import async_engine
 from verifier_svc.service.async_engine import AsyncEngine
 
 
@@ -42,6 +45,21 @@ def test_observers_that_raise_do_not_end_the_engine(model):
         return await answer(engine, ask("a"))
 
     assert with_engine(model, scenario, on_step=broken, on_output=broken)[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_records_of_steps_are_kept_no_longer_than_the_rates_need(model, monkeypatch):
+    monkeypatch.setattr(async_engine, "RATE_WINDOW_S", 0.0)
+    steps = []
+
+    async def scenario(engine):
+        await answer(engine, ask("a", 40))
+        return sum(isinstance(kept, StepRecord) for kept in gc.get_objects())
+
+    gc.collect()
+    before = sum(isinstance(kept, StepRecord) for kept in gc.get_objects())
+    kept = with_engine(model, scenario, on_step=lambda record: steps.append(record.step_id))
+    assert len(steps) >= 40
+    assert kept - before <= 2
 
 
 def test_a_dead_engine_tells_its_streams_to_go_elsewhere_and_shows_nothing_of_the_cause(model):
