@@ -121,7 +121,7 @@ class Launches(TorchDispatchMode):
     """Counts operations that a device would launch a kernel for, by name."""
 
     FREE = ("view", "empty", "slice", "select", "t", "transpose", "unsqueeze", "expand", "split", "detach", "reshape")
-    NONE = ("alias", "unbind", "new_empty", "lift_fresh", "max", "item")
+    NONE = ("alias", "unbind", "new_empty", "lift_fresh", "resolve_conj", "resolve_neg")
     """The last two on the CPU alone: there a table of turns grows with the positions."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
