@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -91,6 +92,12 @@ class Answer:
     def finished(self) -> bool:
         return self.end is not None and self.end.finished
 
+    @property
+    def gaps(self) -> list[tuple[float, float, int]]:
+        """(time, seconds a token, tokens) of each chunk but the first one: its tokens waited an equal share."""
+        pairs = pairwise(self.arrivals)
+        return [(time_s, (time_s - before_s) / count, count) for (before_s, _), (time_s, count) in pairs]
+
 
 @dataclass(frozen=True)
 class Window:
@@ -99,6 +106,9 @@ class Window:
     answers: list[Answer]
     opened_s: float
     closed_s: float
+
+    def contains(self, time_s: float) -> bool:
+        return self.opened_s < time_s <= self.closed_s
 
 
 Loop = Generator[None, None, Window]
@@ -268,15 +278,12 @@ def measure(window: Window) -> Measured:
     steps = sum(end.steps for end in ends)
     tokens, ttft_s, itl_s = 0, [], []
     for answer in window.answers:
-        before_s: float | None = None
-        for time_s, count in answer.arrivals:
-            if window.opened_s < time_s <= window.closed_s:
-                tokens += count
-                if before_s is not None:
-                    itl_s += [(time_s - before_s) / count] * count
-                elif answer.sent_s >= window.opened_s:
-                    ttft_s.append(time_s - answer.sent_s)
-            before_s = time_s
+        tokens += sum(count for time_s, count in answer.arrivals if window.contains(time_s))
+        for time_s, gap_s, count in answer.gaps:
+            if window.contains(time_s):
+                itl_s += [gap_s] * count
+        if answer.arrivals and window.contains(answer.arrivals[0][0]) and answer.sent_s >= window.opened_s:
+            ttft_s.append(answer.arrivals[0][0] - answer.sent_s)
     return Measured(
         tokens_per_s=tokens / (window.closed_s - window.opened_s),
         accepted_length=1 + sum(end.accepted_nodes for end in ends) / max(1, steps),

@@ -247,10 +247,9 @@ def share_met(window: Window, objectives: ObjectivesConfig) -> float | None:
         return None
     met = 0
     for answer in finished:
-        times_s, counts = zip(*answer.arrivals, strict=True)
-        gaps_s = np.repeat(np.diff(times_s) / counts[1:], counts[1:])  # the tokens of a chunk waited an equal share
-        in_time = not len(gaps_s) or np.quantile(gaps_s, 0.95) <= longest_gap_s
-        met += in_time and times_s[0] - answer.sent_s <= longest_first_s
+        gaps_s = [gap_s for _, gap_s, count in answer.gaps for _ in range(count)]
+        in_time = not gaps_s or float(np.quantile(gaps_s, 0.95)) <= longest_gap_s
+        met += in_time and answer.arrivals[0][0] - answer.sent_s <= longest_first_s
     return met / len(finished)
 
 

@@ -19,17 +19,6 @@ static const float *block_of(const float *row, int64_t from, int64_t columns, fl
     return room;
 }
 
-INLINE float largest(const float *block, int columns)
-{
-    v8f lanes = load8(block);
-    for (int i = LANES; i < columns; i += LANES)
-        lanes = max8(lanes, load8(block + i));
-    float most = lanes[0];
-    for (int lane = 1; lane < LANES; lane++)
-        most = lanes[lane] > most ? lanes[lane] : most;
-    return most;
-}
-
 /* Puts a column's score behind those of the `count` best so far that are not less, best first. */
 static void insert(int64_t count, int64_t *ids, float *best, int64_t column, float score)
 {
@@ -48,7 +37,7 @@ static void best_of_row(int64_t columns, const float *row, int64_t most, int64_t
     for (int64_t column = 0; column < most; column++)
         insert(column, ids, best, column, row[column]);
     for (int64_t from = 0; from < columns; from += BLOCK) {
-        if (!(largest(block_of(row, from, columns, room), BLOCK) > best[most - 1]))
+        if (!(largest8(block_of(row, from, columns, room), BLOCK) > best[most - 1]))
             continue;
         int64_t end = from + BLOCK < columns ? from + BLOCK : columns;
         for (int64_t column = from > most ? from : most; column < end; column++)
@@ -131,7 +120,7 @@ void treeline_largest(int64_t count, int64_t words, const uint32_t *bits, int64_
             if (!allowed)
                 continue;
             may(scores + i * columns + from, allowed, left, some);
-            if (left == 32 && !(largest(some, 32) > most))
+            if (left == 32 && !(largest8(some, 32) > most))
                 continue;
             for (int64_t column = 0; column < left; column++)
                 if (some[column] > most) {

@@ -23,6 +23,22 @@ INLINE v8f select8(v8i mask, v8f yes, v8f no) { return (v8f)((mask & (v8i)yes) |
 
 INLINE v8f max8(v8f a, v8f b) { return select8(a > b, a, b); }
 
+/* The largest of `count` numbers, which are whole vectors. */
+INLINE float largest8(const float *from, int64_t count)
+{
+    v8f even = load8(from), odd = even; /* two, as each waits for its last comparison */
+    int64_t i = LANES;
+    for (; i + LANES < count; i += 2 * LANES) {
+        odd = max8(odd, load8(from + i));
+        even = max8(even, load8(from + i + LANES));
+    }
+    v8f lanes = max8(even, i < count ? max8(odd, load8(from + i)) : odd);
+    float most = lanes[0];
+    for (int lane = 1; lane < LANES; lane++)
+        most = lanes[lane] > most ? lanes[lane] : most;
+    return most;
+}
+
 /* e^x within 2e-7 of it, for x of 88 at most; exactly 0 below -87.3. Cody and Waite's reduction, then the polynomial of
    Cephes' expf. */
 INLINE v8f exp8(v8f x)

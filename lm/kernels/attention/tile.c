@@ -35,6 +35,7 @@ INLINE vf two(const float *first, const float *second)
     return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(first)), _mm256_loadu_ps(second), 1);
 }
 
+/* Entries 0 and 4, 1 and 5, ...: sums over low halves are then of entries 0 to 3, over high ones of 4 to 7. */
 INLINE vf key_of(const float **keys, int column, int64_t i) { return two(keys[column] + i, keys[column + COLUMNS] + i); }
 
 INLINE vf query_of(const float *query) { return (vf)_mm512_broadcast_f32x8(_mm256_loadu_ps(query)); }
@@ -159,21 +160,6 @@ static void hide(const Tile *tile, int64_t token, const Attention *layer, float 
         scores[i] = -INFINITY;
 }
 
-static float largest(const float *scores, int64_t count)
-{
-    v8f even = load8(scores), odd = even; /* two, as each waits for its last comparison */
-    int64_t i = LANES;
-    for (; i + LANES < count; i += 2 * LANES) {
-        odd = max8(odd, load8(scores + i));
-        even = max8(even, load8(scores + i + LANES));
-    }
-    v8f lanes = max8(even, i < count ? max8(odd, load8(scores + i)) : odd);
-    float most = lanes[0];
-    for (int lane = 1; lane < LANES; lane++)
-        most = lanes[lane] > most ? lanes[lane] : most;
-    return most;
-}
-
 /* Turns a row's raw scores into weights, the largest of which is 1; returns one over their sum. */
 static float weigh(const Attention *layer, float *scores, int64_t stride)
 {
@@ -185,7 +171,7 @@ static float weigh(const Attention *layer, float *scores, int64_t stride)
         }
         scale = splat8(1.0f);
     }
-    float most = largest(scores, stride);
+    float most = largest8(scores, stride);
     const float unit = 1 << 30; /* the integer that stands for 1 */
     v4l even = {0}, odd = {0};
     for (int64_t i = 0; i < stride; i += LANES) {
