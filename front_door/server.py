@@ -32,6 +32,9 @@ EXTRA_RPCS = 256
 SERVING_CHECK_INTERVAL_S = 0.1
 HEALTH_TIMEOUT_S = 1.0
 """For telling those who watch health of a stop: one of them may not read."""
+DRAINING_NOTICE_S = 0.1
+"""Some round trips. gRPC's core ends calls that reach a stopping server with CANCELLED, which clients need not retry.
+Those who hear of the stop have this long to go elsewhere; those who call meanwhile are told UNAVAILABLE."""
 
 
 async def no_pages() -> dict[str, list[str]]:
@@ -145,5 +148,6 @@ class FrontDoorServer:
         self._showing.cancel()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._health.enter_graceful_shutdown(), HEALTH_TIMEOUT_S)
+        await asyncio.sleep(DRAINING_NOTICE_S)
         await asyncio.gather(self._server.stop(grace_s), *([self.http.stop(grace_s)] if self.http else []))
         await self._door.pool.stop()

@@ -27,7 +27,7 @@ NODE = pytest.mark.skipif(
     reason="needs npm install in examples/node",
 )
 OTHERS = pytest.mark.skipif(
-    not CLIENTS_PYTHON.exists(), reason="needs tests/front_door/clients/requirements.txt in build/clients"
+    not CLIENTS_PYTHON.exists(), reason="needs tests/front_door/http/clients/requirements.txt in build/clients"
 )
 ASK = [{"role": "user", "content": "hi"}]
 GREEDY = {"model": "", "messages": ASK, "temperature": 0, "max_tokens": 8}
