@@ -98,7 +98,8 @@ def endpoint(config):
 
 
 def test_a_running_service_is_swept_through_its_port(endpoint, tmp_path):
-    options = ["--concurrency", "1 3", "--rounds", "1", "--max-tokens", "12", "--rates", "0.8", "--limit", "4"]
+    loads = ["--concurrency", "1 3", "--rates", "0.8", "--block-seconds", "3"]
+    options = [*loads, "--rounds", "1", "--max-tokens", "12", "--limit", "4"]
     path = tmp_path / "report.json"
     command = ["bench", "sweep", "--target", endpoint, "--policies", "off chain:3 smart", *options, "--json", str(path)]
     result = CliRunner().invoke(app, command)

@@ -44,29 +44,6 @@ def plain(target: Path) -> dict:
     return tiny_config(target).model_dump(mode="json")
 
 
-def test_folders_named_like_our_packages_do_not_matter(target, tmp_path):
-    for name in ("treeline", "deploy", "lm"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('the wrong package')")
-    (tmp_path / "model").symlink_to(target)
-    config = plain(target)
-    config["verifier"]["target"]["model"] = "model"
-    process = serve(tmp_path, config)
-    try:
-        lines = []
-        for line in process.stderr:
-            lines.append(line.strip())
-            if re.search("serving at", line):
-                break
-        assert "serving at" in lines[-1], lines
-        phases = "\n".join(lines)
-        for phase in ("starting Ray", "logs: /", "verifier is running", "front-door is running"):
-            assert phase in phases
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-
-
 @dataclass
 class Serving:
     """A running `treeline serve`, and the processes it has started."""
@@ -84,7 +61,14 @@ class Serving:
 
 @pytest.fixture
 def serving(target, tmp_path) -> Iterator[Serving]:
-    process = serve(tmp_path, plain(target))
+    """Started in a folder whose folders are named like our packages, with a path to its model that begins there."""
+    for name in ("treeline", "deploy", "lm"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('the wrong package')")
+    (tmp_path / "model").symlink_to(target)
+    config = plain(target)
+    config["verifier"]["target"]["model"] = "model"
+    process = serve(tmp_path, config)
     started: list[psutil.Process] = []
     try:
         lines = []
@@ -93,6 +77,8 @@ def serving(target, tmp_path) -> Iterator[Serving]:
             if "serving at" in line:
                 break
         assert "serving at" in lines[-1], lines
+        for phase in ("starting Ray", "logs: /", "verifier is running", "front-door is running"):
+            assert phase in "".join(lines)
         time.sleep(5)  # for it to have looked once at what runs
         started += psutil.Process(process.pid).children(recursive=True)
         yield Serving(process, started)

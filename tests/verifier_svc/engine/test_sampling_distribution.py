@@ -26,7 +26,7 @@ from verifier_svc.service.grammars import GrammarCompiler
 from verifier_svc.speculation.link import LocalLink
 
 DRAWS = {"grammar": 4_000}
-"""By case, 20,000 unless here: fewer where fewer tokens may come."""
+"""By case, 10,000 unless here: fewer where fewer tokens may come."""
 PROMPT = [7, 30, 99]
 LIMITS = LimitsConfig(max_running_requests=64, max_context_tokens=64, max_tree_nodes=12, max_tree_depth=4)
 CONFIG = Config(
@@ -129,7 +129,7 @@ def reference(model: LanguageModel, tokens: list[int], params: SamplingParams, b
 
 @pytest.mark.parametrize("case", CASES)
 def test_three_tokens_follow_the_targets_distribution(model, case):
-    params, bound, draws = CASES[case], case == "grammar", DRAWS.get(case, 20_000)
+    params, bound, draws = CASES[case], case == "grammar", DRAWS.get(case, 10_000)
     info = ServedModel("m", "arch", "float32", model.vocab_size, 512, model.eos_token_ids, has_chat_template=True)
     grammar = GrammarCompiler(model.tokenizer, info)(pb.Grammar(regex=GRAMMAR)) if bound else None
     first = reference(model, PROMPT, params, bound)
