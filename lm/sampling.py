@@ -45,8 +45,8 @@ class Row:
 
     @property
     def is_argmax(self) -> bool:
-        """Whether the token is that of the largest logit as it is."""
-        return self.params.is_argmax and not self.barred and self.allowed is None
+        """Whether the token is that of the largest logit as it is, of those `allowed`."""
+        return self.params.is_argmax and not self.barred
 
 
 @torch.inference_mode()
@@ -67,7 +67,7 @@ def choose_tokens(logits: Tensor, rows: list[Row]) -> Tensor:
 
 
 def _choose(logits: Tensor, rows: list[Row]) -> Tensor:
-    allowed = [row.allowed for row in rows if row.params.is_argmax and not row.barred and row.allowed is not None]
+    allowed = [row.allowed for row in rows if row.is_argmax and row.allowed is not None]
     if len(allowed) == len(rows) > 0:
         return largest(logits.float(), np.stack(allowed))  # Without a copy of scores, which takes four times as long.
     return argmax(_scores(logits, rows))
@@ -109,7 +109,7 @@ def logprobs(logits: Tensor, chosen: list[int] | Tensor, top: int) -> tuple[Tens
 def _scores(logits: Tensor, rows: list[Row]) -> Tensor:
     """float32 [rows, vocab]: shaped log p (up to a constant per row) + g; -inf where p is 0."""
     scores = logits.float()
-    if all(row.is_argmax for row in rows):
+    if all(row.is_argmax and row.allowed is None for row in rows):
         return scores
     scores = scores.clone()
     _adjust(scores, rows)

@@ -166,6 +166,14 @@ def test_what_does_not_exist_is_one_clear_line(spec: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text", [b"", b'{"model_type": ', b"[1]", b"\xff"])
+def test_a_damaged_config_is_refused_by_name(folder: Path, text: bytes) -> None:
+    (folder / "config.json").write_bytes(text)
+    with pytest.raises(ConfigError, match=r"cannot read .*tiny-model/config\.json") as caught:
+        resolve_model(str(folder))
+    assert "\n" not in str(caught.value)
+
+
 def test_incomplete_or_damaged_models_are_refused(folder: Path, tmp_path: Path) -> None:
     def load(path: Path) -> None:
         LanguageModel.load(ModelConfig(model=str(path), device="cpu"))
