@@ -13,10 +13,12 @@ from cli.options import PlaintextToken, Server, TlsCa, Token
 from treeline.client import TreelineClient
 from treeline.client.as_dict import as_dict
 from treeline.client.base import DEFAULT_SERVER, Message, texts_of
+from treeline.request import GenerateOptions
 from treeline.v1 import generation_pb2 as pb
 
 
 def generate(
+    ctx: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What to say; - reads it from standard input.")],
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of the answer.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy, the default.")] = None,
@@ -31,7 +33,9 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
-    stop_token_id: Annotated[list[int] | None, typer.Option(help="End at this token; may be repeated.")] = None,
+    stop_token_ids: Annotated[
+        list[int] | None, typer.Option("--stop-token-id", help="End at this token; may be repeated.")
+    ] = None,
     include_stop: Annotated[bool, typer.Option("--include-stop", help="Show what ended the answer too.")] = False,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
     min_tokens: Annotated[int | None, typer.Option(help="Do not end before so many tokens.")] = None,
@@ -49,8 +53,8 @@ def generate(
     lark: Annotated[str | None, typer.Option(help="A grammar in Lark's notation that the answer must match.")] = None,
     choice: Annotated[list[str] | None, typer.Option(help="A text that the answer may be; repeat for others.")] = None,
     policy: Annotated[str | None, typer.Option(help="off, chain:4, eagle2:5,4,16, smart-paper, smart, ...")] = None,
-    target_ms: Annotated[
-        float | None, typer.Option("--target-time-per-output-token-ms", help="Favour the answer while it is slower.")
+    target_time_per_output_token_ms: Annotated[
+        float | None, typer.Option(help="Favour the answer while it is slower.")
     ] = None,
     begin: Annotated[str | None, typer.Option(help="What the assistant has said so far; the answer goes on.")] = None,
     template_arguments: Annotated[str | None, typer.Option(help="JSON object that the chat template reads.")] = None,
@@ -83,6 +87,9 @@ def generate(
         raise typer.BadParameter("--system and --begin need a chat: leave --raw and --token-ids away")
     turns = (("system", system), ("user", text), ("assistant", begin))
     messages = [{"role": role, "content": content} for role, content in turns if content is not None]
+    # Most options are named as the fields they fill.
+    options = {name: value for name, value in ctx.params.items() if name in GenerateOptions.__optional_keys__}
+    options |= {"skip_special_tokens": not keep_special, "logit_bias": _biases(logit_bias or [])}
     with TreelineClient(server, token, tls_ca, allow_plaintext_token=plaintext_token) as client:
         answer = client.generate(
             text if raw and not token_ids else None,
@@ -90,36 +97,9 @@ def generate(
             token_ids=_ids(text) if token_ids else None,
             template_arguments=_object(template_arguments),
             add_generation_prompt=False if no_generation_prompt else None,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logit_bias=_biases(logit_bias or []),
-            seed=seed,
-            stop=stop or (),
-            stop_token_ids=stop_token_id or (),
-            include_stop=include_stop,
-            ignore_eos=ignore_eos,
-            min_tokens=min_tokens,
-            skip_special_tokens=not keep_special,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            n=n,
-            model=model,
-            request_id=request_id,
-            priority=priority,
             grammar=_grammar(json_schema, regex, lark, choice),
-            max_nodes=max_nodes,
-            max_depth=max_depth,
-            policy=policy,
-            target_time_per_output_token_ms=target_ms,
-            explain=explain,
-            explain_tree=explain_tree,
             timeout_s=timeout,
+            **options,
         )
         show = show_json if as_json else show_steps if explain or explain_tree else show_text
         show(answer)

@@ -1,10 +1,12 @@
-"""The identity of a request: its client, its id and its seed."""
+"""A request: its fields, its identity (client, id and seed), and how far it has come."""
 
 from __future__ import annotations
 
 import re
 import secrets
 import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 from treeline.errors import FieldViolation, InvalidRequestError
 from treeline.v1 import generation_pb2 as pb
@@ -21,6 +23,62 @@ REQUEST_ID, SEED = "treeline-request-id", "treeline-seed"
 
 CLIENT, WEIGHT = "treeline-client", "treeline-client-weight"
 """Metadata from front door to verifier: whose request this is, and what its share weighs among others'."""
+
+
+_PARTS: dict[str, Any] = {
+    "sampling": pb.SamplingParams,
+    "stopping": pb.StoppingParams,
+    "output": pb.OutputOptions,
+    "speculation": pb.SpeculationOptions,
+}
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Fields of GenerateRequest and of the messages in it, as in generation.proto. None: the server's default."""
+
+    request_id: str
+    model: str
+    priority: int
+    n: int | None
+    target_time_per_output_token_ms: float | None
+    grammar: pb.Grammar | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+    max_tokens: int | None
+    min_tokens: int | None
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    include_stop: bool
+    ignore_eos: bool
+    logprobs: int | None
+    prompt_logprobs: int | None
+    skip_special_tokens: bool
+    explain: bool
+    explain_tree: bool
+    policy: str | None
+    max_nodes: int | None
+    max_depth: int | None
+
+
+def generate_request(**fields: Any) -> pb.GenerateRequest:
+    """A request with its input and `GenerateOptions`, each in the message that has it.
+
+    Raises:
+        ValueError: no message has such a field, or a value does not fit its field.
+        TypeError: a value is of another type than its field.
+    """
+    parts = {
+        part: kind(**{name: fields.pop(name) for name in kind.DESCRIPTOR.fields_by_name if name in fields})
+        for part, kind in _PARTS.items()
+    }
+    return pb.GenerateRequest(**parts, **fields)
 
 
 def identify(request: pb.GenerateRequest) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from front_door.http.tool_calls import Finder, FreeCalls, PlainText
 from front_door.http.tools import SPACING, ChatInput, Input, Many
 from treeline.errors import FieldViolation, InvalidRequestError
-from treeline.request import MAX_ANSWERS
+from treeline.request import MAX_ANSWERS, GenerateOptions, generate_request
 from treeline.v1 import generation_pb2 as pb
 
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
@@ -113,43 +113,20 @@ class Body(Input):
 
     def common(self, request_id: str, index: int, grammar: pb.Grammar | None) -> pb.GenerateRequest:
         """Everything but the input, for the prompt number `index`: `n` answers."""
-        request = pb.GenerateRequest(
-            request_id=f"{request_id}-{index}" if index else request_id,
-            model=self.model,
-            n=self.n,
-            priority=self.priority,
-            grammar=grammar,
-            target_time_per_output_token_ms=self.target_time_per_output_token_ms,
-            sampling=pb.SamplingParams(
-                temperature=self.temperature,
-                top_p=self.top_p,
-                top_k=self.top_k,
-                min_p=self.min_p,
-                repetition_penalty=self.repetition_penalty,
-                presence_penalty=self.presence_penalty,
-                frequency_penalty=self.frequency_penalty,
-                logit_bias=self.logit_bias,
-            ),
-            stopping=pb.StoppingParams(
-                max_tokens=self.max_tokens,
-                min_tokens=self.min_tokens,
-                stop=[self.stop] if isinstance(self.stop, str) else self.stop or [],
-                stop_token_ids=self.stop_token_ids,
-                include_stop=self.include_stop_str_in_output,
-                ignore_eos=self.ignore_eos,
-            ),
-            output=pb.OutputOptions(
-                explain=bool(self.explain),
-                explain_tree=self.explain == "tree",
-                skip_special_tokens=self.skip_special_tokens,
-            ),
-            speculation=pb.SpeculationOptions(
-                policy=self.policy, max_nodes=self.max_draft_nodes, max_depth=self.max_draft_depth
-            ),
-        )
-        if self.seed is not None:
-            request.sampling.seed = (self.seed + index * self.n) % 2**64  # each answer draws its own noise
-        return request
+        shared = {name: getattr(self, name) for name in GenerateOptions.__optional_keys__ & Body.model_fields.keys()}
+        own = {
+            "request_id": f"{request_id}-{index}" if index else request_id,
+            "grammar": grammar,
+            # Each answer draws its own noise.
+            "seed": None if self.seed is None else (self.seed + index * self.n) % 2**64,
+            "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
+            "include_stop": self.include_stop_str_in_output,
+            "explain": bool(self.explain),
+            "explain_tree": self.explain == "tree",
+            "max_nodes": self.max_draft_nodes,
+            "max_depth": self.max_draft_depth,
+        }
+        return generate_request(**(shared | own))
 
 
 class ChatBody(Body, ChatInput):

@@ -8,13 +8,13 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, Unpack
 
 import grpc
 
 from treeline.client.attempts import Attempts, Servers
 from treeline.errors import ConfigError
-from treeline.request import identify
+from treeline.request import GenerateOptions, generate_request, identify
 from treeline.rpc.channels import client_options
 from treeline.v1 import generation_pb2 as pb
 
@@ -87,44 +87,16 @@ class BaseClient(ABC, Generic[AnswerT]):
         template_arguments: Mapping[str, Any] | None = None,
         continue_final_message: bool | None = None,
         add_generation_prompt: bool | None = None,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        presence_penalty: float | None = None,
-        frequency_penalty: float | None = None,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-        include_stop: bool = False,
-        ignore_eos: bool = False,
-        min_tokens: int | None = None,
-        skip_special_tokens: bool = True,
-        logprobs: int | None = None,
-        prompt_logprobs: int | None = None,
-        grammar: pb.Grammar | None = None,
-        explain: bool = False,
-        explain_tree: bool = False,
-        policy: str | None = None,
-        max_nodes: int | None = None,
-        max_depth: int | None = None,
-        priority: int = 0,
-        target_time_per_output_token_ms: float | None = None,
-        model: str = "",
-        request_id: str = "",
-        n: int | None = None,
         timeout_s: float | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> AnswerT:
         """Stream an answer: chunks as they are produced, then one GenerateComplete. `.text()` gives the whole text.
 
         With `n`, the messages of that many answers come side by side, each with its index; `.texts()` gives all texts.
 
         Exactly one of `prompt`, `messages` ({"role", "content"} each, and what else the chat template reads) and
-        `token_ids` is needed; the other arguments are the fields of GenerateRequest, left to the server's defaults
-        where None. Closing the answer (or leaving its loop) aborts the request.
+        `token_ids` is needed; the other arguments are `GenerateOptions`. Closing the answer (or leaving its loop)
+        aborts the request.
 
         Raises:
             ValueError: none or several inputs are given, or a value does not fit its field.
@@ -133,43 +105,11 @@ class BaseClient(ABC, Generic[AnswerT]):
         """
         if sum(given is not None for given in (prompt, messages, token_ids)) != 1:
             raise ValueError("give exactly one of prompt, messages and token_ids")
-        request = pb.GenerateRequest(
-            request_id=request_id,
-            model=model,
+        request = generate_request(
             prompt=prompt,
             token_ids=None if token_ids is None else pb.TokenIds(ids=token_ids),
             chat=chat_of(messages, template_arguments, continue_final_message, add_generation_prompt),
-            sampling=pb.SamplingParams(
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                presence_penalty=presence_penalty,
-                frequency_penalty=frequency_penalty,
-                logit_bias=logit_bias,
-                seed=seed,
-            ),
-            stopping=pb.StoppingParams(
-                max_tokens=max_tokens,
-                stop=stop,
-                stop_token_ids=stop_token_ids,
-                include_stop=include_stop,
-                ignore_eos=ignore_eos,
-                min_tokens=min_tokens,
-            ),
-            output=pb.OutputOptions(
-                logprobs=logprobs,
-                prompt_logprobs=prompt_logprobs,
-                explain=explain,
-                explain_tree=explain_tree,
-                skip_special_tokens=skip_special_tokens,
-            ),
-            speculation=pb.SpeculationOptions(policy=policy, max_nodes=max_nodes, max_depth=max_depth),
-            priority=priority,
-            grammar=grammar,
-            n=n,
-            target_time_per_output_token_ms=target_time_per_output_token_ms,
+            **options,
         )
         identify(request)
         return self._stream(request, timeout_s)
