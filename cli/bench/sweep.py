@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,29 +86,29 @@ def sweep(
     )
     if not settings.concurrency:
         raise ConfigError("--concurrency: give at least one number of streams")
-    drafts = parse_acceptance(acceptance) if acceptance else None
-    grammar = _grammar(json_schema) if json_schema else None
-    if grammar and drafts:
+    if json_schema and acceptance:
         raise ConfigError("--json-schema: leave out --acceptance, whose true tokens are those of free answers")
-    if target and (config or drafts):
+    if target and (config or acceptance):
         raise ConfigError("--config and --acceptance are for an engine in this process: leave out --target")
+    grammar = _grammar(json_schema) if json_schema else None
     loaded = load_prompts(prompts or OWN_PROMPTS, limit)
+    described = {**asdict(settings), "prompts": len(loaded), "acceptance": acceptance}
+    described |= {"json_schema": grammar.json_schema} if grammar else {}
+    from bench.systems import RemoteSystem, start_local  # seconds, which bad input need not wait for
 
-    def start() -> Swept:
-        from bench.systems import RemoteSystem, start_local
-
-        streams = max(settings.concurrency)
-        if target is None:
-            return start_local(load_config(config), loaded, streams, max_tokens, drafts, grammar)
+    streams = max(settings.concurrency)
+    start: Callable[[], Swept]
+    if target is None:
+        served, drafts = load_config(config), parse_acceptance(acceptance) if acceptance else None
+        described["treeline"] = served.model_dump(mode="json")
+        start = partial(start_local, served, loaded, streams, max_tokens, drafts, grammar)
+    else:
+        described["target"] = target
         client = TreelineClient(target, token, tls_ca, max_retries=0, allow_plaintext_token=plaintext_token)
-        return RemoteSystem(client, streams, grammar)
-
+        start = partial(RemoteSystem, client, streams, grammar)
     results, complete = _run(settings, loaded, start)
     if results:
-        described = {**asdict(settings), "prompts": len(loaded), "acceptance": acceptance, "complete": complete}
-        described |= {"json_schema": grammar.json_schema} if grammar else {}
-        described |= {"target": target} if target else {"treeline": load_config(config).model_dump(mode="json")}
-        _write(json_file, described, results)
+        _write(json_file, described | {"complete": complete}, results)
     if not complete:
         raise typer.Exit(INTERRUPTED)
 

@@ -28,6 +28,7 @@ from treeline.rpc.tokens import TokenFile
 from treeline.v1 import generation_pb2 as pb
 
 PAGE = Path(__file__).parent.parent / "page"
+HANDLED = (TreelineError, grpc.aio.AioRpcError, HTTPException, RequestValidationError)
 PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'; img-src data:; style-src 'self' 'unsafe-inline'"}
 
 
@@ -40,30 +41,22 @@ def create_app(
     access: AccessLog,
 ) -> FastAPI:
     """The HTTP application. With `tokens`, all but `OPEN_PATHS` ask for one of them as a bearer token."""
-    app = FastAPI(title="Treeline", docs_url=None, redoc_url=None)
+    handlers: dict[Any, Any] = dict.fromkeys(HANDLED, _refused)
+    app = FastAPI(title="Treeline", docs_url=None, redoc_url=None, exception_handlers=handlers)
     app.add_middleware(Guard, tokens=tokens, max_body_bytes=max_body_bytes, access=access)
+    app.mount("/page", StaticFiles(directory=PAGE))
+    _serve_models(app, door)
+    _serve_operators(app, door, registry, pages)
 
-    @app.exception_handler(TreelineError)
-    async def treeline_error(request: Request, error: TreelineError) -> Response:
-        return failed(error)
+    @app.get("/")
+    async def page() -> Response:
+        return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
 
-    @app.exception_handler(grpc.aio.AioRpcError)
-    async def upstream_error(request: Request, error: grpc.aio.AioRpcError) -> Response:
-        return failed(from_rpc_error(error))
+    return app
 
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        return ErrorResponse(HTTPStatus(error.status_code), str(error.detail))
 
-    @app.exception_handler(RequestValidationError)
-    async def malformed(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        match first:
-            case {"type": "json_invalid", "loc": ("body", int(place)), "ctx": {"error": why}}:
-                sent = f"it came as {request.state.sent_as}, {JSON} is wanted"
-                return ErrorResponse(HTTPStatus.BAD_REQUEST, f"body: not JSON ({why} at character {place}); {sent}")
-        field = ".".join(str(part) for part in first["loc"][1:])
-        return ErrorResponse(HTTPStatus.BAD_REQUEST, f"{field or 'body'}: {first['msg']}", field or None)
+def _serve_models(app: FastAPI, door: FrontDoor) -> None:
+    """Routes of OpenAI's API, and vLLM's for token ids."""
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
@@ -97,16 +90,14 @@ def create_app(
         }
         return {"object": "list", "data": [model | {"max_model_len": info.max_context_tokens, "treeline": ours}]}
 
+
+def _serve_operators(app: FastAPI, door: FrontDoor, registry: CollectorRegistry, pages: DiscoverPages) -> None:
+    """Routes that balancers, Prometheus and operators poll."""
+
     @app.get("/load")
     async def load(request: Request) -> dict[str, Any]:
         now = await door.GetLoad(pb.GetLoadRequest(), HttpCall(request))
         return {field.name: getattr(now, field.name) for field in now.DESCRIPTOR.fields}
-
-    @app.get("/")
-    async def page() -> Response:
-        return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
-
-    app.mount("/page", StaticFiles(directory=PAGE))
 
     @app.get("/health")
     async def health() -> Response:
@@ -123,4 +114,23 @@ def create_app(
         found = await pages()
         return [{"targets": sorted(found[service]), "labels": {"service": service}} for service in found]
 
-    return app
+
+async def _refused(request: Request, error: Any) -> Response:
+    """The answer where a call ended with one of HANDLED."""
+    match error:
+        case grpc.aio.AioRpcError():
+            return failed(from_rpc_error(error))
+        case HTTPException():
+            return ErrorResponse(HTTPStatus(error.status_code), str(error.detail))
+        case RequestValidationError():
+            return _malformed(request, error.errors()[0])
+    return failed(error)
+
+
+def _malformed(request: Request, first: dict[str, Any]) -> Response:
+    match first:
+        case {"type": "json_invalid", "loc": ("body", int(place)), "ctx": {"error": why}}:
+            sent = f"it came as {request.state.sent_as}, {JSON} is wanted"
+            return ErrorResponse(HTTPStatus.BAD_REQUEST, f"body: not JSON ({why} at character {place}); {sent}")
+    field = ".".join(str(part) for part in first["loc"][1:])
+    return ErrorResponse(HTTPStatus.BAD_REQUEST, f"{field or 'body'}: {first['msg']}", field or None)
