@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from bench.common import Prompt, Row
 from bench.local_engine import encode, greedy_answers, planned_engine
-from lm.device import torch_dtype
+from bench.peers.transformers import generate_one_by_one
+from bench.step.passes import load_transformers
 from lm.model import LanguageModel
 from lm.store import load_tokenizer, resolve_model
 from treeline.config import Config, DrafterConfig, ModelConfig, VerifierConfig
@@ -37,33 +38,17 @@ class Difference:
     logit_gap: float
 
 
-class Reference:
-    """transformers' own plain greedy answers, made by its own attention and cache."""
-
-    def __init__(self, target: ModelConfig) -> None:
-        folder = resolve_model(target.model)
-        self.tokenizer = load_tokenizer(folder)
-        self._hf: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch_dtype(target, folder), attn_implementation="sdpa", local_files_only=True
-        ).eval()
-
-    @torch.inference_mode()
-    def answer(self, token_ids: list[int], max_tokens: int) -> list[int]:
-        ids = torch.tensor([token_ids])
-        out = self._hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
-        return out[0, len(token_ids) :].tolist()
-
-    @torch.inference_mode()
-    def difference(self, prompt: Prompt, token_ids: list[int], answer: list[int], ours: list[int]) -> Difference | None:
-        """Where `ours` first leaves `answer`, if it does."""
-        pairs = itertools.zip_longest(answer, ours)
-        position = next((i for i, (theirs, mine) in enumerate(pairs) if theirs != mine), None)
-        if position is None:
-            return None
-        if position >= min(len(answer), len(ours)):
-            return Difference(prompt.id, position, float("inf"))
-        logits = self._hf(torch.tensor([token_ids + answer[:position]])).logits[0, -1].float()
-        return Difference(prompt.id, position, float(logits[answer[position]] - logits[ours[position]]))
+@torch.inference_mode()
+def difference(hf: Any, prompt: Prompt, token_ids: list[int], answer: list[int], ours: list[int]) -> Difference | None:
+    """Where `ours` first leaves `answer`, which transformers' `hf` gave to `token_ids`; None if it does not."""
+    pairs = itertools.zip_longest(answer, ours)
+    position = next((i for i, (theirs, mine) in enumerate(pairs) if theirs != mine), None)
+    if position is None:
+        return None
+    if position >= min(len(answer), len(ours)):
+        return Difference(prompt.id, position, float("inf"))
+    logits = hf(torch.tensor([token_ids + answer[:position]])).logits[0, -1].float()
+    return Difference(prompt.id, position, float(logits[answer[position]] - logits[ours[position]]))
 
 
 def truncated_drafter(spec: str, layers: int, folder: Path) -> Path:
@@ -87,10 +72,10 @@ def run_lossless(
 ) -> list[Row]:
     """Every drafter with every policy alone, then all policies mixed in batches of 8: one row each."""
     on_progress("reference")
-    reference = Reference(target)
-    encoded = [encode(reference.tokenizer, prompt) for prompt in prompts]
-    answers = [reference.answer(token_ids, max_tokens) for token_ids in encoded]
     model = LanguageModel.load(target)
+    hf = load_transformers(target.model, model)
+    encoded = [encode(model.tokenizer, prompt) for prompt in prompts]
+    answers = generate_one_by_one(hf, max_tokens)(encoded, 1)
     on_progress("device profile")
     curves = profile_verification(model, model.new_cache(PROFILE_CACHE_TOKENS, 16))
     rows: list[Row] = []
@@ -101,7 +86,7 @@ def run_lossless(
             chosen = [policies[i % len(policies)] if policy == "mixed" else policy for i in range(len(prompts))]
             ours, accepted = greedy_answers(planned_engine(model, config, curves), encoded, chosen, max_tokens, batch)
             found = [
-                reference.difference(prompt, token_ids, answer, mine)
+                difference(hf, prompt, token_ids, answer, mine)
                 for prompt, token_ids, answer, mine in zip(prompts, encoded, answers, ours, strict=True)
             ]
             differences = [d for d in found if d is not None]

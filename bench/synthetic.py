@@ -7,7 +7,6 @@ passes, so that outputs stay the target's own; only drafting costs nothing but P
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -20,19 +19,9 @@ from treeline.forest import Source
 LEAST_PROB = 1e-3
 
 
-@dataclass(frozen=True)
-class Acceptance:
-    """How good drafts are.
-
-    Attributes:
-        by_depth: for depth 1, 2, ..., the last one for all deeper: probabilities that the true token is the first,
-            second, ... choice below a node that was accepted.
-    """
-
-    by_depth: tuple[tuple[float, ...], ...]
-
-    def ranks(self, depth: int) -> tuple[float, ...]:
-        return self.by_depth[min(depth, len(self.by_depth)) - 1]
+Acceptance = tuple[tuple[float, ...], ...]
+"""For depth 1, 2, ..., the last one for all deeper: probabilities that the true token is the first, second, ... choice
+below a node that was accepted."""
 
 
 def parse_acceptance(text: str) -> Acceptance:
@@ -50,7 +39,7 @@ def parse_acceptance(text: str) -> Acceptance:
             f"acceptance '{text}': probabilities by rank separated by commas, such as 0.6,0.15,0.05, adding up to 1 at "
             "most; depths separated by slashes"
         )
-    return Acceptance(parsed)
+    return parsed
 
 
 class SyntheticProposer:
@@ -65,10 +54,8 @@ class SyntheticProposer:
 
     source = Source.MODEL
 
-    def __init__(
-        self, acceptance: Acceptance, answers: dict[tuple[int, ...], list[int]], vocab_size: int, seed: int = 0
-    ) -> None:
-        self._acceptance, self._vocab_size, self._seed = acceptance, vocab_size, seed
+    def __init__(self, acceptance: Acceptance, answers: dict[tuple[int, ...], list[int]], vocab_size: int) -> None:
+        self._acceptance, self._vocab_size = acceptance, vocab_size
         self._texts = [[*prompt, *answer] for prompt, answer in answers.items()]
         self._of_session: dict[Key, list[int]] = {}
         self._on_path: list[bool] = []  # of each node of the last frontier
@@ -79,7 +66,7 @@ class SyntheticProposer:
 
     def propose(self, roots: list[Root], frontier: Frontier) -> Children:
         depth, found = frontier.depth, list[tuple[int, int, float, int]]()
-        ranks = self._acceptance.ranks(depth + 1)
+        ranks = self._acceptance[min(depth, len(self._acceptance) - 1)]
         before, on_path = self._on_path, list[bool]()
         for node, (tree, token, above) in enumerate(
             zip(frontier.tree_of.tolist(), frontier.token_ids.tolist(), frontier.above.tolist(), strict=True)
@@ -117,7 +104,7 @@ class SyntheticProposer:
 
     def _rank(self, true: int, position: int, ranks: tuple[float, ...]) -> int | None:
         """Where the true token is planted at this position: the same whenever it is asked."""
-        digest = hashlib.blake2b(f"{self._seed} {position} {true}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{position} {true}".encode(), digest_size=8).digest()
         drawn = int.from_bytes(digest, "little") / 2**64
         return next((rank for rank, below in enumerate(accumulate(ranks)) if drawn < below), None)
 

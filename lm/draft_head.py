@@ -34,7 +34,7 @@ from lm.layers.fused import ComplexRotary, FusedLayer
 from lm.packed import PackedSequence
 from lm.passes import Passes
 from lm.sampling import Row, top_drafts
-from lm.store import load_tokenizer, one_line, progress_bars, resolve_model, vocabulary_sha256
+from lm.store import load_tokenizer, no_progress_bars, one_line, resolve_model, vocabulary_sha256
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
 
@@ -247,7 +247,7 @@ def load_plain(target: ModelConfig) -> PreTrainedModel:
         ConfigError, OSError, ValueError: it cannot be read.
     """
     folder = resolve_model(target.model)
-    with progress_bars(False):
+    with no_progress_bars():
         return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch_dtype(target, folder),

@@ -24,7 +24,7 @@ from lm.layers.older import BIASED, ignored_option, lead_to_interface
 from lm.layers.sharded import Shard, keep_shard
 from lm.packed import PackedSequence
 from lm.passes import Passes
-from lm.store import load_tokenizer, model_name, one_line, progress_bars, resolve_model
+from lm.store import load_tokenizer, model_name, no_progress_bars, one_line, resolve_model
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
 from treeline.sampling import SamplingParams
@@ -80,7 +80,7 @@ class LanguageModel:
         tokenizer = load_tokenizer(folder)
         try:
             lead_to_interface(json.loads((folder / "config.json").read_text()).get("model_type"))
-            with progress_bars(False):
+            with no_progress_bars():
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     folder,
                     dtype=torch_dtype(config, folder),

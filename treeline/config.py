@@ -153,14 +153,7 @@ class VerifierConfig(Section):
     sampling_defaults: SamplingDefaults = SamplingDefaults()
     default_policy: str = "smart"
     allowed_policies: list[str] = Field(
-        default=[
-            "off",
-            "chain:",
-            "static:",
-            "eagle2:",
-            "smart-paper",
-            "smart",
-        ],
+        default=["off", "chain:", "static:", "eagle2:", "smart-paper", "smart"],
         description='what requests may ask for; an entry ending in ":" admits any parameters',
     )
 

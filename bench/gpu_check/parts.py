@@ -19,7 +19,8 @@ from bench.gpu_check.arms import arms
 from bench.gpu_check.host import host_work
 from bench.gpu_check.scale import Scale
 from bench.gpu_check.training import training
-from bench.step.limits import ModelSize, Point, measure_limit
+from bench.step.limits import ModelSize, Point, measure_limit, timed_s
+from bench.step.passes import sequences_at
 from bench.step.shapes import random_head, random_model
 from drafter_svc.head_proposer import HeadProposer
 from lm.attention import AttentionOptions, TreeAttention
@@ -227,25 +228,16 @@ def model(scale: Scale, shape: str, points: tuple[tuple[int, int, int], ...]) ->
     capture_s = time.perf_counter() - started_s
     limit = measure_limit(large.dtype, scale.device, 512 << 20 if on_cuda else 1 << 20)
     size, rows, wrong = ModelSize.of(large.hf, large), [], []
-    for point in points:
-        tokens, sequences, context = point
-        packed = []
-        for _ in range(sequences):
-            place = cache.allocate(context + tokens // sequences)
-            assert place is not None
-            place.length = context
-            tree = np.array([-1] + [0] * (tokens // sequences - 1), np.int32)
-            packed.append(PackedSequence(place, [1] * (tokens // sequences), tree))
+    for point in (Point(*each) for each in points):
+        packed = sequences_at(point, cache, large.vocab_size)
 
         def call(packed: Any = packed) -> None:
             large.forward(packed, cache).argmax(-1).tolist()
             for sequence in packed:
                 sequence.cache.scratch = 0
 
-        ms, least_ms = 1e3 * _seconds(call, scale), limit.pass_ms(size, Point(*point))
-        how = large.passes.how
-        rows.append({"tokens": tokens, "sequences": sequences, "context": context, "ms": ms, "limit_ms": least_ms,
-                     "how": how})  # fmt: skip
+        ms, how = 1e3 * _seconds(call, scale), large.passes.how
+        rows.append({**vars(point), "ms": ms, "limit_ms": limit.pass_ms(size, point), "how": how})
         if on_cuda and how != "replayed":
             wrong.append(f"a pass of {point} was {how}")
         for sequence in packed:
@@ -286,11 +278,5 @@ def head(scale: Scale) -> Finding:
 
 def _seconds(call: Callable[[], object], scale: Scale) -> float:
     """Median of several calls, each waited for; the first ones, which compile, are not counted."""
-    seconds = []
-    for _ in range(2 + scale.repeats if scale.device.type == "cuda" else 1):
-        started_s = time.perf_counter()
-        call()
-        if scale.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started_s)
-    return float(np.median(seconds[-scale.repeats :]))
+    calls = 2 + scale.repeats if scale.device.type == "cuda" else 1
+    return float(np.median([timed_s(call, scale.device) for _ in range(calls)][-scale.repeats :]))

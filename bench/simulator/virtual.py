@@ -25,7 +25,7 @@ from lm.packed import PackedSequence
 from lm.passes import Passes
 from planner.fast.cost import pass_s
 from treeline.forest import ROOT
-from treeline.plan import CostModel
+from treeline.plan import DEPTHS, CostModel
 
 VOCAB = 128
 """Small, for logits are made for every node; large beside the ranks that a drafter proposes."""
@@ -56,9 +56,9 @@ class FakeText:
         seed: other seeds give other texts of the same law.
     """
 
-    def __init__(self, law: AcceptanceLaw, seed: int, max_depth: int = 8) -> None:
+    def __init__(self, law: AcceptanceLaw, seed: int) -> None:
         random = np.random.default_rng(seed)
-        drawn = [law.draw(depth, random) for depth in range(1, max_depth + 1)]
+        drawn = [law.draw(depth, random) for depth in range(1, DEPTHS + 1)]
         self._below = np.stack([true for true, _ in drawn]).cumsum(-1)
         self._claimed = np.stack([claimed for _, claimed in drawn])
         self._seed = np.uint64(seed)

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from bench.step.limits import Point
 from lm.draft_head import DraftHead
-from lm.kv_cache import KVCache, LayerShape, SequenceCache
+from lm.kv_cache import KVCache, LayerShape
 from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from lm.sampling import Row, choose_tokens
-from lm.store import progress_bars, resolve_model
+from lm.store import no_progress_bars, resolve_model
 from treeline.forest import ROOT
 from treeline.sampling import SamplingParams
 
@@ -54,7 +54,7 @@ PassMaker = Callable[[Point], Pass]
 
 def load_transformers(spec: str, like: LanguageModel) -> PreTrainedModel:
     """The same model as transformers runs it: its own modules and sdpa attention, in the same type and place."""
-    with progress_bars(False):
+    with no_progress_bars():
         hf: Any = AutoModelForCausalLM.from_pretrained(
             resolve_model(spec), dtype=like.dtype, attn_implementation="sdpa", local_files_only=True
         )
@@ -144,22 +144,21 @@ def _token_ids(point: Point, vocab_size: int) -> Tensor:
 
 @torch.inference_mode()
 def _packed(model: LanguageModel | DraftHead, point: Point) -> tuple[KVCache, list[PackedSequence]]:
-    cache, places = _filled_cache(model, point)
-    parents = np.asarray([ROOT] + [0] * (_share(point) - 1), np.int32)
-    ids = _token_ids(point, model.vocab_size).tolist()
-    return cache, [PackedSequence(place, row, parents) for place, row in zip(places, ids, strict=True)]
-
-
-def _filled_cache(model: LanguageModel | DraftHead, point: Point) -> tuple[KVCache, list[SequenceCache]]:
     """A cache of the point's sequences, their context made of noise: what it holds does not change what it costs."""
     capacity = -(-(point.context + _share(point)) // BLOCK_TOKENS) * BLOCK_TOKENS
     cache = model.new_cache(point.sequences * capacity, "auto")
     for tensor in (*cache.keys, *cache.values):
         tensor.normal_()
-    places = []
-    for _ in range(point.sequences):
-        place = cache.allocate(capacity)
+    return cache, sequences_at(point, cache, model.vocab_size)
+
+
+def sequences_at(point: Point, cache: KVCache, vocab_size: int) -> list[PackedSequence]:
+    """The point's sequences, each a root and children of it behind a context that `cache` is said to hold."""
+    parents = np.asarray([ROOT] + [0] * (_share(point) - 1), np.int32)
+    packed = []
+    for token_ids in _token_ids(point, vocab_size).tolist():
+        place = cache.allocate(point.context + len(token_ids))
         assert place is not None
         place.length = point.context
-        places.append(place)
-    return cache, places
+        packed.append(PackedSequence(place, token_ids, parents))
+    return packed

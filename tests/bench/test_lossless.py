@@ -12,8 +12,11 @@ from typer.testing import CliRunner
 import bench.lossless
 from bench.common import Prompt
 from bench.local_engine import encode
-from bench.lossless import Reference, run_lossless, truncated_drafter
+from bench.lossless import difference, run_lossless, truncated_drafter
+from bench.peers.transformers import generate_one_by_one
+from bench.step.passes import load_transformers
 from cli.main import app
+from lm.model import LanguageModel
 from tests.verifier_svc.services import save_tiny_model
 from treeline.config import DrafterConfig, ModelConfig
 
@@ -45,16 +48,17 @@ def test_every_drafter_and_policy_gives_the_answers_of_transformers(target, tmp_
 
 
 def test_a_wrong_token_is_found_with_what_the_target_thinks_of_it(target):
-    reference = Reference(target)
-    token_ids = encode(reference.tokenizer, PROMPTS[0])
-    answer = reference.answer(token_ids, MAX_TOKENS)
-    assert reference.difference(PROMPTS[0], token_ids, answer, answer) is None
+    model = LanguageModel.load(target)
+    hf = load_transformers(target.model, model)
+    token_ids = encode(model.tokenizer, PROMPTS[0])
+    (answer,) = generate_one_by_one(hf, MAX_TOKENS)([token_ids], 1)
+    assert difference(hf, PROMPTS[0], token_ids, answer, answer) is None
     wrong = [*answer[:5], (answer[5] + 1) % 10, *answer[6:]]
-    found = reference.difference(PROMPTS[0], token_ids, answer, wrong)
+    found = difference(hf, PROMPTS[0], token_ids, answer, wrong)
     assert found is not None
     assert (found.prompt, found.position) == ("short", 5)
     assert found.logit_gap > 0
-    ended_early = reference.difference(PROMPTS[0], token_ids, answer, answer[:-1])
+    ended_early = difference(hf, PROMPTS[0], token_ids, answer, answer[:-1])
     assert ended_early is not None
     assert (ended_early.position, ended_early.logit_gap) == (MAX_TOKENS - 1, math.inf)
 

@@ -153,7 +153,7 @@ def test_cuda_equals_cpu(kind: str) -> None:
 
 def test_the_default_model_writes_what_transformers_writes() -> None:
     try:
-        folder = resolve_model("default", progress=False)
+        folder = resolve_model("default")
     except ConfigError as error:
         pytest.skip(str(error))
     model = LanguageModel.load(ModelConfig(dtype="float32", device="cpu", arithmetic="float32"))

