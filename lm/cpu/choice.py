@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from ctypes import CDLL
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +25,8 @@ def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return ids, probs
     rows, columns = scores.shape
     ids, probs = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k)
-    _best(kernels)(rows, columns, scores.data_ptr(), k, ids.data_ptr(), probs.data_ptr(), torch.get_num_threads())
+    kernel = typed(kernels, "best", "nnpnppi")
+    kernel(rows, columns, scores.data_ptr(), k, ids.data_ptr(), probs.data_ptr(), torch.get_num_threads())
     return ids, probs
 
 
@@ -47,7 +46,7 @@ def bar(scores: Tensor, rows: list[int], bits: NDArray[np.int32]) -> None:
         scores[index] = scores[index].masked_fill(barred[:, :columns], -torch.inf)
         return
     where = (len(rows), places.ctypes.data, bits.shape[1], bits.ctypes.data)
-    _bar(kernels)(*where, columns, scores.data_ptr(), torch.get_num_threads())
+    typed(kernels, "bar", "npnpnpi")(*where, columns, scores.data_ptr(), torch.get_num_threads())
 
 
 def largest(scores: Tensor, bits: NDArray[np.int32]) -> Tensor:
@@ -59,24 +58,9 @@ def largest(scores: Tensor, bits: NDArray[np.int32]) -> Tensor:
         return scores.argmax(dim=-1)
     ids = torch.empty(len(scores), dtype=torch.int64)
     where = (len(scores), bits.shape[1], bits.ctypes.data, scores.shape[1], scores.data_ptr())
-    _largest(kernels)(*where, ids.data_ptr(), torch.get_num_threads())
+    typed(kernels, "largest", "nnpnppi")(*where, ids.data_ptr(), torch.get_num_threads())
     return ids
 
 
 def _kernels_for(scores: Tensor) -> CDLL | None:
     return library() if scores.is_cpu and scores.is_contiguous() else None
-
-
-@functools.cache
-def _best(kernels: CDLL) -> Any:
-    return typed(kernels.treeline_best, "nnpnppi")
-
-
-@functools.cache
-def _bar(kernels: CDLL) -> Any:
-    return typed(kernels.treeline_bar, "npnpnpi")
-
-
-@functools.cache
-def _largest(kernels: CDLL) -> Any:
-    return typed(kernels.treeline_largest, "nnpnppi")

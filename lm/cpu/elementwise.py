@@ -70,9 +70,9 @@ class NativeElementwise(TorchElementwise):
 
     def __init__(self, kernels: CDLL) -> None:
         self._rms_norm, self._rotate, self._silu_times = (
-            typed(kernels.treeline_rms_norm, "nnppppfpi"),
-            typed(kernels.treeline_rotate, "nnnpnpi"),
-            typed(kernels.treeline_silu_times, "nnppi"),
+            typed(kernels, "rms_norm", "nnppppfpi"),
+            typed(kernels, "rotate", "nnnpnpi"),
+            typed(kernels, "silu_times", "nnppi"),
         )
 
     def norm(self, hidden: Tensor, norm: Any) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from ctypes import c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import Literal
@@ -58,11 +57,6 @@ def kernel_for(arithmetic: Literal["auto", "float32", "int8"]) -> Kernel | None:
     return fitting[-1] if fitting else None
 
 
-@functools.cache
-def _multiply() -> Callable[..., None]:
-    return typed(library().treeline_linear, "pppnn")  # type: ignore[union-attr]
-
-
 class GroupedLinear(nn.Module):
     """A frozen linear layer on the CPU, float32 in and out. Weights of 16 bits take a float32 kernel.
 
@@ -96,5 +90,6 @@ class GroupedLinear(nn.Module):
         inputs = inputs.contiguous()
         outputs = inputs.new_empty(*inputs.shape[:-1], self.out_features)
         tokens, threads = inputs.numel() // self.in_features, torch.get_num_threads()
-        _multiply()(ctypes.byref(self.struct), inputs.data_ptr(), outputs.data_ptr(), tokens, threads)
+        multiply = typed(library(), "linear", "pppnn")  # type: ignore[arg-type]
+        multiply(ctypes.byref(self.struct), inputs.data_ptr(), outputs.data_ptr(), tokens, threads)
         return outputs

@@ -33,9 +33,11 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def typed(function: Any, kinds: str) -> Any:
-    """A kernel's function, told its arguments: n is int64, i is int, f is float, p is a pointer."""
+@functools.cache
+def typed(kernels: ctypes.CDLL, name: str, kinds: str) -> Any:
+    """The kernels' function `name`, told its arguments: n is int64, i is int, f is float, p is a pointer."""
     types = {"n": c_int64, "i": c_int, "f": c_float, "p": c_void_p}
+    function = getattr(kernels, f"treeline_{name}")
     function.argtypes, function.restype = [types[kind] for kind in kinds], None
     return function
 

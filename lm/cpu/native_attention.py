@@ -67,7 +67,7 @@ class NativeAttention:
     """
 
     def __init__(self, kernels: ctypes.CDLL, batch: PackedBatch, cache: KVCache) -> None:
-        self._attend, self.cache = _kernel(kernels), cache
+        self._attend, self.cache = typed(kernels, "attend", "ppppp" + "np" * 3), cache
         spans = batch.spans
         table = np.empty((len(spans), 7), np.int64)
         table[:, :4] = batch.shapes
@@ -97,11 +97,6 @@ class NativeAttention:
             output.data_ptr(),
         )
         return output
-
-
-@functools.cache
-def _kernel(kernels: ctypes.CDLL) -> Any:
-    return typed(kernels.treeline_attend, "ppppp" + "np" * 3)
 
 
 @functools.lru_cache(256)

@@ -38,8 +38,8 @@ class NativeHead:
         self._norm_weights = torch.cat([norm.weight for norm in self._norms]) if self._norms else None
         self._structs: WeakKeyDictionary[KVCache, _Head] = WeakKeyDictionary()
         kernels: Any = library()
-        self._run = typed(kernels.treeline_draft_head, "ppnnpppnppp")
-        self._run_states = typed(kernels.treeline_head_states, "pnpfnppn")
+        self._run = typed(kernels, "draft_head", "ppnnpppnppp")
+        self._run_states = typed(kernels, "head_states", "pnpfnppn")
 
     def states(self, features: Tensor) -> Tensor | None:
         """`HeadModule.states` of bfloat16 features [n, feature_width], if the kernel can."""

@@ -48,7 +48,7 @@ class NativeLayers:
     def __init__(self, layers: Sequence[FusedLayer]) -> None:
         self._layers = layers
         self._tables: WeakKeyDictionary[KVCache, ctypes.Array[LayerStruct]] = WeakKeyDictionary()
-        self._run = typed(library().treeline_decoder_layers, "nppnnppp")  # type: ignore[union-attr]
+        self._run = typed(library(), "decoder_layers", "nppnnppp")  # type: ignore[arg-type]
 
     def forward(self, hidden: Tensor, turns: Tensor, context: NativeAttention) -> Tensor:
         """float32 hidden states [1, tokens, hidden] -> the same behind the last layer; turns as `ComplexRotary`'s."""

@@ -30,7 +30,7 @@ def own_cores(device: torch.device | None) -> Iterator[None]:
         yield
         return
 
-    kernel = typed(kernels.treeline_place_threads, "pii")
+    kernel = typed(kernels, "place_threads", "pii")
 
     def place(each: list[int]) -> None:
         kernel((c_int * len(each))(*each), len(each) // threads, threads)

@@ -8,10 +8,11 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from treeline.errors import ConfigError
 from treeline.request import MAX_PRIORITY
@@ -128,54 +129,34 @@ class TokenFile:
         return status.st_mtime_ns, status.st_size, status.st_ino
 
 
-def _client(token: str, options: list[str]) -> Client:
-    values: dict[str, float | int | str] = {"name": hashlib.sha256(token.encode()).hexdigest()[:16]}
-    for option in options:
-        key, equals, text = option.partition("=")
-        if not equals or key not in _OPTIONS:
-            raise ValueError(f"expected {', '.join(_OPTIONS)}, each with =value, behind the token")
-        try:
-            values["expires_unix_s" if key == "expires" else key] = _OPTIONS[key](text)
-        except ValueError:
-            raise ValueError(f"{key} cannot be {text!r}") from None
-    return Client(**values)  # type: ignore[arg-type]
-
-
-def _name(text: str) -> str:
-    if not _NAME.fullmatch(text):
-        raise ValueError
-    return text
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
-
-
-def _count(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def _priority(text: str) -> int:
-    if abs(int(text)) > MAX_PRIORITY:
-        raise ValueError
-    return int(text)
-
-
 def _unix_s(text: str) -> float:
     moment = datetime.fromisoformat(text)
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-_OPTIONS: Mapping[str, Callable[[str], float | int | str]] = {
-    "name": _name,
-    "weight": _positive,
-    "rate": _positive,
-    "concurrent": _count,
-    "priority": _priority,
-    "expires": _unix_s,
+_OPTIONS: dict[str, tuple[Callable[[str], Any], Callable[[Any], object]]] = {
+    "name": (str, _NAME.fullmatch),
+    "weight": (float, lambda value: 0 < value < math.inf),
+    "rate": (float, lambda value: 0 < value < math.inf),
+    "concurrent": (int, lambda value: value >= 1),
+    "priority": (int, lambda value: abs(value) <= MAX_PRIORITY),
+    "expires": (_unix_s, lambda value: True),
 }
+"""How each option is read, and whether it may be so."""
+
+
+def _client(token: str, options: list[str]) -> Client:
+    values: dict[str, Any] = {"name": hashlib.sha256(token.encode()).hexdigest()[:16]}
+    for option in options:
+        key, equals, text = option.partition("=")
+        if not equals or key not in _OPTIONS:
+            raise ValueError(f"expected {', '.join(_OPTIONS)}, each with =value, behind the token")
+        read, fits = _OPTIONS[key]
+        try:
+            value = read(text)
+        except ValueError:
+            value = None
+        if value is None or not fits(value):
+            raise ValueError(f"{key} cannot be {text!r}")
+        values["expires_unix_s" if key == "expires" else key] = value
+    return Client(**values)
