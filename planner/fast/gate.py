@@ -97,7 +97,7 @@ class DraftGate:
         Args:
             draft_s: seconds that it took.
             catching_up: the drafter ran many committed tokens first. A probe then continues with the next draft, whose
-                seconds show what drafting costs. Without that, 4 streams simulated on curves of 2 cores are 10 % slower.
+                seconds show what drafting costs. Else 4 streams, simulated on curves of 2 cores, are 10 % slower.
         """
         self.lates = 0
         self._offers.append(offer)
