@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lm.cpu.packed_linear import PackedLinear, pack_linear_layers, packed_dtypes
+from lm.cpu.packed_linear import PackedLinear, pack_linear_layers, packed_dtypes, padded_rows
 from lm.model import LanguageModel
 from tests.lm.tiny import tiny_llama, tiny_tokenizer
 from treeline.config import ModelConfig
@@ -48,10 +48,18 @@ def test_equals_the_plain_layer_up_to_rounding(dtype: torch.dtype, bias: bool, t
 def test_a_row_has_the_same_bits_whatever_is_beside_it(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     layer = PackedLinear(nn.Linear(*shape).to(dtype))
-    inputs = torch.randn(1, 64, shape[0]).to(dtype)
+    inputs = torch.randn(1, 544, shape[0]).to(dtype)
     whole = layer(inputs)
-    for rows in (1, 2, 3, 7, 16, 33):
+    for rows in (1, 2, 3, 7, 16, 33, 65, 130, 300, 513):
         assert torch.equal(layer(inputs[:, :rows]), whole[:, :rows])
+
+
+def test_few_sizes_of_batches_come_to_onednn() -> None:
+    """Of 512 there are 39: with five shapes of layers, about as many kernels as `lm` lets it keep."""
+    padded = {rows: padded_rows(rows) for rows in range(1, 1025)}
+    assert len(set(list(padded.values())[:512])) == 39
+    assert all(0 <= size - rows <= max(7, min(rows / 8, 31)) for rows, size in padded.items())
+    assert all(padded[size] == size for size in padded.values())
 
 
 @packed
