@@ -1,5 +1,7 @@
 import asyncio
+import gc
 import subprocess
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,8 +10,15 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from treeline.config import InternalConfig, TlsConfig
-from treeline.errors import ConfigError
+from treeline.errors import ConfigError, UnavailableError
 from treeline.rpc.channels import bind, connect, new_server
+from treeline.rpc.interceptors import CallInterceptor
+from treeline.v1 import generation_pb2 as pb
+from treeline.v1.generation_pb2_grpc import (
+    GenerationServiceServicer,
+    GenerationServiceStub,
+    add_GenerationServiceServicer_to_server,
+)
 
 METHODS = ("UnaryUnary", "UnaryStream", "StreamUnary", "StreamStream")
 
@@ -205,3 +214,51 @@ def test_a_message_that_does_not_parse_is_an_invalid_argument(kind):
         return ends
 
     assert asyncio.run(scenario()) == [b"\x0a\x01a", grpc.StatusCode.INVALID_ARGUMENT]
+
+
+class Held:
+    pass
+
+
+class Refusing(GenerationServiceServicer):
+    """Refuses every call, and knows which of what its handlers held still lives."""
+
+    def __init__(self):
+        self.held = weakref.WeakSet()
+
+    async def GetLoad(self, request, context):
+        self.refuse()
+
+    async def Generate(self, request, context):
+        self.refuse()
+        yield
+
+    def refuse(self):
+        held = Held()
+        self.held.add(held)
+        raise UnavailableError("not now")
+
+
+def test_a_refused_call_is_forgotten_without_the_collector():
+    """Requests may have megabytes, and a full collection is minutes away."""
+
+    async def scenario():
+        servicer, server = Refusing(), new_server(InternalConfig(), 1 << 20, interceptors=[CallInterceptor()])
+        add_GenerationServiceServicer_to_server(servicer, server)
+        endpoint = bind(server, InternalConfig())
+        await server.start()
+        async with grpc.aio.insecure_channel(endpoint) as channel:
+            stub, codes = GenerationServiceStub(channel), []
+            for call in (stub.GetLoad(pb.GetLoadRequest()), stub.Generate(pb.GenerateRequest()).read()):
+                try:
+                    await call
+                except grpc.aio.AioRpcError as error:
+                    codes.append(error.code())
+        await server.stop(None)
+        return codes, len(servicer.held)
+
+    gc.disable()
+    try:
+        assert asyncio.run(scenario()) == ([grpc.StatusCode.UNAVAILABLE] * 2, 0)
+    finally:
+        gc.enable()

@@ -88,17 +88,27 @@ def to_status(error: TreelineError) -> Status:
 
 
 async def abort_with(context: grpc.aio.ServicerContext, error: TreelineError) -> None:
-    """End a call with `error`'s status. Raises grpc.aio.AbortError, as `context.abort` does."""
+    """End a call with `error`'s status. Returns, unlike `context.abort`; the handler has nothing left to do."""
     rich = rpc_status.to_status(to_status(error))
     delay_s = retry_s(error) if rich.code in _RETRYABLE else None
-    await context.abort(rich.code, rich.details, (*rich.trailing_metadata, *_pushback(delay_s)))
+    await _abort(context, rich.code, rich.details, (*rich.trailing_metadata, *_pushback(delay_s)))
 
 
 async def abort_as(context: grpc.aio.ServicerContext, error: grpc.aio.AioRpcError) -> None:
-    """End a call exactly as an upstream call ended: same code, message and details."""
+    """End a call exactly as an upstream call ended: same code, message and details. Returns, as `abort_with`."""
     status = _status_of(error)
     trailers = rpc_status.to_status(status).trailing_metadata if status else ()
-    await context.abort(error.code(), error.details() or "", (*trailers, *_pushback(retry_delay_s(error))))
+    await _abort(context, error.code(), error.details() or "", (*trailers, *_pushback(retry_delay_s(error))))
+
+
+async def _abort(context: grpc.aio.ServicerContext, code: grpc.StatusCode, details: str, trailers: tuple) -> None:
+    """grpc keeps the error that `context.abort` raises in the call. With a traceback, whose frames hold the call, that
+    is a cycle: requests that were refused, of megabytes perhaps, would stay until a collection, minutes later.
+    """
+    try:
+        await context.abort(code, details, trailers)
+    except grpc.aio.AbortError as aborted:
+        aborted.__traceback__ = aborted.__context__ = None
 
 
 def from_rpc_error(error: Any) -> TreelineError:
