@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from bench.drafter.trial import BLOCK_TOKENS, DrafterTrial, Tally
 from drafter_svc.drafter import TreeDrafter
 from lm.model import LanguageModel
-from lm.packed import PackedSequence
+from verifier_svc.service.profile import timed_pass_s
 
+CONTEXT_TOKENS = 128
 TIMED_NODES = 8
 TIMED_ROUNDS = 10
 
@@ -22,17 +20,10 @@ TIMED_ROUNDS = 10
 def pass_costs(model: LanguageModel, drafter: TreeDrafter) -> dict[str, float]:
     """Seconds of a draft pass over 8 nodes and of target passes over 1, 6 and 17 tokens, interleaved, medians."""
     cache = model.new_cache(256, BLOCK_TOKENS)
-    kv = cache.allocate(192)
-    assert kv is not None
-    model.forward([PackedSequence(kv, list(range(128)), logits="none")], cache)
-    cache.commit([(kv, list(range(128)))])
     seconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(TIMED_ROUNDS):
         for tokens in (1, 6, 17):
-            started_s = time.perf_counter()
-            model.forward([PackedSequence(kv, [5] * tokens, np.asarray([-1] + [0] * (tokens - 1), np.int32))], cache)
-            seconds[f"target_{tokens}"].append(time.perf_counter() - started_s)
-            cache.commit([(kv, [])])
+            seconds[f"target_{tokens}"].append(timed_pass_s(model, cache, 1, CONTEXT_TOKENS, tokens))
         layer_s, node_s = drafter.measure()
         seconds["draft_8"].append(layer_s + TIMED_NODES * node_s)
     return {name: median(values) for name, values in seconds.items()}

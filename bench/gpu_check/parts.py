@@ -20,7 +20,6 @@ from bench.gpu_check.host import host_work
 from bench.gpu_check.scale import Scale
 from bench.gpu_check.training import training
 from bench.step.limits import ModelSize, Point, measure_limit, timed_s
-from bench.step.passes import sequences_at
 from bench.step.shapes import random_head, random_model
 from drafter_svc.head_proposer import HeadProposer
 from lm.attention import AttentionOptions, TreeAttention
@@ -34,6 +33,7 @@ from lm.packed import PackedBatch, PackedSequence, pack
 from lm.sampling import Row, choose_tokens
 from treeline.config import ModelConfig
 from treeline.sampling import SamplingParams
+from verifier_svc.service.profile import batch_at
 
 Finding = dict[str, Any]
 
@@ -229,7 +229,7 @@ def model(scale: Scale, shape: str, points: tuple[tuple[int, int, int], ...]) ->
     limit = measure_limit(large.dtype, scale.device, 512 << 20 if on_cuda else 1 << 20)
     size, rows, wrong = ModelSize.of(large.hf, large), [], []
     for point in (Point(*each) for each in points):
-        packed = sequences_at(point, cache, large.vocab_size)
+        packed = batch_at(cache, point.sequences, point.context, point.tokens)
 
         def call(packed: Any = packed) -> None:
             large.forward(packed, cache).argmax(-1).tolist()

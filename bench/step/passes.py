@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
@@ -18,8 +17,8 @@ from lm.model import LanguageModel
 from lm.packed import PackedSequence
 from lm.sampling import Row, choose_tokens
 from lm.store import no_progress_bars, resolve_model
-from treeline.forest import ROOT
 from treeline.sampling import SamplingParams
+from verifier_svc.service.profile import batch_at
 
 if TYPE_CHECKING:
     from bench.step.bound import Bound
@@ -117,7 +116,7 @@ def transformers_passes(hf: PreTrainedModel, layers: list[LayerShape]) -> PassMa
                 for dim in (shape.key_dim, shape.value_dim)
             )
             cache.update(keys, values, layer)
-        ids = _token_ids(point, hf.config.get_text_config().vocab_size).to(hf.device)
+        ids = torch.ones(point.sequences, _share(point), dtype=torch.int64, device=hf.device)
 
         @torch.inference_mode()
         def forward() -> Tensor:
@@ -136,12 +135,6 @@ def _share(point: Point) -> int:
     return share
 
 
-def _token_ids(point: Point, vocab_size: int) -> Tensor:
-    """int64 [sequences, share]; the same for the same point."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocab_size, (point.sequences, _share(point)), generator=generator)
-
-
 @torch.inference_mode()
 def _packed(model: LanguageModel | DraftHead, point: Point) -> tuple[KVCache, list[PackedSequence]]:
     """A cache of the point's sequences, their context made of noise: what it holds does not change what it costs."""
@@ -149,16 +142,4 @@ def _packed(model: LanguageModel | DraftHead, point: Point) -> tuple[KVCache, li
     cache = model.new_cache(point.sequences * capacity, "auto")
     for tensor in (*cache.keys, *cache.values):
         tensor.normal_()
-    return cache, sequences_at(point, cache, model.vocab_size)
-
-
-def sequences_at(point: Point, cache: KVCache, vocab_size: int) -> list[PackedSequence]:
-    """The point's sequences, each a root and children of it behind a context that `cache` is said to hold."""
-    parents = np.asarray([ROOT] + [0] * (_share(point) - 1), np.int32)
-    packed = []
-    for token_ids in _token_ids(point, vocab_size).tolist():
-        place = cache.allocate(point.context + len(token_ids))
-        assert place is not None
-        place.length = point.context
-        packed.append(PackedSequence(place, token_ids, parents))
-    return packed
+    return cache, batch_at(cache, point.sequences, point.context, point.tokens)

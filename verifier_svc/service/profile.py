@@ -57,7 +57,7 @@ def profile_verification(model: LanguageModel, cache: KVCache) -> tuple[CostCurv
 def warm_up(model: LanguageModel, cache: KVCache) -> None:
     """Run passes on an idle engine's cache, so that no request waits for first calls if the profile was stored."""
     for tokens in WARM_UP_TOKENS:
-        _pass_s(model, cache, 1, 1, tokens)
+        timed_pass_s(model, cache, 1, 1, tokens)
     for top_p in (1.0, 0.9):  # Kernels that only sampled requests need.
         logits = torch.zeros(1, model.vocab_size, device=model.device)
         choose_tokens(logits, [Row(SamplingParams(temperature=1.0, top_p=top_p), 0)])
@@ -74,7 +74,7 @@ def _curve(model: LanguageModel, cache: KVCache, sequences: int, context_tokens:
             if done >= least_rounds and time.perf_counter() > until_s:
                 return
             for tokens in counts:
-                passed_s = _pass_s(model, cache, sequences, context_tokens, tokens)
+                passed_s = timed_pass_s(model, cache, sequences, context_tokens, tokens)
                 fastest[tokens] = min(fastest.get(tokens, math.inf), passed_s)
 
     measure(list(fastest), least_rounds=2)  # a first pass is also a warm-up
@@ -106,17 +106,9 @@ def _steepest(seconds: dict[int, float]) -> int | None:
     return max(gaps)[1] if gaps else None
 
 
-def _pass_s(model: LanguageModel, cache: KVCache, sequences: int, context_tokens: int, tokens: int) -> float:
-    """Seconds of one pass in which the tokens are spread evenly, each sequence's nodes hanging from its root."""
-    packed = []
-    for index in range(sequences):
-        share = tokens // sequences + (index < tokens % sequences)
-        kv = cache.allocate(context_tokens + share)
-        if kv is None:
-            raise RuntimeError("the KV cache is not idle or too small to be profiled")
-        kv.length = context_tokens
-        parents = np.asarray([-1] + [0] * (share - 1), np.int32)
-        packed.append(PackedSequence(kv, [1 + i for i in range(share)], parents, "all"))
+def timed_pass_s(model: LanguageModel, cache: KVCache, sequences: int, context_tokens: int, tokens: int) -> float:
+    """Seconds of one pass over `batch_at`, its tokens chosen."""
+    packed = batch_at(cache, sequences, context_tokens, tokens)
     started_s = time.perf_counter()
     logits = model.forward(packed, cache)
     choose_tokens(logits, [Row(SamplingParams(), 0, None)] * len(logits)).tolist()
@@ -126,3 +118,21 @@ def _pass_s(model: LanguageModel, cache: KVCache, sequences: int, context_tokens
     for sequence in packed:
         cache.free(sequence.cache)
     return elapsed_s
+
+
+def batch_at(cache: KVCache, sequences: int, context_tokens: int, tokens: int) -> list[PackedSequence]:
+    """Sequences behind a context that is anything, the tokens spread evenly, each one's nodes hanging from its root.
+
+    Raises:
+        RuntimeError: `cache` is too small, or not idle.
+    """
+    packed = []
+    for index in range(sequences):
+        share = tokens // sequences + (index < tokens % sequences)
+        kv = cache.allocate(context_tokens + share)
+        if kv is None:
+            raise RuntimeError("the KV cache is not idle or too small to be profiled")
+        kv.length = context_tokens
+        parents = np.asarray([-1] + [0] * (share - 1), np.int32)
+        packed.append(PackedSequence(kv, [1 + i for i in range(share)], parents, "all"))
+    return packed

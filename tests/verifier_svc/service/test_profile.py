@@ -83,7 +83,7 @@ def test_a_step_is_found_where_it_is(model, monkeypatch):
     def step_at_20(model, cache, sequences, context_tokens, tokens):
         return 0.02 + 0.02 * (tokens > 20)
 
-    monkeypatch.setattr(profile, "_pass_s", step_at_20)
+    monkeypatch.setattr(profile, "timed_pass_s", step_at_20)
     curve = profile_verification(model, model.new_cache(2048, 4))[0]
     assert {20, 21} <= set(curve.tokens)
 
@@ -96,7 +96,7 @@ def test_padded_passes_cost_by_their_bucket(monkeypatch):
     asked: list[int] = []
     padded = LanguageModel.from_hf(tiny_llama(), tiny_tokenizer())
     pad_passes(padded.passes)
-    monkeypatch.setattr(profile, "_pass_s", by_bucket)
+    monkeypatch.setattr(profile, "timed_pass_s", by_bucket)
     monkeypatch.setattr(padded, "max_context_tokens", 1024)
     curve = profile_verification(padded, padded.new_cache(4096, 16))[0]
     assert set(asked) == set(BUCKETS)
