@@ -91,7 +91,7 @@ def check_model(spec: str) -> Path:
 
 def check_head(spec: str, feature_layers: tuple[int, ...], target: Path) -> None:
     """Raises ConfigError, naming the head, unless it can be one of the target's, by the shapes that both tell."""
-    from lm.checkpoints.eagle3 import read_config, read_tensors
+    from lm.checkpoints.eagle3 import check_files, read_config
     from lm.store import one_line, resolve_head
 
     folder = resolve_head(spec)
@@ -99,7 +99,7 @@ def check_head(spec: str, feature_layers: tuple[int, ...], target: Path) -> None
     told = told.get("text_config", told)
     try:
         head = read_config(folder, told.get("num_hidden_layers", 0), feature_layers)
-        read_tensors(folder)
+        check_files(folder)
     except ConfigError:
         raise
     except Exception as error:  # a folder of something else raises anything

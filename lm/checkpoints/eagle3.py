@@ -3,6 +3,8 @@
 Flat (EAGLE's own trainer, SpecForge, NeMo): config.json like that of a Llama of one layer, tensors "midlayer.*".
 speculators: config.json with "speculators_model_type", tensors "layers.0.*". Either may prefix names with "model.".
 Whatever could be read in two ways is refused: a head read wrong drafts badly and says nothing.
+
+torch is imported where tensors are: checking a head takes its config.json and the headers of its files.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import safe_open
 
 from treeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -123,23 +126,34 @@ def read_config(folder: Path, target_layers: int, feature_layers: tuple[int, ...
     )
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a head by their speculators names.
+def check_files(folder: Path) -> list[Path]:
+    """The files of a head's weights. Only their headers are read.
 
     Raises:
         ConfigError: there are none, or they are those of another kind of head.
+        SafetensorError: one of them is damaged.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         more = CONVERT.format(folder, WEIGHTS_FILE) if any(folder.glob("*.bin")) else "it has no safetensors weights"
         raise ConfigError(f"cannot load the draft head {folder}: {more}")
-    tensors = {_name(name): tensor for file in files for name, tensor in load_file(file).items()}
-    if "layers.0.hidden_norm.weight" not in tensors:
-        fc = tensors.get("fc.weight")
-        eagle_1 = fc is not None and fc.shape[1] == 2 * fc.shape[0]
+    shapes: dict[str, list[int]] = {}
+    for path in files:
+        with safe_open(path, "np") as file:
+            shapes |= {_name(name): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    if "layers.0.hidden_norm.weight" not in shapes:
+        outputs, inputs = shapes.get("fc.weight", (0, 0))
+        eagle_1 = outputs > 0 and inputs == 2 * outputs
         what = "an EAGLE-1 head" if eagle_1 else "no EAGLE-3 head (it has no layers.0.hidden_norm.weight)"
         raise ConfigError(f"{folder} is {what}; only EAGLE-3 heads are supported")
-    return tensors
+    return files
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a head by their speculators names. Raises what `check_files` does."""
+    from safetensors.torch import load_file
+
+    return {_name(name): tensor for path in check_files(folder) for name, tensor in load_file(path).items()}
 
 
 def check_tensors(folder: Path, tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -165,6 +179,8 @@ def pop_draft_ids(folder: Path, tensors: dict[str, Tensor], config: HeadConfig) 
     Raises:
         ConfigError: d2t and t2d are not there together, or do not fit each other.
     """
+    import torch
+
     ids = torch.arange(config.draft_vocab_size)
     d2t, t2d = tensors.pop("d2t", None), tensors.pop("t2d", None)
     problem = None
@@ -191,6 +207,9 @@ def write_head(folder: Path, config: HeadConfig, tensors: dict[str, Tensor], dra
         tensors: by their speculators names, without `d2t` and `t2d`.
         draft_ids: int64 [draft_vocab_size], increasing.
     """
+    import torch
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.detach().to(torch.bfloat16).contiguous().cpu() for name, weight in tensors.items()}
     chosen = torch.zeros(config.target_vocab_size, dtype=torch.bool)

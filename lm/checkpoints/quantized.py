@@ -31,19 +31,6 @@ DROPPED = (".input_scale", ".k_scale", ".v_scale", ".k_proj.output_scale", ".v_p
 """Scales of activations, which stay unrounded here."""
 
 
-def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint's config.json says of its quantisation.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    file = folder / "config.json"
-    try:
-        return json.loads(file.read_text()).get("quantization_config")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"cannot read {file}: {error}") from None
-
-
 def unpack_checkpoint(source: Path, folder: Path) -> None:
     """Write the checkpoint `source` with plain weights into `folder`: float32 if our groups can hold them without
     loss, else bfloat16.

@@ -153,9 +153,11 @@ def test_serve_takes_a_head_of_its_target(target, tmp_path):
     check_startable(Config(server=ServerConfig(port=0, http={"port": 0}), verifier=verifier, drafter=drafter))
 
 
-def test_serve_checks_the_default_model_without_loading_torch():
+@pytest.mark.parametrize("drafter", [{}, {"head": str(DEFAULT_HEAD)}])
+def test_serve_checks_the_default_model_and_a_head_without_loading_torch(drafter):
     code = (
         "import sys; from cli.main import main; from cli.serve import check_startable; from treeline.config import *;"
     )
-    code += "check_startable(Config(server={'port': 0, 'http': {'port': 0}})); sys.exit('torch' in sys.modules)"
+    code += f"check_startable(Config(server={{'port': 0, 'http': {{'port': 0}}}}, drafter={drafter}));"
+    code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

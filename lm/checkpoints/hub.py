@@ -1,0 +1,46 @@
+"""Repositories of the Hugging Face hub, fetched once."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import get_session
+
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+ANSWER_S = 3.0
+"""For the hub's first answer. Its library waits without limit for a name or an address that does not answer."""
+
+
+def fetch(repository: str) -> Path:
+    """The folder of a repository's files, as the hub has them; those that are here already if it does not answer.
+
+    Raises:
+        OSError: there is no such repository, or the hub does not answer and the files are not here.
+        ValueError: this is no name of a repository.
+        RuntimeError: the library cannot fetch it.
+    """
+    problem = _problem()
+    try:
+        return Path(snapshot_download(repository, allow_patterns=FILES, local_files_only=bool(problem)))
+    except LocalEntryNotFoundError as error:
+        raise OSError(problem or str(error)) from error
+
+
+def _problem() -> str:
+    """Why the hub cannot be asked; empty if it can."""
+    found = [f"{constants.ENDPOINT} does not answer within {ANSWER_S:g} s"]
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=ANSWER_S)
+            found[0] = ""
+        except Exception as error:  # of the name, the connection, its certificate, a proxy, or offline mode
+            found[0] = f"{constants.ENDPOINT}: {error}"
+
+    asking = threading.Thread(target=ask, name="ask-hub", daemon=True)
+    asking.start()
+    asking.join(ANSWER_S)
+    return found[0]
