@@ -8,6 +8,7 @@ Q5_K, Q6_K) has scales and minima of 4 bytes here.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -21,6 +22,9 @@ from torch import Tensor
 GROUP = 32
 UNIT = 2.0**-48
 """Of which values are multiples: scales of float16 are of 2^-24, those of bfloat16 down to 2^-41."""
+CACHED_NUMBERS = 1 << 17
+"""Of a matrix, whose groups are found at a time: what is computed meanwhile stays in the processor's cache. The default
+model's groups are found in 1.1 s on one core; 2.0 s for whole matrices at a time."""
 STEP_ROWS = 1024
 """For which steps are found at a time: it takes 50 bytes a weight meanwhile."""
 TILE_ROWS = 32
@@ -72,11 +76,10 @@ class GroupedWeight:
 
     def _words(self) -> Tensor:
         """int32 [rows, groups, bits]: codes side by side, the first one lowest."""
-        codes = self.codes.unflatten(2, (-1, 32 // self.bits))
-        words = torch.zeros(codes.shape[:3], dtype=torch.int32)
-        for place in range(codes.shape[3]):
-            words |= codes[..., place].int() << (place * self.bits)
-        return words
+        codes = self.codes.to(torch.int16) if self.bits == 16 else self.codes
+        if self.bits == 4:
+            codes = codes[..., ::2] | codes[..., 1::2] << 4
+        return codes.view(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -152,12 +155,22 @@ def find_groups(weight: Tensor) -> GroupedWeight | None:
     """The groups that a float32 matrix [rows, columns] was made of, such that not one bit of it is lost; else None."""
     if weight.dtype != torch.float32 or weight.shape[1] % GROUP:
         return None
-    for round_to in (round_to_q4_1, round_to_q4_0, round_to_q8_0):
-        if torch.equal(round_to(weight[:1]).floats(), weight[:1]):
-            found = round_to(weight)
-            if torch.equal(found.floats(), weight):
-                return found
-    return None
+    return next(filter(None, (_exactly(weight, each) for each in (round_to_q4_1, round_to_q4_0, round_to_q8_0))), None)
+
+
+def _exactly(weight: Tensor, round_to: Callable[[Tensor], GroupedWeight]) -> GroupedWeight | None:
+    """`round_to(weight)` if that loses nothing."""
+    parts = []
+    for rows in (weight[:1], *weight.split(-(-CACHED_NUMBERS // weight.shape[1]))):
+        part = round_to(rows)  # The first row tells of nearly all others.
+        if not torch.equal(part.floats(), rows):
+            return None
+        parts.append(part)
+    first, *parts = parts
+    minimum = None if first.minimum is None else torch.cat([part.minimum for part in parts])  # type: ignore[misc]
+    return GroupedWeight(
+        first.bits, torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts]), minimum
+    )
 
 
 def suits_kernels(folder: Path) -> bool:
