@@ -36,9 +36,9 @@ Found = DeploymentHandle | serve.Application
 
 def application(config: Config) -> serve.Application:
     """The whole application, ready for `serve.run`."""
-    planner, drafter = _planner(config), _drafter(config)
-    verifier = _verifier(config, drafter, planner)
-    return _front_door(config, {"planner": planner, "drafter": drafter, "verifier": verifier})
+    # Serve starts them in this order. The verifier takes longest: it gets a process that Ray has started ahead.
+    verifier = _verifier(config, DeploymentHandle("drafter", APP), DeploymentHandle("planner", APP))
+    return _front_door(config, {"verifier": verifier, "drafter": _drafter(config), "planner": _planner(config)})
 
 
 def build(args: dict[str, Any]) -> serve.Application:

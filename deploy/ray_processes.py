@@ -1,8 +1,10 @@
-"""The processes of the Ray that this process has started: whether they live, and their end."""
+"""The processes of the Ray that this process starts: which there are, whether they live, and their end."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import ray
@@ -10,6 +12,31 @@ import ray
 VITAL = ("gcs_server", "raylet")
 """Without either of them no replica is replaced any more."""
 KILL_TIMEOUT_S = 3.0
+
+
+class _LeanNode(ray._private.node.Node):  # type: ignore[name-defined, misc]
+    """Ray without the processes that nobody here asks for anything."""
+
+    def start_monitor(self) -> None:
+        """It starts and stops nodes, of which there is one."""
+
+    def start_log_monitor(self) -> None:
+        """It sends the lines of all logs to this process, which shows none."""
+
+    def start_api_server(self, **_: Any) -> None:
+        """Ray starts it without its dashboard too, to report usage, which is switched off."""
+        self._webui_url = ""
+
+
+@contextlib.contextmanager
+def lean_ray() -> Iterator[None]:
+    """`ray.init` starts a lean Ray meanwhile; it takes no options for that."""
+    node: Any = ray._private.node  # type: ignore[attr-defined]
+    whole, node.Node = node.Node, _LeanNode
+    try:
+        yield
+    finally:
+        node.Node = whole
 
 
 class RayProcesses:

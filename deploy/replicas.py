@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,16 +84,19 @@ class Replica:
 
 class PlannerReplica(Replica):
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
-        from planner.service.server import PlannerServer
+        checked = self.configured(config)
+        with importing():
+            from planner.service.server import PlannerServer
 
-        self.server = await PlannerServer.start(self.configured(config))
+        self.server = await PlannerServer.start(checked)
         freeze_started()
 
 
 class DrafterReplica(Replica):
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
         checked = self.configured(config)
-        from drafter_svc.server import DrafterServer
+        with importing():
+            from drafter_svc.server import DrafterServer
 
         self.drafter = self.server = await DrafterServer.start(checked)
         freeze_started()
@@ -102,8 +108,9 @@ class DrafterReplica(Replica):
 class VerifierReplica(Replica):
     async def __init__(self, config: dict[str, Any], drafter: DeploymentHandle, planner: DeploymentHandle) -> None:  # type: ignore[misc]
         checked = self.configured(config)
-        from verifier_svc.service.profile_cache import keep_profiles
-        from verifier_svc.service.server import VerifierServer
+        with importing():
+            from verifier_svc.service.profile_cache import keep_profiles
+            from verifier_svc.service.server import VerifierServer
 
         for profiles in await known_profiles(_equals()):
             keep_profiles(profiles)
@@ -125,7 +132,9 @@ class VerifierReplica(Replica):
 
 class FrontDoorReplica(Replica):
     async def __init__(self, config: dict[str, Any], services: dict[str, DeploymentHandle]) -> None:  # type: ignore[misc]
-        from front_door.server import FrontDoorServer
+        checked = self.configured(config)
+        with importing():
+            from front_door.server import FrontDoorServer
 
         services = {**services, "front-door": _equals()}
 
@@ -133,7 +142,6 @@ class FrontDoorReplica(Replica):
             answers = await asyncio.gather(*(_ask_all(handle, "metrics_target") for handle in services.values()))
             return {service: found for service, (found, _) in zip(services, answers, strict=True)}
 
-        checked = self.configured(config)
         self.front_door = self.server = await FrontDoorServer.start(checked, discover(services["verifier"]), pages)
         freeze_started()
 
@@ -145,6 +153,18 @@ class FrontDoorReplica(Replica):
     async def http_port(self) -> int:
         """0 if HTTP is not enabled."""
         return self.front_door.http.port if self.front_door.http else 0
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Collect no garbage while modules are imported, and never look at them again: there is none to find, and a
+    collection takes the longer, the more is loaded."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def openmp(service: str, config: Config) -> dict[str, str]:

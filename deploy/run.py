@@ -18,6 +18,9 @@ from typing import Any, cast
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
 os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Ray's node connects to its object store before that listens, and by default waits a second before it tries again.
+os.environ.setdefault("RAY_raylet_client_connect_timeout_milliseconds", "20")
+os.environ.setdefault("RAY_raylet_client_num_connect_attempts", "500")
 
 import ray
 from ray import serve
@@ -26,7 +29,7 @@ from ray.serve.schema import ApplicationStatus, DeploymentStatus
 
 from deploy.app import APP, application
 from deploy.local_prometheus import find
-from deploy.ray_processes import RayProcesses
+from deploy.ray_processes import RayProcesses, lean_ray
 from deploy.running import LOST_STOP_S, STOP_S, RunningApp, cause, statuses
 from treeline.config import Config
 from treeline.errors import ConfigError
@@ -138,12 +141,13 @@ def _start_ray(config: Config) -> str:
             context = init()
         else:
             wanted = sum(part.resources.num_cpus * part.resources.most_replicas for part in parts)
-            context = init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, int(wanted) + 1),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-            )
+            with lean_ray():
+                context = init(
+                    address="local",
+                    num_cpus=max(os.cpu_count() or 1, int(wanted) + 1),
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                )
             gpus_wanted = sum(part.resources.num_gpus * part.resources.most_replicas for part in parts)
             gpus = ray.cluster_resources().get("GPU", 0)
             if gpus_wanted > gpus:

@@ -8,12 +8,14 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import aiohttp
 import numpy as np
 
 from treeline.step_record import StepRecord
+
+if TYPE_CHECKING:
+    import aiohttp
 
 TIMEOUT_S = 1.0
 """Longest duration of one query: the interval between queries."""
@@ -146,6 +148,8 @@ async def read_prometheus(session: aiohttp.ClientSession, url: str) -> dict[str,
     Raises:
         PrometheusError: the server is dead or slow, or its answer is malformed or impossible.
     """
+    import aiohttp
+
     try:
         async with asyncio.timeout(TIMEOUT_S):
             answers = await asyncio.gather(*(_query(session, url, query) for query in QUERIES.values()))
@@ -165,6 +169,8 @@ async def read_prometheus(session: aiohttp.ClientSession, url: str) -> dict[str,
 
 async def measure_all(url: str) -> dict[str, dict[str, float]]:
     """`read_prometheus`, with a session of its own."""
+    import aiohttp
+
     async with aiohttp.ClientSession() as session:
         return await read_prometheus(session, url)
 
