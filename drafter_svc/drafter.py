@@ -12,12 +12,10 @@ import numpy as np
 from drafter_svc.growth import grow
 from drafter_svc.head_proposer import HeadProposer
 from drafter_svc.layered_proposer import LayeredProposer
-from drafter_svc.model_proposer import ModelProposer
 from drafter_svc.proposer import Proposer, Root
 from drafter_svc.sessions import SessionMemory
 from lm.cuda.graphs import How
 from lm.draft_head import DraftHead
-from lm.model import LanguageModel
 from lm.store import DEFAULT_NAME, resolve_head
 from lm.store import vocabulary_sha256 as sha256_of
 from planner.policies import parse_policy
@@ -190,6 +188,9 @@ def find_head(config: DrafterConfig, target: ModelConfig) -> Path | None:
 
 
 def _build_model(config: DrafterConfig, limits: LimitsConfig) -> tuple[DrafterInfo, LayeredProposer]:
+    from drafter_svc.model_proposer import ModelProposer  # these load transformers, which no head needs
+    from lm.model import LanguageModel
+
     assert config.model is not None
     model = LanguageModel.load(config.model)
     cache = model.new_cache(config.kv_cache_tokens, "auto")

@@ -14,12 +14,13 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health
 
-from drafter_svc.drafter import DrafterInfo, TreeDrafter, build_drafter, find_head
-from lm.store import load_tokenizer, resolve_model, vocabulary_sha256
+from drafter_svc.drafter import DrafterInfo, TreeDrafter, build_drafter
+from lm.store import has_vocabulary, resolve_model
 from planner.fast.builtin_plan import builtin_plan
 from planner.policies import parse_policy
 from treeline.config import DEFAULT_MODEL, Config, LimitsConfig
 from treeline.drafting import MAX_DRAFT_MESSAGE_BYTES, DraftReply, DraftRequest, reply_to_proto, request_from_proto
+from treeline.errors import ConfigError
 from treeline.metrics import DrafterMetrics
 from treeline.plan import Plan
 from treeline.rpc.channels import add_standard_services, bind, new_server
@@ -251,10 +252,11 @@ def check_request(request: DraftRequest, limits: LimitsConfig, info: DrafterInfo
 
 def _build(config: Config) -> TreeDrafter:
     """Build the drafter. A target on a model hub is not fetched for its tokenizer alone: the verifier compares."""
-    drafter, target, target_sha256 = config.drafter, config.verifier.target, None
-    modelled = "model" in drafter.kind or find_head(drafter, target) is not None
-    if modelled and (target.model == DEFAULT_MODEL or Path(target.model).expanduser().exists()):
-        target_sha256 = vocabulary_sha256(load_tokenizer(resolve_model(target.model)))
-    built = build_drafter(drafter, target, config.limits, target_sha256)
+    target = config.verifier.target
+    built = build_drafter(config.drafter, target, config.limits, None)
+    sha256 = built.info.vocabulary_sha256
+    here = target.model == DEFAULT_MODEL or Path(target.model).expanduser().exists()
+    if sha256 and here and not has_vocabulary(resolve_model(target.model), sha256):
+        raise ConfigError(f"the draft model {built.info.name} has another vocabulary than the target {target.model}")
     built.warm_up(builtin_plan(config.limits))
     return built

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from lm.kv_cache import KVCache, LayerShape
 from lm.packed import PackedBatch, Span
@@ -97,7 +96,7 @@ def interface_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function registered with transformers: [1, heads, tokens, dim] in, [1, tokens, heads, dim] out."""
+    """What `lm.model` registers with transformers: [1, heads, tokens, dim] in, [1, tokens, heads, dim] out."""
     current = _current.get()
     context: AttentionContext | None = kwargs.get(CONTEXT) or (current and current[0])
     if context is None:
@@ -111,10 +110,6 @@ def interface_attention(
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     layer: int = module.layer_idx  # type: ignore[assignment]
     return context.attend(layer, q, k, v, options).unsqueeze(0), None
-
-
-# No mask function is registered on purpose: for an unknown implementation transformers then builds no mask at all.
-AttentionInterface.register(IMPLEMENTATION, interface_attention)
 
 
 class Probe:

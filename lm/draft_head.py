@@ -8,21 +8,16 @@ takes the head's own state at its parent in their place.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from lm.attention import CONTEXT, IMPLEMENTATION, AttentionContext
+from lm.attention import AttentionContext
 from lm.checkpoints.eagle3 import HeadConfig, check_tensors, pop_draft_ids, read_config, read_tensors, write_head
-from lm.cpu.elementwise import TORCH, elementwise_for
+from lm.checkpoints.target import input_embedding, output_rows, target_shape
 from lm.cpu.native_attention import NativeAttention
 from lm.cpu.native_head import native_head
 from lm.cpu.packed_linear import gather_weights, pack_linear_layers
@@ -31,12 +26,16 @@ from lm.cuda.layout import BUCKETS
 from lm.device import torch_device, torch_dtype
 from lm.kv_cache import KVCache, LayerShape
 from lm.layers.fused import ComplexRotary, FusedLayer
+from lm.layers.head_layer import HeadLayer, RMSNorm, normed, rotary_of
 from lm.packed import PackedSequence
 from lm.passes import Passes
 from lm.sampling import Row, top_drafts
 from lm.store import load_tokenizer, no_progress_bars, one_line, resolve_model, vocabulary_sha256
 from treeline.config import ModelConfig
 from treeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
 
@@ -49,39 +48,20 @@ class HeadModule(nn.Module):
         self.config = config
         size, width, count = config.hidden_size, config.target_hidden_size, len(config.feature_layers)
         eps = config.norm_eps
-        self.input_norm = LlamaRMSNorm(count * width, eps) if config.norm_before_fc else None
-        self.fc_norm = nn.ModuleList(LlamaRMSNorm(width, eps) for _ in range(count)) if config.fc_norm else None
+        self.input_norm = RMSNorm(count * width, eps) if config.norm_before_fc else None
+        self.fc_norm = nn.ModuleList(RMSNorm(width, eps) for _ in range(count)) if config.fc_norm else None
         self.fc = nn.Linear(count * width, size, bias=False)
-        shape = (Qwen3Config if config.qk_norm else LlamaConfig)(
-            vocab_size=1,
-            bos_token_id=None,
-            eos_token_id=None,
-            hidden_size=size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=1,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            rms_norm_eps=eps,
-            rope_parameters=config.rope,
-        )
-        shape._attn_implementation = IMPLEMENTATION
-        layer: Any = (Qwen3DecoderLayer if config.qk_norm else LlamaDecoderLayer)(shape, 0)  # type: ignore[arg-type]
-        layer.hidden_norm = LlamaRMSNorm(size, eps)
-        for name in ("q_proj", "k_proj", "v_proj"):
-            wide = nn.Linear(2 * size, getattr(layer.self_attn, name).out_features, bias=False)
-            setattr(layer.self_attn, name, wide)
-        self.layers = nn.ModuleList([layer])
-        self.norm = LlamaRMSNorm(size, eps)
-        self.rotary_emb: nn.Module = LlamaRotaryEmbedding(shape)  # type: ignore[arg-type]
+        self.layers = nn.ModuleList([HeadLayer(config)])
+        self.norm = RMSNorm(size, eps)
+        self.rotary_emb = rotary_of(config)
 
     def states(self, features: Tensor) -> Tensor:
         """What stands for the head's own state where the target's features [n, width] are known: [n, hidden]."""
         if self.input_norm is not None:
-            features = _norm(features, self.input_norm)
+            features = normed(features, self.input_norm)
         if self.fc_norm is not None:
             parts = features.split(self.config.target_hidden_size, dim=-1)
-            features = torch.cat([_norm(part, norm) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+            features = torch.cat([normed(part, norm) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return self.fc(features)
 
     def forward(self, embedded: Tensor, states: Tensor, positions: Tensor, context: Any) -> tuple[Tensor, Tensor]:
@@ -92,35 +72,19 @@ class HeadModule(nn.Module):
         """
         config = self.config
         layer: Any = self.layers[0]
-        input_norm = layer.input_norm if isinstance(layer, FusedLayer) else layer.input_layernorm
-        turns = self.rotary_emb(states, positions)
-        normed = _norm(states, layer.hidden_norm)
-        residual = normed if config.norm_before_residual else states
-        inputs = torch.cat((_norm(embedded, input_norm), normed), dim=-1)
-        out = _mixed(layer, inputs, residual, turns, context)
-        final = _norm(out, self.norm)
+        normed_states = normed(states, layer.hidden_norm)
+        residual = normed_states if config.norm_before_residual else states
+        inputs = torch.cat((normed(embedded, layer.input_norm), normed_states), dim=-1)
+        out = layer.mix(inputs, residual, self.rotary_emb(states, positions), context)
+        final = normed(out, self.norm)
         return final if config.norm_output else out, final
 
-    def fuse(self) -> None:
-        """Take the leaner layer, for inference."""
+    def fuse(self, max_positions: int) -> None:
+        """Take the leaner layer, for inference at positions below `max_positions`."""
         layer: Any = self.layers[0]
         self.layers[0] = FusedLayer(layer, None)
         self.layers[0].hidden_norm = layer.hidden_norm
-        self.rotary_emb = ComplexRotary(self.rotary_emb)
-
-
-def _mixed(layer: Any, inputs: Tensor, residual: Tensor, turns: Any, context: Any) -> Tensor:
-    """Attention over `inputs` and the feed-forward part of a layer, each added to what comes in."""
-    if isinstance(layer, FusedLayer):
-        return layer.mix(inputs, residual, turns, context)
-    attended, _ = layer.self_attn(inputs, position_embeddings=turns, attention_mask=None, **{CONTEXT: context})
-    hidden = residual + attended
-    return hidden + layer.mlp(_norm(hidden, layer.post_attention_layernorm))
-
-
-def _norm(hidden: Tensor, norm: nn.Module) -> Tensor:
-    """By a kernel, unless gradients are wanted."""
-    return (TORCH if torch.is_grad_enabled() else elementwise_for(hidden)).norm(hidden, norm)
+        self.rotary_emb = ComplexRotary(self.rotary_emb, max_positions)
 
 
 class DraftHead:
@@ -169,7 +133,6 @@ class DraftHead:
             module, embedding, output, draft_ids = _read(folder, model, feature_layers)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
             raise ConfigError(f"cannot load the draft head {folder}: {one_line(error)}") from error
-        module.fuse()
         parts = nn.ModuleDict({"module": module, "output": _linear(output), "embedding": embedding})
         parts.to(torch_device(target.device), torch_dtype(target, model))
         pack_linear_layers(parts, "int8", target.arithmetic)  # A guess needs no exact weights.
@@ -246,6 +209,8 @@ def load_plain(target: ModelConfig) -> PreTrainedModel:
     Raises:
         ConfigError, OSError, ValueError: it cannot be read.
     """
+    from transformers import AutoModelForCausalLM
+
     folder = resolve_model(target.model)
     with no_progress_bars():
         return AutoModelForCausalLM.from_pretrained(
@@ -268,7 +233,7 @@ def _read(
     folder: Path, model: Path, feature_layers: tuple[int, ...]
 ) -> tuple[HeadModule, nn.Embedding, Tensor, Tensor]:
     """A head's trained part, embedding, output rows, and the target's token of each of these."""
-    target = AutoConfig.from_pretrained(model, local_files_only=True).get_text_config()
+    target = target_shape(model)
     config, tensors = read_config(folder, target.num_hidden_layers, feature_layers), read_tensors(folder)
     if (config.target_hidden_size, config.target_vocab_size) != (target.hidden_size, target.vocab_size):
         raise ConfigError(
@@ -281,9 +246,9 @@ def _read(
         wanted |= {OUTPUT: torch.empty(config.draft_vocab_size, config.hidden_size)}
         wanted |= {EMBEDDING: torch.empty(config.target_vocab_size, config.hidden_size)}
     if EMBEDDING not in tensors:
-        tensors[EMBEDDING] = _target_weight(model, PreTrainedModel.get_input_embeddings)
+        tensors[EMBEDDING] = input_embedding(model, target)
     if OUTPUT not in tensors and config.draft_vocab_size == config.target_vocab_size:
-        tensors[OUTPUT] = _target_weight(model, PreTrainedModel.get_output_embeddings)[draft_ids]
+        tensors[OUTPUT] = output_rows(model, target)[draft_ids]
     check_tensors(folder, tensors, wanted)
     embedding = nn.Embedding.from_pretrained(tensors.pop(EMBEDDING))
     output = tensors.pop(OUTPUT)
@@ -292,22 +257,8 @@ def _read(
     sha256 = config.vocabulary_sha256 or vocabulary_sha256(load_tokenizer(model))
     module.config = replace(config, vocabulary_sha256=sha256)
     # A head drafts wherever its target decodes; its own limit is only how far it was trained.
-    module.rotary_emb.config.max_position_embeddings = target.max_position_embeddings  # type: ignore[union-attr]
+    module.fuse(target.max_position_embeddings)
     return module, embedding, output, draft_ids
-
-
-def _target_weight(model: Path, layer_of: Callable[[PreTrainedModel], Any]) -> Tensor:
-    """One weight of the target's files; the rest of them is not even read."""
-    with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, local_files_only=True))
-    wanted = layer_of(hf).weight
-    names = {name for name, weight in hf.named_parameters(remove_duplicate=False) if weight is wanted}
-    for path in model.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for key in file.offset_keys():
-                if any(name == key or name.endswith(f".{key}") for name in names):
-                    return file.get_tensor(key)
-    raise ConfigError(f"the weights of {model} have no tensor {min(names)}")
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -10,9 +10,23 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-from lm.attention import CONTEXT, IMPLEMENTATION, AttentionContext, Probe, UnsupportedAttentionError, attending
+from lm.attention import (
+    CONTEXT,
+    IMPLEMENTATION,
+    AttentionContext,
+    Probe,
+    UnsupportedAttentionError,
+    attending,
+    interface_attention,
+)
 from lm.cpu.packed_linear import arithmetic_of, gather_weights, pack_linear_layers, read_bytes
 from lm.cuda.graphs import Outputs
 from lm.device import torch_device, torch_dtype
@@ -30,6 +44,9 @@ from treeline.errors import ConfigError
 from treeline.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
+
+# No mask function is registered on purpose: for an unknown implementation transformers then builds no mask at all.
+AttentionInterface.register(IMPLEMENTATION, interface_attention)
 
 
 class LanguageModel:
@@ -252,9 +269,9 @@ def _check_weights(hf: PreTrainedModel, missing: set[str]) -> None:
     Raises:
         ValueError: weights are missing or not finite.
     """
-    # torch cannot tell of numbers of 8 bits.
-    told = ((name, weight) for name, weight in hf.named_parameters() if weight.is_floating_point())
-    broken = [name for name, weight in told if weight.itemsize > 1 and not weight.isfinite().all()]
+    # torch cannot tell of numbers of 8 bits. A NaN is both the least and the greatest: one pass tells.
+    told = [name for name, w in hf.named_parameters() if w.is_floating_point() and w.itemsize > 1 and w.numel()]
+    broken = [name for name in told if not torch.stack(hf.get_parameter(name).aminmax()).isfinite().all()]
     for names, fault in ((sorted(missing), "missing from the files"), (broken, "not finite")):
         if names:
             raise ValueError(f"{len(names)} weights are {fault}, the first is {names[0]}")

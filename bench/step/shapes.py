@@ -103,7 +103,7 @@ def random_head(shape: str, device: torch.device, dtype: torch.dtype) -> DraftHe
         embedding = nn.Embedding(target.vocab_size, target.hidden_size, dtype=dtype)
         output = nn.Linear(target.hidden_size, config.draft_vocab_size, bias=False, dtype=dtype)
         draft_ids = torch.arange(config.draft_vocab_size)
-    module.fuse()
+    module.fuse(target.max_position_embeddings)
     return DraftHead(f"{shape}-head", module, embedding, output, draft_ids)
 
 

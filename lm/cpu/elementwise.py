@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import SiLUActivation
 
 from lm.cpu.native import LANES, library, typed
 
@@ -107,7 +106,8 @@ class NativeElementwise(TorchElementwise):
 
 
 def is_silu(activation: object) -> bool:
-    return isinstance(activation, SiLUActivation | nn.SiLU)
+    """torch's, or transformers' `SiLUActivation`, told by its name: a drafter that runs a head does not load that."""
+    return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
 
 
 TORCH = TorchElementwise()

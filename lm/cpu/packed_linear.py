@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lm.cpu.grouped_linear import GroupedLinear, kernel_for, kernels
 from lm.cpu.large_pages import zeros_in_large_pages
@@ -77,7 +77,8 @@ def pack_linear_layers(model: nn.Module, quantization: Quantization = "auto", ar
     Args:
         quantization, arithmetic: as in `ModelConfig`; rounding needs a kernel, float32, and whole groups.
     """
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    outputs: Any = getattr(model, "get_output_embeddings", None)  # a model of transformers has it
+    head = outputs() if outputs is not None else None
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             # Subclasses may compute something else.

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from transformers.activations import ACT2FN
 
 from lm.cpu.elementwise import TORCH, TorchElementwise, is_silu
 from lm.cuda.elementwise_kernels import copy_entries, gate_rows, norm_rows, rotate_and_store
@@ -42,7 +41,7 @@ class TritonElementwise(TorchElementwise):
         return total, _norm(hidden, added, total, post_norm, norm)
 
     def gated(self, gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-        gelu = isinstance(activation, type(ACT2FN["gelu_pytorch_tanh"]))
+        gelu = type(activation).__name__ == "GELUTanh"  # transformers' "gelu_pytorch_tanh"
         if not (gelu or is_silu(activation)):
             return TORCH.gated(gate_up, activation)
         size = gate_up.shape[-1] // 2

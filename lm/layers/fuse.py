@@ -56,7 +56,10 @@ def fuse_layers(hf: PreTrainedModel, finish: Callable[[nn.Module], object] = lam
         finish(fused)
         kinds.add(fused.turned_by)
     rotary, one = body.rotary_emb, kinds == {"all"}
-    body.rotary_emb = nn.ModuleDict({kind: ComplexRotary(rotary, None if one else kind) for kind in sorted(kinds)})
+    longest = rotary.config.max_position_embeddings
+    body.rotary_emb = nn.ModuleDict(
+        {kind: ComplexRotary(rotary, longest, None if one else kind) for kind in sorted(kinds)}
+    )
     body.norm = Norm(body.norm)
     # Looked for at the first pass: only then are the weights as they will stay.
     body.forward = functools.partial(_forward, body, functools.cache(lambda: native_layers(layers)))

@@ -11,9 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from lm.attention import CONTEXT, AttentionContext, AttentionOptions
 from lm.cpu.elementwise import TORCH, Elementwise, elementwise_for
@@ -22,6 +19,8 @@ from lm.cpu.native import LANES
 LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
 """Kinds of rotary embedding that turn by other angles once a sequence of the batch is long."""
 FIRST_POSITIONS = 1024
+SHIFTED_NORMS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
+"""Classes of transformers, by name: a drafter that runs a head does not load it."""
 
 
 class FusedLayer(nn.Module):
@@ -112,7 +111,7 @@ class Norm(nn.Module):
 
     def __init__(self, norm: Any, order: Tensor | None = None) -> None:
         super().__init__()
-        shifted = isinstance(norm, GemmaRMSNorm | Gemma2RMSNorm | Gemma3RMSNorm)
+        shifted = type(norm).__name__ in SHIFTED_NORMS
         weight = 1 + norm.weight.float() if shifted else norm.weight
         self.weight = nn.Parameter(weight if order is None else weight[order], requires_grad=False)
         self.variance_epsilon: float = norm.eps if shifted else norm.variance_epsilon
@@ -121,12 +120,14 @@ class Norm(nn.Module):
 class ComplexRotary(nn.Module):
     """A rotary embedding's turns as complex numbers, made once for each position where no length changes them.
 
-    `layer_type`: of the layers that it turns, where the embedding has several.
+    Args:
+        max_positions: that the model may have.
+        layer_type: of the layers that it turns, where the embedding has several.
     """
 
-    def __init__(self, rotary: Any, layer_type: str | None = None) -> None:
+    def __init__(self, rotary: Any, max_positions: int, layer_type: str | None = None) -> None:
         super().__init__()
-        self.rotary = rotary
+        self.rotary, self.max_positions = rotary, max_positions
         self._more = () if layer_type is None else (layer_type,)
         self._rope_type: str = rotary.rope_type if layer_type is None else rotary.rope_type[layer_type]
         self._turns_at = torch.empty(0)
@@ -136,8 +137,7 @@ class ComplexRotary(nn.Module):
         if self._rope_type in LENGTH_DEPENDENT_ROPE:
             return self._turns(hidden_states, position_ids)
         # Asking a device for the largest position would wait for it: there are turns for all that the model may have.
-        config: Any = self.rotary.config
-        needed = int(position_ids.numpy().max()) + 1 if hidden_states.is_cpu else config.max_position_embeddings
+        needed = int(position_ids.numpy().max()) + 1 if hidden_states.is_cpu else self.max_positions
         if needed > len(self._turns_at):
             ahead = max(FIRST_POSITIONS, 2 * needed) if hidden_states.is_cpu else needed
             self._turns_at = self._turns(hidden_states, torch.arange(ahead, device=hidden_states.device)[None])

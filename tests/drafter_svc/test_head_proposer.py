@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -157,6 +159,28 @@ def test_a_saved_head_drafts_for_its_target_and_no_other(hf, target_folder, tmp_
     assert len(drafter.draft(DraftRequest(1, PLAN, [sequence])).forest) == 2
     with pytest.raises(ConfigError, match="another vocabulary"):
         build_drafter(config, target, LimitsConfig(), vocabulary_sha256(tiny_tokenizer()))
+
+
+def test_a_drafter_with_a_head_starts_without_transformers(hf, target_folder, tmp_path):
+    """It takes longer to load than all else that such a drafter needs."""
+    output = hf.get_output_embeddings().weight[tiny_draft_ids()]
+    module = tiny_head_module(hf)
+    module.config = replace(module.config, vocabulary_sha256=vocabulary_sha256(tiny_tokenizer()))
+    save_head(tmp_path, module, output, tiny_draft_ids())
+    config = {
+        "drafter": {"kind": "head", "head": str(tmp_path), "kv_cache_tokens": 1024},
+        "verifier": {"target": {"model": str(target_folder)}},
+    }
+    code = f"""
+import sys
+from drafter_svc.server import _build
+from treeline.config import Config
+assert _build(Config.model_validate({config!r})).features
+heavy = {{"transformers", "scipy", "sympy", "torch._dynamo", "fastapi", "huggingface_hub"}}
+sys.exit(", ".join(heavy & sys.modules.keys()) or 0)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_a_missing_or_broken_head_is_one_clear_line(target_folder, tmp_path):

@@ -40,7 +40,7 @@ def grouped_head(config: HeadConfig) -> DraftHead:
     module = HeadModule(config)
     for parameter in module.parameters():
         parameter.data.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.15)
-    module.fuse()
+    module.fuse(512)
     parts = nn.ModuleDict({"module": module, "output": nn.Linear(64, 100, bias=False)})
     pack_linear_layers(parts, "int8")
     return DraftHead("grouped", module, nn.Embedding(260, 64), parts["output"], torch.arange(100))
