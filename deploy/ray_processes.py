@@ -8,10 +8,12 @@ from typing import Any
 
 import psutil
 import ray
+from ray._private import ray_constants
 
 VITAL = ("gcs_server", "raylet")
 """Without either of them no replica is replaced any more."""
 KILL_TIMEOUT_S = 3.0
+NO_DASHBOARD = "127.0.0.1:8265"
 
 
 class _LeanNode(ray._private.node.Node):  # type: ignore[name-defined, misc]
@@ -24,8 +26,11 @@ class _LeanNode(ray._private.node.Node):  # type: ignore[name-defined, misc]
         """It sends the lines of all logs to this process, which shows none."""
 
     def start_api_server(self, **_: Any) -> None:
-        """Ray starts it without its dashboard too, to report usage, which is switched off."""
-        self._webui_url = ""
+        """Ray starts it without its dashboard too, to report usage, which is switched off. Its agent of this node asks
+        where it listens until there is an answer: what an API server without dashboard gives, where nothing does."""
+        self._webui_url = NO_DASHBOARD
+        address = (ray_constants.DASHBOARD_ADDRESS.encode(), NO_DASHBOARD.encode())
+        self.get_gcs_client().internal_kv_put(*address, True, ray_constants.KV_NAMESPACE_DASHBOARD)
 
 
 @contextlib.contextmanager
