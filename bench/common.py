@@ -31,12 +31,13 @@ class Prompt:
     text: str
 
 
-def load_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
-    """The first turns in a JSON-lines file of {"id", "category", "turns"}.
+def load_prompts(path: Path | None, limit: int | None = None) -> list[Prompt]:
+    """The first turns in a JSON-lines file of {"id", "category", "turns"}; our own prompts without one.
 
     Raises:
         ConfigError: the file cannot be read, or a line is something else.
     """
+    path = path or OWN_PROMPTS
     try:
         lines = [line for line in path.read_text().splitlines() if line.strip()][:limit]
         rows = [json.loads(line) for line in lines]
@@ -53,8 +54,10 @@ def spread(name: str, values: Sequence[float]) -> Row:
     return dict(zip((name, f"{name}_min", f"{name}_max"), found, strict=True))
 
 
-def write_report(path: Path, config: dict[str, Any], rows: list[Row], **more: Any) -> None:
-    """Write a benchmark's JSON: machine, versions, config, rows, and what else it found."""
+def write_report(path: Path | None, config: dict[str, Any], rows: list[Row], **more: Any) -> None:
+    """Write a benchmark's JSON, if it is asked for: machine, versions, config, rows, and what else it found."""
+    if path is None:
+        return
     report = {"machine": machine(), "versions": versions(), "config": config, "rows": rows, **more}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")

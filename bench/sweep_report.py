@@ -91,16 +91,8 @@ def compare_outputs(results: Sequence[Result]) -> tuple[int, list[Row]]:
             compared += 1
             position = first_difference(reference, answer)
             if position is not None:
-                differences.append(
-                    {
-                        "policy": result.block.policy,
-                        "loop": result.block.loop,
-                        "load": result.block.load,
-                        "round": result.block.round,
-                        "prompt": answer.request.prompt.id,
-                        "position": position,
-                    }
-                )
+                found = {"prompt": answer.request.prompt.id, "position": position}
+                differences.append(vars(result.block) | found)
     return compared, differences
 
 

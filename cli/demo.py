@@ -110,19 +110,6 @@ class Rounds:
         return self.tokens / self.seconds
 
 
-@dataclass(frozen=True)
-class Turns:
-    """The same rounds with trees and without."""
-
-    with_trees: Rounds
-    plain: Rounds
-
-    @property
-    def identical(self) -> int:
-        pairs = zip(self.with_trees.outcomes, self.plain.outcomes, strict=True)
-        return sum(tree.text == plain.text for tree, plain in pairs)
-
-
 def silent(label: str, text: str) -> None:
     """Shows nothing."""
 
@@ -177,13 +164,13 @@ def show_demo(client: TreelineClient, console: Console, max_tokens: int) -> None
     console.print(f"\n[bold]{policy} and off in turns[/], {len(ALONE_TURNS)} rounds alone, {len(TURNS)} with all ...")
     alone = in_turns(client, ALONE, max_tokens, ALONE_TURNS)
     together = in_turns(client, PROMPTS, max_tokens, TURNS, TOGETHER_REPEATS)
-    console.print(comparison(f"policy {policy}, and the same with off: alone", ALONE, alone))
-    console.print(comparison("all at once", PROMPTS, together))
-    for what, turns in (("alone", alone), ("all at once", together)):
-        trees, plain = turns.with_trees.tokens_per_s, turns.plain.tokens_per_s
+    console.print(comparison(f"policy {policy}, and the same with off: alone", ALONE, *alone))
+    console.print(comparison("all at once", PROMPTS, *together))
+    for what, (trees, plain) in (("alone", alone), ("all at once", together)):
+        same = sum(a.text == b.text for a, b in zip(trees.outcomes, plain.outcomes, strict=True))
         console.print(
-            f"{what}: {trees:.1f} tokens/s with {policy}, {plain:.1f} without: [bold]{trees / plain:.2f}x[/]; "
-            f"{turns.identical} of {len(turns.plain.outcomes)} texts identical"
+            f"{what}: {trees.tokens_per_s:.1f} tokens/s with {policy}, {plain.tokens_per_s:.1f} without: "
+            f"[bold]{trees.tokens_per_s / plain.tokens_per_s:.2f}x[/]; {same} of {len(plain.outcomes)} texts identical"
         )
 
 
@@ -223,13 +210,12 @@ def in_turns(
     max_tokens: int,
     policies: tuple[str | None, ...],
     repeats: int = 1,
-) -> Turns:
-    """Rounds of the same prompts by these policies, one after the other."""
-    turns = Turns(Rounds(), Rounds())
+) -> tuple[Rounds, Rounds]:
+    """Rounds of the same prompts by these policies, one after the other: those with trees, and those without."""
+    with_trees, plain = Rounds(), Rounds()
     for policy in policies:
-        done = run_round(client, prompts, max_tokens, policy, repeats=repeats)
-        (turns.plain if policy else turns.with_trees).add(done)
-    return turns
+        (plain if policy else with_trees).add(run_round(client, prompts, max_tokens, policy, repeats=repeats))
+    return with_trees, plain
 
 
 def run_round(
@@ -280,7 +266,7 @@ def follow(
     return Outcome(started_s, time.perf_counter(), arrivals, text, complete, steps)
 
 
-def comparison(title: str, prompts: tuple[DemoPrompt, ...], turns: Turns) -> Table:
+def comparison(title: str, prompts: tuple[DemoPrompt, ...], with_trees: Rounds, without: Rounds) -> Table:
     """A row a prompt, over all rounds: what its client saw with trees, and without."""
     table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("request", no_wrap=True)
@@ -296,7 +282,7 @@ def comparison(title: str, prompts: tuple[DemoPrompt, ...], turns: Turns) -> Tab
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     for number, prompt in enumerate(prompts):
-        trees, plain = (rounds.outcomes[number :: len(prompts)] for rounds in (turns.with_trees, turns.plain))
+        trees, plain = (rounds.outcomes[number :: len(prompts)] for rounds in (with_trees, without))
         rates = [sum(o.tokens for o in outcomes) / sum(o.total_s for o in outcomes) for outcomes in (trees, plain)]
         table.add_row(
             prompt.label + (f" T={prompt.temperature:g}" if prompt.temperature else ""),

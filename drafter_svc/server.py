@@ -21,6 +21,7 @@ from planner.policies import parse_policy
 from treeline.config import DEFAULT_MODEL, Config, LimitsConfig
 from treeline.drafting import MAX_DRAFT_MESSAGE_BYTES, DraftReply, DraftRequest, reply_to_proto, request_from_proto
 from treeline.errors import ConfigError
+from treeline.messages import to_message
 from treeline.metrics import DrafterMetrics
 from treeline.plan import Plan
 from treeline.rpc.channels import add_standard_services, bind, new_server
@@ -167,12 +168,10 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
         self, request: pb.GetDrafterInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetDrafterInfoResponse:
         info = self._drafter.info
-        return pb.GetDrafterInfoResponse(
+        return to_message(
+            info,
+            pb.GetDrafterInfoResponse,
             drafter=info.name,
-            vocab_size=info.vocab_size,
-            vocabulary_sha256=info.vocabulary_sha256,
-            layer_s=info.layer_s,
-            node_s=info.node_s,
             feature_width=info.features.width if info.features else 0,
             feature_layers=info.features.layers if info.features else (),
             sessions=self._drafter.sessions,

@@ -84,12 +84,4 @@ def _slow(results: list[Result]) -> list[str]:
 
 
 def _row(result: Result) -> dict[str, Any]:
-    measured = result.measured
-    return {
-        "policy": result.block.policy,
-        "streams": result.block.load,
-        "tokens_per_s": measured.tokens_per_s,
-        "accepted_length": measured.accepted_length,
-        "tree_nodes": measured.tree_nodes,
-        "itl_ms_p50": measured.itl_ms_p50,
-    }
+    return {"policy": result.block.policy, "streams": result.block.load, **vars(result.measured)}

@@ -31,20 +31,19 @@ def eval_drafter(
     Acceptance by depth, reliability of its probabilities, accepted lengths of a chain of 5 and a tree of 16
     nodes, the cost of its passes, and the speed-up that follows. A merged drafter is tried in its parts as well.
     """
-    from bench.common import OWN_PROMPTS, load_prompts, write_report
+    from bench.common import load_prompts, write_report
 
     config = load_config(config_file)
     config = config.model_copy(update={"drafter": _drafter(config, head)})
-    loaded = load_prompts(prompts or OWN_PROMPTS, limit)
+    loaded = load_prompts(prompts, limit)
     found = _evaluate(config, loaded, max_tokens)
     kind = config.drafter.kind
     _show(found, len(loaded))
-    if json_file is not None:
-        used = {"target": found.target, "drafter": kind, "prompts": len(loaded), "max_tokens": max_tokens}
-        rows = [{"drafter": name, **summary} for name, summary in found.summaries.items()]
-        own = {**found.summaries[kind], "draft_pass_ratio": found.pass_ratio, "by_category": found.by_category[kind]}
-        parts = {"by_drafter_and_category": found.by_category, "costs_s": found.costs_s}
-        write_report(json_file, used, rows, **own, **parts)
+    used = {"target": found.target, "drafter": kind, "prompts": len(loaded), "max_tokens": max_tokens}
+    rows = [{"drafter": name, **summary} for name, summary in found.summaries.items()]
+    own = {**found.summaries[kind], "draft_pass_ratio": found.pass_ratio, "by_category": found.by_category[kind]}
+    parts = {"by_drafter_and_category": found.by_category, "costs_s": found.costs_s}
+    write_report(json_file, used, rows, **own, **parts)
 
 
 def _drafter(config: Config, head: Path | None) -> DrafterConfig:

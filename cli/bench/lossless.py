@@ -33,17 +33,16 @@ def lossless(
 
     Exits with 1 if a float32 answer differs.
     """
-    from bench.common import OWN_PROMPTS, load_prompts, write_report
+    from bench.common import load_prompts, write_report
 
     if dtype not in DTYPES:
         raise ConfigError(f"dtype '{dtype}': float32 or bfloat16")
-    loaded = load_prompts(prompts or OWN_PROMPTS, limit)
+    loaded = load_prompts(prompts, limit)
     model = ModelConfig(model=target, dtype=DTYPES[dtype], arithmetic="float32")  # as transformers computes
     rows = _compare(model, draft_layers, loaded, max_tokens)
     _show(f"{target}, {dtype}: identical to transformers' generate", rows)
-    if json_file is not None:
-        config = {"target": target, "dtype": dtype, "max_tokens": max_tokens, "draft_layers": draft_layers}
-        write_report(json_file, config, rows)
+    config = {"target": target, "dtype": dtype, "max_tokens": max_tokens, "draft_layers": draft_layers}
+    write_report(json_file, config, rows)
     if dtype == "float32" and any(row["identical"] < row["prompts"] for row in rows):
         raise typer.Exit(1)
 

@@ -33,21 +33,13 @@ def peers(
     """
     loaded, concurrencies = load_config(config), sorted(set(concurrency or (1, 8)))
 
-    from dataclasses import asdict
+    from bench.common import load_prompts, write_report
 
-    from bench.common import OWN_PROMPTS, load_prompts, write_report
-
-    texts = load_prompts(prompts or OWN_PROMPTS, limit)
+    texts = load_prompts(prompts, limit)
     rows, missing = _measure(loaded, texts, max_tokens, rounds, concurrencies)
     _show(rows, missing)
-    if json_file is not None:
-        described = {
-            "config": loaded.model_dump(mode="json"),
-            "prompts": len(texts),
-            "max_tokens": max_tokens,
-            "rounds": rounds,
-        }
-        write_report(json_file, described, rows, missing=[asdict(peer) for peer in missing])
+    described = {"config": loaded.model_dump(mode="json"), "prompts": len(texts), "max_tokens": max_tokens}
+    write_report(json_file, described | {"rounds": rounds}, rows, missing=[vars(peer) for peer in missing])
 
 
 def _measure(

@@ -44,6 +44,7 @@ def simulate(
     json_file: JsonFile = None,
 ) -> None:
     """Simulate policies over load: all decisions are real, passes and texts are made up by the curves and a law."""
+    from bench.common import write_report
     from bench.simulator.acceptance import EAGLE3_LIKE
     from bench.simulator.devices import measured
     from bench.simulator.devices import preset as preset_device
@@ -69,12 +70,9 @@ def simulate(
             bar.begin(f"{result.policy} at {result.load.spec} done")
     made = rows(results, parsed, names, objectives)
     _show(device.name, made)
-    if json_file is not None:
-        from bench.common import write_report
-
-        config = {"device": device.name, "law": asdict(law), "steps": steps, "seed": seed}
-        config |= {"objectives": objectives.model_dump()}
-        write_report(json_file, {**config, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens}, made)
+    config = {"device": device.name, "law": asdict(law), "steps": steps, "seed": seed}
+    config |= {"objectives": objectives.model_dump(), "prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+    write_report(json_file, config, made)
 
 
 def _show(device: str, made: list[dict[str, Any]]) -> None:

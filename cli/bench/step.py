@@ -52,9 +52,8 @@ def step(
         bar.expect(1 + len(points) * len(subjects))
         result = run_step(subjects, points, repeats, bar.begin)
     _show(result)
-    if json_file is not None:
-        described = {"config": loaded.model_dump(mode="json"), "repeats": repeats, "shape": shape}
-        write_report(json_file, described, result.rows, limit=result.limit_json())
+    described = {"config": loaded.model_dump(mode="json"), "repeats": repeats, "shape": shape}
+    write_report(json_file, described, result.rows, limit=result.limit_json())
 
 
 def _subjects(config: Config, drafter: str | None) -> list[Subject]:

@@ -71,7 +71,7 @@ def sweep(
 
     Ctrl-C stops and writes what has been measured so far.
     """
-    from bench.common import OWN_PROMPTS, load_prompts
+    from bench.common import load_prompts
     from bench.sweep import Settings, checked_policies
     from bench.synthetic import parse_acceptance
 
@@ -91,7 +91,7 @@ def sweep(
     if target and (config or acceptance):
         raise ConfigError("--config and --acceptance are for an engine in this process: leave out --target")
     grammar = _grammar(json_schema) if json_schema else None
-    loaded = load_prompts(prompts or OWN_PROMPTS, limit)
+    loaded = load_prompts(prompts, limit)
     described = {**asdict(settings), "prompts": len(loaded), "acceptance": acceptance}
     described |= {"json_schema": grammar.json_schema} if grammar else {}
     from bench.systems import RemoteSystem, start_local  # seconds, which bad input need not wait for
@@ -151,8 +151,7 @@ def _write(json_file: Path | None, described: dict[str, Any], results: list[Resu
 
     found = report(results)
     _show(found)
-    if json_file is not None:
-        write_report(json_file, described, found.pop("rows"), **found)
+    write_report(json_file, described, found.pop("rows"), **found)
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 
 import grpc
 
@@ -33,12 +33,6 @@ MAX_MESSAGE_BYTES = 16 << 20
 """256 records of 64 requests with trees of 64 nodes, at 8 bytes per outcome, take 8 MB."""
 
 
-@dataclass(frozen=True)
-class _Received:
-    plan: Plan
-    until_s: float
-
-
 class PlanWatcher:
     """Holds the newest plan. Create it on a running event loop; `plan` may be read from any thread."""
 
@@ -53,16 +47,14 @@ class PlanWatcher:
         """`on_refused`: called for each malformed plan, which is ignored."""
         self._verifier_id, self._on_refused = verifier_id, on_refused
         self._builtin = builtin_plan(limits)
-        self._received: _Received | None = None
+        self._received: tuple[Plan, float] | None = None  # and until when it holds
         self._task = asyncio.create_task(_persist(discover, internal, self._watch), name="plan-watcher")
 
     @property
     def plan(self) -> Plan:
         """The newest plan until it expires, then the built-in one."""
-        received = self._received
-        if received is None or time.monotonic() > received.until_s:
-            return self._builtin
-        return received.plan
+        plan, until_s = self._received or (self._builtin, math.inf)
+        return plan if time.monotonic() <= until_s else self._builtin
 
     async def close(self) -> None:
         await _cancel(self._task)
@@ -79,7 +71,7 @@ class PlanWatcher:
                 problem = str(error)
                 continue
             problem = ""
-            self._received = _Received(plan, time.monotonic() + plan.lifetime_s)
+            self._received = plan, time.monotonic() + plan.lifetime_s
 
 
 class StepReporter:
