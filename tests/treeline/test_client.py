@@ -97,11 +97,14 @@ def test_errors_come_back_as_what_they_were():
     assert {v.field for v in error.violations} == {"sampling.top_p", "stopping.max_tokens"}
 
 
-def test_exactly_one_input():
+def test_exactly_one_input_and_known_options_alone():
     with TreelineClient("127.0.0.1:1") as client:
         for inputs in ({}, {"prompt": "a", "token_ids": [1]}):
             with pytest.raises(ValueError, match="exactly one"):
                 client.generate(**inputs)
+        for unknown in ("max_token", "resume"):
+            with pytest.raises(TypeError, match=f"no argument '{unknown}'"):
+                client.generate("a", **{unknown: None})
 
 
 def test_leaving_the_loop_frees_the_request():

@@ -99,10 +99,13 @@ class BaseClient(ABC, Generic[AnswerT]):
         aborts the request.
 
         Raises:
+            TypeError: there is no such option, or a value is of another type than its field.
             ValueError: none or several inputs are given, or a value does not fit its field.
             InvalidRequestError, QueueFullError, UnknownModelError, DuplicateRequestError, UnavailableError: as named.
             RequestFailedError: any other failure; `.code` is "DEADLINE_EXCEEDED", "CANCELLED", "UNAUTHENTICATED", ...
         """
+        if unknown := options.keys() - GenerateOptions.__optional_keys__:
+            raise TypeError(f"generate() has no argument {min(unknown)!r}")
         if sum(given is not None for given in (prompt, messages, token_ids)) != 1:
             raise ValueError("give exactly one of prompt, messages and token_ids")
         request = generate_request(
