@@ -17,6 +17,7 @@ from structlog.contextvars import bind_contextvars
 import treeline
 from treeline.config import LimitsConfig, VerifierConfig
 from treeline.errors import FieldViolation, InvalidRequestError, RequestBrokenError
+from treeline.messages import to_message
 from treeline.plan import Plan, plan_summary
 from treeline.request import CLIENT, MAX_ANSWERS, WEIGHT, identify, identity
 from treeline.rpc.merged import merged
@@ -148,19 +149,15 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetModelInfoResponse:
-        return pb.GetModelInfoResponse(
+        return to_message(
+            self._info,
+            pb.GetModelInfoResponse,
             model=self._info.name,
-            architecture=self._info.architecture,
-            dtype=self._info.dtype,
-            vocab_size=self._info.vocab_size,
-            max_context_tokens=self._info.max_context_tokens,
             eos_token_ids=sorted(self._info.eos_token_ids),
-            has_chat_template=self._info.has_chat_template,
             default_policy=self._verifier.default_policy,
             allowed_policies=self._verifier.allowed_policies,
             version=treeline.__version__,
-            default_sampling=pb.SamplingParams(**vars(self._info.sampling) | {"seed": None}),
-            tool_call_format=self._info.tool_call_format,
+            default_sampling=to_message(self._info.sampling, pb.SamplingParams, seed=None),
         )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
@@ -254,22 +251,11 @@ def completion_to_proto(completion: Completion, request: GenerationRequest, inde
         finish_reason=_FINISH_REASONS[completion.finish_reason],
         stop_token_id=matched if isinstance(matched, int) else None,
         stop_string=matched if isinstance(matched, str) else None,
-        usage=pb.Usage(
-            prompt_tokens=completion.prompt_tokens,
-            completion_tokens=completion.completion_tokens,
-            cached_prompt_tokens=completion.cached_tokens,
-        ),
-        timings=pb.Timings(
-            queue_s=completion.queue_s,
-            time_to_first_token_s=completion.time_to_first_token_s,
-            total_s=completion.total_s,
-            preemptions=completion.preemptions,
-        ),
-        speculation=pb.SpeculationSummary(
-            steps=totals.steps,
-            drafted_nodes=totals.drafted_nodes,
-            verified_nodes=totals.verified_nodes,
-            accepted_nodes=totals.accepted_nodes,
+        usage=to_message(completion, pb.Usage, cached_prompt_tokens=completion.cached_tokens),
+        timings=to_message(completion, pb.Timings),
+        speculation=to_message(
+            totals,
+            pb.SpeculationSummary,
             mean_price=totals.mean_price,
             mean_accepted_length=totals.mean_accepted_length,
             mean_tree_nodes=totals.mean_tree_nodes,
