@@ -76,7 +76,7 @@ class DraftGate:
         probed = min(requests, PROBE_REQUESTS)
         if not self._offers:
             return Decision(probed, "first drafts")
-        draft_s = self._draft_s(requests, cost)
+        draft_s = self._draft_s(requests, prices, cost)
         scale = requests / self._requests
         nodes = np.arange(len(self._gains), dtype=np.float64) * scale
         nodes = nodes[nodes <= prices.nodes_within_budget(draft_s, prices.base_tokens)]
@@ -88,7 +88,7 @@ class DraftGate:
         # A step with prefill is slow already.
         if (self._probing or self._credit_s >= 0) and not prices.prompt_tokens:
             self._probing = True
-            return Decision(probed, "probing", self._draft_s(probed, cost))
+            return Decision(probed, "probing", self._draft_s(probed, prices, cost))
         return Decision(0, f"drafting would lose {-gain:.1f} of {prices.sequences} tokens")
 
     def drafted(self, offer: Offer, draft_s: float, catching_up: bool) -> None:
@@ -120,9 +120,11 @@ class DraftGate:
         """A step took this long: probes earn their share of it."""
         self._credit_s = min(0.0, self._credit_s + PROBE_SHARE * step_s)
 
-    def _draft_s(self, requests: int, cost: CostModel) -> float:
-        """Predicted seconds of drafting for so many requests, with the recent mean depth and width."""
+    def _draft_s(self, requests: int, prices: StepPrices, cost: CostModel) -> float:
+        """Predicted seconds of drafting for so many requests, with the recent mean width and depth, cut to the step's
+        budget."""
         layers = sum(len(offer.layer_nodes) for offer in self._offers) / len(self._offers)
         nodes = sum(sum(offer.layer_nodes) for offer in self._offers) / self._requests
-        own_s = (cost.draft_sequence_s + cost.draft_node_s * nodes) * requests
-        return cost.draft_round_trip_s + cost.draft_layer_s * layers + own_s
+        cut = min(1.0, prices.layers_within_budget(cost) / max(1.0, layers))
+        own_s = (cost.draft_sequence_s + cost.draft_node_s * nodes * cut) * requests
+        return cost.draft_round_trip_s + cost.draft_layer_s * layers * cut + own_s

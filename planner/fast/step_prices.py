@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.fast.cost import as_decoded, verify_seconds
-from treeline.plan import Plan
+from treeline.config import MAX_TREE_DEPTH
+from treeline.plan import CostModel, Plan
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,17 @@ class StepPrices:
         """Most draft nodes beyond `base_tokens` with which the step, after `draft_s` of drafting, keeps its budget."""
         left_s = self.budget_s - draft_s - self.overhead_s
         return max(0, int(self.seconds[base_tokens:].searchsorted(left_s, side="right")) - 1)
+
+    def layers_within_budget(self, cost: CostModel) -> int:
+        """Most draft layers, at least one, with which the step keeps its budget while it verifies a node of each layer
+        for each sequence: deeper drafts take the seconds that their nodes would need."""
+        if self.budget_s == math.inf:
+            return MAX_TREE_DEPTH
+        layers = np.arange(1, MAX_TREE_DEPTH + 1)
+        layer_s = cost.draft_layer_s + cost.draft_node_s * self.sequences
+        draft_s = cost.draft_round_trip_s + cost.draft_sequence_s * self.sequences + layer_s * layers
+        tokens = np.minimum(self.base_tokens + self.sequences * layers, len(self.seconds) - 1)
+        return max(1, int((draft_s + self.seconds[tokens] + self.overhead_s <= self.budget_s).sum()))
 
     def added_s(self, nodes: NDArray[np.float64]) -> NDArray[np.float64]:
         """float64, as `nodes`: seconds that so many draft nodes, fractions allowed, add to the pass."""

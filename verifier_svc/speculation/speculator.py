@@ -97,7 +97,11 @@ class Speculator:
             self.exchange.release(plan)
             return self._looked_up(batch, requests, depths, decision.reason)
         asked = [batch.decoding[place] for place in places]
-        limits = [(self._nodes(batch.decoding[place], plan), depths[place]) for place in places]
+        layers = batch.prices.layers_within_budget(plan.cost)
+        limits = [
+            (self._nodes(s, plan), min(depths[place], layers) if s.policy.priced else depths[place])
+            for place, s in zip(places, asked, strict=True)
+        ]
         # A token to catch up with costs about as much as a draft node.
         behind_s = plan.cost.draft_node_s * sum([sequence.behind_tokens for sequence in asked])
         expected_s = decision.expected_s + behind_s
