@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,14 +58,17 @@ class DrafterServer:
         self._server, self._health, self._service = server, health_servicer, service
 
     @classmethod
-    async def start(cls, config: Config) -> DrafterServer:
+    async def start(cls, config: Config, build: Callable[[Config], TreeDrafter] | None = None) -> DrafterServer:
         """Load and measure the model, then listen.
+
+        Args:
+            build: makes the drafter; by default, the one that `config` describes.
 
         Raises:
             ConfigError: the draft model cannot be used, or a certificate, token or port is wrong.
         """
         worker = ThreadPoolExecutor(1, thread_name_prefix="drafter")
-        drafter = await asyncio.get_running_loop().run_in_executor(worker, _build, config)
+        drafter = await asyncio.get_running_loop().run_in_executor(worker, build or _build, config)
         registry = new_registry()
         service = DraftingService(drafter, config.limits, worker, DrafterMetrics(registry))
         server = new_server(config.internal, MAX_DRAFT_MESSAGE_BYTES)

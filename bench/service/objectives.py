@@ -1,8 +1,9 @@
 """Latency objectives on the real service: is one held while the load steps, and while Prometheus is away?
 
-Three arms take the same steps of load, STREAMS, each in a closed loop for some seconds: `plain` decodes without trees,
-`free` has trees and no objective, `held` has trees and an objective of SLACK times plain's p95 at REFERENCE streams.
-A last step, `outage`, is as held with the most streams, and Prometheus is stopped for its middle third.
+Three services take the same steps of load, STREAMS, each in a closed loop for some seconds: `plain` decodes without
+trees, `free` has trees and no objective, `held` has trees and an objective of SLACK times plain's p95 at REFERENCE
+streams. A last step, `outage`, is as held with the most streams, and Prometheus is stopped for its middle third.
+Drafts are as good as a given acceptance: those of the default drafter are too few for trees to miss the objective.
 
 Every p95 is the 95th percentile of inter-token latency, in which the tokens of a chunk waited an equal share. The
 report holds
@@ -28,13 +29,15 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from bench.common import Prompt
-from bench.load import Request, System, Window, closed_loop, measure
+from bench.load import Answer, Request, System, Window, closed_loop, measure
+from bench.service.synthetic_drafter import synthetic_drafter
+from bench.synthetic import Acceptance
 from bench.systems import RemoteSystem
 from deploy.local_prometheus import LocalPrometheus
 from planner.service.latency import PROMETHEUS, STEPS, WINDOW_S, PrometheusError, measure_all
@@ -72,6 +75,7 @@ class Step:
     """A step of the load, measured. `p95_ms`: clients', in its second half; `named`, `seconds`: as in the report."""
 
     named: Row
+    answers: list[Answer]
     length_s: float
     p95_ms: float | None
     seconds: list[Row]
@@ -121,9 +125,17 @@ def delay_s(seconds: Sequence[Row], since_s: float, source: str) -> float | None
 
 
 def run_objectives(
-    config: Config, prompts: Sequence[Prompt], seconds: float, max_tokens: int, report: Callable[[str], None]
+    config: Config,
+    prompts: Sequence[Prompt],
+    seconds: float,
+    max_tokens: int,
+    acceptance: Acceptance | None,
+    report: Callable[[str], None],
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Start the service without the objective and with it, each step of the load `seconds` long.
+    """Start the service for each arm, each step of the load `seconds` long.
+
+    Args:
+        acceptance: of the drafts; None for those of the drafter that `config` describes.
 
     Returns the report's rows, and what else it holds.
 
@@ -144,15 +156,22 @@ def run_objectives(
 
     with started(configured(config, None), report) as service:
         load(service, "plain", STREAMS, OFF)
-        load(service, "free", STREAMS, smart)
     reference_ms = steps[STREAMS.index(REFERENCE)].p95_ms
     if reference_ms is None:
         raise ConfigError("no tokens came in the second half of a step: give it more seconds")
     objective_ms, stop_s, start_s = SLACK * reference_ms, seconds / 3, 2 * seconds / 3
-    with started(configured(config, objective_ms), report) as service:
-        load(service, "held", STREAMS, smart)
-        acts = (stop_s, service.prometheus.stop), (start_s, service.prometheus.restart)
-        load(service, "outage", (max(STREAMS),), smart, acts)
+    with ExitStack() as stack:
+        if acceptance is not None:
+            answers = [answer for step in steps for answer in step.answers]
+            endpoint = stack.enter_context(synthetic_drafter(config, acceptance, answers))
+            drafter = config.drafter.model_copy(update={"endpoints": [endpoint]})
+            config = config.model_copy(update={"drafter": drafter})
+        with started(configured(config, None), report) as service:
+            load(service, "free", STREAMS, smart)
+        with started(configured(config, objective_ms), report) as service:
+            load(service, "held", STREAMS, smart)
+            acts = (stop_s, service.prometheus.stop), (start_s, service.prometheus.restart)
+            load(service, "outage", (max(STREAMS),), smart, acts)
     last = steps[-1].seconds
     outage = {"fallback_s": delay_s(last, stop_s, STEPS), "return_s": delay_s(last, start_s, PROMETHEUS)}
     by_second = [second for step in steps for second in step.seconds]
@@ -207,7 +226,9 @@ def _step(service: Service, named: Row, requests: Sequence[Request], seconds: fl
         sample["at_s"] -= begun_s
     length_s = window.closed_s - begun_s
     second_half = Window(window.answers, begun_s + length_s / 2, window.closed_s)
-    return Step(named, length_s, measure(second_half).itl_ms_p95, [named | sample for sample in samples])
+    return Step(
+        named, window.answers, length_s, measure(second_half).itl_ms_p95, [named | sample for sample in samples]
+    )
 
 
 def _sample(service: Service, over: threading.Event, samples: list[Row], acts: Acts) -> None:

@@ -10,26 +10,39 @@ from cli.options import ConfigFile, JsonFile, Prompts
 from cli.serve import check_startable
 from treeline.config_file import load_config
 
+ACCEPTANCE = "0.72,0.12,0.05,0.03"
+"""Of `treeline simulate` (EAGLE3_LIKE): trees then pay at 4 streams, and their steps miss the objective."""
+
 
 def objectives(
     seconds: Annotated[float, typer.Option(min=0.1, help="Length of each of the ten steps of the load.")] = 40.0,
-    max_tokens: Annotated[int, typer.Option(min=8, help="Most tokens of each answer.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Most tokens of each answer.")] = 256,
+    acceptance: Annotated[
+        str, typer.Option(help="Of drafts, as in `bench sweep`; '' for those of the configured drafter.")
+    ] = ACCEPTANCE,
     prompts: Prompts = None,
     config: ConfigFile = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Start the service and a Prometheus, hold 1.3 times plain decoding's p95 at 4 streams, and stop Prometheus."""
+    """Miss 1.3 times plain decoding's p95 at 4 streams without an objective, hold it with one, and stop Prometheus."""
     from bench.common import OWN_PROMPTS, load_prompts, write_report
     from bench.service.objectives import run_objectives
+    from bench.synthetic import parse_acceptance
     from cli.terminal import number, show_table
 
+    drafts = parse_acceptance(acceptance) if acceptance else None
     loaded, asked = load_config(config), load_prompts(prompts or OWN_PROMPTS)
     check_startable(loaded)
-    rows, more = run_objectives(loaded, asked, seconds, max_tokens, lambda what: typer.echo(what, err=True))
+    rows, more = run_objectives(loaded, asked, seconds, max_tokens, drafts, lambda what: typer.echo(what, err=True))
     numbers = ("objective_ms", "p95_ms_clients", "p95_ms_prometheus", "settled_s", "swings")
     cells = [[row["arm"], str(row["streams"]), *(number(row[name]) for name in numbers)] for row in rows]
     show_table("Inter-token latency, 95th percentile", ["arm", "streams", *numbers], cells)
     typer.echo(f"seconds until plans rest on step records without Prometheus, and on it again: {more['outage']}")
     if json_file is not None:
-        described = {"seconds": seconds, "max_tokens": max_tokens, "treeline": loaded.model_dump(mode="json")}
+        described = {
+            "seconds": seconds,
+            "max_tokens": max_tokens,
+            "acceptance": acceptance,
+            "treeline": loaded.model_dump(mode="json"),
+        }
         write_report(json_file, described, rows, **more)

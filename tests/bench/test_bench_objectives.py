@@ -6,15 +6,25 @@ import json
 import time
 from contextlib import contextmanager
 
+import grpc
 import pytest
 from typer.testing import CliRunner
 
-from bench.load import End, Tokens
+from bench.common import Prompt
+from bench.load import Answer, End, Request, Tokens
+from bench.local_engine import encode
 from bench.service import objectives
+from bench.synthetic import parse_acceptance
 from cli.bench import objectives as command
 from cli.main import app
+from lm.store import load_tokenizer
+from planner.fast.builtin_plan import builtin_plan
 from planner.service.latency import PrometheusError
+from tests.verifier_svc.services import save_tiny_model, tiny_config
+from treeline.drafting import DraftRequest, DraftSequence, reply_from_proto, request_to_proto
+from treeline.sampling import SamplingParams
 from treeline.v1 import generation_pb2 as pb
+from treeline.v1.drafting_pb2_grpc import DraftingServiceStub
 
 TOKEN_S = 0.01
 
@@ -63,15 +73,36 @@ class ScriptedService:
         return pb.VerifierPlan(version=1, step_budget_s=0.03 if self.objective_s else None, signals=[signal])
 
 
+def test_a_synthetic_drafter_serves_what_the_target_said(tmp_path):
+    config, prompt = tiny_config(save_tiny_model(tmp_path)), Prompt("a", "", "one two three")
+    answers = [Answer(Request("a", prompt, 8, "off"), 0.0, list(range(10, end))) for end in (18, 12)]
+    tokens = [*encode(load_tokenizer(tmp_path), prompt), 10]
+    sequence = DraftSequence(1, 0, tokens, SamplingParams(), "chain:4", 4, 4, 1.0)
+    request = DraftRequest(1, builtin_plan(config.limits), [sequence])
+    with (
+        objectives.synthetic_drafter(config, parse_acceptance("1"), answers) as endpoint,
+        grpc.insecure_channel(endpoint) as channel,
+    ):
+        reply = next(DraftingServiceStub(channel).Draft(iter([request_to_proto(request)]), timeout=10))
+    assert reply_from_proto(reply, request, 260).forest.token_ids.tolist() == [11, 12, 13, 14]
+
+
 def test_the_command_steps_the_load_stops_prometheus_and_reports(tmp_path, monkeypatch):
     services, path = [], tmp_path / "report.json"
 
     @contextmanager
     def started(config, report):
         assert config.metrics.prometheus == "auto"
+        assert config.drafter.endpoints == (["synthetic:1"] if services else [])
         asked_ms = config.planner.objectives.inter_token_p95_ms
         services.append(ScriptedService(asked_ms and asked_ms / 1000))
         yield objectives.Service(services[-1], services[-1].plan, services[-1])
+
+    @contextmanager
+    def synthetic_drafter(config, acceptance, answers):
+        assert acceptance.ranks(1)[0] == 0.72
+        assert {tuple(answer.token_ids[:1]) for answer in answers} == {(1,)}
+        yield "synthetic:1"
 
     async def measured(url):
         if not services[-1].up:
@@ -79,6 +110,7 @@ def test_the_command_steps_the_load_stops_prometheus_and_reports(tmp_path, monke
         return {"a": {"inter_token_p95": TOKEN_S}, "b": {}}
 
     monkeypatch.setattr(objectives, "started", started)
+    monkeypatch.setattr(objectives, "synthetic_drafter", synthetic_drafter)
     monkeypatch.setattr(objectives, "measure_all", measured)
     monkeypatch.setattr(objectives, "SAMPLE_S", 0.02)
     monkeypatch.setattr(objectives.shutil, "which", lambda program: program)
@@ -93,7 +125,7 @@ def test_the_command_steps_the_load_stops_prometheus_and_reports(tmp_path, monke
     ] + [("outage", 16)]
     plain_ms = rows[2]["p95_ms_clients"]
     assert plain_ms >= 1000 * TOKEN_S
-    assert {row["objective_ms"] for row in rows} == {services[1].objective_s * 1000}
+    assert {row["objective_ms"] for row in rows} == {services[2].objective_s * 1000}
     assert rows[0]["objective_ms"] == pytest.approx(1.3 * plain_ms)
     assert all(row["p95_ms_prometheus"] == 1000 * TOKEN_S for row in rows[:-1])
     away = [second for second in report["seconds"] if second["source"] == "steps"]
