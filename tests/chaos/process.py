@@ -36,13 +36,14 @@ MAX_CONTEXT, CACHE_TOKENS = 512, 2048
 def prepare(folder: Path) -> None:
     """The model and the internal secret of a deployment."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_tiny_model(folder / "target")
+    save_tiny_model(folder / "target", hidden_size=64, num_attention_heads=8)  # int8 comes in groups of 32
     (folder / "secret").write_text("of-the-services\n")
 
 
 def config_of(folder: Path) -> Config:
-    """The target drafts for itself."""
-    model = {"model": str(folder / "target"), "dtype": "float32", "threads": 1}
+    """The target drafts for itself, by our kernels: oneDNN's would fill a cache of 100 MiB (`test_memory.py`), whose
+    growth would hide a leak for half an hour."""
+    model = {"model": str(folder / "target"), "dtype": "float32", "quantization": "int8", "threads": 1}
     return Config.model_validate(
         {
             "server": {"port": 0, "http": {"port": 0}, "resume_wait_s": RESUME_WAIT_S},

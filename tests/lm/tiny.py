@@ -73,8 +73,8 @@ def tiny_model(kind: str | PreTrainedConfig, seed: int = 0, dtype: torch.dtype =
     return model.to(dtype)
 
 
-def tiny_llama(seed: int = 0) -> PreTrainedModel:
-    return tiny_model("llama", seed)
+def tiny_llama(seed: int = 0, **sizes: int) -> PreTrainedModel:
+    return tiny_model(LlamaConfig(**_SHAPE | sizes), seed)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -30,9 +30,9 @@ from treeline.v1.generation_pb2_grpc import GenerationServiceStub
 from verifier_svc.service.server import VerifierServer
 
 
-def save_tiny_model(folder: Path, seed: int = 0) -> Path:
+def save_tiny_model(folder: Path, seed: int = 0, **sizes: int) -> Path:
     """A model folder such as a user would bring. Its greedy answers never end by themselves."""
-    hf = tiny_llama(seed)
+    hf = tiny_llama(seed, **sizes)
     hf.generation_config.eos_token_id = None
     hf.config.eos_token_id = None
     hf.save_pretrained(folder)
