@@ -1,6 +1,8 @@
 import asyncio
 import gc
+import platform
 import subprocess
+import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -214,6 +216,31 @@ def test_a_message_that_does_not_parse_is_an_invalid_argument(kind):
         return ends
 
     assert asyncio.run(scenario()) == [b"\x0a\x01a", grpc.StatusCode.INVALID_ARGUMENT]
+
+
+FAULTS = """
+import resource
+from treeline.rpc.channels import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        parts = [bytes(bytearray(3 << 20)) for _ in range(4)]
+        del parts
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+keep_freed_memory()
+faults()
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_memory_of_large_messages_is_used_again():
+    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=60)
+    before, after = map(int, run.stdout.split())
+    assert after < before / 10
 
 
 class Held:

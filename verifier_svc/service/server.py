@@ -18,7 +18,14 @@ from treeline.config import Config
 from treeline.errors import ConfigError
 from treeline.metrics import VerifierMetrics
 from treeline.plan import VerifierProfile
-from treeline.rpc.channels import Discover, add_standard_services, bind, new_server, reachable_host
+from treeline.rpc.channels import (
+    Discover,
+    add_standard_services,
+    bind,
+    keep_freed_memory,
+    new_server,
+    reachable_host,
+)
 from treeline.rpc.interceptors import SERVICE, CallInterceptor
 from treeline.step_record import StepRecord
 from treeline.telemetry.page import labelled, new_registry, serve_metrics
@@ -120,6 +127,7 @@ class VerifierServer:
         health_servicer = await add_standard_services(server, SERVICE)
         endpoint = bind(server, config.internal)
         await server.start()
+        keep_freed_memory()  # Not before: loading would leave holes.
         load_task = asyncio.create_task(_show_load(engine, metrics), name="verifier-load")
         logger.info("verifier of %s at %s, metrics at %s", model.name, endpoint, metrics_url)
         return cls(endpoint, metrics_port, server, health_servicer, engine, link, watcher, reporter, load_task)
