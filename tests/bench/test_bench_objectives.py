@@ -100,7 +100,7 @@ def test_the_command_steps_the_load_stops_prometheus_and_reports(tmp_path, monke
 
     @contextmanager
     def synthetic_drafter(config, acceptance, answers):
-        assert acceptance.ranks(1)[0] == 0.72
+        assert acceptance[0][0] == 0.72
         assert {tuple(answer.token_ids[:1]) for answer in answers} == {(1,)}
         yield "synthetic:1"
 

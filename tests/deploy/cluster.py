@@ -80,6 +80,15 @@ class Deployed:
         command += ["--address", f"http://127.0.0.1:{self._dashboard_port}", str(path)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
 
+    def scale(self, section: str, replicas: int | dict[str, int], **settings: Any) -> None:
+        """`deploy` with so many replicas, or a range of them."""
+        self.deploy(section, resources=self._config[section]["resources"] | {"replicas": replicas}, **settings)
+
+    @property
+    def target(self) -> dict[str, Any]:
+        """The verifiers' model."""
+        return self._config["verifier"]["target"]
+
     def replicas(self, service: str) -> list[int]:
         """The process ids of a service's replicas."""
         handle = serve.get_deployment_handle(service, f"treeline-{service}")
@@ -92,6 +101,15 @@ class Deployed:
         with urlopen(f"http://127.0.0.1:{self.http_port}/metrics", timeout=5) as answer:
             lines = answer.read().decode().splitlines()
         return int(float(next(x.split()[1] for x in lines if x.startswith("treeline_front_door_verifiers "))))
+
+    def drafter_sessions(self) -> list[int]:
+        """How many requests each drafter drafts for."""
+        from urllib.request import urlopen
+
+        targets = serve.get_deployment_handle("drafter", "treeline-drafter").broadcast("metrics_target")
+        pages = [urlopen(f"http://{target}/metrics", timeout=5) for target in targets.results(timeout_s=10)]
+        lines = [line for page in pages for line in page.read().decode().splitlines()]
+        return [int(float(line.split()[1])) for line in lines if line.startswith("treeline_drafter_sessions ")]
 
     def lose_node_of(self, pid: int) -> None:
         """End the raylet, without a warning, of the node that a replica's process runs on."""
@@ -124,8 +142,8 @@ def until(condition: Callable[[], bool], what: str) -> float:
 class Streams:
     """Clients that stream the same answer over and over, and count what comes out."""
 
-    def __init__(self, port: int, expected: str) -> None:
-        self._client, self._expected = TreelineClient(f"127.0.0.1:{port}"), expected
+    def __init__(self, port: int, expected: str, policy: str | None = None) -> None:
+        self._client, self._expected, self._policy = TreelineClient(f"127.0.0.1:{port}"), expected, policy
         self.whole, self.refused, self.problems = 0, 0, list[str]()
         self._most = 0
         self._threads: list[threading.Thread] = []
@@ -153,7 +171,7 @@ class Streams:
         while place < self._most:
             text = ""
             try:
-                for longer in growing(self._client):
+                for longer in growing(self._client, self._policy):
                     text = longer
             except TreelineError as error:
                 if text or not isinstance(error, UnavailableError):
@@ -185,7 +203,7 @@ def deployed(folder: Path) -> Iterator[Deployed]:
     dashboard_port = free_port()
     head = {
         "num_cpus": 2,
-        "resources": {"base": 2, "doors": 1},
+        "resources": {"base": 3, "doors": 1},
         "include_dashboard": True,
         "dashboard_port": dashboard_port,
         "_system_config": DEATH,

@@ -94,6 +94,33 @@ def test_a_front_door_that_is_lost_with_its_node_comes_back_on_another(service, 
     report("front door back, next answers", [(back_s, streams.go_on())], streams)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_drafters_follow_the_time_that_verifiers_wait_for_them(service):
+    """With long drafts two verifiers wait for one drafter; short ones of one stream leave it idle."""
+    *_, expected = growing(TreelineClient(f"127.0.0.1:{service.port}"), "off")
+    before = service.replicas("drafter")
+    service.scale("verifier", 2)
+    service.scale(
+        "drafter", {"min": 1, "max": 2, "up_after_s": 0, "down_after_s": 2}, kind="model", model=service.target
+    )
+    until(lambda: service.replicas("drafter") not in ([], before) and service.verifiers() == 2, "two verifiers")
+    busy, calm = Streams(service.port, expected, "chain:8"), Streams(service.port, expected, "chain:1")
+    busy.run(STREAMS)
+    up_s = until(lambda: len(service.drafter_sessions()) == 2, "a second drafter")
+    shared_s = until(lambda: min(service.drafter_sessions()) > 0, "a verifier that drafts with it")
+    calm.run(1)
+    busy.stop()
+    down_s = until(lambda: len(service.replicas("drafter")) == 1, "one drafter again")
+    calm.go_on()
+    until(lambda: service.drafter_sessions() == [1], "drafts of the one that is left")
+    calm.stop()
+    report("scale up, shared, scale down", [(up_s, shared_s, down_s)], busy)
+    for streams in (busy, calm):
+        assert streams.whole
+        assert not streams.problems
+
+
 def redeploy(service: Deployed, **settings: int) -> float:
     """Change the verifiers' settings. Returns the seconds until new ones run."""
     before = set(service.replicas("verifier"))
