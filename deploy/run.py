@@ -21,6 +21,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Ray's node connects to its object store before that listens, and by default waits a second before it tries again.
 os.environ.setdefault("RAY_raylet_client_connect_timeout_milliseconds", "20")
 os.environ.setdefault("RAY_raylet_client_num_connect_attempts", "500")
+# A new replica's first answer may take longer than 0.1 s, of which Serve's router would warn.
+os.environ.setdefault("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "1")
 
 import ray
 from ray import serve
