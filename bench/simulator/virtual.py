@@ -140,8 +140,9 @@ class FakeModel:
         keys, firsts, counts, tokens, depths = [], [], [], list[int](), []
         for sequence in sequences:
             cache, new = sequence.cache, sequence.token_ids
-            if cache.length + cache.scratch == 0:
-                self._keys[cache] = _key(new)
+            start = cache.length + cache.scratch
+            if start < KEY_TOKENS:  # a prompt may come in chunks
+                self._keys[cache] = _key(new, start) + (self._keys[cache] if start else 0)
             if sequence.logits == "none":
                 continue
             wanted = new if sequence.logits == "all" else new[-1:]
@@ -210,9 +211,9 @@ class FakeDraftModel(FakeModel):
         return logits
 
 
-def _key(prompt: list[int]) -> int:
-    """The number that the first tokens of a prompt spell."""
-    return sum(token * VOCAB**place for place, token in enumerate(prompt[:KEY_TOKENS]))
+def _key(tokens: list[int], start: int) -> int:
+    """What these tokens, from place `start` of a prompt on, add to the number that its first tokens spell."""
+    return sum(token * VOCAB**place for place, token in enumerate(tokens[: KEY_TOKENS - start], start))
 
 
 def prompt_of(key: int, tokens: int) -> list[int]:

@@ -79,6 +79,20 @@ def test_a_pass_takes_what_the_curve_says_whatever_it_carries():
     assert clock() == pytest.approx(2.0 + 0.03, rel=0.1)
 
 
+def test_a_prompt_is_the_same_text_whole_and_in_chunks():
+    """Else the drafter, which runs it whole, drafts for another text, and no draft is ever accepted."""
+    target = FakeTarget(FakeText(EAGLE3_LIKE, 0), VirtualClock(), CostModel((STEEP,)), seed=0)
+    cache, prompt, said = target.new_cache(1024, 16), prompt_of(4242, 40), []
+    for chunks in ([prompt], [prompt[:1], prompt[1:3], prompt[3:]]):
+        room = cache.allocate(64)
+        assert room is not None
+        for chunk in chunks:
+            logits = target.forward([PackedSequence(room, chunk, logits="last")], cache)
+            cache.commit([(room, list(range(len(chunk))))])
+        said.append(int(logits.argmax()))
+    assert said[0] == said[1]
+
+
 @pytest.mark.parametrize("policy", ["chain:3", "eagle2:3,3,8", "smart"])
 def test_every_policy_gets_the_same_text(policy):
     def answer(policy: str) -> list[int]:
