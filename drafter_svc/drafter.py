@@ -162,12 +162,17 @@ def build_drafter(
     else:
         return TreeDrafter(DrafterInfo("none"), config.max_sessions, None)
     if vocabulary_sha256 is not None and info.vocabulary_sha256 != vocabulary_sha256:
-        raise ConfigError(
-            f"the draft model {info.name} has another vocabulary (sha256 {info.vocabulary_sha256[:12]}) "
-            f"than the target (sha256 {vocabulary_sha256[:12]}); a drafter needs the target's tokenizer"
-        )
+        raise another_vocabulary(info, f"sha256 {vocabulary_sha256[:12]}")
     layer_s, node_s = proposer.measure()
     return TreeDrafter(replace(info, layer_s=layer_s, node_s=node_s), config.max_sessions, proposer)
+
+
+def another_vocabulary(info: DrafterInfo, target: str) -> ConfigError:
+    """What is wrong with a drafter whose vocabulary is not the target's. `target`: its name, or its digest."""
+    return ConfigError(
+        f"the draft model {info.name} has another vocabulary (sha256 {info.vocabulary_sha256[:12]}) "
+        f"than the target ({target}); a drafter needs the target's tokenizer"
+    )
 
 
 def find_head(config: DrafterConfig, target: ModelConfig) -> Path | None:

@@ -14,13 +14,12 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health
 
-from drafter_svc.drafter import DrafterInfo, TreeDrafter, build_drafter
+from drafter_svc.drafter import DrafterInfo, TreeDrafter, another_vocabulary, build_drafter
 from lm.store import has_vocabulary, resolve_model
 from planner.fast.builtin_plan import builtin_plan
 from planner.policies import parse_policy
 from treeline.config import DEFAULT_MODEL, Config, LimitsConfig
 from treeline.drafting import MAX_DRAFT_MESSAGE_BYTES, DraftReply, DraftRequest, reply_to_proto, request_from_proto
-from treeline.errors import ConfigError
 from treeline.messages import to_message
 from treeline.metrics import DrafterMetrics
 from treeline.plan import Plan
@@ -259,6 +258,6 @@ def _build(config: Config) -> TreeDrafter:
     sha256 = built.info.vocabulary_sha256
     here = target.model == DEFAULT_MODEL or Path(target.model).expanduser().exists()
     if sha256 and here and not has_vocabulary(resolve_model(target.model), sha256):
-        raise ConfigError(f"the draft model {built.info.name} has another vocabulary than the target {target.model}")
+        raise another_vocabulary(built.info, target.model)
     built.warm_up(builtin_plan(config.limits))
     return built

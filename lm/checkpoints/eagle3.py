@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-
+from lm.checkpoints.headers import tensor_shapes
 from treeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -139,8 +138,7 @@ def check_files(folder: Path) -> list[Path]:
         raise ConfigError(f"cannot load the draft head {folder}: {more}")
     shapes: dict[str, list[int]] = {}
     for path in files:
-        with safe_open(path, "np") as file:
-            shapes |= {_name(name): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        shapes |= {_name(name): shape for name, shape in tensor_shapes(path).items()}
     if "layers.0.hidden_norm.weight" not in shapes:
         outputs, inputs = shapes.get("fc.weight", (0, 0))
         eagle_1 = outputs > 0 and inputs == 2 * outputs

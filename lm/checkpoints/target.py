@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lm.checkpoints.headers import tensor_shapes
 from treeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,13 +59,13 @@ def output_rows(folder: Path, shape: TargetShape) -> Tensor:
 def _plainly(folder: Path, name: str, shape: TargetShape, layer_of: Callable[[PreTrainedModel], Any]) -> Tensor:
     """The one tensor that ends in `name` and has the right shape, else the weight of `layer_of`. The rest of the files
     is not even read."""
+    files = sorted(folder.glob("*.safetensors"))
+    shapes = {(path, key): told for path in files for key, told in tensor_shapes(path).items()}
     wanted = [shape.vocab_size, shape.hidden_size]
-    found = [
-        (path, key) for path, key in _keys(folder) if f".{key}".endswith(f".{name}") and _shape(path, key) == wanted
-    ]
+    found = [place for place, told in shapes.items() if told == wanted and _ends(place[1], name)]
     if len(found) != 1:
         names = _names(folder, layer_of)
-        found = [(path, key) for path, key in _keys(folder) if any(f".{key}".endswith(f".{each}") for each in names)]
+        found = [place for place in shapes if any(_ends(place[1], each) for each in names)]
         if not found:
             raise ConfigError(f"the weights of {folder} have no tensor {min(names)}")
     path, key = found[0]
@@ -72,17 +73,9 @@ def _plainly(folder: Path, name: str, shape: TargetShape, layer_of: Callable[[Pr
         return file.get_tensor(key)
 
 
-def _keys(folder: Path) -> list[tuple[Path, str]]:
-    found = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found += [(path, key) for key in file.keys()]  # noqa: SIM118  (a handle is no mapping)
-    return found
-
-
-def _shape(path: Path, key: str) -> list[int]:
-    with safe_open(path, "pt") as file:
-        return file.get_slice(key).get_shape()
+def _ends(key: str, name: str) -> bool:
+    """Whether a tensor's dotted name ends in these parts."""
+    return f".{key}".endswith(f".{name}")
 
 
 def _names(folder: Path, layer_of: Callable[[PreTrainedModel], Any]) -> set[str]:

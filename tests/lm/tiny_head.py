@@ -51,7 +51,7 @@ def tiny_head(hf: PreTrainedModel, seed: int = 0) -> DraftHead:
     return DraftHead("tiny-head", tiny_head_module(hf, seed), embedding, output, tiny_draft_ids())
 
 
-class _Dense:
+class CausalAttention:
     """Plain causal attention over one sequence."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
@@ -74,7 +74,7 @@ def reference_logits(hf: PreTrainedModel, tokens: list[int], path: list[int], fi
     run = [*tokens[first:], *path]
     for known in range(len(tokens) - first, len(run) + 1):
         inputs = embedding(torch.tensor(run[:known]))[None]
-        out, final = module(inputs, states[None, :known], torch.arange(known)[None], _Dense())
+        out, final = module(inputs, states[None, :known], torch.arange(known)[None], CausalAttention())
         states = torch.cat((states[:known], out[0, -1:]))
     return output(final[0, -1])
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from lm.attention import AttentionOptions
 from lm.checkpoints.eagle3 import HeadConfig
 from lm.layers.head_layer import HeadLayer, Rotary, rotary_of
+from tests.lm.tiny_head import CausalAttention
 
 SIZE, INNER, HEADS, KV_HEADS, DIM, TOKENS = 32, 64, 4, 2, 8, 6
 ROPE = {"rope_type": "default", "rope_theta": 5000.0}
@@ -22,17 +22,6 @@ ROPE = {"rope_type": "default", "rope_theta": 5000.0}
 def head_config(qk_norm: bool, rope: dict[str, Any]) -> HeadConfig:
     shape = (SIZE, INNER, HEADS, KV_HEADS, DIM, 1e-5, rope, (1,), SIZE, 100, 100)
     return HeadConfig(*shape, qk_norm=qk_norm)
-
-
-class Causal:
-    """Plain attention over one sequence."""
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
-        q, k, v = (part.transpose(0, 1) for part in (query, key, value))
-        mixed = nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=options.scale, enable_gqa=True
-        )
-        return mixed.transpose(0, 1)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +59,10 @@ def test_the_layer_computes_what_transformers_does_with_two_states_side_by_side(
     attended, _ = theirs.self_attn(inputs, LlamaRotaryEmbedding(shape)(hidden, positions), None)
     after = hidden + attended
     wanted = after + theirs.mlp(theirs.post_attention_layernorm(after))
-    mixed = layer.mix(inputs, hidden, rotary(hidden, positions), Causal())
+    mixed = layer.mix(inputs, hidden, rotary(hidden, positions), CausalAttention())
     torch.testing.assert_close(mixed, wanted, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(layer.mix(inputs, hidden, rotary(hidden, positions), Causal()), wanted)
+        torch.testing.assert_close(layer.mix(inputs, hidden, rotary(hidden, positions), CausalAttention()), wanted)
 
 
 def test_angles_stay_precise_in_bfloat16():
