@@ -28,7 +28,6 @@ from treeline.rpc.tokens import TokenFile
 from treeline.v1 import generation_pb2 as pb
 
 PAGE = Path(__file__).parent.parent / "page"
-HANDLED = (TreelineError, grpc.aio.AioRpcError, HTTPException, RequestValidationError)
 PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'; img-src data:; style-src 'self' 'unsafe-inline'"}
 
 
@@ -41,8 +40,7 @@ def create_app(
     access: AccessLog,
 ) -> FastAPI:
     """The HTTP application. With `tokens`, all but `OPEN_PATHS` ask for one of them as a bearer token."""
-    handlers: dict[Any, Any] = dict.fromkeys(HANDLED, _refused)
-    app = FastAPI(title="Treeline", docs_url=None, redoc_url=None, exception_handlers=handlers)
+    app = FastAPI(title="Treeline", docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
     app.add_middleware(Guard, tokens=tokens, max_body_bytes=max_body_bytes, access=access)
     app.mount("/page", StaticFiles(directory=PAGE))
     _serve_models(app, door)
@@ -115,22 +113,32 @@ def _serve_operators(app: FastAPI, door: FrontDoor, registry: CollectorRegistry,
         return [{"targets": sorted(found[service]), "labels": {"service": service}} for service in found]
 
 
-async def _refused(request: Request, error: Any) -> Response:
-    """The answer where a call ended with one of HANDLED."""
-    match error:
-        case grpc.aio.AioRpcError():
-            return failed(from_rpc_error(error))
-        case HTTPException():
-            return ErrorResponse(HTTPStatus(error.status_code), str(error.detail))
-        case RequestValidationError():
-            return _malformed(request, error.errors()[0])
+async def _refused(request: Request, error: TreelineError) -> Response:
     return failed(error)
 
 
-def _malformed(request: Request, first: dict[str, Any]) -> Response:
+async def _refused_upstream(request: Request, error: grpc.aio.AioRpcError) -> Response:
+    return failed(from_rpc_error(error))
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    return ErrorResponse(HTTPStatus(error.status_code), str(error.detail))
+
+
+async def _malformed(request: Request, error: RequestValidationError) -> Response:
+    first = error.errors()[0]
     match first:
         case {"type": "json_invalid", "loc": ("body", int(place)), "ctx": {"error": why}}:
             sent = f"it came as {request.state.sent_as}, {JSON} is wanted"
             return ErrorResponse(HTTPStatus.BAD_REQUEST, f"body: not JSON ({why} at character {place}); {sent}")
     field = ".".join(str(part) for part in first["loc"][1:])
     return ErrorResponse(HTTPStatus.BAD_REQUEST, f"{field or 'body'}: {first['msg']}", field or None)
+
+
+HANDLERS: dict[Any, Any] = {
+    TreelineError: _refused,
+    grpc.aio.AioRpcError: _refused_upstream,
+    HTTPException: _http_error,
+    RequestValidationError: _malformed,
+}
+"""What answers a call that ended with such an error."""
