@@ -130,7 +130,8 @@ def kernel_constants(
         "QUERY_TOKENS": QUERY_TOKENS,
         "WORDS": WORDS,
         "CAPPED": capped,
-        "num_warps": 8 if rows * row_bytes > MANY_BYTES else 4,
+        # Products of float32 keep their factors in registers too.
+        "num_warps": 8 if rows * row_bytes > MANY_BYTES or element_bytes == 4 else 4,
         "num_stages": 2,
     }
 
