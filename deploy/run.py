@@ -18,6 +18,8 @@ from typing import Any, cast
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
 os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# A thread that asks Ray something while Ray stops would start another one.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 # Ray's node connects to its object store before that listens, and by default waits a second before it tries again.
 os.environ.setdefault("RAY_raylet_client_connect_timeout_milliseconds", "20")
 os.environ.setdefault("RAY_raylet_client_num_connect_attempts", "500")

@@ -11,6 +11,8 @@ import pytest
 
 # Two workers share two cores, and OpenMP threads that wait for each other spin. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A thread of Ray Serve that asks a Ray which stops would start another one. Read when ray is imported.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 import tests.lm.interpreter  # noqa: F401  # before any test imports Triton's kernels
 

@@ -35,7 +35,7 @@ def _problem() -> str:
 
     def ask() -> None:
         try:
-            get_session().head(constants.ENDPOINT, timeout=ANSWER_S)
+            get_session().head(constants.ENDPOINT, timeout=2 * ANSWER_S)  # the wait below ends first
             found[0] = ""
         except Exception as error:  # of the name, the connection, its certificate, a proxy, or offline mode
             found[0] = f"{constants.ENDPOINT}: {error}"
