@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -32,9 +33,12 @@ EXTRA_RPCS = 256
 SERVING_CHECK_INTERVAL_S = 0.1
 HEALTH_TIMEOUT_S = 1.0
 """For telling those who watch health of a stop: one of them may not read."""
-DRAINING_NOTICE_S = 0.1
-"""Some round trips. gRPC's core ends calls that reach a stopping server with CANCELLED, which clients need not retry.
-Those who hear of the stop have this long to go elsewhere; those who call meanwhile are told UNAVAILABLE."""
+QUIET_TURNS, QUIET_TURN_S = 10, 0.01
+"""Some round trips without a call. gRPC's core ends calls that reach a stopping server with CANCELLED, which clients
+need not retry: first, those who still call are told UNAVAILABLE. In turns, as a busy machine may stop this process for
+longer than all of them, and calls pile up meanwhile."""
+NOTICE_S = 1.0
+"""Longest time for that: there may always be one who calls."""
 
 
 async def no_pages() -> dict[str, list[str]]:
@@ -148,6 +152,13 @@ class FrontDoorServer:
         self._showing.cancel()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._health.enter_graceful_shutdown(), HEALTH_TIMEOUT_S)
-        await asyncio.sleep(DRAINING_NOTICE_S)
+        await self._until_nobody_calls(min(grace_s, NOTICE_S))
         await asyncio.gather(self._server.stop(grace_s), *([self.http.stop(grace_s)] if self.http else []))
         await self._door.pool.stop()
+
+    async def _until_nobody_calls(self, within_s: float) -> None:
+        deadline_s, quiet_turns = time.monotonic() + within_s, 0
+        while quiet_turns < QUIET_TURNS and time.monotonic() < deadline_s:
+            turned_away = self._door.turned_away
+            await asyncio.sleep(QUIET_TURN_S)
+            quiet_turns = quiet_turns + 1 if self._door.turned_away == turned_away else 0

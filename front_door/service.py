@@ -36,12 +36,13 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
         self.pool, self._log_prompts = pool, log_prompts
         self._clients = clients
         self._resume_wait_s = resume_wait_s
-        self.draining = False
+        self.draining, self.turned_away = False, 0  # requests, while draining
         self._open: set[tuple[str, str]] = set()
         """Client and request id: what one client chooses is nobody else's business."""
 
     async def Generate(self, request: pb.GenerateRequest, context: Call) -> AsyncIterator[pb.GenerateResponse]:
         if self.draining:
+            self.turned_away += 1
             raise DrainingError("this front door is shutting down")
         identify(request)
         client, address, resumes = self._clients.of(context), address_of(context), request.HasField("resume")

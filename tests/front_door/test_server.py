@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+import time
 import urllib.request
 
 import grpc
@@ -158,6 +159,22 @@ def test_stopping_lets_running_streams_end_and_takes_no_new_ones():
         return refused.code(), len(chunks)
 
     assert with_front_door(scenario, FakeEngine(step_s=0.05)) == (grpc.StatusCode.UNAVAILABLE, 10)
+
+
+def test_calls_that_pile_up_while_it_stops_are_told_to_go_elsewhere():
+    """The event loop is blocked while they come, as on a busy machine: the core ends what it takes no more by CANCELLED."""
+
+    async def scenario(s):
+        await collect(s.stub.Generate(request()))
+        stopping = asyncio.create_task(s.door.stop(grace_s=5))
+        await until(lambda: s.door._door.draining)
+        calls = [s.stub.Generate(request()) for _ in range(100)]
+        asyncio.get_running_loop().call_later(0.02, time.sleep, 0.2)
+        codes = {(await failure(call)).code() for call in calls}
+        await stopping
+        return codes
+
+    assert with_front_door(scenario, FakeEngine()) == {grpc.StatusCode.UNAVAILABLE}
 
 
 def test_model_info_tokenize_and_reflection():
