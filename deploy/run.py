@@ -23,6 +23,8 @@ os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 # Ray's node connects to its object store before that listens, and by default waits a second before it tries again.
 os.environ.setdefault("RAY_raylet_client_connect_timeout_milliseconds", "20")
 os.environ.setdefault("RAY_raylet_client_num_connect_attempts", "500")
+# Ray gives its workers the priority of batch jobs (nice 15): beside a busy process, a token took seconds.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # A new replica's first answer may take longer than 0.1 s, of which Serve's router would warn.
 os.environ.setdefault("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "1")
 

@@ -162,7 +162,7 @@ def test_stopping_lets_running_streams_end_and_takes_no_new_ones():
 
 
 def test_calls_that_pile_up_while_it_stops_are_told_to_go_elsewhere():
-    """The event loop is blocked while they come, as on a busy machine: the core ends what it takes no more by CANCELLED."""
+    """The event loop is blocked while they come, as on a busy machine. What it takes no more would be CANCELLED."""
 
     async def scenario(s):
         await collect(s.stub.Generate(request()))
