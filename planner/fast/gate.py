@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.fast.step_prices import StepPrices
-from treeline.plan import CostModel
 
 WINDOW_REQUESTS = 32
 """Trees that the gate remembers: 2 steps of 16 streams, or 16 probes. With fewer it follows single texts; with more it
@@ -69,14 +68,14 @@ class DraftGate:
         self._credit_s = 0.0  # what probes may spend; negative: what working time must earn first
         self._paused_until_s = 0.0
 
-    def decide(self, requests: int, prices: StepPrices, cost: CostModel, now_s: float) -> Decision:
+    def decide(self, requests: int, prices: StepPrices, now_s: float) -> Decision:
         """For how many of the `requests` to draft in this step."""
         if now_s < self._paused_until_s:
             return Decision(0, "the drafter was late: drafting is paused")
         probed = min(requests, PROBE_REQUESTS)
         if not self._offers:
             return Decision(probed, "first drafts")
-        draft_s = self._draft_s(requests, prices, cost)
+        draft_s = self._draft_s(requests, prices)
         scale = requests / self._requests
         nodes = np.arange(len(self._gains), dtype=np.float64) * scale
         nodes = nodes[nodes <= prices.nodes_within_budget(draft_s, prices.base_tokens)]
@@ -88,7 +87,7 @@ class DraftGate:
         # A step with prefill is slow already.
         if (self._probing or self._credit_s >= 0) and not prices.prompt_tokens:
             self._probing = True
-            return Decision(probed, "probing", self._draft_s(probed, prices, cost))
+            return Decision(probed, "probing", self._draft_s(probed, prices))
         return Decision(0, f"drafting would lose {-gain:.1f} of {prices.sequences} tokens")
 
     def drafted(self, offer: Offer, draft_s: float, catching_up: bool) -> None:
@@ -120,11 +119,11 @@ class DraftGate:
         """A step took this long: probes earn their share of it."""
         self._credit_s = min(0.0, self._credit_s + PROBE_SHARE * step_s)
 
-    def _draft_s(self, requests: int, prices: StepPrices, cost: CostModel) -> float:
+    def _draft_s(self, requests: int, prices: StepPrices) -> float:
         """Predicted seconds of drafting for so many requests, with the recent mean width and depth, cut to the step's
         budget."""
         layers = sum(len(offer.layer_nodes) for offer in self._offers) / len(self._offers)
         nodes = sum(sum(offer.layer_nodes) for offer in self._offers) / self._requests
-        cut = min(1.0, prices.layers_within_budget(cost) / max(1.0, layers))
+        cost, cut = prices.cost, min(1.0, prices.layers_within_budget / max(1.0, layers))
         own_s = (cost.draft_sequence_s + cost.draft_node_s * nodes * cut) * requests
         return cost.draft_round_trip_s + cost.draft_layer_s * layers * cut + own_s

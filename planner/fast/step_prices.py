@@ -26,7 +26,7 @@ class StepPrices:
         prompt_tokens: prompt tokens of the step, as decoded tokens of the same cost.
         startable: Q, requests that could start when the step ends.
         wait_cost: what these and the prompts of the step lose while it runs, in decoding requests; Q by default.
-        overhead_s: what a step takes besides drafting and the pass.
+        cost: the plan's.
         seconds: float64 [n]; of a pass over 0 .. n - 1 tokens, roots, nodes and prompt tokens alike.
         budget_s: longest step that draft nodes may make.
     """
@@ -35,7 +35,7 @@ class StepPrices:
     prompt_tokens: int
     startable: int
     wait_cost: float
-    overhead_s: float
+    cost: CostModel
     seconds: NDArray[np.float64]
     budget_s: float = math.inf
 
@@ -61,8 +61,12 @@ class StepPrices:
         most = sequences + prompt_tokens + max_nodes
         seconds = verify_seconds(plan.cost, max(1, sequences), context_tokens, most)
         wait_cost = waiting_cost(plan.wait_factor, startable, prompts)
-        overhead_s = plan.cost.step_overhead_s
-        return cls(sequences, prompt_tokens, startable, wait_cost, overhead_s, seconds, plan.step_budget_s)
+        return cls(sequences, prompt_tokens, startable, wait_cost, plan.cost, seconds, plan.step_budget_s)
+
+    @property
+    def overhead_s(self) -> float:
+        """What a step takes besides drafting and the pass."""
+        return self.cost.step_overhead_s
 
     @property
     def base_tokens(self) -> int:
@@ -98,12 +102,13 @@ class StepPrices:
         left_s = self.budget_s - draft_s - self.overhead_s
         return max(0, int(self.seconds[base_tokens:].searchsorted(left_s, side="right")) - 1)
 
-    def layers_within_budget(self, cost: CostModel) -> int:
+    @cached_property
+    def layers_within_budget(self) -> int:
         """Most draft layers, at least one, with which the step keeps its budget while it verifies a node of each layer
         for each sequence: deeper drafts take the seconds that their nodes would need."""
         if self.budget_s == math.inf:
             return MAX_TREE_DEPTH
-        layers = np.arange(1, MAX_TREE_DEPTH + 1)
+        cost, layers = self.cost, np.arange(1, MAX_TREE_DEPTH + 1)
         layer_s = cost.draft_layer_s + cost.draft_node_s * self.sequences
         draft_s = cost.draft_round_trip_s + cost.draft_sequence_s * self.sequences + layer_s * layers
         tokens = np.minimum(self.base_tokens + self.sequences * layers, len(self.seconds) - 1)

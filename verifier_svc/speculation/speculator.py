@@ -97,7 +97,7 @@ class Speculator:
             self.exchange.release(plan)
             return self._looked_up(batch, requests, depths, decision.reason)
         asked = [batch.decoding[place] for place in places]
-        layers = batch.prices.layers_within_budget(plan.cost)
+        layers = batch.prices.layers_within_budget
         limits = [
             (self._nodes(s, plan), min(depths[place], layers) if s.policy.priced else depths[place])
             for place, s in zip(places, asked, strict=True)
@@ -137,7 +137,7 @@ class Speculator:
         priced = [place for place in wanting if decoding[place].policy.priced]
         if not priced:
             return wanting, Decision(0)
-        decision = self.gate.decide(len(priced), batch.prices, batch.plan.cost, self._clock())
+        decision = self.gate.decide(len(priced), batch.prices, self._clock())
         if decision.requests < len(priced):
             # A probe is cheapest with the requests that have the least to catch up with.
             priced.sort(key=lambda place: decoding[place].behind_tokens)

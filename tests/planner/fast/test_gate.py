@@ -31,7 +31,7 @@ def gate_that_saw(gains: np.ndarray, requests: int = 1) -> DraftGate:
 def drafts(gate: DraftGate, cost: CostModel, requests: int = 1, waiting: int = 0) -> int:
     """For how many requests it would draft."""
     prices = prices_of(plan_with(cost), requests, startable=waiting)
-    return gate.decide(requests, prices, cost, 0.0).requests
+    return gate.decide(requests, prices, 0.0).requests
 
 
 def test_drafting_pays_exactly_while_its_goodput_is_above_plain_decodings():
@@ -60,7 +60,7 @@ def test_drafting_that_the_step_budget_has_no_room_for_is_left_out():
     """A plain pass takes 30.5 ms, drafting 14 ms as before, 6 ms with one layer."""
     for budget_s, requests in ((0.05, 1), (0.04, 1), (0.036, 0)):
         prices = prices_of(plan_with(IDLE, step_budget_s=budget_s), 1)
-        assert gate_that_saw(WORTHY).decide(1, prices, IDLE, 0.0).requests == requests
+        assert gate_that_saw(WORTHY).decide(1, prices, 0.0).requests == requests
 
 
 @dataclass
@@ -76,7 +76,7 @@ class World:
         self.draft_s, asked, until_s = 0.0, [], self.now_s + seconds
         prices = prices_of(plan_with(cost), sequences)
         while self.now_s < until_s:
-            decision = self.gate.decide(sequences, prices, cost, self.now_s)
+            decision = self.gate.decide(sequences, prices, self.now_s)
             asked.append(requests := decision.requests)
             step_s = 0.03
             if requests:
@@ -121,8 +121,8 @@ def test_a_step_that_carries_a_prompt_is_not_probed():
     gate = gate_that_saw(WORTHY, 16)
     gate.worked(1000.0)
     prices = prices_of(plan_with(SATURATED), 32, prompt_tokens=16)
-    assert not gate.decide(32, prices, SATURATED, 0.0).requests
-    assert gate.decide(32, prices_of(plan_with(SATURATED), 32), SATURATED, 0.0).reason == "probing"
+    assert not gate.decide(32, prices, 0.0).requests
+    assert gate.decide(32, prices_of(plan_with(SATURATED), 32), 0.0).reason == "probing"
 
 
 def test_what_drafting_a_crowd_took_hardly_puts_off_the_next_probe():
@@ -155,13 +155,13 @@ def test_a_drafter_that_is_late_is_left_alone_for_longer_each_time():
     for _ in range(4):
         gate.late(1.0, now_s)
         asked_s = now_s
-        while not gate.decide(1, prices, IDLE, now_s).requests:
+        while not gate.decide(1, prices, now_s).requests:
             now_s += 0.1
         waits.append(now_s - asked_s)
     assert waits == pytest.approx([2, 4, 8, 16], abs=0.2)
     gate.drafted(offer(WORTHY, 1), 0.01, False)
     assert gate.lates == 0
-    assert gate.decide(1, prices, IDLE, now_s).requests == 1
+    assert gate.decide(1, prices, now_s).requests == 1
     for _ in range(20):
         gate.late(1.0, now_s)
     assert gate.lates == MAX_DOUBLINGS

@@ -18,4 +18,4 @@ def test_drafts_are_as_deep_as_a_node_of_each_layer_and_request_fits(budget_ms, 
     cost = linear_cost(0.03, 0.001, draft_round_trip_s=0.001, draft_sequence_s=0.001, draft_layer_s=0.002,
                        draft_node_s=0.00025)  # fmt: skip
     prices = prices_of(plan_with(cost, step_budget_s=budget_ms / 1000), 4)
-    assert prices.layers_within_budget(cost) == layers
+    assert prices.layers_within_budget == layers
