@@ -69,7 +69,8 @@ class CostModel:
         draft_sequence_s: per drafted request, whatever its tree: messages, prompt lookup, pruning.
         draft_layer_s: d0, per tree layer.
         draft_node_s: d1, per node of a layer.
-        step_overhead_s: C_step, the part of a step that is neither drafting nor verification.
+        step_overhead_s: C_step, the part of a step without trees that is not verification.
+        lookup_s: what trees of prompt lookup alone add to it.
         node_s: recent threshold of a verified node: the gain of the best one left out, in seconds at the price.
         prompt_ratio: cost of a prompt token over that of a decoded one, which needs logits.
         paper: the fit of the `smart-paper` policy, if there is one.
@@ -82,6 +83,7 @@ class CostModel:
     draft_layer_s: float = 0.0
     draft_node_s: float = 0.0
     step_overhead_s: float = 0.0
+    lookup_s: float = 0.0
     node_s: float = 0.0
     prompt_ratio: float = 1.0
     paper: PaperFit | None = None

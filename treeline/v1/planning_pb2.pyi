@@ -31,7 +31,7 @@ class PaperFit(_message.Message):
     def __init__(self, lambda_s: _Optional[float] = ..., gamma_s: _Optional[float] = ..., delta: _Optional[float] = ..., rho: _Optional[float] = ...) -> None: ...
 
 class CostModel(_message.Message):
-    __slots__ = ("verify", "verify_scale", "draft_round_trip_s", "draft_layer_s", "draft_node_s", "step_overhead_s", "paper", "draft_sequence_s", "node_s", "prompt_ratio")
+    __slots__ = ("verify", "verify_scale", "draft_round_trip_s", "draft_layer_s", "draft_node_s", "step_overhead_s", "paper", "draft_sequence_s", "node_s", "prompt_ratio", "lookup_s")
     VERIFY_FIELD_NUMBER: _ClassVar[int]
     VERIFY_SCALE_FIELD_NUMBER: _ClassVar[int]
     DRAFT_ROUND_TRIP_S_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,7 @@ class CostModel(_message.Message):
     DRAFT_SEQUENCE_S_FIELD_NUMBER: _ClassVar[int]
     NODE_S_FIELD_NUMBER: _ClassVar[int]
     PROMPT_RATIO_FIELD_NUMBER: _ClassVar[int]
+    LOOKUP_S_FIELD_NUMBER: _ClassVar[int]
     verify: _containers.RepeatedCompositeFieldContainer[CostCurve]
     verify_scale: float
     draft_round_trip_s: float
@@ -52,7 +53,8 @@ class CostModel(_message.Message):
     draft_sequence_s: float
     node_s: float
     prompt_ratio: float
-    def __init__(self, verify: _Optional[_Iterable[_Union[CostCurve, _Mapping]]] = ..., verify_scale: _Optional[float] = ..., draft_round_trip_s: _Optional[float] = ..., draft_layer_s: _Optional[float] = ..., draft_node_s: _Optional[float] = ..., step_overhead_s: _Optional[float] = ..., paper: _Optional[_Union[PaperFit, _Mapping]] = ..., draft_sequence_s: _Optional[float] = ..., node_s: _Optional[float] = ..., prompt_ratio: _Optional[float] = ...) -> None: ...
+    lookup_s: float
+    def __init__(self, verify: _Optional[_Iterable[_Union[CostCurve, _Mapping]]] = ..., verify_scale: _Optional[float] = ..., draft_round_trip_s: _Optional[float] = ..., draft_layer_s: _Optional[float] = ..., draft_node_s: _Optional[float] = ..., step_overhead_s: _Optional[float] = ..., paper: _Optional[_Union[PaperFit, _Mapping]] = ..., draft_sequence_s: _Optional[float] = ..., node_s: _Optional[float] = ..., prompt_ratio: _Optional[float] = ..., lookup_s: _Optional[float] = ...) -> None: ...
 
 class Calibration(_message.Message):
     __slots__ = ("acceptance", "kappa")

@@ -24,9 +24,6 @@ from verifier_svc.speculation.prompt_lookup import Allowance, PromptLookup
 PATIENCE, PATIENCE_FLOOR_S = 4.0, 0.01
 """The wait for a draft: four times the predicted seconds, and 10 ms for waking processes. Predictions scatter by 15 %
 (the cost tracker's DRAFT_NOISE), so only a stuck drafter exceeds it."""
-LOOKUP_MARGIN = 0.02
-"""Gain, as a share of plain decoding's tokens, that nodes of prompt lookup alone must bring: walking and committing
-trees takes 0.3 to 0.7 ms (docs/decisions.md), 1 to 2 % of a CPU's step."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +197,7 @@ class Speculator:
         probs = np.asarray(read, np.float32) * wanting
         if not np.count_nonzero(probs):
             return none
-        must_pay, margin = bool(requests.priced[wanting].all()), LOOKUP_MARGIN * len(decoding)
+        must_pay, margin = bool(requests.priced[wanting].all()), prices.second * batch.plan.cost.lookup_s
         if must_pay:  # A cheap bound: most steps end here.
             sources = np.full(len(decoding), Source.NGRAM, np.uint8)
             first = accepts(batch.plan.calibration, sources, np.asarray(1), probs, requests.sampled) * (probs > 0)

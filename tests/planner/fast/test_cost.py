@@ -76,6 +76,22 @@ def test_outliers_pauses_and_odd_prompts_teach_nothing_of_decoding():
     assert predicted_s(tracked) == pytest.approx(0.034, rel=0.05)
 
 
+def test_what_trees_cost_beside_the_pass_is_learnt_by_kind_of_step():
+    tracked = tracker()
+    before = tracked.model()
+    for _ in range(15):
+        tracked.observe(record(verify_s=0.031, step_s=0.032))
+        tracked.observe(record(verify_s=0.031, step_s=0.0335, drafted_nodes=2, verified_nodes=2))
+        # Its relative errors teach the drafter's own seconds: here there are none.
+        draft_s = before.draft_round_trip_s + before.draft_sequence_s + before.draft_layer_s + before.draft_node_s
+        drafted = {"drafted_requests": 1, "draft_layer_nodes": (1,), "draft_s": draft_s, "drafter_s": 0.001}
+        tracked.observe(record(verify_s=0.031, step_s=0.0327 + draft_s, **drafted))
+    cost = tracked.model()
+    assert cost.step_overhead_s == pytest.approx(0.001)
+    assert cost.lookup_s == pytest.approx(0.0015)
+    assert cost.draft_round_trip_s - before.draft_round_trip_s == pytest.approx(0.0007, rel=0.01)
+
+
 def test_a_server_that_always_runs_prompts_learns_what_passes_cost_as_well():
     tracked, random = tracker(), np.random.default_rng(0)
     for _ in range(100):

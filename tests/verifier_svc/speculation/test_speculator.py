@@ -20,7 +20,6 @@ from verifier_svc.engine.detokenizer import Detokenizer
 from verifier_svc.engine.engine import Engine
 from verifier_svc.engine.request import Chunk, GenerationRequest
 from verifier_svc.engine.sequence import MAX_URGENCY, Sequence
-from verifier_svc.speculation.speculator import LOOKUP_MARGIN
 
 LIMITS = LimitsConfig(max_running_requests=16, max_context_tokens=256, max_tree_nodes=16, max_tree_depth=6)
 CONFIG = Config(
@@ -256,14 +255,15 @@ def test_a_copy_that_does_not_pay_does_not_pay_beside_a_prompt_either(model):
     assert not any(record.verified_nodes for record in records)
 
 
-def test_a_copy_that_brings_next_to_nothing_is_left(model):
-    brought = []
+def test_a_copy_that_brings_less_than_trees_cost_beside_the_pass_is_left(model):
+    brought, share = [], 0.02
     for fixed_s in np.linspace(0.0, 0.1, 51).tolist():
-        engine = Engine(model, AbsentLink(), lambda fixed_s=fixed_s: plan(fixed_s, 0.01), CONFIG)
+        priced = plan(fixed_s, 0.01, lookup_s=share * (fixed_s + 0.01))
+        engine = Engine(model, AbsentLink(), lambda priced=priced: priced, CONFIG)
         engine.add(request("r", prompt_token_ids=[5, 6, 7, 8, 9] * 4))
         records = [engine.step()[1] for _ in range(12)]
         brought += [record.goodput * (fixed_s + 0.01) for record in records if record.verified_nodes]
-    assert 1 + LOOKUP_MARGIN < min(brought) < 1.1
+    assert 1 + share < min(brought) < 1.1
 
 
 @pytest.mark.parametrize(("kind", "policy"), [("head", "smart"), ("auto", "off")])
