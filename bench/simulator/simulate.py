@@ -132,6 +132,7 @@ class VirtualEngine(PlannedEngine):
 
     Attributes:
         clock: of all its parts.
+        text: what is drafted and said.
         target: the fake target; its `slowdown` may be changed at any time.
         steps: made so far.
     """
@@ -139,11 +140,11 @@ class VirtualEngine(PlannedEngine):
     def __init__(self, scenario: Scenario, slots: int) -> None:
         device, profile = scenario.device, scenario.device.profile
         self.clock, self.steps = VirtualClock(), 0
-        text = FakeText(scenario.law, scenario.seed)
-        self.target = FakeTarget(text, self.clock, CostModel(profile.verify), scenario.seed)
+        self.text = FakeText(scenario.law, scenario.seed)
+        self.target = FakeTarget(self.text, self.clock, CostModel(profile.verify), scenario.seed)
         config = _config(scenario, slots)
         planner = LocalPlanner(profile, config, self.clock)
-        draft_model: Any = FakeDraftModel(text, self.clock, profile.draft_layer_s, profile.draft_node_s)
+        draft_model: Any = FakeDraftModel(self.text, self.clock, profile.draft_layer_s, profile.draft_node_s)
         cache = draft_model.new_cache(config.drafter.kv_cache_tokens, BLOCK_TOKENS)
         proposer = ModelProposer(draft_model, cache, config.limits.max_tree_nodes)
         info = DrafterInfo("fake", layer_s=profile.draft_layer_s, node_s=profile.draft_node_s)

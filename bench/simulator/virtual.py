@@ -52,11 +52,13 @@ class VirtualClock:
 class FakeText:
     """What is drafted and said after a token, for every key and position.
 
-    Args:
-        seed: other seeds give other texts of the same law.
+    Attributes:
+        guessable: whether drafts are right as often as the law says, or never; may be changed at any time.
     """
 
     def __init__(self, law: AcceptanceLaw, seed: int) -> None:
+        """`seed`: other seeds give other texts of the same law."""
+        self.guessable = True
         random = np.random.default_rng(seed)
         drawn = [law.draw(depth, random) for depth in range(1, DEPTHS + 1)]
         self._below = np.stack([true for true, _ in drawn]).cumsum(-1)
@@ -76,7 +78,7 @@ class FakeText:
         """
         rows = np.minimum(depths, len(self._claimed)) - 1, (states % np.uint64(KINDS)).astype(np.intp)
         uniform = (_mixed(states, 1) >> np.uint64(11)) * 2.0**-53
-        fate = (uniform[:, None] > self._below[rows]).sum(1)
+        fate = (uniform[:, None] > self.guessable * self._below[rows]).sum(1)
         said, ranks = self.said(states)[:, None], np.arange(self._below.shape[-1])
         return np.where(ranks == fate[:, None], said, (said + 1 + ranks) % VOCAB), self._claimed[rows]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -138,6 +139,35 @@ def test_the_planner_finds_out_that_passes_have_become_slower():
     assert predicted_over_real() == pytest.approx(1, abs=0.15)
     engine.target.slowdown = 2.0
     assert predicted_over_real() == pytest.approx(1, abs=0.15)
+
+
+def test_drafting_pays_again_soon_after_text_that_could_not_be_guessed():
+    """The gate has closed, and the calibration been spoilt: two probed requests at a time must restore both."""
+    engine, keys = VirtualEngine(Scenario(preset("llama-8b@h100"), EAGLE3_LIKE, steps=1), 16), count(1)
+
+    def begin() -> None:
+        key = next(keys)
+        engine.engine.add(GenerationRequest(str(key), prompt_of(key, 256), SamplingParams(), 512, policy="smart"))
+
+    def tokens_in(seconds: float) -> int:
+        tokens, until_s = 0, engine.clock() + seconds
+        while engine.clock() < until_s:
+            for output in engine.step():
+                if isinstance(output.item, Chunk):
+                    tokens += len(output.item.token_ids)
+                else:
+                    begin()
+        return tokens
+
+    for _ in range(16):
+        begin()
+    tokens_in(1.0)
+    before = tokens_in(1.0)
+    engine.text.guessable = False
+    assert tokens_in(5.0) < 5 * 0.5 * before
+    engine.text.guessable = True
+    tokens_in(2.0)
+    assert tokens_in(1.0) > 0.9 * before
 
 
 def test_open_arrivals_are_answered_and_their_load_is_a_share_of_plain_capacity():

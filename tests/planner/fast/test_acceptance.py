@@ -39,6 +39,19 @@ def test_an_over_confident_drafter_is_right_again_within_200_steps():
     assert calibrator.ece() < 0.06
 
 
+def test_old_evidence_is_outweighed_by_a_few_probes_and_forgotten_by_none():
+    """100 steps refuse 32 nodes each; nothing is drafted for 500 steps; then each tenth step probes two requests."""
+    calibrator, likely = Calibrator(), np.full(32, 0.9)
+    for _ in range(100):
+        calibrator.update(outcomes(likely, np.zeros(32)))
+    for _ in range(500):
+        calibrator.update(NodeOutcomes.empty())
+    assert float(_believed(calibrator, 0.9)) < 0.1
+    for step in range(200):
+        calibrator.update(NodeOutcomes.empty() if step % 10 else outcomes(likely[:2], np.ones(2)))
+    assert float(_believed(calibrator, 0.9)) > 0.5
+
+
 def _believed(calibrator: Calibrator, prob: float) -> np.float32:
     one = np.ones(1, np.int32)
     return accepts(calibrator.calibration(), np.zeros(1, np.uint8), one, np.asarray([prob], np.float32), False)[0]
