@@ -253,9 +253,9 @@ def test_bad_input_gets_one_line(options, problem):
 CHAINS = ("chain:2", "chain:4")
 
 
-@pytest.mark.parametrize("streams", [1, 8, 32, 64])
-def test_smart_is_never_slower_than_plain_decoding_or_the_best_chain(streams):
-    """The project's bar, on the curves of an 8B model on an H100."""
-    guarded = Scenario(preset("llama-8b@h100"), EAGLE3_LIKE, steps=300)
+@pytest.mark.parametrize(("streams", "steps"), [(1, 300), (8, 300), (32, 300), (64, 600)])
+def test_smart_is_never_slower_than_plain_decoding_or_the_best_chain(streams, steps):
+    """The project's bar, on the curves of an 8B model on an H100.."""
+    guarded = Scenario(preset("llama-8b@h100"), EAGLE3_LIKE, steps=steps)
     best = max(tokens_per_s(policy, streams, guarded) for policy in ("off", *CHAINS))
     assert tokens_per_s("smart", streams, guarded) >= 0.98 * best
