@@ -255,7 +255,7 @@ CHAINS = ("chain:2", "chain:4")
 
 @pytest.mark.parametrize(("streams", "steps"), [(1, 300), (8, 300), (32, 300), (64, 600)])
 def test_smart_is_never_slower_than_plain_decoding_or_the_best_chain(streams, steps):
-    """The project's bar, on the curves of an 8B model on an H100.."""
+    """The bar, on the curves of an 8B model on an H100. At 64 streams, chance moves ratios after 300 steps by 0.5 %."""
     guarded = Scenario(preset("llama-8b@h100"), EAGLE3_LIKE, steps=steps)
     best = max(tokens_per_s(policy, streams, guarded) for policy in ("off", *CHAINS))
     assert tokens_per_s("smart", streams, guarded) >= 0.98 * best
