@@ -170,7 +170,7 @@ def test_values_that_a_template_does_not_expect_are_the_clients_mistake():
 @pytest.mark.parametrize("where", ["message", "arguments"])
 def test_values_nested_too_deeply_are_the_clients_mistake(where):
     deep = 1
-    for _ in range(900):
+    for _ in range(3000):
         deep = [deep]
     nested = chat(("user", "hi"), arguments={"tools": [deep]} if where == "arguments" else {})
     if where == "message":
