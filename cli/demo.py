@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -58,9 +60,9 @@ ALONE = tuple(prompt for prompt in PROMPTS if prompt.label == "repeat")
 LOADS = (1, 2, 4, 7)
 """Streams at once while the load climbs."""
 TURNS = (None, "off", "off", None)
-"""Policies of the rounds that are compared (None: the default): slow spells of the machine hit both alike."""
-ALONE_TURNS, TOGETHER_REPEATS = 2 * TURNS, 2
-"""A round of all prompts asks each this often, so that all streams stay busy while it is measured."""
+"""Policies of the turns that are compared (None: the default): slow spells of the machine hit both alike."""
+ALONE_S, TOGETHER_S = 3.0, 8.0
+"""Of a turn: some answers of each stream, and a demo of 90 seconds."""
 SEED = 7
 WARM_UP_TOKENS = 16
 """A service that has just started pays for first calls, and its planner knows nothing yet: neither is compared."""
@@ -70,13 +72,14 @@ TOKENS_BEFORE_KILL = 5
 
 @dataclass
 class Outcome:
-    """One stream as its client saw it. `arrivals`: (time, tokens) of each chunk."""
+    """One stream as its client saw it. `arrivals`: (time, tokens) of each chunk; `complete`: None if it was cut."""
 
+    label: str
     started_s: float
     ended_s: float
     arrivals: list[tuple[float, int]]
     text: str
-    complete: pb.GenerateComplete
+    complete: pb.GenerateComplete | None
     steps: list[pb.SpeculationStep]
 
     @property
@@ -89,18 +92,18 @@ class Outcome:
 
     @property
     def tokens(self) -> int:
-        return self.complete.usage.completion_tokens
+        return sum(tokens for _, tokens in self.arrivals)
 
 
 @dataclass
-class Rounds:
-    """Rounds of the same prompts: their streams, round by round; tokens and seconds while all streams were busy."""
+class Load:
+    """Streams, and the tokens and seconds while all were busy."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
 
-    def add(self, more: Rounds) -> None:
+    def add(self, more: Load) -> None:
         self.outcomes += more.outcomes
         self.tokens += more.tokens
         self.seconds += more.seconds
@@ -147,7 +150,7 @@ def demo(
 
 
 def show_demo(client: TreelineClient, console: Console, max_tokens: int) -> None:
-    """Answers, trees that shrink while the load climbs, and rounds with trees and without, in turns."""
+    """Answers, trees that shrink while the load climbs, and turns with trees and without."""
     info = client.model_info()
     policy = info.default_policy
     console.print(f"{info.model} ({info.architecture}, {info.dtype}) at {client.target}, policy {policy}\n")
@@ -155,26 +158,28 @@ def show_demo(client: TreelineClient, console: Console, max_tokens: int) -> None
         console.print(f"[bold]{prompt.label:>8}[/] > {escape(prompt.text.splitlines()[0])}")
     console.print("\nwarming up ...\n")
     run_round(client, PROMPTS, WARM_UP_TOKENS)
-    run_round(client, PROMPTS, max_tokens, show=Narrator(console))
+    run_round(client, PROMPTS, max_tokens, Narrator(console))
 
     console.print("\n[bold]The load climbs, and trees shrink[/] (one stream repeats a text)")
     for streams in LOADS:
         console.print(rung(run_round(client, ALONE + PROMPTS[: streams - 1], max_tokens)), highlight=False)
 
-    console.print(f"\n[bold]{policy} and off in turns[/], {len(ALONE_TURNS)} rounds alone, {len(TURNS)} with all ...")
-    alone = in_turns(client, ALONE, max_tokens, ALONE_TURNS)
-    together = in_turns(client, PROMPTS, max_tokens, TURNS, TOGETHER_REPEATS)
+    seconds = f"{ALONE_S:g} s each alone, {TOGETHER_S:g} s with all"
+    console.print(f"\n[bold]{policy} and off in turns[/], {len(TURNS)} of {seconds} ...", highlight=False)
+    alone = in_turns(client, ALONE, max_tokens, ALONE_S)
+    together = in_turns(client, PROMPTS, max_tokens, TOGETHER_S)
     console.print(comparison(f"policy {policy}, and the same with off: alone", ALONE, *alone))
     console.print(comparison("all at once", PROMPTS, *together))
     for what, (trees, plain) in (("alone", alone), ("all at once", together)):
-        same = sum(a.text == b.text for a, b in zip(trees.outcomes, plain.outcomes, strict=True))
+        expected = {outcome.label: outcome.text for outcome in plain.outcomes}
+        same = sum(outcome.text == expected[outcome.label] for outcome in trees.outcomes)
         console.print(
             f"{what}: {trees.tokens_per_s:.1f} tokens/s with {policy}, {plain.tokens_per_s:.1f} without: "
-            f"[bold]{trees.tokens_per_s / plain.tokens_per_s:.2f}x[/]; {same} of {len(plain.outcomes)} texts identical"
+            f"[bold]{trees.tokens_per_s / plain.tokens_per_s:.2f}x[/]; {same} of {len(trees.outcomes)} texts identical"
         )
 
 
-def rung(load: Rounds) -> str:
+def rung(load: Load) -> str:
     """One load in one line: what all streams got together, and what their trees were like."""
     steps = [step for outcome in load.outcomes for step in outcome.steps]
     price = median([step.price for step in steps if step.price] or [0])
@@ -205,44 +210,62 @@ def show_kill(client: TreelineClient, console: Console, max_tokens: int, kill: C
 
 
 def in_turns(
-    client: TreelineClient,
-    prompts: tuple[DemoPrompt, ...],
-    max_tokens: int,
-    policies: tuple[str | None, ...],
-    repeats: int = 1,
-) -> tuple[Rounds, Rounds]:
-    """Rounds of the same prompts by these policies, one after the other: those with trees, and those without."""
-    with_trees, plain = Rounds(), Rounds()
-    for policy in policies:
-        (plain if policy else with_trees).add(run_round(client, prompts, max_tokens, policy, repeats=repeats))
+    client: TreelineClient, prompts: tuple[DemoPrompt, ...], max_tokens: int, seconds: float
+) -> tuple[Load, Load]:
+    """TURNS of so many seconds each: those with trees, and those without."""
+    with_trees, plain = Load(), Load()
+    for policy in TURNS:
+        (plain if policy else with_trees).add(run_turn(client, prompts, max_tokens, policy, seconds))
     return with_trees, plain
 
 
 def run_round(
-    client: TreelineClient,
-    prompts: tuple[DemoPrompt, ...],
-    max_tokens: int,
-    policy: str | None = None,
-    show: Callable[[str, str], None] = silent,
-    repeats: int = 1,
-) -> Rounds:
-    """As many streams as prompts; a stream that ends takes the next request, until each prompt was asked `repeats`
-    times. What comes after a stream finds no more to take is not measured: then fewer are busy."""
+    client: TreelineClient, prompts: tuple[DemoPrompt, ...], max_tokens: int, show: Callable[[str, str], None] = silent
+) -> Load:
+    """Each prompt once, all at the same time. Measured until the first stream ends."""
     started_s = time.perf_counter()
     with ThreadPoolExecutor(len(prompts)) as pool:
-        asked = pool.map(lambda prompt: follow(client, prompt, max_tokens, policy, show), prompts * repeats)
-        outcomes = list(asked)
-    closed_s = sorted(outcome.ended_s for outcome in outcomes)[-len(prompts)]
+        outcomes = list(pool.map(lambda prompt: follow(client, prompt, max_tokens, None, show), prompts))
+    return measured(outcomes, started_s, min(outcome.ended_s for outcome in outcomes))
+
+
+def run_turn(
+    client: TreelineClient, prompts: tuple[DemoPrompt, ...], max_tokens: int, policy: str | None, seconds: float
+) -> Load:
+    """A stream for each prompt, which asks again as soon as it has its answer, at least once. Keeps whole answers."""
+    started_s = time.perf_counter()
+    until_s = started_s + seconds
+
+    def ask(prompt: DemoPrompt) -> list[Outcome]:
+        outcomes = [follow(client, prompt, max_tokens, policy, silent)]
+        while time.perf_counter() < until_s:
+            outcomes.append(follow(client, prompt, max_tokens, policy, silent, until_s))
+        return outcomes
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        asked = [outcome for outcomes in pool.map(ask, prompts) for outcome in outcomes]
+    load = measured(asked, started_s, until_s)
+    load.outcomes = [outcome for outcome in asked if outcome.complete is not None]
+    return load
+
+
+def measured(outcomes: list[Outcome], started_s: float, until_s: float) -> Load:
+    """The load with the tokens that came in this time."""
     arrivals = [arrival for outcome in outcomes for arrival in outcome.arrivals]
-    return Rounds(outcomes, sum(tokens for at_s, tokens in arrivals if at_s <= closed_s), closed_s - started_s)
+    return Load(outcomes, sum(tokens for at_s, tokens in arrivals if at_s <= until_s), until_s - started_s)
 
 
 def follow(
-    client: TreelineClient, prompt: DemoPrompt, max_tokens: int, policy: str | None, show: Callable[[str, str], None]
+    client: TreelineClient,
+    prompt: DemoPrompt,
+    max_tokens: int,
+    policy: str | None,
+    show: Callable[[str, str], None],
+    until_s: float = math.inf,
 ) -> Outcome:
-    """One stream from its request to its end."""
+    """One stream from its request to its end, or cut at `until_s`."""
     started_s = time.perf_counter()
-    text, complete = "", pb.GenerateComplete()
+    text, complete = "", None
     arrivals: list[tuple[float, int]] = []
     steps: list[pb.SpeculationStep] = []
     answer = client.generate(
@@ -254,20 +277,23 @@ def follow(
         explain=True,
         timeout_s=TIMEOUT_S,
     )
-    for message in answer:
-        if isinstance(message, pb.GenerateComplete):
-            complete = message
-        else:
-            arrivals.append((time.perf_counter(), len(message.token_ids)))
-            text += message.text
-            steps.append(message.speculation)
-            show(prompt.label, message.text)
+    with contextlib.closing(answer):
+        for message in answer:
+            if isinstance(message, pb.GenerateComplete):
+                complete = message
+            else:
+                arrivals.append((time.perf_counter(), len(message.token_ids)))
+                text += message.text
+                steps.append(message.speculation)
+                show(prompt.label, message.text)
+            if time.perf_counter() > until_s:
+                break
     show(prompt.label, "\n")
-    return Outcome(started_s, time.perf_counter(), arrivals, text, complete, steps)
+    return Outcome(prompt.label, started_s, time.perf_counter(), arrivals, text, complete, steps)
 
 
-def comparison(title: str, prompts: tuple[DemoPrompt, ...], with_trees: Rounds, without: Rounds) -> Table:
-    """A row a prompt, over all rounds: what its client saw with trees, and without."""
+def comparison(title: str, prompts: tuple[DemoPrompt, ...], with_trees: Load, without: Load) -> Table:
+    """A row a prompt, over all its answers: what its client saw with trees, and without."""
     table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("request", no_wrap=True)
     for heading in (
@@ -281,16 +307,17 @@ def comparison(title: str, prompts: tuple[DemoPrompt, ...], with_trees: Rounds, 
         "ratio",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
-    for number, prompt in enumerate(prompts):
-        trees, plain = (rounds.outcomes[number :: len(prompts)] for rounds in (with_trees, without))
+    for prompt in prompts:
+        trees, plain = ([o for o in load.outcomes if o.label == prompt.label] for load in (with_trees, without))
+        told = [o.complete.speculation for o in trees if o.complete is not None]
         rates = [sum(o.tokens for o in outcomes) / sum(o.total_s for o in outcomes) for outcomes in (trees, plain)]
         table.add_row(
             prompt.label + (f" T={prompt.temperature:g}" if prompt.temperature else ""),
             str(trees[-1].tokens),
             f"{mean(o.first_s for o in trees):.2f} s",
             f"{rates[0]:.1f}",
-            f"{mean(o.complete.speculation.mean_tree_nodes for o in trees):.1f}",
-            f"{mean(o.complete.speculation.mean_accepted_length for o in trees):.2f}",
+            f"{mean(s.mean_tree_nodes for s in told):.1f}",
+            f"{mean(s.mean_accepted_length for s in told):.2f}",
             f"{mean(o.first_s for o in plain):.2f} s",
             f"{rates[1]:.1f}",
             f"{rates[0] / rates[1]:.2f}x",

@@ -1,10 +1,14 @@
 import io
+import math
+import re
 import time
+from itertools import groupby
 from typing import cast
 
+import pytest
 from rich.console import Console
 
-from cli.demo import ALONE_TURNS, LOADS, PROMPTS, TOGETHER_REPEATS, TURNS, Outcome, run_round, show_demo, show_kill
+from cli.demo import LOADS, PROMPTS, Outcome, run_turn, show_demo, show_kill
 from cli.terminal import Narrator
 from treeline.client import TreelineClient
 from treeline.v1 import generation_pb2 as pb
@@ -32,7 +36,9 @@ def test_streams_are_told_apart_line_by_line():
     assert max(len(text) for _, text in lines) <= 88
 
 
-def test_the_demo_takes_turns_with_all_prompts_and_with_one_and_compares_them(service):
+def test_the_demo_takes_turns_with_all_prompts_and_with_one_and_compares_them(service, monkeypatch):
+    monkeypatch.setattr("cli.demo.ALONE_S", 0.3)
+    monkeypatch.setattr("cli.demo.TOGETHER_S", 0.6)
     engine, endpoint = service
     engine.step_s = 0.02
     out = io.StringIO()
@@ -40,30 +46,32 @@ def test_the_demo_takes_turns_with_all_prompts_and_with_one_and_compares_them(se
         show_demo(client, Console(file=out, width=160), max_tokens=8)
     shown = out.getvalue()
     # A round that only warms up and one that is shown, the climbing load, then turns alone and with all.
-    rounds = ["smart"] * (2 * len(PROMPTS) + sum(LOADS))
-    alone = [policy or "smart" for policy in ALONE_TURNS]
-    together = [policy or "smart" for policy in TURNS for _ in range(TOGETHER_REPEATS * len(PROMPTS))]
-    assert [request.policy for request in engine.requests] == rounds + alone + together
+    rounds = 2 * len(PROMPTS) + sum(LOADS)
+    policies = [request.policy for request in engine.requests]
+    assert policies[:rounds] == ["smart"] * rounds
+    assert [policy for policy, _ in groupby(policies[rounds:])] == ["smart", "off", "smart", "off", "smart"]
     for prompt in PROMPTS:
         assert f"{prompt.label:>8} | a0 a1 a2 a3" in shown
     for streams in LOADS:
         assert f"{streams:>2} streams: " in shown
-    for texts in (len(ALONE_TURNS) // 2, TOGETHER_REPEATS * len(TURNS) // 2 * len(PROMPTS)):
-        assert f"{texts} of {texts} texts identical" in shown
+    texts = re.findall(r"(\d+) of (\d+) texts identical", shown)
+    assert len(texts) == 2
+    assert all(same == asked != "0" for same, asked in texts)
     assert "accepted" in shown
 
 
-def test_streams_that_have_run_out_of_requests_are_not_measured(monkeypatch):
-    now_s, endings_s = time.perf_counter(), iter([1.0, 2.0, 5.0, 9.0])
-
-    def follow(*_) -> Outcome:
-        end_s = now_s + next(endings_s)
-        return Outcome(now_s, end_s, [(end_s - 0.5, 3), (end_s, 1)], "", pb.GenerateComplete(), [])
+def test_a_turn_counts_what_came_in_its_time_and_keeps_whole_answers(monkeypatch):
+    def follow(client, prompt, max_tokens, policy, show, until_s=math.inf) -> Outcome:
+        started_s = time.perf_counter()
+        time.sleep(max(0.0, min(0.2, until_s - started_s)))
+        ended_s = time.perf_counter()
+        whole = pb.GenerateComplete() if ended_s < until_s else None
+        return Outcome(prompt.label, started_s, ended_s, [(started_s, 3), (started_s + 0.19, 1)], "", whole, [])
 
     monkeypatch.setattr("cli.demo.follow", follow)
-    # Two streams, four requests: after 5 s one stream finds no more to take.
-    done = run_round(cast(TreelineClient, None), PROMPTS[:2], 8, repeats=2)
-    assert (done.tokens, round(done.seconds, 1)) == (12, 5.0)
+    # Answers of two streams begin at 0, 0.2 and 0.4 s; the third ones are cut.
+    done = run_turn(cast(TreelineClient, None), PROMPTS[:2], 8, None, 0.5)
+    assert (done.tokens, done.seconds, len(done.outcomes)) == (2 * (4 + 4 + 3), pytest.approx(0.5), 4)
 
 
 def test_the_killed_answer_is_compared_with_an_undisturbed_one(service):
