@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import treeline
-from treeline.__main__ import client_command
+from treeline.client.command import client_command
 
 
 def test_generate_streams_the_text(service, capsys):
@@ -40,6 +40,6 @@ def test_no_service_is_one_line(capsys):
 
 
 def test_the_client_imports_nothing_that_only_the_server_installs():
-    code = "import sys, treeline.__main__; print(*{name.partition('.')[0] for name in sys.modules})"
+    code = "import sys, treeline.client.command; print(*{name.partition('.')[0] for name in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"pydantic", "yaml", "numpy", "typer", "prometheus_client", "torch", "ray"} & set(loaded)
