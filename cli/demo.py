@@ -232,7 +232,7 @@ def run_round(
 def run_turn(
     client: TreelineClient, prompts: tuple[DemoPrompt, ...], max_tokens: int, policy: str | None, seconds: float
 ) -> Load:
-    """A stream for each prompt, which asks again as soon as it has its answer, at least once. Keeps whole answers."""
+    """A stream for each prompt, which asks again as soon as it has its answer; its first one is never cut."""
     started_s = time.perf_counter()
     until_s = started_s + seconds
 
@@ -244,15 +244,14 @@ def run_turn(
 
     with ThreadPoolExecutor(len(prompts)) as pool:
         asked = [outcome for outcomes in pool.map(ask, prompts) for outcome in outcomes]
-    load = measured(asked, started_s, until_s)
-    load.outcomes = [outcome for outcome in asked if outcome.complete is not None]
-    return load
+    return measured(asked, started_s, until_s)
 
 
 def measured(outcomes: list[Outcome], started_s: float, until_s: float) -> Load:
-    """The load with the tokens that came in this time."""
+    """The whole answers, and the tokens of all that came in this time."""
     arrivals = [arrival for outcome in outcomes for arrival in outcome.arrivals]
-    return Load(outcomes, sum(tokens for at_s, tokens in arrivals if at_s <= until_s), until_s - started_s)
+    tokens = sum(tokens for at_s, tokens in arrivals if at_s <= until_s)
+    return Load([outcome for outcome in outcomes if outcome.complete is not None], tokens, until_s - started_s)
 
 
 def follow(

@@ -36,7 +36,8 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
         self.pool, self._log_prompts = pool, log_prompts
         self._clients = clients
         self._resume_wait_s = resume_wait_s
-        self.draining, self.turned_away = False, 0  # requests, while draining
+        self.draining = False
+        self.turned_away = 0  # requests refused while draining
         self._open: set[tuple[str, str]] = set()
         """Client and request id: what one client chooses is nobody else's business."""
 

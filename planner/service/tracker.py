@@ -20,11 +20,11 @@ from treeline.step_record import StepRecord
 
 OVERHEAD_STEPS = 15
 """Steps of a kind whose median is its overhead: up to seven pauses among them do not move it."""
-UNTREED, LOOKED_UP, DRAFTED = range(3)
+PLAIN, LOOKED_UP, DRAFTED = range(3)
 """Kinds of steps: without trees, with trees of prompt lookup alone, and drafted for. Walking and committing trees takes
 time beside the pass: on one Xeon core, lookups for 7 streams took 1.5 ms more than a step of 18 ms without."""
 LOOKUP_S = 5e-4
-"""Prior of what lookups add, before the first: the least measured."""
+"""Prior of what lookups add, before the first: the least that was measured."""
 ERROR_STEPS = 200
 """Steps whose prediction errors are reported: the 95th percentile then rests on ten of them."""
 NOISE, MEMORY = 0.05, 0.9995
@@ -65,7 +65,7 @@ class CostTracker:
         self._verify = RecursiveLeastSquares(np.zeros(len(drift)), drift, NOISE, MEMORY)
         self._draft = DraftCosts(profile.draft_layer_s, profile.draft_node_s)
         self._paper = fit_paper(profile.verify[0], profile.draft_node_s)
-        self._overheads = [deque[float](maxlen=OVERHEAD_STEPS) for _ in (UNTREED, LOOKED_UP, DRAFTED)]
+        self._overheads = [deque[float](maxlen=OVERHEAD_STEPS) for _ in (PLAIN, LOOKED_UP, DRAFTED)]
         self._errors: deque[float] = deque(maxlen=ERROR_STEPS)
         self._model: CostModel | None = None
 
@@ -80,7 +80,7 @@ class CostTracker:
             return
         if record.predicted_verify_s and record.plan_version:
             self._errors.append(abs(record.predicted_verify_s / record.verify_s - 1))
-        kind = DRAFTED if record.drafter_s else LOOKED_UP if record.verified_nodes else UNTREED
+        kind = DRAFTED if record.drafter_s else LOOKED_UP if record.verified_nodes else PLAIN
         self._overheads[kind].append(max(0.0, record.step_s - record.draft_s - record.verify_s))
 
     def model(self) -> CostModel:
@@ -149,8 +149,8 @@ class CostTracker:
             seconds = isotonic_regression(curve.points[1] * corrections[place], weights=certainty[place]).x
             short[index] = CostCurve(curve.sequences, curve.context_tokens, curve.tokens, tuple(seconds.tolist()))
         round_trip_s, sequence_s, layer_s, node_s = self._draft.seconds.tolist()
-        untreed, looked_up, drafted = self._overheads
-        overhead_s = median(untreed or looked_up or drafted or [0.0])
+        plain, looked_up, drafted = self._overheads
+        overhead_s = median(plain or looked_up or drafted or [0.0])
         return CostModel(
             verify=tuple(
                 short[index] if index in short else self._moved(index, short, float(corrections[CONTEXT]))

@@ -197,7 +197,7 @@ class Speculator:
         probs = np.asarray(read, np.float32) * wanting
         if not np.count_nonzero(probs):
             return none
-        must_pay, margin = bool(requests.priced[wanting].all()), prices.second * batch.plan.cost.lookup_s
+        must_pay, margin = bool(requests.priced[wanting].all()), prices.second * prices.cost.lookup_s
         if must_pay:  # A cheap bound: most steps end here.
             sources = np.full(len(decoding), Source.NGRAM, np.uint8)
             first = accepts(batch.plan.calibration, sources, np.asarray(1), probs, requests.sampled) * (probs > 0)
