@@ -9,10 +9,17 @@ from contextlib import contextmanager
 from typing import Protocol
 from urllib.parse import unquote
 
-from treeline.errors import FieldViolation, InvalidRequestError, QuotaExceededError
+import grpc
+
+from treeline.errors import FieldViolation, InvalidRequestError, QueueFullError, QuotaExceededError
 from treeline.request import answers_of
+from treeline.rpc.status import QUEUE_FULL, reason_of
 from treeline.rpc.tokens import Client, TokenFile, authorization
 from treeline.v1 import generation_pb2 as pb
+
+FULL_S = 0.1
+"""How long a verifier's full queue is believed, unless an answer ends sooner: ten questions a second cost nothing, and
+one front door cannot see answers end that came through another."""
 
 
 class Call(Protocol):
@@ -40,6 +47,8 @@ class Clients:
         self._open: Counter[str] = Counter()
         self._allowed: dict[str, tuple[float, float]] = {}
         """Per client with a rate: how many requests it might send at once, and when that was so."""
+        self._full_until_s: dict[str, float] = {}
+        """Per client for whom a verifier had no room: until when it need not be asked again."""
 
     def of(self, call: Call) -> Client:
         """Whose call this is."""
@@ -54,6 +63,7 @@ class Clients:
 
         Raises:
             QuotaExceededError: the client has too many requests open, or sent too many lately.
+            QueueFullError: a verifier has just said so to this client, and no answer has ended since.
             InvalidRequestError: its priority is higher than the client may ask for.
         """
         if request.priority > client.priority:
@@ -64,12 +74,22 @@ class Clients:
             raise QuotaExceededError(f"{client.concurrent} requests of this token are open, as many as it may have")
         if not request.HasField("resume"):  # It counted when it began, perhaps elsewhere.
             self._take_turn(client)
+            if self._clock() < self._full_until_s.get(client.name, 0.0):
+                raise QueueFullError("the queue is full")
         self._open[client.name] += answers
+        found_no_room = False
         try:
             yield
+        except grpc.aio.AioRpcError as error:
+            found_no_room = reason_of(error) == QUEUE_FULL
+            raise
         finally:
             self._open[client.name] -= answers
             self._open += Counter()  # forgets those without open requests
+            if found_no_room:
+                self._full_until_s[client.name] = self._clock() + FULL_S
+            else:  # There is room now.
+                self._full_until_s.clear()
 
     def _take_turn(self, client: Client) -> None:
         """A token bucket that holds one second's requests, at least one."""

@@ -103,18 +103,19 @@ def test_calls_with_a_bad_token_are_told_and_counted(lines, tmp_path):
     assert "Invented" not in page
 
 
-def test_refused_calls_cannot_flood_the_log(lines):
+@pytest.mark.parametrize("code", ["UNAUTHENTICATED", "RESOURCE_EXHAUSTED"])
+def test_refused_calls_cannot_flood_the_log(code, lines):
     now = 100.0
     log = AccessLog(lambda: now)
 
     def refuse(calls):
         for _ in range(calls):
             log.started("Generate")
-            log.handled("Generate", "UNAUTHENTICATED", 0.0)
+            log.handled("Generate", code, 0.0)
 
     refuse(1000)
     log.handled("Generate", "INTERNAL", 0.0)
-    assert [line["code"] for line in lines()] == ["UNAUTHENTICATED"] * MAX_REFUSALS_PER_S + ["INTERNAL"]
+    assert [line["code"] for line in lines()] == [code] * MAX_REFUSALS_PER_S + ["INTERNAL"]
     now += 1.0
     refuse(1)
     assert lines()[-1]["left_out"] == 1000 - MAX_REFUSALS_PER_S

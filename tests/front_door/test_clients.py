@@ -99,6 +99,36 @@ def test_quotas_are_answered_with_when_to_come_back(config):
     assert (status, headers["Retry-After"], body["error"]["code"]) == (429, "3", "resource_exhausted")
 
 
+def test_a_full_queue_is_asked_again_after_a_while(monkeypatch):
+    monkeypatch.setattr("front_door.clients.FULL_S", 0.3)
+
+    async def scenario(s):
+        s.engines[0].capacity = 0
+        errors = [await failure(s.stub.Generate(request()))]
+        s.engines[0].capacity = 1
+        errors.append(await failure(s.stub.Generate(request())))
+        await asyncio.sleep(0.3)
+        await collect(s.stub.Generate(request()))
+        return [details(error, ErrorInfo).reason for error in errors]
+
+    assert with_front_door(scenario, FakeEngine()) == ["QUEUE_FULL"] * 2
+
+
+def test_a_full_queue_is_asked_again_once_an_answer_has_ended(config, monkeypatch):
+    monkeypatch.setattr("front_door.clients.FULL_S", 60)
+
+    async def scenario(s):
+        running = asyncio.create_task(collect(s.stub.Generate(request(max_tokens=20), metadata=as_("alice"))))
+        while not s.engines[0].open:
+            await asyncio.sleep(0.01)
+        refused = await failure(s.stub.Generate(request(), metadata=as_("alice")))
+        await running
+        await collect(s.stub.Generate(request(), metadata=as_("alice")))
+        return details(refused, ErrorInfo).reason
+
+    assert with_front_door(scenario, FakeEngine(capacity=1, step_s=0.02), config=config) == "QUEUE_FULL"
+
+
 def test_a_priority_above_ones_own_is_refused(config):
     async def scenario(s):
         await collect(s.stub.Generate(request(priority=4), metadata=as_("alice")))

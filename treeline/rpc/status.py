@@ -33,6 +33,7 @@ DOMAIN = "treeline"
 RETRY_DELAY_S = 1
 DELIVERED = "delivered_tokens"
 """Metadata of STREAM_LOST's ErrorInfo: how many tokens the client had received."""
+QUEUE_FULL = "QUEUE_FULL"
 PUSHBACK = "grpc-retry-pushback-ms"
 MAX_MESSAGE_CHARS = 1_000
 """A status travels in HTTP/2 trailers, which peers bound to a few kilobytes."""
@@ -42,7 +43,7 @@ _Code = grpc.StatusCode
 # The first class that fits an error gives its code and reason, so subclasses come first.
 _ERRORS: list[tuple[type[TreelineError], grpc.StatusCode, str]] = [
     (InvalidRequestError, _Code.INVALID_ARGUMENT, "INVALID_REQUEST"),
-    (QueueFullError, _Code.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    (QueueFullError, _Code.RESOURCE_EXHAUSTED, QUEUE_FULL),
     (QuotaExceededError, _Code.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
     (UnknownRequestError, _Code.NOT_FOUND, "UNKNOWN_REQUEST"),
     (UnknownModelError, _Code.NOT_FOUND, "UNKNOWN_MODEL"),
