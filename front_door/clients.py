@@ -17,9 +17,9 @@ from treeline.rpc.status import QUEUE_FULL, reason_of
 from treeline.rpc.tokens import Client, TokenFile, authorization
 from treeline.v1 import generation_pb2 as pb
 
-FULL_S = 0.1
-"""How long a verifier's full queue is believed, unless an answer ends sooner: ten questions a second cost nothing, and
-one front door cannot see answers end that came through another."""
+FULL_S = 0.5
+"""How long a verifier's full queue is believed, unless an answer ends sooner: as long as a report of its load, since a
+front door cannot see answers end that came through another one. Its queue keeps it busy meanwhile."""
 
 
 class Call(Protocol):

@@ -1,7 +1,8 @@
-"""`python -m tests.chaos [--minutes N] [--seed S]`: break every part of a real deployment, and compare every text.
+"""`python -m tests.chaos [--minutes N] [--seed S] [--calm]`: break every part of a real deployment; compare every text.
 
 All services run as processes with a tiny model, behind a proxy. Faults and clients follow from the seed (their times do
 not). The first verifier, drafter and front door are never killed, only stopped and cut off: their memory is measured.
+With `--calm` nothing is broken: a soak under the same clients.
 The last line is "N passed, M failed"; the exit code is 1 if anything failed.
 """
 
@@ -159,6 +160,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--calm", action="store_true", help="break nothing")
     parser.add_argument("--folder", type=Path, help="for the services' logs; a temporary one by default")
     options = parser.parse_args()
     rng, tally = random.Random(options.seed), Tally()
@@ -170,17 +172,18 @@ def main() -> int:
             cases = make_cases(rng, CASES, undisturbed)
         fresh = {service.kind: (service.descriptors(), service.tasks()) for service in deployment.services}
         memory, clients = Memory(deployment.services), Clients(deployment, cases, tally, options.seed)
-        breaker = Breaker(deployment, options.seed)
+        breaker = None if options.calm else Breaker(deployment, options.seed)
         clients.start(CLIENTS)
         end_s = time.monotonic() + 60 * options.minutes
         while time.monotonic() < end_s:
             time.sleep(min(30, max(0, end_s - time.monotonic())))
             print(f"{sum(tally.passed.values())} passed, {len(tally.failures)} failed so far", flush=True)
-        breaker.stop()
+        if breaker:
+            breaker.stop()
         clients.stop()
         check_afterwards(deployment, cases, tally, fresh)
         memory.check(tally)
-    print(f"faults: {dict(sorted(breaker.done.items()))}")
+    print(f"faults: {dict(sorted(breaker.done.items())) if breaker else 'none'}")
     print(f"checked: {dict(sorted(tally.passed.items()))}")
     print(f"longest time without a token within a stream: {tally.longest_gap_s:.1f} s")
     print(f"{sum(tally.passed.values())} passed, {len(tally.failures)} failed")

@@ -34,6 +34,7 @@ FAST = {
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
+    "RAY_worker_niceness": "0",
     "PYTHONPATH": str(ROOT),
     "OMP_NUM_THREADS": "1",
 }
