@@ -22,7 +22,7 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $(STAMP)
 
 # Builds the kernels where there is a C compiler.
-$(INSTALLED): $(STAMP) setup.py treeline/pyproject.toml $(wildcard lm/kernels/*)
+$(INSTALLED): $(STAMP) setup.py treeline/pyproject.toml $(wildcard lm/kernels/*.? lm/kernels/*/*.?)
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e ./treeline -e .
 	touch $(INSTALLED)
 

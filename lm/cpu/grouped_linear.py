@@ -23,6 +23,7 @@ class Kernel(IntEnum):
     AVX2 = 2
     AVX_VNNI = 3
     AVX512_VNNI = 4
+    NEON = 5
 
     @property
     def arithmetic(self) -> Literal["float32", "int8"]:

@@ -24,7 +24,7 @@ typedef struct {
 } Attention;
 
 /* How a product is computed: in float32 by vectors of 8 or 16, or in integers by these instructions. */
-enum { FLOAT32, FLOAT32_WIDE, AVX2, AVX_VNNI, AVX512_VNNI };
+enum { FLOAT32, FLOAT32_WIDE, AVX2, AVX_VNNI, AVX512_VNNI, NEON };
 
 /* Whether the processor can. */
 int treeline_runs(int kernel);

@@ -202,7 +202,7 @@ void treeline_team_linear(
     static Product *const products[] = {
         [FLOAT32] = treeline_float_linear_narrow, [FLOAT32_WIDE] = treeline_float_linear_wide,
         [AVX2] = treeline_integer_linear, [AVX_VNNI] = treeline_integer_linear,
-        [AVX512_VNNI] = treeline_integer_linear,
+        [AVX512_VNNI] = treeline_integer_linear, [NEON] = treeline_integer_linear,
     };
     products[linear->kernel](linear, inputs, outputs, tokens, room);
 }

@@ -1,27 +1,36 @@
 /* Rounds the inputs of a product to groups of 8 bits, and runs its tiles with the instructions asked for. */
-#include <stdlib.h>
+#include <math.h>
 #include <string.h>
 
 #include "../kernels.h"
 #include "integer.h"
 
-#ifdef __x86_64__
-#ifdef __clang__
+#if defined(__x86_64__) && defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
-#else
+#elif defined(__x86_64__)
 #pragma GCC target("avx2")
 #endif
-#include <immintrin.h>
 
 enum { TOKEN_BLOCK = 64 }; /* tokens per reading of a tile: their sums stay in the first cache */
 
 static const float SMALLEST = 0x1p-100f; /* below it 127 / x overflows */
 
 static IntegerTile *const TILES[] = {
+    [FLOAT32] = NULL,
+#ifdef __x86_64__
     [AVX2] = treeline_integer_tile_avx2,
     [AVX_VNNI] = treeline_integer_tile_avx_vnni,
     [AVX512_VNNI] = treeline_integer_tile_avx512_vnni,
+#endif
+#ifdef __aarch64__
+    [NEON] = treeline_integer_tile_neon,
+#endif
 };
+
+/* Codes are the nearest integers, even ones of two as near, to x * (127 / the largest |x|). Weights of 4 bits are unpacked
+   from the low halves of bytes, then from the high ones, so of every 8 inputs the even ones come first. */
+#ifdef __x86_64__
+#include <immintrin.h>
 
 static float largest_magnitude(const __m256 x[4])
 {
@@ -34,8 +43,6 @@ static float largest_magnitude(const __m256 x[4])
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
 
-/* Codes are the nearest integers, even ones of two as near, to x * (127 / the largest |x|). Weights of 4 bits are unpacked
-   from the low halves of bytes, then from the high ones, so of every 8 inputs the even ones come first. */
 static RoundedGroup round_group(const float *inputs, int64_t bits)
 {
     const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* undoes what packing does to words */
@@ -64,6 +71,26 @@ static RoundedGroup round_group(const float *inputs, int64_t bits)
     group.start = -128 * sum;
     return group;
 }
+#else
+static RoundedGroup round_group(const float *inputs, int64_t bits)
+{
+    RoundedGroup group;
+    float most = 0;
+    for (int i = 0; i < GROUP; i++)
+        most = fmaxf(most, fabsf(inputs[i]));
+    float steps = most < SMALLEST ? 0 : 127 / most;
+    int32_t sum = 0;
+    for (int i = 0; i < GROUP; i++) {
+        int32_t code = lrintf(inputs[i] * steps);
+        group.codes[bits == 4 ? (i & ~7) + i % 2 * 4 + i % 8 / 2 : i] = code;
+        sum += code;
+    }
+    group.scale = most < SMALLEST ? 0 : most / 127;
+    group.sum = sum;
+    group.start = -128 * sum;
+    return group;
+}
+#endif
 
 void treeline_integer_linear(const Linear *linear, const float *inputs, float *outputs, int64_t tokens, void *room)
 {
@@ -90,12 +117,6 @@ void treeline_integer_linear(const Linear *linear, const float *inputs, float *o
         }
     }
 }
-#else
-void treeline_integer_linear(const Linear *linear, const float *inputs, float *outputs, int64_t tokens, void *room)
-{
-    abort(); /* `treeline_runs` allows none of its kernels. */
-}
-#endif
 
 int64_t treeline_room(const Linear *linear, int64_t tokens)
 {

@@ -17,4 +17,5 @@ typedef struct {
 typedef void IntegerTile(const uint8_t *tile, Format format, int64_t groups, const RoundedGroup *inputs, int64_t tokens,
                          float (*sums)[ROWS]);
 
-IntegerTile treeline_integer_tile_avx2, treeline_integer_tile_avx_vnni, treeline_integer_tile_avx512_vnni;
+IntegerTile treeline_integer_tile_avx2, treeline_integer_tile_avx_vnni, treeline_integer_tile_avx512_vnni,
+    treeline_integer_tile_neon;

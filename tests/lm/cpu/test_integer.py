@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,21 @@ def reference(weight: GroupedWeight, inputs: torch.Tensor) -> NDArray[np.float32
     return total
 
 
+def extremes() -> Iterator[tuple[GroupedWeight, torch.Tensor]]:
+    """The largest codes of both sides at once, groups of zeros, and numbers near the ends of float32."""
+    inputs = torch.ones(6, 64)
+    inputs[1] *= -1
+    inputs[2, :32] = 0.0
+    inputs[3] *= 1e-36
+    inputs[4] *= 1e30
+    inputs[5, ::2] *= -1
+    minima: dict[Bits, torch.Tensor | None] = {4: torch.ones(40, 2).half(), 8: None}
+    for bits, minimum in minima.items():
+        for code in (0, 2**bits - 1):
+            codes = torch.full((40, 2, 32), code, dtype=torch.uint8)
+            yield GroupedWeight(bits, codes, torch.ones(40, 2).half(), minimum), inputs
+
+
 @pytest.mark.parametrize("kernel", INTEGER)
 @pytest.mark.parametrize("name", ROUNDING)
 def test_every_bit_is_that_of_the_reference(name: str, kernel: Kernel) -> None:
@@ -89,18 +104,8 @@ def test_every_bit_is_that_of_the_reference(name: str, kernel: Kernel) -> None:
 
 @pytest.mark.parametrize("kernel", INTEGER)
 def test_extreme_numbers_are_summed_exactly(kernel: Kernel) -> None:
-    """The largest codes of both sides at once, groups of zeros, and numbers near the ends of float32."""
-    for bits, minimum in ((4, torch.ones(40, 2).half()), (8, None)):
-        for code in (0, 2**bits - 1):
-            codes = torch.full((40, 2, 32), code, dtype=torch.uint8)
-            weight = GroupedWeight(4 if bits == 4 else 8, codes, torch.ones(40, 2).half(), minimum)
-            inputs = torch.ones(6, 64)
-            inputs[1] *= -1
-            inputs[2, :32] = 0.0
-            inputs[3] *= 1e-36
-            inputs[4] *= 1e30
-            inputs[5, ::2] *= -1
-            assert np.array_equal(GroupedLinear(weight, None, kernel)(inputs).numpy(), reference(weight, inputs))
+    for weight, inputs in extremes():
+        assert np.array_equal(GroupedLinear(weight, None, kernel)(inputs).numpy(), reference(weight, inputs))
 
 
 def test_rounding_inputs_changes_little() -> None:
