@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,6 +20,8 @@ ROOT = Path(__file__).parents[3]
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 # As setup.py compiles them, but -O1: -O3 takes ten times as long. Products and sums are fused as with -O3.
 FLAGS = ["-O1", "-fexpensive-optimizations", "-fno-math-errno", "-fopenmp", "-static", "-Ilm/kernels"]
+ENVIRONMENT = os.environ | {"LD_PRELOAD": ""}
+"""Without the sanitizers of .ci/sanitize, which are for this machine's own processor."""
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which(COMPILER) and shutil.which(EMULATOR)), reason=f"{COMPILER} or {EMULATOR} is not installed"
@@ -29,7 +32,12 @@ pytestmark = pytest.mark.skipif(
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All kernels and `product.c`."""
     built, sources = tmp_path_factory.mktemp("arm") / "product", [str(p) for p in ROOT.glob("lm/kernels/**/*.c")]
-    subprocess.run([COMPILER, *FLAGS, "-o", built, *sources, "tests/lm/cpu/arm/product.c", "-lm"], cwd=ROOT, check=True)
+    subprocess.run(
+        [COMPILER, *FLAGS, "-o", built, *sources, "tests/lm/cpu/arm/product.c", "-lm"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        check=True,
+    )
     return built
 
 
@@ -37,7 +45,9 @@ def products(program: Path, weight: GroupedWeight, inputs: torch.Tensor, kernel:
     tiles, (rows, columns) = weight.tiles().numpy(), weight.shape
     head = [weight.bits, weight.scale_bytes, columns, rows, len(inputs), kernel, tiles.nbytes]
     given = np.array(head, np.int64).tobytes() + tiles.tobytes() + inputs.numpy().tobytes()
-    done = subprocess.run([EMULATOR, program], input=given, capture_output=True, check=True, timeout=60)
+    done = subprocess.run(
+        [EMULATOR, program], input=given, capture_output=True, check=True, timeout=60, env=ENVIRONMENT
+    )
     return np.frombuffer(done.stdout, np.float32).reshape(-1, rows)
 
 
