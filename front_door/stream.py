@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 import grpc
 
@@ -13,6 +14,7 @@ from front_door.clients import Call
 from front_door.routing import Verifier, VerifierPool
 from treeline.errors import DrainingError, StreamLostError, UnavailableError
 from treeline.request import REQUEST_ID, answers_of, delivered_tokens, ends_all, note
+from treeline.rpc.reading import messages_of
 from treeline.rpc.status import is_lost, reason_of
 from treeline.v1 import generation_pb2 as pb
 
@@ -80,11 +82,12 @@ class ResumableStream:
             with verifier.calling(answers_of(self._request)) as stub:
                 call = stub.Generate(self._request, timeout=context.time_remaining(), metadata=self._metadata)
                 try:
-                    async for response in call:
-                        self._note(response)
-                        yield response
-                        if ends_all(self._request, response):
-                            return
+                    async with aclosing(messages_of(call)) as responses:
+                        async for response in responses:
+                            self._note(response)
+                            yield response
+                            if ends_all(self._request, response):
+                                return
                     problem, reason = "ended without a completion", ""
                 except grpc.aio.AioRpcError as error:
                     if not self._is_passing(error):
@@ -92,8 +95,6 @@ class ResumableStream:
                     if error.code() is grpc.StatusCode.UNAVAILABLE:  # Else only this stream was cut.
                         verifier.serving = False  # until a poll says otherwise
                     problem, reason = f"{error.code().name}: {error.details()}", reason_of(error)
-                finally:
-                    call.cancel()
                 if REQUEST_ID in await call.initial_metadata():
                     self._lost_s = None
                     self._futile_runs += reason in FUTILE

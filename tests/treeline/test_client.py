@@ -287,6 +287,7 @@ def test_no_retry_outlasts_the_deadline():
 
 def test_grpc_retries_by_its_own_configuration(monkeypatch):
     monkeypatch.setattr(status, "RETRY_DELAY_S", 0.05)
+    monkeypatch.setattr("front_door.clients.FULL_S", 0)
     config = (Path(treeline.__file__).parents[1] / "examples" / "retries.json").read_text()
     config = config.replace('"0.5s"', '"30s"').replace('"5s"', '"30s"')
 

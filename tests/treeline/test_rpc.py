@@ -4,11 +4,13 @@ import platform
 import subprocess
 import sys
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import grpc
 import pytest
+from grpc._cython import cygrpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from treeline.config import InternalConfig, TlsConfig
@@ -237,6 +239,33 @@ print(before, faults())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_a_call_that_ends_while_it_is_answered_is_no_failure(caplog):
+    """grpc then raises at the next write, if the handler has not been cancelled yet."""
+    codes = []
+    observer = SimpleNamespace(started=lambda method: None, handled=lambda method, code, *_: codes.append(code))
+
+    class Servicer(GenerationServiceServicer):
+        async def Generate(self, request, context):
+            yield pb.GenerateResponse()
+            raise cygrpc.ExecuteBatchError("Failed")
+
+    async def run():
+        server = new_server(InternalConfig(), 1 << 20, interceptors=[CallInterceptor(observer)])
+        add_GenerationServiceServicer_to_server(Servicer(), server)
+        endpoint = bind(server, InternalConfig())
+        await server.start()
+        async with grpc.aio.insecure_channel(endpoint) as channel:
+            with suppress(grpc.RpcError):
+                await GenerationServiceStub(channel).Generate(pb.GenerateRequest()).read()
+            while not codes:
+                await asyncio.sleep(0.02)
+        await server.stop(None)
+
+    asyncio.run(run())
+    assert codes == ["CANCELLED"]
+    assert not caplog.records
+
+
 def test_memory_of_large_messages_is_used_again():
     run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=60)
     before, after = map(int, run.stdout.split())

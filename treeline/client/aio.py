@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ import grpc
 from treeline.client.attempts import Attempts
 from treeline.client.base import CALL_TIMEOUT_S, BaseClient, ChatMessages, Message, chat_of, texts_of
 from treeline.errors import UnknownRequestError
+from treeline.rpc.reading import messages_of
 from treeline.v1 import generation_pb2 as pb
 from treeline.v1.generation_pb2_grpc import GenerationServiceStub
 
@@ -92,15 +94,14 @@ class AsyncClient(BaseClient[AsyncAnswer]):
             stub = GenerationServiceStub(self._channel)
             call = stub.Generate(request, timeout=attempts.left_s, metadata=self._metadata)
             try:
-                async for response in call:
-                    yield attempts.message(response)
+                async with aclosing(messages_of(call)) as responses:
+                    async for response in responses:
+                        yield attempts.message(response)
                 return
             except grpc.RpcError as error:
                 if attempts.ended:
                     return
                 wait_s = attempts.failed(error)
-            finally:
-                call.cancel()
             await asyncio.sleep(wait_s)
 
     async def _call(self, method: str, request: Any) -> Any:

@@ -140,10 +140,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         try:
             return await answer()
         except asyncio.CancelledError:
-            left_s = context.time_remaining()
-            out_of_time = left_s is not None and left_s <= DEADLINE_SLACK_S
-            code = grpc.StatusCode.DEADLINE_EXCEEDED if out_of_time else grpc.StatusCode.CANCELLED
+            code = _ended_early(context)
             raise
+        except grpc.aio.InternalError:  # Something was to be written, and the call has ended meanwhile.
+            code = _ended_early(context)
         except TreelineError as error:
             code, told = code_of(error), str(error)
             await abort_with(context, error)
@@ -158,6 +158,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         finally:
             for observer in self._observers:
                 observer.handled(method, code.name, time.perf_counter() - started_s, told)
+
+
+def _ended_early(context: grpc.aio.ServicerContext) -> grpc.StatusCode:
+    left_s = context.time_remaining()
+    out_of_time = left_s is not None and left_s <= DEADLINE_SLACK_S
+    return grpc.StatusCode.DEADLINE_EXCEEDED if out_of_time else grpc.StatusCode.CANCELLED
 
 
 def _parsed(request: Any) -> Any:
