@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import typing
@@ -44,7 +45,7 @@ def config_page() -> str:
     for path, section in sections(Config, ""):
         lines += ["", f"## `{path}`" if path else "## Sections", ""]
         if path and section.__doc__ and section.__doc__ != BaseModel.__doc__:
-            lines += [section.__doc__.strip(), ""]
+            lines += [inspect.cleandoc(section.__doc__), ""]
         lines += ["| setting | default | what it is |", "|---|---|---|"]
         for name, field in section.model_fields.items():
             lines.append(f"| `{name}` | {default(field)} | {description(field)} |")

@@ -71,7 +71,7 @@ class DraftSequence:
     max_nodes: int
     max_depth: int
     weight: float = 1.0
-    features: NDArray[np.uint16] = field(default_factory=lambda: NO_FEATURES)
+    features: NDArray[np.uint16] = field(default_factory=lambda: NO_FEATURES, compare=False)
     prompt_tokens: int = 0
 
     @property
