@@ -192,6 +192,7 @@ def test_sixteen_streams_with_cancellations_and_deadlines_leave_nothing(target):
 
     async def scenario(services):
         long, short = ask(max_tokens=200), ask(max_tokens=24, temperature=0.7)
+        short.stopping.ignore_eos = True
         streams = [finished(services, short) for _ in range(8)]
         streams += [dropped(services, long) for _ in range(4)] + [late(services, long) for _ in range(4)]
         chance.shuffle(streams)
