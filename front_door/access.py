@@ -26,7 +26,7 @@ MAX_ERROR_CHARS = 300
 REFUSED = ("UNAUTHENTICATED", "401", "RESOURCE_EXHAUSTED", "429")
 MAX_REFUSALS_PER_S = 10
 """Lines about calls without a valid token, which anybody can make, or that there is no room for: a log of 320 MiB holds
-two days of them, and a line takes half the time of a refusal."""
+two days of them, and a line took a third of the time of a refusal."""
 Fields = dict[str, Any]
 _answers: ContextVar[list[Fields] | None] = ContextVar("answers", default=None)
 """The answers that the call of this context has asked for. Tasks of one call share the list."""

@@ -88,7 +88,7 @@ class Clients:
             self._open += Counter()  # forgets those without open requests
             if found_no_room:
                 self._full_until_s[client.name] = self._clock() + FULL_S
-            else:  # There is room now.
+            else:  # It may have made room.
                 self._full_until_s.clear()
 
     def _take_turn(self, client: Client) -> None:
