@@ -17,7 +17,7 @@ from front_door.clients import Clients, address_of
 from front_door.http.server import HttpServer
 from front_door.routing import VerifierPool
 from front_door.service import FrontDoor
-from front_door.streams import MAX_SILENT, MAX_WATCHES, StreamLimits
+from front_door.silent_streams import MAX_SILENT, MAX_WATCHES, StreamLimits
 from treeline.config import Config
 from treeline.metrics import FrontDoorMetrics
 from treeline.rpc.channels import Discover, DiscoverPages, add_standard_services, bind, new_server

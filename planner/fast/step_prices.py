@@ -1,6 +1,6 @@
 """What one step of a batch costs, and what a second of it is worth: built once per step.
 
-Gate, prompt lookup, rule and scheduler all read these prices.
+The gate, the rule, the scheduler and the speculator (for prompt lookup) read these prices.
 """
 
 from __future__ import annotations

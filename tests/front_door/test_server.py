@@ -12,7 +12,7 @@ from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from front_door.streams import MAX_SILENT, MAX_WATCHES
+from front_door.silent_streams import MAX_SILENT, MAX_WATCHES
 from tests.front_door.doors import METRICS, NOT_SERVING, SERVING, with_front_door
 from tests.verifier_svc.fake_engine import FakeEngine, until
 from tests.verifier_svc.service.test_service import collect, details, failure, request
@@ -272,7 +272,7 @@ def test_streams_that_ask_for_nothing_shut_nobody_out():
 
 
 def test_a_call_that_stays_silent_ends(monkeypatch):
-    monkeypatch.setattr("front_door.streams.MESSAGE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("front_door.silent_streams.MESSAGE_TIMEOUT_S", 0.1)
 
     async def scenario(s):
         call = s.channel.stream_stream("/treeline.v1.GenerationService/Generate")()
