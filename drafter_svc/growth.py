@@ -5,6 +5,8 @@ The trees of a batch grow together: a layer takes a few array operations, whatev
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,7 +34,7 @@ class GrowingForest:
         """`places`: indices of these trees among all of the step; at least one."""
         self.places = np.asarray(places, np.intp)
         self._policy = roots[0].policy
-        self._source = np.uint8(source)
+        self._source = int(source)
         self._limits = np.asarray([root.sequence.max_nodes for root in roots])
         self._max_depths = np.asarray([root.max_depth for root in roots])
         self._weights = np.asarray([root.sequence.weight for root in roots], np.float32)
@@ -40,16 +42,20 @@ class GrowingForest:
         self._penalised = any(root.sequence.sampling.penalises for root in roots)
         self._depth = 0
         # By tree: its nodes, those with children, the sum of their path probabilities.
-        self._sizes, self._inner = np.zeros((2, len(roots)), np.intp)
+        self._sizes, self._inner = np.zeros(len(roots), np.intp), np.zeros(len(roots), np.intp)
         self._path_probs_sums = np.zeros(len(roots))
         # By node.
-        self._scores, self._path_probs, self._probs = np.ones((3, 1), np.float32)
-        self._tree_of, self._above = np.zeros((2, 1), np.intp)
+        self._scores = self._path_probs = self._probs = np.ones(1, np.float32)
+        self._tree_of = self._above = np.zeros(1, np.intp)
         self._token_ids = np.zeros(1, np.int32)
         # The last frontier: each entry's node and tree.
-        self._asked_trees = np.flatnonzero(self._max_depths)
+        self._asked_trees = self._max_depths.nonzero()[0]
         self._asked = np.zeros(len(self._asked_trees), np.intp)
         self._decision: tuple[Layer, NDArray[np.bool_]] | None = None
+
+    @property
+    def max_children(self) -> int:
+        return self._policy.max_children
 
     @property
     def first(self) -> Frontier:
@@ -65,8 +71,7 @@ class GrowingForest:
         if not len(new.above):
             return
         above, tree_of = self._asked[new.above], self._asked_trees[new.above]
-        sources = np.full(len(above), self._source)
-        acceptance = accepts(plan.calibration, sources, np.asarray(self._depth), new.probs, self._sampled[tree_of])
+        acceptance = accepts(plan.calibration, self._source, self._depth, new.probs, self._sampled[tree_of])
         layer = Layer(
             depth=self._depth,
             tree_of=tree_of,
@@ -113,7 +118,7 @@ class GrowingForest:
         ]
         # A parent is found in the last frontier by its node. Roots all have node 0: they are found by their tree.
         if self._depth == 1:
-            above = np.flatnonzero(self._max_depths).searchsorted(trees)
+            above = self._max_depths.nonzero()[0].searchsorted(trees)
         else:
             above = before.searchsorted(self._above[nodes])
         paths = [self._path(node) for node in nodes.tolist()] if self._penalised else None
@@ -138,8 +143,8 @@ class GrowingForest:
             sizes,
             self._token_ids[nodes],
             indices[self._above[nodes]],
-            np.clip(self._probs[nodes], MIN_PROB, 1.0),
-            np.full(len(nodes), self._source),
+            np.minimum(np.maximum(self._probs[nodes], MIN_PROB), 1),
+            np.full(len(nodes), self._source, np.uint8),
         )
 
     def _count(self, tree_of: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -188,14 +193,13 @@ def grow(roots: list[Root], plan: Plan, proposer: Proposer) -> Forest:
     for place, root in enumerate(roots):
         of_policies.setdefault(root.policy.spec, []).append(place)
     forests = [GrowingForest([roots[p] for p in places], places, proposer.source) for places in of_policies.values()]
-    frontiers, starts = [forest.first for forest in forests], [0] * len(forests)
+    frontiers, bounds = [forest.first for forest in forests], [0] * (len(forests) + 1)
     while any(len(frontier.tree_of) for frontier in frontiers):
-        children = proposer.propose(roots, _joined(frontiers, starts))
-        ends = np.cumsum([len(frontier.tree_of) for frontier in frontiers]).tolist()
-        starts = [0, *ends[:-1]]
+        children = proposer.propose(roots, _joined(frontiers, bounds))
+        bounds = [0, *accumulate(len(frontier.tree_of) for frontier in frontiers)]
         priced: list[PricedFrontier] = []
-        for index, (forest, start, end) in enumerate(zip(forests, starts, ends, strict=True)):
-            own = children if len(forests) == 1 else _between(children, start, end)
+        for index, (forest, (start, end)) in enumerate(zip(forests, pairwise(bounds), strict=True)):
+            own = children if len(forests) == 1 else _between(children, start, end, forest.max_children)
             forest.add_layer(own, plan, len(roots))
             frontiers[index], worth = forest.next(plan)
             priced += worth
@@ -204,8 +208,8 @@ def grow(roots: list[Root], plan: Plan, proposer: Proposer) -> Forest:
     return _in_order(forests, len(roots))
 
 
-def _joined(frontiers: list[Frontier], starts: list[int]) -> Frontier:
-    """One frontier for all policies. `starts`: where each policy's last frontier began in the joined one."""
+def _joined(frontiers: list[Frontier], bounds: list[int]) -> Frontier:
+    """One frontier for all policies. `bounds`: where each policy's last frontier began in the joined one."""
     if len(frontiers) == 1:
         return frontiers[0]
     paths = [path for f in frontiers for path in (f.paths or [[]] * len(f.tree_of))]
@@ -213,15 +217,17 @@ def _joined(frontiers: list[Frontier], starts: list[int]) -> Frontier:
         max(f.depth for f in frontiers),
         np.concatenate([f.tree_of for f in frontiers]),
         np.concatenate([f.token_ids for f in frontiers]),
-        np.concatenate([f.above + start for f, start in zip(frontiers, starts, strict=True)]),
+        np.concatenate([f.above + start for f, start in zip(frontiers, bounds, strict=False)]),
         paths if any(f.paths is not None for f in frontiers) else None,
     )
 
 
-def _between(children: Children, start: int, end: int) -> Children:
-    """The children of the frontier's nodes `start` to `end`, with parents counted from `start`."""
-    a, b = children.above.searchsorted((start, end)).tolist()
-    return Children(children.above[a:b] - start, children.token_ids[a:b], children.probs[a:b], children.ranks[a:b])
+def _between(children: Children, start: int, end: int, most: int) -> Children:
+    """The `most` best children of each of the frontier's nodes `start` to `end`, with parents counted from `start`."""
+    kept = (children.above >= start) & (children.above < end) & (children.ranks < most)
+    return Children(
+        children.above[kept] - start, children.token_ids[kept], children.probs[kept], children.ranks[kept]
+    )  # fmt: skip
 
 
 def _in_order(forests: list[GrowingForest], trees: int) -> Forest:

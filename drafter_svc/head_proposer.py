@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -39,7 +41,7 @@ class HeadProposer(LayeredProposer):
         states = torch.zeros(tokens, self._head.config.hidden_size, dtype=self._head.dtype, device=self._head.device)
         return self._head.forward([PackedSequence(kv, [0] * tokens, parents)], states, self.cache)[0]
 
-    def _follow(self, sessions: list[Session], memory: SessionMemory) -> dict[Key, Tensor]:
+    def _follow(self, sessions: list[Session], memory: SessionMemory) -> tuple[list[Key], Tensor]:
         """Run the committed tokens that are not in the cache, root included, with the target's features."""
         self._state_of_root = {}
         runs: list[tuple[Session, PackedSequence]] = []
@@ -56,15 +58,16 @@ class HeadProposer(LayeredProposer):
             runs.append((session, PackedSequence(kv, session.tokens[start:], logits="last")))
             features.append(session.features[given - (length - start) :])
         if not runs:
-            return {}
+            return [], torch.empty(0)
         bits = torch.from_numpy(np.concatenate(features).view(np.int16)).view(torch.bfloat16)
         packed = [run for _, run in runs]
         self.stats.catch_up_tokens += sum(len(run.token_ids) - 1 for run in packed)
         logits, self._states = self._head.forward(packed, self._head.states(bits), self.cache)
         self.cache.commit([(run.cache, list(range(run.cache.scratch))) for run in packed])
-        ends = np.cumsum([len(run.token_ids) for run in packed]) - 1
-        self._state_of_root = {session.key: end for (session, _), end in zip(runs, ends.tolist(), strict=True)}
-        return {session.key: row for (session, _), row in zip(runs, logits, strict=True)}
+        keys = [session.key for session, _ in runs]
+        ends = accumulate(len(run.token_ids) for run in packed)
+        self._state_of_root = {key: end - 1 for key, end in zip(keys, ends, strict=True)}
+        return keys, logits
 
     def _run_layer(self, roots: list[Root], frontier: Frontier) -> tuple[NDArray[np.intp], Tensor]:
         if frontier.depth == 1:  # the parents are roots: their states come from the pass over committed tokens

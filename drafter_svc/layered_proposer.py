@@ -50,15 +50,16 @@ class LayeredProposer(ABC):
         self.cache, self.passes = cache, passes
         self.stats = LayerStats()
         self._max_nodes = max_nodes
-        self._root_logits: dict[Key, Tensor] = {}
-        """The root's logits of each up-to-date session of this step."""
+        self._root_logits, self._row_of_root = torch.empty(0), dict[Key, int]()
+        """A row for the root of each up-to-date session of this step, and which one."""
         self._entries: NDArray[np.intp] = np.zeros(0, np.intp)
         """intp [frontier]: scratch index of each node of the last frontier; ROOT for roots and nodes not run."""
 
     def begin(self, sessions: list[Session], memory: SessionMemory) -> None:
         started_s = time.perf_counter()
         self.stats = LayerStats()
-        self._root_logits = self._follow(sessions, memory)
+        keys, self._root_logits = self._follow(sessions, memory)
+        self._row_of_root = {key: row for row, key in enumerate(keys)}
         self._begin_s = time.perf_counter() - started_s
 
     def propose(self, roots: list[Root], frontier: Frontier) -> Children:
@@ -66,15 +67,14 @@ class LayeredProposer(ABC):
         nodes, logits = self._run_layer(roots, frontier) if frontier.depth else self._root_rows(roots, frontier)
         if not len(nodes):
             return Children.none()
-        trees = frontier.tree_of[nodes].tolist()
-        counts = np.asarray([roots[tree].policy.max_children for tree in trees])
-        paths = frontier.paths
-        rows = [
-            _sampling_row(roots[tree], frontier.depth, paths[node] if paths is not None else [])
-            for tree, node in zip(trees, nodes.tolist(), strict=True)
-        ]
-        ids, probs = self._top(logits, rows, int(counts.max()))
-        children = Children.best(nodes, counts, ids.cpu().numpy(), probs.cpu().numpy())
+        paths, choices = frontier.paths, 1
+        rows = []
+        for tree, node in zip(frontier.tree_of[nodes].tolist(), nodes.tolist(), strict=True):
+            root = roots[tree]
+            rows.append(_sampling_row(root, frontier.depth, paths[node] if paths is not None else []))
+            choices = max(choices, root.policy.max_children)
+        ids, probs = self._top(logits, rows, choices)
+        children = Children.best(nodes, ids.cpu().numpy(), probs.cpu().numpy())
         self.stats.seconds[-1] += time.perf_counter() - started_s
         return children
 
@@ -106,8 +106,8 @@ class LayeredProposer(ABC):
         return max(0.0, one_s - node_s), node_s
 
     @abstractmethod
-    def _follow(self, sessions: list[Session], memory: SessionMemory) -> dict[Key, Tensor]:
-        """Bring the cache up to date. Returns the root's logits of each session that is."""
+    def _follow(self, sessions: list[Session], memory: SessionMemory) -> tuple[list[Key], Tensor]:
+        """Bring the cache up to date. Returns the sessions that are, and a row of logits for the root of each."""
 
     @abstractmethod
     def _run_layer(self, roots: list[Root], frontier: Frontier) -> tuple[NDArray[np.intp], Tensor]:
@@ -133,12 +133,14 @@ class LayeredProposer(ABC):
     def _root_rows(self, roots: list[Root], frontier: Frontier) -> tuple[NDArray[np.intp], Tensor]:
         self._entries = np.full(len(frontier.tree_of), ROOT, np.intp)
         keys = [roots[tree].session.key for tree in frontier.tree_of.tolist()]
-        nodes = [node for node, key in enumerate(keys) if key in self._root_logits]
+        nodes = [node for node, key in enumerate(keys) if key in self._row_of_root]
         if not nodes:
             return np.zeros(0, np.intp), torch.empty(0)
         self.stats.nodes.append(len(nodes))
         self.stats.seconds.append(self._begin_s)
-        return np.asarray(nodes), torch.stack([self._root_logits[keys[node]] for node in nodes])
+        rows = [self._row_of_root[keys[node]] for node in nodes]
+        logits = self._root_logits
+        return np.asarray(nodes), logits if rows == [*range(len(logits))] else logits[rows]
 
     def _append(
         self, roots: list[Root], frontier: Frontier, most_tokens: int | None = None
@@ -151,7 +153,7 @@ class LayeredProposer(ABC):
         parents = self._entries[frontier.above]
         self._entries = np.full(len(frontier.tree_of), ROOT, np.intp)
         # A frontier of trees 0, 0, 2 has bounds 0, 2, 3.
-        firsts = np.flatnonzero(np.diff(frontier.tree_of, prepend=-1))
+        firsts = np.concatenate(([True], frontier.tree_of[1:] != frontier.tree_of[:-1])).nonzero()[0]
         runs = []
         for first, end in zip(firsts.tolist(), [*firsts[1:].tolist(), len(parents)], strict=True):
             session = roots[frontier.tree_of.item(first)].session

@@ -32,7 +32,7 @@ class ModelProposer(LayeredProposer):
         super().__init__(cache, model.passes, max_nodes)
         self._model = model
 
-    def _follow(self, sessions: list[Session], memory: SessionMemory) -> dict[Key, Tensor]:
+    def _follow(self, sessions: list[Session], memory: SessionMemory) -> tuple[list[Key], Tensor]:
         self._keep_accepted(sessions)
         return self._run_missing(self._reserve(sessions, memory))
 
@@ -70,7 +70,7 @@ class ModelProposer(LayeredProposer):
                 reserved.append((session, kv))
         return reserved
 
-    def _run_missing(self, sessions: list[tuple[Session, SequenceCache]]) -> dict[Key, Tensor]:
+    def _run_missing(self, sessions: list[tuple[Session, SequenceCache]]) -> tuple[list[Key], Tensor]:
         """Run the tokens that are not in the cache, root included; for those far behind, MAX_CATCH_UP_TOKENS in all."""
         budget = MAX_CATCH_UP_TOKENS
         runs: list[tuple[Key, PackedSequence]] = []
@@ -88,8 +88,7 @@ class ModelProposer(LayeredProposer):
                 self.stats.catch_up_tokens += len(missing) - caught_up
         logits = self._model.forward([run for _, run in runs], self.cache)
         self.cache.commit([(run.cache, list(range(run.cache.scratch))) for _, run in runs])
-        caught_up_keys = [key for key, run in runs if run.logits == "last"]
-        return dict(zip(caught_up_keys, logits, strict=True))
+        return [key for key, run in runs if run.logits == "last"], logits
 
     def _run_layer(self, roots: list[Root], frontier: Frontier) -> tuple[NDArray[np.intp], Tensor]:
         runs = self._append(roots, frontier, self._model.max_context_tokens)

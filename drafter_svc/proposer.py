@@ -62,12 +62,11 @@ class Children:
     ranks: NDArray[np.uint8]
 
     @staticmethod
-    def best(nodes: NDArray[np.intp], counts: NDArray[np.intp], ids: NDArray, probs: NDArray) -> Children:
-        """The first `counts` [r] of the choices `ids`, `probs` [r, k], best first, below the frontier's `nodes` [r]."""
-        rows, ranks = (np.arange(ids.shape[1]) < counts[:, None]).nonzero()
-        return Children(
-            nodes[rows], ids[rows, ranks].astype(np.int32), probs[rows, ranks], ranks.astype(np.uint8)
-        )  # fmt: skip
+    def best(nodes: NDArray[np.intp], ids: NDArray[np.int64], probs: NDArray[np.float32]) -> Children:
+        """The choices `ids`, `probs` [r, k], best first, below the frontier's `nodes` [r]."""
+        choices = ids.shape[1]
+        ranks = (np.arange(ids.size) % choices).astype(np.uint8)
+        return Children(nodes.repeat(choices), ids.ravel().astype(np.int32), probs.ravel(), ranks)
 
     @staticmethod
     def none() -> Children:
@@ -84,5 +83,8 @@ class Proposer(Protocol):
         ...
 
     def propose(self, roots: list[Root], frontier: Frontier) -> Children:
-        """Children of all nodes of `frontier`: first the `roots`, then layer by layer."""
+        """Children of all nodes of `frontier`: first the `roots`, then layer by layer.
+
+        At least as many of each node as its policy asks for; policies that ask for less leave the rest.
+        """
         ...

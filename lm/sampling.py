@@ -75,10 +75,7 @@ def _choose(logits: Tensor, rows: list[Row]) -> Tensor:
 
 def argmax(scores: Tensor) -> Tensor:
     """int64 [rows]: index of each row's largest score, the first of equals. `scores` is float32 [rows, vocab]."""
-    if scores.device.type == "cpu":
-        # torch's own takes up to eight times as long here.
-        return torch.from_numpy(scores.numpy().argmax(axis=-1))
-    return scores.argmax(dim=-1)
+    return largest(scores)
 
 
 @torch.inference_mode()
@@ -89,8 +86,7 @@ def top_drafts(logits: Tensor, rows: list[Row], k: int) -> tuple[Tensor, Tensor]
         ids int64 [rows, k], and probs float32 [rows, k] in (0, 1]: the draft model's probability for greedy rows, the
         softmax of the noise-perturbed scores for sampled ones. What top-k or top-p exclude has (almost) none.
     """
-    ids, probs = best(_scores(logits, rows), k)
-    return ids, probs.clamp_min_(_LEAST_PROB)
+    return best(_scores(logits, rows), k, _LEAST_PROB)
 
 
 @torch.inference_mode()

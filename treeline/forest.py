@@ -123,6 +123,8 @@ class Forest:
 
     def spread(self, places: Sequence[int], trees: int) -> Forest:
         """A forest of `trees` trees with these at the increasing indices `places`, and the others empty."""
+        if trees == len(self.sizes):
+            return self
         sizes = np.zeros(trees, np.intp)
         sizes[np.asarray(places, np.intp)] = self.sizes
         return Forest(sizes, *(getattr(self, name) for name in COLUMNS))

@@ -13,20 +13,20 @@ from lm.cpu.native import library, typed
 from lm.device import upload
 
 
-def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def best(scores: Tensor, k: int, least: float) -> tuple[Tensor, Tensor]:
     """The k best columns of each row of `scores` float32 [rows, columns], best first.
 
     Returns:
-        Columns int64 [rows, k]; and their probabilities under a softmax over the row, float32 [rows, k].
+        Columns int64 [rows, k]; and their probabilities float32 [rows, k] by softmax over the row, `least` or more.
     """
     kernels = _kernels_for(scores)
     if kernels is None:
         probs, ids = torch.softmax(scores, dim=-1).topk(k, dim=-1)
-        return ids, probs
+        return ids, probs.clamp_min_(least)
     rows, columns = scores.shape
     ids, probs = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k)
-    kernel = typed(kernels, "best", "nnpnppi")
-    kernel(rows, columns, scores.data_ptr(), k, ids.data_ptr(), probs.data_ptr(), torch.get_num_threads())
+    kernel = typed(kernels, "best", "nnpnfppi")
+    kernel(rows, columns, scores.data_ptr(), k, least, ids.data_ptr(), probs.data_ptr(), torch.get_num_threads())
     return ids, probs
 
 
@@ -49,15 +49,18 @@ def bar(scores: Tensor, rows: list[int], bits: NDArray[np.int32]) -> None:
     typed(kernels, "bar", "npnpnpi")(*where, columns, scores.data_ptr(), torch.get_num_threads())
 
 
-def largest(scores: Tensor, bits: NDArray[np.int32]) -> Tensor:
-    """int64 [rows]: the first column of the largest score among those whose bit is 1. Arguments as in `bar`."""
+def largest(scores: Tensor, bits: NDArray[np.int32] | None = None) -> Tensor:
+    """int64 [rows]: the first column of the largest score; with bits as in `bar`, among those whose bit is 1."""
     kernels = _kernels_for(scores)
     if kernels is None:
-        scores = scores.clone()
-        bar(scores, [*range(len(scores))], bits)
-        return scores.argmax(dim=-1)
+        if bits is not None:
+            scores = scores.clone()
+            bar(scores, [*range(len(scores))], bits)
+        # On CPUs torch's own takes up to eight times as long as numpy's.
+        return torch.from_numpy(scores.numpy().argmax(-1)) if scores.is_cpu else scores.argmax(dim=-1)
     ids = torch.empty(len(scores), dtype=torch.int64)
-    where = (len(scores), bits.shape[1], bits.ctypes.data, scores.shape[1], scores.data_ptr())
+    words, address = (0, None) if bits is None else (bits.shape[1], bits.ctypes.data)
+    where = (len(scores), words, address, scores.shape[1], scores.data_ptr())
     typed(kernels, "largest", "nnpnppi")(*where, ids.data_ptr(), torch.get_num_threads())
     return ids
 

@@ -6,6 +6,7 @@ import ctypes
 import functools
 from ctypes import c_float, c_int64, c_void_p
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -41,10 +42,15 @@ class LayerAttention(ctypes.Structure):
         return cls(*sizes, options.scale, options.softcap or 0.0, wide)
 
 
+_fitting: WeakKeyDictionary[KVCache, bool] = WeakKeyDictionary()
+
+
 def attention_for(batch: PackedBatch, cache: KVCache) -> AttentionContext:
     """Attention of one packed forward pass: by the kernel where it can, else by torch."""
     kernels = library()
-    if kernels is None or not _fits(cache):
+    if cache not in _fitting:
+        _fitting[cache] = kernels is not None and _fits(cache)
+    if kernels is None or not _fitting[cache]:
         return TreeAttention(batch, cache)
     return NativeAttention(kernels, batch, cache)
 

@@ -62,9 +62,9 @@ static float weight_of_row(int64_t columns, const float *row, float most)
 }
 
 /* The `most` best columns of each row of scores [count, columns], the first of equals first, and their probabilities under
-   a softmax over the row: ids and probs [count, most]. 1 <= most <= columns. */
-void treeline_best(int64_t count, int64_t columns, const float *scores, int64_t most, int64_t *ids, float *probs,
-                   int threads)
+   a softmax over the row, `least` or more: ids and probs [count, most]. 1 <= most <= columns. */
+void treeline_best(int64_t count, int64_t columns, const float *scores, int64_t most, float least, int64_t *ids,
+                   float *probs, int threads)
 {
 #pragma omp parallel for schedule(static) num_threads(threads) if (count * columns > PARALLEL_SCORES)
     for (int64_t i = 0; i < count; i++) {
@@ -73,7 +73,7 @@ void treeline_best(int64_t count, int64_t columns, const float *scores, int64_t 
         best_of_row(columns, row, most, ids + i * most, best);
         float first = best[0], share = 1 / weight_of_row(columns, row, first);
         for (int64_t place = 0; place < most; place++)
-            best[place] = expf(best[place] - first) * share;
+            best[place] = fmaxf(expf(best[place] - first) * share, least);
     }
 }
 
@@ -105,7 +105,7 @@ void treeline_bar(int64_t count, const int64_t *rows, int64_t words, const uint3
 }
 
 /* The column of the largest score that may follow, the first of equals, of each row of scores [count, columns]; 0 if none
-   may. Bits as above. */
+   may. Bits as above; all may follow if there are none. */
 void treeline_largest(int64_t count, int64_t words, const uint32_t *bits, int64_t columns, const float *scores,
                       int64_t *ids, int threads)
 {
@@ -114,12 +114,16 @@ void treeline_largest(int64_t count, int64_t words, const uint32_t *bits, int64_
         float most = -INFINITY;
         ids[i] = 0;
         for (int64_t from = 0; from < columns; from += 32) {
-            float some[32];
+            float masked[32];
+            const float *some = scores + i * columns + from;
             int64_t left = columns - from < 32 ? columns - from : 32;
-            uint32_t allowed = bits[i * words + from / 32];
-            if (!allowed)
-                continue;
-            may(scores + i * columns + from, allowed, left, some);
+            if (bits) {
+                uint32_t allowed = bits[i * words + from / 32];
+                if (!allowed)
+                    continue;
+                may(some, allowed, left, masked);
+                some = masked;
+            }
             if (left == 32 && !(largest8(some, 32) > most))
                 continue;
             for (int64_t column = 0; column < left; column++)

@@ -137,7 +137,7 @@ class ComplexRotary(nn.Module):
         if self._rope_type in LENGTH_DEPENDENT_ROPE:
             return self._turns(hidden_states, position_ids)
         # Asking a device for the largest position would wait for it: there are turns for all that the model may have.
-        needed = int(position_ids.numpy().max()) + 1 if hidden_states.is_cpu else self.max_positions
+        needed = max(position_ids[0].tolist()) + 1 if hidden_states.is_cpu else self.max_positions
         if needed > len(self._turns_at):
             ahead = max(FIRST_POSITIONS, 2 * needed) if hidden_states.is_cpu else needed
             self._turns_at = self._turns(hidden_states, torch.arange(ahead, device=hidden_states.device)[None])

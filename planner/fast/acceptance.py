@@ -28,24 +28,22 @@ _BINS, _LAST_BIN = np.float32(PROB_BINS), np.float32(PROB_BINS - 1)
 
 def accepts(
     calibration: Calibration,
-    sources: NDArray[np.uint8],
-    depths: NDArray[np.integer],
+    sources: int | NDArray[np.uint8],
+    depths: int | NDArray[np.integer],
     draft_probs: NDArray[np.float32],
     sampled: bool | NDArray[np.bool_],
 ) -> NDArray[np.float32]:
     """float32 [n]: c(v), the calibrated probability that the target accepts each node once its parent was accepted.
 
     Args:
-        depths: [n], or [] if all are equally deep.
-        sampled: bool [n], or one for all.
+        sources, depths, sampled: [n], or one for all.
     """
     # One flat index is several times faster than four index columns. The strides are typed, because uint8 overflows.
     # Example: source 1, greedy, depth 2, bin 3 -> 1 * 256 + 0 * 128 + 2 * 16 + 3, less 16 as depths count from 1.
-    cells = sources * _PER_SOURCE
+    depths = min(depths, DEPTHS) if isinstance(depths, int) else np.minimum(depths, DEPTHS)
+    cells = prob_bins(draft_probs) + (sources * _PER_SOURCE + depths * _PER_DEPTH - PROB_BINS)
     cells += sampled * _PER_SAMPLED
-    cells += np.minimum(depths, DEPTHS) * _PER_DEPTH
-    cells += prob_bins(draft_probs)
-    return calibration.acceptance.ravel()[cells - PROB_BINS]
+    return calibration.acceptance.ravel()[cells]
 
 
 def prob_bins(draft_probs: NDArray[np.float32]) -> NDArray[np.intp]:

@@ -99,7 +99,7 @@ class Growth(ABC):
         return self.max_depth
 
     def expand(self, layer: Layer, kept: NDArray[np.bool_], plan: Plan) -> NDArray[np.intp]:
-        return np.flatnonzero(kept)
+        return kept.nonzero()[0]
 
     def finish(self, scores: NDArray[np.float32], tree_of: NDArray[np.intp]) -> NDArray[np.bool_]:
         return np.ones(len(scores), np.bool_)

@@ -66,4 +66,4 @@ class Smart(Growth):
         """Nodes whose best child would pay for being drafted and verified."""
         kappa = plan.calibration.kappa[layer.sampled.astype(np.intp), min(layer.depth, DEPTHS - 1)]
         node_s = plan.cost.draft_node_s + plan.cost.node_s
-        return np.flatnonzero(kept & ((layer.weights * kappa)[layer.tree_of] * layer.scores > plan.price * node_s))
+        return (kept & ((layer.weights * kappa)[layer.tree_of] * layer.scores > plan.price * node_s)).nonzero()[0]

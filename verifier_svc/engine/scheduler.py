@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-
-import numpy as np
+from itertools import accumulate
 
 from lm.kv_cache import KVCache, SequenceCache
 from planner.fast.step_prices import StepPrices
@@ -148,7 +147,7 @@ class Scheduler:
         beside_prompt = StepPrices.of(plan, roots, max(context_tokens, prompts[0].kv.length), 0, 0, most)
         longest_s = MAX_STRETCH * max(1.0, len(prompts) / roots) * plan.wait_factor * plain.undrafted_s
         longest_s = min(longest_s, plan.step_budget_s - plan.cost.step_overhead_s)
-        fitting = int(np.searchsorted(beside_prompt.seconds[roots:], longest_s, side="right")) - 1
+        fitting = int(beside_prompt.seconds[roots:].searchsorted(longest_s, side="right")) - 1
         return min(most, max(int(fitting / plan.cost.prompt_ratio), LEAST_CHUNK_TOKENS))
 
     def remove(self, sequence: Sequence) -> None:
@@ -282,5 +281,5 @@ def _standing(sequence: Sequence) -> float:
 
 def _startable(prompts: list[Sequence], budget: int) -> int:
     """How many of these prompts a step of `budget` prompt tokens starts."""
-    before = np.cumsum([0, *(prompt.uncomputed_tokens for prompt in prompts)])
-    return int((before[:-1] < budget).sum())
+    ends = accumulate((prompt.uncomputed_tokens for prompt in prompts), initial=0)
+    return sum(before < budget for before, _ in zip(ends, prompts, strict=False))

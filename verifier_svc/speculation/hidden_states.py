@@ -120,7 +120,8 @@ class HiddenStates:
         unread, self._unread = self._unread, Unread()
         if not unread.wanted:
             return
-        hidden = torch.cat([torch.cat(parts, dim=-1).bfloat16() for parts in unread.passes])
+        passes = [torch.cat(parts, dim=-1).bfloat16() for parts in unread.passes]
+        hidden = torch.cat(passes) if len(passes) > 1 else passes[0]
         rows = [row for _, rows in unread.wanted for row in rows]
         if len(rows) < len(hidden):
             hidden = hidden[upload(np.asarray(rows), self._model.device)]

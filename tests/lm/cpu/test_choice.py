@@ -24,7 +24,7 @@ def test_the_best_are_those_of_a_stable_sort(rows: int, columns: int, k: int, ba
     scores = (20 * torch.randn(rows, columns)).round() / 4  # many are equal
     if barred:
         scores[:, k:][torch.rand(rows, columns - k) < 0.5] = -torch.inf
-    ids, probs = choice.best(scores, k)
+    ids, probs = choice.best(scores, k, 0.0)
     exact = scores.double().softmax(1).sort(dim=1, descending=True, stable=True)
     expected = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
     assert torch.equal(ids, expected)
@@ -33,7 +33,7 @@ def test_the_best_are_those_of_a_stable_sort(rows: int, columns: int, k: int, ba
 
 @NATIVE
 def test_rows_that_are_no_numbers_still_give_distinct_tokens() -> None:
-    ids, _ = choice.best(torch.full((1, 200), torch.nan), 5)
+    ids, _ = choice.best(torch.full((1, 200), torch.nan), 5, 0.0)
     assert len(set(ids[0].tolist())) == 5
 
 
@@ -44,7 +44,7 @@ def test_scores_whose_bit_is_0_are_barred(native: bool, rows: int, columns: int,
     rng = np.random.default_rng(seed)
     scores, places = torch.randn(rows + 2, columns), rng.permutation(rows + 2)[:rows].tolist()
     bits = rng.integers(-(2**31), 2**31, (rows, -(-columns // 32)), dtype=np.int32)
-    expected = scores.clone()
+    expected, free_expected = scores.clone(), torch.from_numpy(scores.numpy().argmax(1))
     for place, words in zip(places, bits, strict=True):
         allowed = np.unpackbits(words.view(np.uint8), bitorder="little")[:columns].astype(bool)
         expected[place, torch.from_numpy(~allowed)] = -torch.inf
@@ -52,6 +52,8 @@ def test_scores_whose_bit_is_0_are_barred(native: bool, rows: int, columns: int,
         if not native:
             patch.setattr(choice, "library", lambda: None)
         own = choice.largest(scores[places], bits)
+        free = choice.largest(scores)
         choice.bar(scores, places, bits)
     assert torch.equal(scores, expected)
+    assert torch.equal(free, free_expected)
     assert torch.equal(own, torch.from_numpy(expected[places].numpy().argmax(1)))
