@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from planner.fast.cost import pass_s, verify_seconds
 from planner.policies import Layer, Policy
-from planner.policies.base import MAX_CHILDREN, Growth, places_by_score
+from planner.policies.base import MAX_CHILDREN, places_by_score
 from planner.policies.parse import bounded, register
 from treeline.config import MAX_TREE_DEPTH, MAX_TREE_NODES
 from treeline.plan import CostModel, Plan
@@ -35,7 +35,7 @@ def first_choice(plan: Plan, sampled: bool) -> float:
     return float(plan.calibration.kappa[int(sampled)].mean())
 
 
-class _Chain(Growth):
+class _Chain(Policy):
     max_depth = MAX_LENGTH
     max_children = 1
 
@@ -114,7 +114,7 @@ class VllmAdaptive(_Chain):
 
 
 @dataclass(frozen=True)
-class OptTree(Growth):
+class OptTree(Policy):
     """OPT-Tree (arXiv 2406.17276): the `nodes` best of each layer go on, the `nodes` best of all are kept.
 
     Here drafting stops at the first layer whose best `nodes` are worth at most `threshold` tokens together. The paper
@@ -150,7 +150,7 @@ class OptTree(Growth):
 
 
 @dataclass(frozen=True)
-class Sequoia(Growth):
+class Sequoia(Policy):
     """Sequoia (arXiv 2402.12374): level sizes of the static tree with most expected tokens for acceptance by rank.
 
     Which nodes fill a level is chosen by calibrated path acceptance instead of by rank, which can only help it.
@@ -213,7 +213,7 @@ def optimal_levels(kappa: float, nodes: int, depth: int) -> tuple[tuple[int, int
 
 
 @dataclass(frozen=True)
-class Cast(Growth):
+class Cast(Policy):
     """CAST (arXiv 2510.26577): EAGLE's dynamic tree, pruned by cost tables f(batch, context, tokens) of both models.
 
     A layer keeps its n best candidates, n maximising (E + their sum) / cost, where E is what the tree

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.policies import Layer
-from planner.policies.base import Growth, places_by_score
+from planner.policies import Layer, Policy
+from planner.policies.base import places_by_score
 from planner.policies.parse import register
 from treeline.plan import Plan
 
 
 @dataclass(frozen=True)
-class SureChain(Growth):
+class SureChain(Policy):
     """The likeliest token, again and again, while the path's calibrated acceptance is at least `least`."""
 
     least: float

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,62 +45,47 @@ class Layer:
     batch: int
 
 
-class Policy(Protocol):
+class Policy(ABC):
     """The drafter calls `keep`, `expand` and `finish` on all trees of the policy; the verifier asks for `layers`.
 
+    By default every step drafts to the full depth, expands every kept node, and cuts nothing at the end.
+
     Attributes:
-        spec: canonical spelling.
-        max_depth: no layer lies deeper; 0 never drafts.
-        max_children: children to propose under each expanded node.
         priced: the rule decides whether to draft, how deep, and which nodes to verify (`planner.fast.rule`).
             Otherwise every step drafts, to the policy's own depth, and verifies the whole tree.
     """
-
-    @property
-    def spec(self) -> str: ...
-
-    @property
-    def max_depth(self) -> int: ...
-
-    @property
-    def max_children(self) -> int: ...
-
-    @property
-    def priced(self) -> bool: ...
-
-    def layers(self, plan: Plan, batch: int, sampled: bool) -> int:
-        """Most layers to draft in a step of `batch` requests, 0 to max_depth; 0 drafts nothing."""
-        ...
-
-    def keep(self, layer: Layer, plan: Plan) -> NDArray[np.bool_]:
-        """bool [m]: the candidates that join their trees."""
-        ...
-
-    def expand(self, layer: Layer, kept: NDArray[np.bool_], plan: Plan) -> NDArray[np.intp]:
-        """Indices of the kept candidates to run through the draft model if there is another layer."""
-        ...
-
-    def finish(self, scores: NDArray[np.float32], tree_of: NDArray[np.intp]) -> NDArray[np.bool_]:
-        """bool [n], closed under parents: the nodes of each finished tree that stay, by calibrated path acceptance."""
-        ...
-
-
-class Growth(ABC):
-    """The default: draft to the full depth, expand every kept node, cut nothing at the end."""
 
     priced = False
 
     @property
     @abstractmethod
-    def max_depth(self) -> int: ...
+    def spec(self) -> str:
+        """Canonical spelling."""
+
+    @property
+    @abstractmethod
+    def max_depth(self) -> int:
+        """No layer lies deeper; 0 never drafts."""
+
+    @property
+    @abstractmethod
+    def max_children(self) -> int:
+        """Children to propose under each expanded node."""
+
+    @abstractmethod
+    def keep(self, layer: Layer, plan: Plan) -> NDArray[np.bool_]:
+        """bool [m]: the candidates that join their trees."""
 
     def layers(self, plan: Plan, batch: int, sampled: bool) -> int:
+        """Most layers to draft in a step of `batch` requests, 0 to max_depth; 0 drafts nothing."""
         return self.max_depth
 
     def expand(self, layer: Layer, kept: NDArray[np.bool_], plan: Plan) -> NDArray[np.intp]:
+        """Indices of the kept candidates to run through the draft model if there is another layer."""
         return kept.nonzero()[0]
 
     def finish(self, scores: NDArray[np.float32], tree_of: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """bool [n], closed under parents: the nodes of each finished tree that stay, by calibrated path acceptance."""
         return np.ones(len(scores), np.bool_)
 
 

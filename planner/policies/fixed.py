@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.policies.base import Growth, Layer, places_by_score
+from planner.policies.base import Layer, Policy, places_by_score
 from treeline.plan import Plan
 
 
 @dataclass(frozen=True)
-class Off(Growth):
+class Off(Policy):
     """Plain autoregressive decoding."""
 
     spec = "off"
@@ -24,7 +24,7 @@ class Off(Growth):
 
 
 @dataclass(frozen=True)
-class Chain(Growth):
+class Chain(Policy):
     """The most probable token, `length` times."""
 
     length: int
@@ -43,7 +43,7 @@ class Chain(Growth):
 
 
 @dataclass(frozen=True)
-class Static(Growth):
+class Static(Policy):
     """The same shape in every step: `branching[d]` children under each node of depth d."""
 
     branching: tuple[int, ...]
@@ -65,7 +65,7 @@ class Static(Growth):
 
 
 @dataclass(frozen=True)
-class Eagle2(Growth):
+class Eagle2(Policy):
     """EAGLE-2 (arXiv 2406.16858): expand the `topk` best of each layer, then keep the `nodes` best of all.
 
     Nodes are ranked by calibrated path acceptance; the paper ranks by the product of raw confidences.

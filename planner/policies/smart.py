@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.fast.cost import paper_layer_s, plain_decode_s
-from planner.policies.base import Growth, Layer, places_by_score
+from planner.policies.base import Layer, Policy, places_by_score
 from treeline.config import MAX_TREE_DEPTH
 from treeline.plan import DEPTHS, PaperFit, Plan
 
@@ -26,7 +26,7 @@ PAPER_BUDGET_NODES = 200
 
 
 @dataclass(frozen=True)
-class SmartPaper(Growth):
+class SmartPaper(Policy):
     """SMART to the letter (arXiv 2604.09731): per request, layer by layer.
 
     Keep u iff alpha * dC_target / dC_spec > C_target / C_spec, with dC_target = c_T * P(u | ancestors) / |paths| and
@@ -51,7 +51,7 @@ class SmartPaper(Growth):
 
 
 @dataclass(frozen=True)
-class Smart(Growth):
+class Smart(Policy):
     """Treeline's rule: keep the nodes that may be worth their price; the verifier decides over the whole batch."""
 
     spec = "smart"
