@@ -98,7 +98,7 @@ class SglangEma(_Chain):
 
 @dataclass(frozen=True)
 class VllmAdaptive(_Chain):
-    """vLLM's adaptive verification: equal chains, each cut where a token's chance to survive is not worth its cost.
+    """vLLM's adaptive verification: equal chains, each cut where a token's chance of acceptance is not worth its cost.
 
     Drafting is never skipped. Worth is the plan's price times what a token adds to this batch's pass; vLLM cuts after
     the whole chain was drafted, this cuts while it grows, which can only help it.

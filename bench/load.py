@@ -33,7 +33,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What one step brought one request."""
+    """One request's tokens from one step."""
 
     request_id: str
     token_ids: list[int]
@@ -63,7 +63,7 @@ class System(Protocol):
     def submit(self, request: Request) -> None: ...
 
     def poll(self, timeout_s: float) -> list[Tokens | End]:
-        """What has come since the last call; waits up to `timeout_s` for it if nothing has."""
+        """Events since the last call; waits up to `timeout_s` if there are none."""
         ...
 
     def abort(self, request_ids: Sequence[str]) -> None:
@@ -76,7 +76,7 @@ class Answer:
     """One request as its sender sees it.
 
     Attributes:
-        sent_s: when it was due to be sent; with an open loop a late sender does not flatter the service.
+        sent_s: when it was due to be sent, so that a late sender of an open loop does not flatter the service.
         arrivals: (time, tokens) of each chunk.
         ended_s: None while it is open.
     """
@@ -112,7 +112,7 @@ class Window:
 
 
 Loop = Generator[None, None, Window]
-"""Puts a system under load, one poll from each `next` to the other; returns what came of it."""
+"""Puts a system under load, one poll per `next`; returns what was measured."""
 
 
 class _Sender:
@@ -155,9 +155,9 @@ class _Sender:
 def closed_loop(system: System, requests: Sequence[Request], streams: int, limit_s: float, clock: Clock) -> Loop:
     """Keep `streams` requests open: when one ends, the next one is sent at once.
 
-    The window opens when each of the first `streams` requests has its first token, and closes when a stream has no
-    successor, or `limit_s` after it opened: all streams are busy in all of it, and stragglers have no share in it.
-    What is open then is aborted.
+    The window opens when each of the first `streams` requests has its first token. It closes when a stream has no next
+    request, or `limit_s` after it opened: all streams are busy throughout, and stragglers are not measured. Requests
+    still open then are aborted.
 
     Raises:
         QueueFullError: the system has no room for so many streams.
@@ -182,7 +182,7 @@ def closed_loop(system: System, requests: Sequence[Request], streams: int, limit
 
 
 def open_loop(system: System, requests: Sequence[Request], arrivals_s: Sequence[float], clock: Clock) -> Loop:
-    """Send each request when it is due, seconds from now, however many are open; the window is all of it."""
+    """Send each request when it is due, seconds from now, however many are open. The window is the whole run."""
     sender, waiting = _Sender(system, clock), deque(zip(requests, arrivals_s, strict=True))
     started_s = clock()
     while waiting or sender.open:
@@ -211,7 +211,7 @@ class _OwnTime:
 
 
 def in_turns(loops: Sequence[Callable[[Clock], Loop]], turn_s: float) -> Iterator[tuple[int, Window, float]]:
-    """Run loops to their ends, `turn_s` of each at a time or one poll, so that what the machine does hits all alike.
+    """Run loops to their ends in turns of `turn_s`, at least one poll each, so that machine noise hits all alike.
 
     Args:
         loops: each is given its clock, which stands still while others have their turn.
@@ -273,7 +273,7 @@ class Measured:
 
 
 def measure(window: Window) -> Measured:
-    """The numbers of a window that has some length."""
+    """The numbers of a window of non-zero length."""
     ends = [answer.end for answer in window.answers if answer.end]
     steps = sum(end.steps for end in ends)
     tokens, ttft_s, itl_s = 0, [], []

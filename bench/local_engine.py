@@ -88,7 +88,7 @@ class PlannedEngine:
 def planned_engine(
     model: LanguageModel, config: Config, curves: tuple[CostCurve, ...], proposer: Proposer | None = None
 ) -> PlannedEngine:
-    """An engine with the drafter that `config` describes, or with one that proposes as `proposer` does.
+    """An engine with the drafter that `config` describes, or with one built on `proposer`.
 
     Raises:
         ConfigError: the draft model or head cannot be loaded.

@@ -11,7 +11,7 @@ REPORT = Path(__file__).parent / "REPORT.md"
 
 
 def report(folder: Path = RESULTS) -> str:
-    """All results as Markdown, a table a file: one line per row, medians alone."""
+    """All results as Markdown: one table per file, one line per row, medians only."""
     parts = ["# Results\n\nMade by `python -m bench.report` from `bench/results`. Do not edit."]
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Policies under load, side by side: blocks that take turns, so that what the machine does hits all alike."""
+"""Policies under load, side by side: blocks take turns, so that machine noise hits all policies alike."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from planner.policies import canonical_spellings
 
 OFF = "off"
 MIN_SUCCESSORS = 32
-"""A closed-loop block sends this many requests, or one a stream, behind the streams' first ones."""
+"""A closed-loop block sends this many requests after the streams' first ones, or one per stream if that is more."""
 MIN_ARRIVALS = 8
-"""Requests of an open-loop block, or as many as arrive within a block's seconds."""
+"""Requests of an open-loop block, or as many as arrive within a block's seconds if that is more."""
 WARM_UP_SHARE = 0.5
 """Of a block's seconds."""
 TURN_S = 0.2
-"""The machine is as fast in a turn as in the next one; and what changing costs is nothing beside it."""
+"""Short enough that the machine's speed does not change between turns, long enough that switching costs nothing."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Settings:
         policies: canonical spellings, `off` among them.
         concurrency: streams of each closed loop.
         rates: arrival rates of each open loop, relative to the capacity measured with `off`.
-        block_s: a block of a policy too slow to end within so many seconds is measured for just these.
+        block_s: time limit of a block; a policy too slow to end within it is measured for just these seconds.
         seed: of the order of prompts and of the arrivals.
     """
 
@@ -81,10 +81,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Result:
-    """What a counted block brought.
+    """The result of a counted block.
 
     Attributes:
-        requests_per_s: at which requests arrived; 0 for a closed loop.
+        requests_per_s: arrival rate; 0 for a closed loop.
     """
 
     block: Block
@@ -98,9 +98,9 @@ class BlockRun:
     """A block that has been run.
 
     Attributes:
-        seconds: it took, all in all, the turns of others left out.
-        prompts_s: until every stream of a closed loop had its first token; 0 of an open one.
-        result: None of a warm-up.
+        seconds: its whole duration, without the turns of others.
+        prompts_s: seconds until every stream of a closed loop had its first token; 0 for an open one.
+        result: None for a warm-up.
     """
 
     block: Block
@@ -114,7 +114,7 @@ class Swept(Protocol):
 
     @property
     def device(self) -> torch.device | None:
-        """Of the engines in this process, which stand still while nobody polls them; None of a service."""
+        """Of the engines in this process, which stop while nobody polls them; None for a service."""
         ...
 
     def system(self, policy: str) -> System:
@@ -123,13 +123,13 @@ class Swept(Protocol):
 
 
 def checked_policies(specs: Sequence[str]) -> tuple[str, ...]:
-    """`canonical_spellings`; `off` goes first if it is missing, for all is compared with it."""
+    """`canonical_spellings`; `off` is put first if it is missing: every policy is compared with it."""
     policies = canonical_spellings(specs)
     return policies if OFF in policies else (OFF, *policies)
 
 
 def closed_blocks(settings: Settings) -> list[Block]:
-    """Load by load: a warm-up of every policy, then rounds that begin elsewhere each time: A B C, B C A, C A B."""
+    """Load by load: a warm-up of every policy, then rounds, each begun by another policy: A B C, B C A, C A B."""
     return [
         Block("closed", streams, round_, policy)
         for streams in settings.concurrency
@@ -139,7 +139,7 @@ def closed_blocks(settings: Settings) -> list[Block]:
 
 
 def open_blocks(settings: Settings) -> list[Block]:
-    """The same of the open loops, which need no warm-up behind the closed ones."""
+    """The same for open loops, which need no warm-up after the closed ones."""
     return [
         Block("open", rate, round_, policy)
         for rate in settings.rates
@@ -164,7 +164,7 @@ def run_sweep(swept: Swept, prompts: Sequence[Prompt], settings: Settings) -> It
 
 
 def capacity(results: Sequence[Result]) -> float:
-    """Requests per second that plain decoding brings at the highest concurrency swept, of requests run to their end."""
+    """Requests per second that plain decoding completes at the highest concurrency swept, each run to its end."""
     plain = [result for result in results if result.block.policy == OFF]
     most = max(result.block.load for result in plain)
     tokens_per_s = float(np.median([r.measured.tokens_per_s for r in plain if r.block.load == most]))
@@ -174,11 +174,11 @@ def capacity(results: Sequence[Result]) -> float:
 
 
 def closed_requests(block: Block, prompts: Sequence[Prompt], max_tokens: int) -> list[Request]:
-    """The requests of a closed-loop block: the same for every policy, others in every round.
+    """The requests of a closed-loop block: the same for every policy, different in every round.
 
-    The streams' first requests are cut to lengths evenly spread up to `max_tokens`, as if one looked at streams that
-    have been busy for long: prompts and endings are then spread over the block as they are in the long run. A warm-up
-    is these first requests alone, at full length.
+    The streams' first requests are cut to lengths evenly spread up to `max_tokens`, as in a steady state: prefills and
+    endings are then spread over the block as they are in the long run. A warm-up is these first requests alone, at
+    full length.
     """
     streams = int(block.load)
     if not block.round:
@@ -237,6 +237,6 @@ def _requests(block: Block, prompts: Sequence[Prompt], first: int, lengths: Sequ
 
 
 def _in_turn(settings: Settings, round_: int) -> tuple[str, ...]:
-    """The policies in the order of a round, counted from 1; beginnings are spread over all policies."""
+    """The policies in the order of a round, counted from 1; all policies get to begin about equally often."""
     by = (round_ - 1) * len(settings.policies) // settings.rounds
     return settings.policies[by:] + settings.policies[:by]

@@ -1,4 +1,4 @@
-"""What a sweep's blocks say together: rows, ratios, differences of text, prediction errors."""
+"""Report of a sweep's blocks: rows, ratios, differences of text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.load import Answer
 from bench.sweep import OFF, Result
 
 FIXED = ("off", "chain:", "static:", "sequoia:", "eagle2:", "opt-tree:")
-"""Policies whose trees are as large at any load."""
+"""Policies whose trees have the same size at any load."""
 ORACLE = "oracle-fixed"
 SMART, PAPER = "smart", "smart-paper"
 
@@ -35,7 +35,7 @@ def report(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def policy_rows(results: Sequence[Result], load_name: str) -> list[Row]:
-    """One row a load and policy: medians over rounds, with the extremes beside them."""
+    """One row per load and policy: medians over rounds, with the extremes beside them."""
     rows = []
     for (load, policy), cell in _cells(results).items():
         row: Row = {"policy": policy, load_name: load, "rounds": len(cell)}
@@ -52,7 +52,7 @@ def policy_rows(results: Sequence[Result], load_name: str) -> list[Row]:
 
 
 def oracle_rows(closed: Sequence[Result]) -> list[Row]:
-    """The best fixed setting of each concurrency, chosen afterwards by its median: what no operator could know."""
+    """The best fixed setting at each concurrency, chosen in hindsight by its median: no operator could know it."""
     rows = policy_rows(closed, "concurrency")
     best: dict[float, Row] = {}
     for row in rows:
@@ -64,9 +64,9 @@ def oracle_rows(closed: Sequence[Result]) -> list[Row]:
 
 
 def ratios(closed: Sequence[Result]) -> list[Row]:
-    """Tokens per second of `smart` over those of what it has to beat, by concurrency.
+    """Tokens per second of `smart` over those of its baselines, by concurrency.
 
-    A ratio is the median of the rounds' ratios: blocks of one round ran near to each other, on the same prompts.
+    A ratio is the median of the rounds' ratios: blocks of one round ran close together, on the same prompts.
     """
     rates = _rates(closed)
     oracle = {row["concurrency"]: row["setting"] for row in oracle_rows(closed)}

@@ -1,7 +1,7 @@
 """Drafts of a given quality, for targets that have no drafter: the true next token planted among wrong ones.
 
-The target's answers are known from a run without drafts. Trees are grown by the policies as ever and verified by real
-passes, so that outputs stay the target's own; only drafting costs nothing but Python.
+The target's answers are known from a run without drafts. The policies grow trees as usual and real passes verify them,
+so outputs stay the target's own. Only drafting is simulated: it costs just Python time.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ LEAST_PROB = 1e-3
 
 
 Acceptance = tuple[tuple[float, ...], ...]
-"""For depth 1, 2, ..., the last one for all deeper: probabilities that the true token is the first, second, ... choice
-below a node that was accepted."""
+"""For depth 1, 2, ..., the last entry for all deeper ones: probabilities that the true token is the first, second, ...
+choice below an accepted node."""
 
 
 def parse_acceptance(text: str) -> Acceptance:
     """From "0.6,0.15,0.05/0.5,0.1": ranks separated by commas, depths by slashes.
 
     Raises:
-        ConfigError: these are no such probabilities.
+        ConfigError: the text does not spell such probabilities.
     """
     try:
         parsed = tuple(tuple(float(rank) for rank in depth.split(",")) for depth in text.split("/"))
@@ -43,13 +43,13 @@ def parse_acceptance(text: str) -> Acceptance:
 
 
 class SyntheticProposer:
-    """Knows how each sequence goes on, and plants that among decoys: at each position at one rank, or not at all.
+    """Knows each sequence's true continuation and plants it among decoys: at each position at one rank, or not at all.
 
-    Below a node that is not on the true path there are only decoys, with the probabilities that a drafter would claim
-    which knows its acceptance and not the truth.
+    Below a node off the true path there are only decoys. Probabilities are those that a drafter would claim if it knew
+    its acceptance but not the truth.
 
     Args:
-        answers: by prompt, the token ids that the target said.
+        answers: the target's token ids by prompt.
     """
 
     source = Source.MODEL
@@ -94,7 +94,7 @@ class SyntheticProposer:
         )
 
     def _rest(self, session: Session) -> list[int]:
-        """What follows the session's root; nothing if its text is none of those known."""
+        """The true tokens after the session's root; none if its text is unknown."""
         length = len(session.tokens)
         for text in (self._of_session.get(session.key, []), *self._texts):
             if text[:length] == session.tokens:
@@ -103,12 +103,12 @@ class SyntheticProposer:
         return []
 
     def _rank(self, true: int, position: int, ranks: tuple[float, ...]) -> int | None:
-        """Where the true token is planted at this position: the same whenever it is asked."""
+        """Rank at which the true token is planted at this position: always the same one, or None."""
         digest = hashlib.blake2b(f"{position} {true}".encode(), digest_size=8).digest()
         drawn = int.from_bytes(digest, "little") / 2**64
         return next((rank for rank, below in enumerate(accumulate(ranks)) if drawn < below), None)
 
     def _decoy(self, true: int | None, position: int, rank: int) -> int:
-        """Some token that is not the true one, another one for each rank."""
+        """A token that is not the true one, a different one for each rank."""
         first = 0 if true is None else true + 1
         return (first + (position * 7 + rank) % (self._vocab_size - 1)) % self._vocab_size

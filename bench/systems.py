@@ -129,11 +129,11 @@ def systems_over(
     acceptance: Acceptance | None = None,
     grammar: Grammar | None = None,
 ) -> LocalSystems:
-    """Engines that `config` describes over one target, which is measured now, with room for these streams.
+    """Engines that `config` describes over one target, which is profiled now, with room for these streams.
 
     Args:
-        token_ids: of each prompt that may be asked.
-        acceptance: draft so well, whatever drafter is configured.
+        token_ids: of each prompt that may be sent.
+        acceptance: draft with this acceptance, whatever drafter is configured.
         grammar: of every answer.
 
     Raises:
@@ -158,7 +158,7 @@ def _answers(
     streams: int,
     max_tokens: int,
 ) -> dict[tuple[int, ...], list[int]]:
-    """What the target answers each of these prompts."""
+    """The target's answer to each of these prompts."""
     plain = config.model_copy(update={"drafter": DrafterConfig(kind="ngram")})
     planned = planned_engine(model, plain, curves)
     answers, _ = greedy_answers(planned, prompts, ["off"] * len(prompts), max_tokens, streams)

@@ -2,5 +2,5 @@
 
 import os
 
-# Read when grpc is loaded. Else it warns whenever a command starts another program.
+# Read when grpc is loaded. Without it, grpc warns whenever a command starts another program.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

@@ -65,7 +65,7 @@ ALONE_S, TOGETHER_S = 3.0, 8.0
 """Of a turn: some answers of each stream, and a demo of 90 seconds."""
 SEED = 7
 WARM_UP_TOKENS = 16
-"""A service that has just started pays for first calls, and its planner knows nothing yet: neither is compared."""
+"""A new service pays for first calls, and its planner has learnt nothing yet: neither is part of the comparison."""
 TIMEOUT_S = 300.0
 TOKENS_BEFORE_KILL = 5
 
@@ -125,7 +125,7 @@ def demo(
     """Start the service, stream answers, let the load climb, compare with plain decoding, stop."""
     console = Console()
     loaded = load_config(config)
-    # Later rounds must not find the first one's prompts computed.
+    # Later rounds must not reuse the first one's prefill.
     verifier = loaded.verifier.model_copy(update={"prefix_caching": False})
     metrics = loaded.metrics.model_copy(update={"prometheus": "auto"})
     checked = loaded.model_copy(update={"verifier": verifier, "metrics": metrics})
@@ -292,7 +292,7 @@ def follow(
 
 
 def comparison(title: str, prompts: tuple[DemoPrompt, ...], with_trees: Load, without: Load) -> Table:
-    """A row a prompt, over all its answers: what its client saw with trees, and without."""
+    """One row per prompt, over all its answers: what its client saw with trees, and without."""
     table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("request", no_wrap=True)
     for heading in (

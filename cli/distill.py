@@ -52,7 +52,7 @@ def distill(
     recipe = Recipe(default_feature_layers(model), texts, max_tokens, slots, draft_vocab, training)
     with Bar("texts", texts) as bar:
         write_texts(model, recipe, turns, out, lambda count, tokens: bar.show(count, tokens))
-    del model  # its place is needed for the training
+    del model  # training needs its memory
     with Bar("tokens", 1) as bar:
 
         def show(trained: Trained) -> None:

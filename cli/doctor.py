@@ -28,7 +28,7 @@ PACKAGES = ("torch", "transformers", "ray", "grpcio", "protobuf", "numpy", "scip
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 CACHE_BYTES_NEEDED = 2e9
 ANSWER_S = 2.0
-"""What a running service gets to answer: it takes milliseconds, and another program on its port would never."""
+"""Time-out for a running service's answer: it takes milliseconds; another program on its port would never answer."""
 
 
 def doctor(config: ConfigFile = None) -> None:
@@ -65,7 +65,7 @@ def examine(config: Config) -> Iterator[tuple[bool, str, str]]:
 
 
 def _running(server: ServerConfig) -> tuple[pb.GetLoadResponse | None, str]:
-    """What the service that runs here says of its load, if it does, and who uses its ports, if it is known."""
+    """The load reported by the service that runs here, if any, and who uses its ports, if known."""
     if server.tls is not None:
         return None, "this service, if it runs (with TLS it is not asked)"
     metadata = (("authorization", f"Bearer {read_tokens(server.token_file)[0]}"),) if server.token_file else ()

@@ -166,7 +166,7 @@ def _object(text: str | None) -> dict[str, Any] | None:
 
 
 def _biases(given: list[str]) -> dict[int, float]:
-    """From "token id:bias" each."""
+    """Parses entries of the form "token id:bias"."""
     try:
         return {int(token_id): float(bias) for token_id, _, bias in (entry.partition(":") for entry in given)}
     except ValueError:
@@ -174,7 +174,7 @@ def _biases(given: list[str]) -> dict[int, float]:
 
 
 def show_text(answer: Iterator[Message]) -> None:
-    """The text alone, as it comes; what follows the first of several answers once all are there."""
+    """The text alone, as it comes; of several answers, those after the first once all are complete."""
     texts = texts_of(_shown(answer))
     for text in texts[1:]:
         typer.echo(f"\n{text}")
@@ -196,7 +196,7 @@ def show_json(answer: Iterator[Message]) -> None:
 
 
 def show_steps(answer: Iterator[Message]) -> None:
-    """One line a step, then a summary."""
+    """One line per step, then a summary."""
     for message in answer:
         if isinstance(message, pb.GenerateChunk):
             step = message.speculation
@@ -210,7 +210,7 @@ def show_steps(answer: Iterator[Message]) -> None:
 
 
 def summary(complete: pb.GenerateComplete) -> str:
-    """One line: how an answer came about."""
+    """One line about how an answer was produced."""
     tokens, timings, speculation = complete.usage.completion_tokens, complete.timings, complete.speculation
     rate = tokens / timings.total_s if timings.total_s else 0.0
     return (

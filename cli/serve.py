@@ -44,7 +44,7 @@ def check_startable(config: Config) -> None:
     """Find out, without starting anything, what would keep the services from starting. Fetches missing models.
 
     Raises:
-        ConfigError: with what is wrong first.
+        ConfigError: names the first problem.
     """
     check_policies(config)
     for path in (config.server.token_file, config.internal.token_file, config.metrics.token_file):
@@ -90,7 +90,7 @@ def check_model(spec: str) -> Path:
 
 
 def check_head(spec: str, feature_layers: tuple[int, ...], target: Path) -> None:
-    """Raises ConfigError, naming the head, unless it can be one of the target's, by the shapes that both tell."""
+    """Raises ConfigError, naming the head, unless its shapes fit the target's, as far as both are known."""
     from lm.checkpoints.eagle3 import check_files, read_config
     from lm.store import one_line, resolve_head
 

@@ -15,7 +15,7 @@ LINE_CHARS = 88
 
 
 class Counted:
-    """A bar over things that take unequally long, each named when it begins. A context manager."""
+    """A progress bar over items of unequal duration, each named when it begins. A context manager."""
 
     def __init__(self, first: str) -> None:
         columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -24,11 +24,11 @@ class Counted:
         self._begun = False
 
     def expect(self, total: int) -> None:
-        """So many things are to come."""
+        """Set the number of items."""
         self._progress.update(self._task, total=total)
 
     def begin(self, what: str) -> None:
-        """This is next; what was before is done."""
+        """Begin the next item; the one before is done."""
         self._progress.update(self._task, advance=int(self._begun), description=what)
         self._begun = True
 

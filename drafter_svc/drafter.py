@@ -168,7 +168,7 @@ def build_drafter(
 
 
 def another_vocabulary(info: DrafterInfo, target: str) -> ConfigError:
-    """What is wrong with a drafter whose vocabulary is not the target's. `target`: its name, or its digest."""
+    """The error for a drafter whose vocabulary is not the target's. `target`: its name, or its digest."""
     return ConfigError(
         f"the draft model {info.name} has another vocabulary (sha256 {info.vocabulary_sha256[:12]}) "
         f"than the target ({target}); a drafter needs the target's tokenizer"

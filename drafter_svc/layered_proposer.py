@@ -35,7 +35,7 @@ class LayerStats:
 
 
 class LayeredProposer(ABC):
-    """Proposes a network's top tokens, under the target's own noise where a request samples.
+    """Proposes a network's top tokens; for sampled requests, with the target's own noise added.
 
     Attributes:
         cache: the network's; `SessionMemory` divides it among the sessions.
@@ -51,7 +51,7 @@ class LayeredProposer(ABC):
         self.stats = LayerStats()
         self._max_nodes = max_nodes
         self._root_logits, self._row_of_root = torch.empty(0), dict[Key, int]()
-        """A row for the root of each up-to-date session of this step, and which one."""
+        """A row for the root of each up-to-date session of this step, and that row's index by session."""
         self._entries: NDArray[np.intp] = np.zeros(0, np.intp)
         """intp [frontier]: scratch index of each node of the last frontier; ROOT for roots and nodes not run."""
 

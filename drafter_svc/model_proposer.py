@@ -16,10 +16,11 @@ from lm.packed import PackedSequence
 from lm.sampling import Row, top_drafts
 
 MAX_CATCH_UP_TOKENS = 512
-"""Most tokens per step for all sessions that are far behind together: two prompt chunks of the target by default, in a
-model that is several times faster."""
+"""Most catch-up tokens per step, over all sessions that are far behind: two prompt chunks of the target by default, in
+a model that is several times faster."""
 SHORT_RUN_TOKENS = 40
-"""Missing tokens of a session that always run: the deepest tree's path (MAX_TREE_DEPTH), the root, a few to spare."""
+"""Sessions missing up to this many tokens always catch up: the deepest tree's path (MAX_TREE_DEPTH), the root, a few
+to spare."""
 
 
 class ModelProposer(LayeredProposer):
@@ -71,7 +72,7 @@ class ModelProposer(LayeredProposer):
         return reserved
 
     def _run_missing(self, sessions: list[tuple[Session, SequenceCache]]) -> tuple[list[Key], Tensor]:
-        """Run the tokens that are not in the cache, root included; for those far behind, MAX_CATCH_UP_TOKENS in all."""
+        """Run the tokens missing from the cache, root included; sessions far behind share MAX_CATCH_UP_TOKENS."""
         budget = MAX_CATCH_UP_TOKENS
         runs: list[tuple[Key, PackedSequence]] = []
         for session, kv in sessions:

@@ -85,6 +85,6 @@ class Proposer(Protocol):
     def propose(self, roots: list[Root], frontier: Frontier) -> Children:
         """Children of all nodes of `frontier`: first the `roots`, then layer by layer.
 
-        At least as many of each node as its policy asks for; policies that ask for less leave the rest.
+        At least as many per node as its policy asks for; policies that ask for fewer ignore the rest.
         """
         ...

@@ -123,14 +123,14 @@ class DraftingService(pb_grpc.DraftingServiceServicer):
         self._metrics = metrics
         self._numbers = itertools.count(1)
         self._verifiers: set[_Verifier] = set()
-        self._in_queue_s = self._drafting_s = 0.0  # since the statistics of `_told_s`
+        self._in_queue_s = self._drafting_s = 0.0  # since `_told_s`, the last call of `stats`
         self._told_s = time.monotonic()
         self._counted = drafter.passes.copy()
         self._local: LocalServer[pb.DraftRequest] | None = None
         try:
             self._local = LocalServer(self._draft_locally, pb.DraftRequest, MAX_DRAFT_MESSAGE_BYTES)
         except OSError as error:
-            logger.warning("verifiers on this machine use the port: no Unix socket: %s", error)
+            logger.warning("no Unix socket, verifiers on this machine use the TCP port: %s", error)
 
     async def Draft(
         self, request_iterator: AsyncIterator[pb.DraftRequest], context: grpc.aio.ServicerContext
@@ -252,7 +252,7 @@ def check_request(request: DraftRequest, limits: LimitsConfig, info: DrafterInfo
 
 
 def _build(config: Config) -> TreeDrafter:
-    """Build the drafter. A target on a model hub is not fetched for its tokenizer alone: the verifier compares."""
+    """Build the drafter. A hub's target is not fetched for its tokenizer alone: the verifier compares vocabularies."""
     target = config.verifier.target
     built = build_drafter(config.drafter, target, config.limits, None)
     sha256 = built.info.vocabulary_sha256

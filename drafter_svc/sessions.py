@@ -55,7 +55,7 @@ class Session:
         self.parents, self.entries = [], {}
 
     def accepted_entries(self) -> list[int]:
-        """Scratch entries of the last tree whose tokens follow the committed ones, the new root excepted."""
+        """Scratch entries of the last tree along the tokens committed since, the new root excepted."""
         path: list[int] = []
         if self.kv is None or self.unchanged < self.kv.length:
             return path

@@ -1,4 +1,4 @@
-"""What trials of a drafter say: summaries, the cost of passes, the speed-up that follows."""
+"""Report of a drafter's trials: summaries, the cost of passes, the predicted speed-up."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def pass_costs(model: LanguageModel, drafter: TreeDrafter) -> dict[str, float]:
 
 
 def predicted_speedup(accepted_length: float, tokens: int, layers: int, costs: dict[str, float]) -> float:
-    """Of steps that draft `layers` layers and verify `tokens` tokens: E * C(1) / (C(tokens) + drafting)."""
+    """If steps draft `layers` layers and verify `tokens` tokens: E * C(1) / (C(tokens) + drafting)."""
     return accepted_length * costs["target_1"] / (costs[f"target_{tokens}"] + layers * costs["draft_8"])
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that was found out about a drafter and its parts.
+    """The findings about a drafter and its parts.
 
     Attributes:
         target: its name.
@@ -52,12 +52,12 @@ class Evaluation:
 
     @property
     def pass_ratio(self) -> float:
-        """A draft pass over 8 nodes, in target passes over 1 token."""
+        """Cost of a draft pass over 8 nodes, in target passes over 1 token."""
         return self.costs_s["draft_8"] / self.costs_s["target_1"]
 
 
 def evaluation(model: LanguageModel, trials: dict[str, DrafterTrial], kind: str) -> Evaluation:
-    """What the trials of several kinds of drafter say; costs are those of `kind`."""
+    """Evaluates the trials of several kinds of drafter; costs are those of `kind`."""
     costs_s = pass_costs(model, trials[kind].drafter)
 
     def described(tally: Tally) -> dict[str, Any]:

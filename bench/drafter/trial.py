@@ -1,6 +1,6 @@
-"""How good is a drafter for its target? Every position of the target's own greedy answers, drafted and looked up.
+"""How good is a drafter for its target? Drafts, with or without prompt lookup, at every position of its greedy answers.
 
-Whatever is measured, the text is given: a draft is right if the target's next tokens are in it.
+The text is given throughout: a draft is right if it contains the target's next tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from verifier_svc.speculation.prompt_lookup import Allowance, PromptLookup
 
 TOP = "static:4"
 POLICIES = {"chain:5": "chain:5", "tree:16": "eagle2:6,4,16"}
-"""Names of the accepted lengths, and how they are drafted."""
+"""The reported accepted lengths by name, and the policies that draft for them."""
 MAX_NODES, MAX_DEPTH = 64, 8
 BINS = 10
 BLOCK_TOKENS = 16
@@ -89,7 +89,7 @@ class Tally:
 
 
 def reliability(outcomes: list[NodeOutcomes]) -> dict[str, Any]:
-    """Bins of the drafter's own probability with what was accepted in each, and the expected calibration error."""
+    """Acceptance by bin of the drafter's own probability, and the expected calibration error."""
     seen = [NodeOutcomes.empty(), *outcomes]
     probs = np.concatenate([one.draft_probs for one in seen])
     accepted = np.concatenate([one.accepted for one in seen])
@@ -212,7 +212,7 @@ def _best_chain(tree: Forest, worth: NDArray[np.float32], length: int) -> NDArra
 
 
 def _forced_walk(tree: Forest, following: list[int]) -> Walk:
-    """The walk that the target takes if it goes on with `following`; ends where that ends."""
+    """The target's walk if its next tokens are `following`; it ends where they end."""
     depths = tree.depths
     own = [following[depth] if depth < len(following) else -1 for depth in (0, *depths.tolist())]
     (walk,) = target_walks(tree, own)
@@ -228,7 +228,7 @@ def _count(tally: Tally, tree: Forest, walk: Walk, outcomes: NodeOutcomes) -> No
 
 
 class AnswerWriter:
-    """Lets the target answer greedily, token by token, and keeps what a head would read of it."""
+    """Lets the target answer greedily, token by token, and keeps the features that a head would read."""
 
     def __init__(self, model: LanguageModel, layers: tuple[int, ...] | None, max_tokens: int) -> None:
         """`layers`: what the head reads besides the final states; None keeps nothing."""

@@ -17,17 +17,17 @@ from treeline.config import Config, ModelConfig, VerifierConfig
 
 POLICIES = ("off", "chain:2", "chain:4", "eagle2:6,10,60", "smart")
 ACCEPTANCE = "0.75,0.1,0.05/0.7,0.1,0.05"
-"""By rank of the first layer, and of all deeper ones: nearly what EAGLE-3 reports for chats (arXiv 2503.01840)."""
+"""By rank, in the first layer and in all deeper ones: close to what EAGLE-3 reports for chats (arXiv 2503.01840)."""
 LEAST_SHARE = 0.98
-"""Of the best of the others, at every load."""
+"""Of the best other policy's tokens per second, at every load."""
 PROMPTS = 64
 FIRST_TOKEN = 3
 """Smaller ones may end a text."""
 
 
 def arms(scale: Scale) -> dict[str, Any]:
-    """Tokens per second of each policy at each load, every text compared with the one that the target must say."""
-    from bench.systems import systems_over  # The engine needs what the other parts do without.
+    """Tokens per second of each policy at each load; every text is compared with the target's known one."""
+    from bench.systems import systems_over  # Imports the engine, which the other parts do without.
 
     on_cuda = scale.device.type == "cuda"
     target = ModelConfig(device=scale.name, dtype="bfloat16" if on_cuda else "float32")
@@ -57,10 +57,10 @@ def arms(scale: Scale) -> dict[str, Any]:
 
 @torch.inference_mode()
 def count_upwards(model: LanguageModel) -> None:
-    """Let token t be followed by t + 1, however sums are rounded, at the cost of random weights.
+    """Make token t be followed by t + 1 however sums are rounded; passes cost what they do with random weights.
 
-    The best two of random logits are close: a text would change with the sizes of its passes, and no planted draft
-    would be right any more.
+    The top two of random logits are close: a text would change with the sizes of its passes, and planted drafts would
+    no longer be right.
     """
     hf: Any = model.hf
     embedding = hf.get_input_embeddings().weight

@@ -1,4 +1,4 @@
-"""What the host does before a pass begins on the device: no device is needed to time it."""
+"""Host work before a pass begins on the device: no device is needed to time it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from treeline.forest import ROOT
 
 SEQUENCES, CONTEXT_TOKENS, BLOCK_TOKENS = 64, 4096, 128
 NODES = (0, 3)
-"""Of the tree of each sequence: plain decoding, and a small tree."""
+"""In each sequence's tree: plain decoding, and a small tree."""
 REPEATS = 300
 MOST_MS = 0.3
 """4 % of the 7 to 8 ms that a pass of an 8B model over so many sequences is estimated to take on an H100."""
@@ -33,7 +33,7 @@ def host_work(scale: Scale) -> dict[str, Any]:
             passes.fill(pack(batch), SEQUENCES * (1 + nodes))
             seconds.append(time.perf_counter() - started_s)
         rows.append({"nodes": nodes, "ms_min": 1e3 * min(seconds), "ms": 1e3 * float(np.median(seconds))})
-    # A machine for tests has neighbours, who take their share.
+    # Test machines are shared, so only times on a GPU machine are judged.
     late = [row for row in rows if scale.device.type == "cuda" and row["ms_min"] > MOST_MS]
     return {"rows": rows, "wrong": [f"host work takes longer than {MOST_MS} ms: {row}" for row in late]}
 

@@ -39,7 +39,7 @@ Finding = dict[str, Any]
 
 
 def parts(scale: Scale) -> Iterator[tuple[str, Callable[[], Finding]]]:
-    """In order of what is worth most if time runs out."""
+    """Most valuable first, in case time runs out."""
     yield "machine", lambda: machine(scale)
     yield "attention", lambda: attention(scale)
     yield "passes", lambda: passes(scale)
@@ -199,7 +199,7 @@ def sampling(scale: Scale) -> Finding:
 
 
 def fp8(scale: Scale) -> Finding:
-    """A product of 8-bit numbers beside the one it stands for; microseconds of both."""
+    """An FP8 matrix product against the bfloat16 one it replaces; microseconds of both."""
     rows, wrong = [], []
     plain = nn.Linear(*scale.product, bias=False, dtype=torch.bfloat16, device=scale.device)
     rounded = Fp8Linear(plain)
@@ -210,12 +210,12 @@ def fp8(scale: Scale) -> Finding:
         us = [1e6 * _seconds(partial(layer, inputs), scale) for layer in (rounded, plain)]
         rows.append({"tokens": tokens, "error": error, "us": us[0], "bfloat16_us": us[1]})
         if not error <= 0.1:  # Both factors are off by up to 1/16, and by 0.026 in the mean square.
-            wrong.append(f"a product of 8-bit numbers is off: {rows[-1]}")
+            wrong.append(f"an FP8 product is off: {rows[-1]}")
     return {"rows": rows, "wrong": wrong}
 
 
 def model(scale: Scale, shape: str, points: tuple[tuple[int, int, int], ...]) -> Finding:
-    """Seconds to capture, and milliseconds of passes beside the least that reading the weights takes."""
+    """Seconds to capture, and milliseconds of passes beside the machine's limit."""
     on_cuda = scale.device.type == "cuda"
     large = random_model(shape, ModelConfig(device=scale.name, dtype="bfloat16" if on_cuda else "float32"))
     large.passes.padded = True
@@ -277,6 +277,6 @@ def head(scale: Scale) -> Finding:
 
 
 def _seconds(call: Callable[[], object], scale: Scale) -> float:
-    """Median of several calls, each waited for; the first ones, which compile, are not counted."""
+    """Median of several synchronised calls; the first ones, which compile, are not counted."""
     calls = 2 + scale.repeats if scale.device.type == "cuda" else 1
     return float(np.median([timed_s(call, scale.device) for _ in range(calls)][-scale.repeats :]))

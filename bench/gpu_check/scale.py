@@ -19,15 +19,15 @@ class Scale:
 
     Attributes:
         attention: (group, head size, tokens, context) of single attention calls.
-        trees: nodes of each sequence, of passes that are compared; each hangs behind up to `most_prompt` tokens.
+        trees: nodes of each sequence in each compared pass; every sequence has a prompt of up to `most_prompt` tokens.
         sampling: (rows, vocabulary).
-        product: inputs and outputs of a product of 8-bit numbers, for each of `product_tokens`.
-        shapes: of the models that are timed, `store_tokens` their KV cache.
-        points: (tokens, sequences, context) of timed passes; of the second model the first two alone.
-        streams: loads under which policies are compared, for `block_s` each; of prompts and answers of so many tokens.
+        product: inputs and outputs of an FP8 matrix product, for each of `product_tokens`.
+        shapes: of the models that are timed; `store_tokens` is the size of their KV cache.
+        points: (tokens, sequences, context) of timed passes; the second model runs only the first two.
+        streams: loads under which policies are compared, for `block_s` each, with `prompt_tokens` and `answer_tokens`.
         repeats: of everything else that is timed.
         target: the model for which a head is trained; None if there is none at hand.
-        recipe: of the head, layers that it reads excepted; the target writes so many texts over and over for about
+        recipe: of the head, except the layers that it reads; the target writes rounds of `recipe.texts` for about
             `writing_s`.
     """
 

@@ -18,9 +18,9 @@ from treeline.config import ModelConfig
 
 
 def training(scale: Scale) -> dict[str, Any]:
-    """Tokens per second of writing and of learning, the loss, and what the head hits on texts kept apart.
+    """Tokens per second of generation and of training, the loss, and the head's accuracy on held-out texts.
 
-    The target writes as many texts as fit `scale.writing_s`: a first round tells how long one takes.
+    The target writes as many texts as fit `scale.writing_s`: a first round shows how long one takes.
     """
     if scale.target is None:
         return {"skipped": "the default model is not in the cache", "wrong": []}
@@ -38,7 +38,7 @@ def training(scale: Scale) -> dict[str, Any]:
         recipe = replace(first, texts=rounds * first.texts)
         write(model, recipe)
         written_s, slow = time.perf_counter() - started_s, model.passes.slow
-        del model  # Its place is needed for the training.
+        del model  # Training needs its memory.
         seen: list[Progress] = []
         started_s = time.perf_counter()
         held_out = train_head(target, recipe, folder, seen.append)
@@ -47,7 +47,7 @@ def training(scale: Scale) -> dict[str, Any]:
     part = max(1, len(losses) // 4)
     before, after = (sum(some) / part for some in (losses[:part], losses[-part:]))
     wrong = [] if after < before else [f"the head's loss went from {before:.2f} to {after:.2f}"]
-    wrong += [f"{slow} passes of the target that writes ran uncaptured or packed"] if slow else []
+    wrong += [f"{slow} of the target's passes ran uncaptured or packed"] if slow else []
     return {
         "texts": recipe.texts,
         "written_tokens": told[-1],

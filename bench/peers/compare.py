@@ -18,7 +18,7 @@ class Peer:
     """One system in one mode.
 
     Attributes:
-        serial: it answers one request after the other, however many there are; measured once for every concurrency.
+        serial: it answers one request at a time, however many there are; one measurement serves every concurrency.
         note: what a reader of its numbers has to know.
     """
 
@@ -42,10 +42,10 @@ class Missing:
 
 @dataclass
 class Lineup:
-    """Who takes part, and who cannot. The first peer's answers are the reference.
+    """The peers that can run, and those that cannot. The first peer's answers are the reference.
 
     Attributes:
-        on_progress: called with who is built next: some convert the model for a while.
+        on_progress: called with the next peer built: some convert the model for a while.
     """
 
     on_progress: Callable[[str], None] = lambda what: None
@@ -71,7 +71,7 @@ def run_peers(
     concurrencies: list[int],
     on_progress: Callable[[str], None] = lambda what: None,
 ) -> list[Row]:
-    """Every peer answers all prompts once a round, all peers in turns; its first prompt alone warms it up.
+    """Every peer answers all prompts once per round, and peers take turns; the first prompt alone warms each up.
 
     A peer that fails on its first prompt is moved to the missing ones.
 

@@ -1,4 +1,4 @@
-"""Who takes part in `treeline bench peers`: us, transformers, and whoever of the others is installed."""
+"""The systems in `treeline bench peers`: ours, transformers, and those of the others that are installed."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def build_lineup(
     """All peers, transformers' plain `generate` first.
 
     Args:
-        model: the configuration's target; decides the type in which transformers runs it too.
+        model: the configuration's target; transformers runs it in the same dtype.
         curves: of this device, for the planner.
-        on_progress: called with who is loaded next.
+        on_progress: called with the system that is loaded next.
     """
     spec, lineup = config.verifier.target.model, Lineup(on_progress)
     hf = load_transformers(spec, model)

@@ -1,8 +1,8 @@
-"""OpenVINO GenAI as a peer: its own reading of the model's GGUF file, with the weights put right. Optional.
+"""OpenVINO GenAI as a peer: it reads the model's GGUF file itself; its weights are then corrected. Optional.
 
-A Q4_1 weight is `scale * q + minimum`, q of 4 bits. Its reader makes that `scale * (q - zero)` with `zero`, which is
-`-minimum / scale`, rounded to 4 bits as well: that moves all 32 weights of a group by up to half a step, and the model
-says something else. `exact_model` puts the fraction back. The weights stay in 4 bits, and a pass costs what it did.
+A Q4_1 weight is `scale * q + minimum`, q of 4 bits. Its reader turns that into `scale * (q - zero)` and rounds `zero`,
+which is `-minimum / scale`, to 4 bits as well. This shifts all 32 weights of a group by up to half a step, and changes
+the model's output. `exact_model` restores the fraction. The weights stay in 4 bits, and a pass costs the same.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def openvino_genai(
         except RuntimeError as error:
             raise MissingPeerError(f"cannot load {gguf.name}: {error}") from error
 
-    # One at a time needs no pipeline of its own: any takes them one by one.
+    # Concurrency 1 needs no pipeline of its own: any of them takes requests one by one.
     pipelines = {concurrency: pipeline(concurrency) for concurrency in {*concurrencies} - {1} or {1}}
 
     def answer(prompts: list[list[int]], concurrency: int) -> Answers:
@@ -115,9 +115,9 @@ def row_zeros(gguf: Path) -> RowZeros:
 
 
 def put_zeros_right(model: Any, zeros: RowZeros) -> None:
-    """Exchange the zero points of an `openvino.Model`.
+    """Replace the zero points of an `openvino.Model`.
 
-    Rows are known by their scales, which reader and file share: names and the order of rows in a tensor differ.
+    Rows are matched by their scales, which reader and file share: names and the order of rows in a tensor differ.
     """
     from openvino import opset13
 

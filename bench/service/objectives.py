@@ -3,15 +3,14 @@
 Three services take the same steps of load, STREAMS, each in a closed loop for some seconds: `plain` decodes without
 trees, `free` has trees and no objective, `held` has trees and an objective of SLACK times plain's p95 at REFERENCE
 streams. A last step, `outage`, is as held with the most streams, and Prometheus is stopped for its middle third.
-Drafts are as good as a given acceptance: with those of the default drafter, steps at 4 streams have hardly a tree.
+Drafts have a given acceptance: with those of the default drafter, steps at 4 streams have hardly a tree.
 
-Every p95 is the 95th percentile of inter-token latency, in which the tokens of a chunk waited an equal share. The
-report holds
+Every p95 is the 95th percentile of inter-token latency; the tokens of a chunk share its gap equally. The report holds
 
 - `rows`, one for each step of each arm: `arm`; `streams`; `objective_ms`;
   `p95_ms_clients`, `p95_ms_prometheus`: by arrivals at clients, and the median of Prometheus' values, both in the
   second half of the step; `settled_s`: seconds into the step from which clients' p95 stays within TOLERANCE times the
-  objective, null if it does not; `swings`: turns of clients' p95 after that by a tenth of the objective or more.
+  objective, null if it does not; `swings`: reversals of clients' p95 after that, by a tenth of the objective or more.
 - `seconds`, about one for each second: `arm`, `streams`; `at_s`: into the step; `p95_ms_clients`,
   `p95_ms_prometheus`: over the 5 s before, null without tokens or an answer; `source`: of the p95 that the plan rests
   on; `step_budget_ms`: null for none; `out_of_reach`: the plan says that even plain decoding is too slow.
@@ -53,7 +52,7 @@ SLACK, TOLERANCE = 1.3, 1.1
 SAMPLE_S = 1.0
 """Between samples: the interval of scrapes."""
 REQUESTS_PER_S = 10
-"""More than one stream ends, so that no stream lacks a successor."""
+"""More than one stream completes, so that no stream runs out of requests."""
 OFF = "off"
 
 Row = dict[str, Any]
@@ -108,7 +107,7 @@ def settled_s(seen: Sequence[tuple[float, float]], most: float) -> float | None:
 
 
 def swings(values: Sequence[float], least: float) -> int:
-    """How often the values turn; rises and falls of less than `least` do not count."""
+    """How often the values reverse; rises and falls of less than `least` do not count."""
     turns, rising, low, high = 0, None, math.inf, -math.inf
     for value in values:
         low, high = min(low, value), max(high, value)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 KINDS = 4096
-"""Kinds of place in a text, drawn once per depth: enough that a run meets most of them about equally often."""
+"""Kinds of text position, drawn once per depth: enough that a run meets most of them about equally often."""
 MAX_CLAIM = 0.999
 
 

@@ -42,12 +42,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Device:
-    """All that simulated steps cost.
+    """The costs of simulated steps.
 
     Attributes:
         profile: verification curves and drafting costs, as a planner would measure them; the simulated passes cost
-            just this before noise and drift.
-        draft_round_trip_s, step_overhead_s: beside them.
+            exactly this before noise and drift.
+        draft_round_trip_s, step_overhead_s: added to these.
     """
 
     name: str
@@ -70,7 +70,7 @@ PRESETS = [f"{model}@{gpu}" for model in MODELS for gpu in GPUS]
 
 
 def preset(name: str) -> Device:
-    """A model on a GPU, by roofline: a pass takes as long as reading the weights or multiplying, whatever is longer.
+    """A model on a GPU, by roofline: a pass takes as long as reading the weights or multiplying, whichever is longer.
 
     Raises:
         ConfigError: there is no such preset.

@@ -49,7 +49,7 @@ MOST_MEANS = 4
 """Lengths are geometric, cut at this many times their mean, so that the KV cache has room for all."""
 BLOCK_TOKENS = 16
 MOST_SPEEDUP = 4
-"""Over plain decoding: requests are made for it."""
+"""Over plain decoding: the number of requests allows for it."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Scenario:
     """What all policies and loads have in common.
 
     Attributes:
-        steps: of plain decoding with all streams busy; every policy is given the time that these take.
-        objectives: that the planner holds; requests are counted that meet them.
+        steps: of plain decoding with all streams busy; every policy runs for as long as these take.
+        objectives: held by the planner; requests that meet them are counted.
     """
 
     device: Device
@@ -116,7 +116,7 @@ class Simulated:
 
 
 class _DistantLink(LocalLink):
-    """A drafter at the other end of a round trip."""
+    """A local drafter whose every draft takes a round trip."""
 
     def __init__(self, drafter: TreeDrafter, round_trip_s: float, clock: VirtualClock) -> None:
         super().__init__(drafter)
@@ -132,7 +132,7 @@ class VirtualEngine(PlannedEngine):
 
     Attributes:
         clock: of all its parts.
-        text: what is drafted and said.
+        text: what draft model and target produce.
         target: the fake target; its `slowdown` may be changed at any time.
         steps: made so far.
     """
@@ -155,7 +155,7 @@ class VirtualEngine(PlannedEngine):
         self.engine.plan = self._begun_step
 
     def _begun_step(self) -> Plan:
-        """The plan. The engine asks for it once a step: what a step takes outside its passes is charged here."""
+        """The plan. The engine asks for it once per step, so the step's overhead is charged here."""
         self.steps += 1
         self.clock.advance(self._step_overhead_s)
         return self.planner.plan
@@ -191,11 +191,11 @@ def simulate_all(scenario: Scenario, policies: Sequence[str], loads: Sequence[Lo
     if workers == 1:
         yield from (simulate(scenario, policy, load) for policy, load in cells)
         return
-    # Spawned, not forked: a copy of this process would find locks taken by threads that it does not have.
+    # Spawned, not forked: a fork would inherit locks held by threads that it does not have.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=gc.disable)
     try:
-        # The last ones first: many streams take longest, and should not be left over.
+        # The last ones first: many streams take longest, and should not start last.
         futures = [pool.submit(simulate, scenario, policy, load) for policy, load in reversed(cells)]
         for future in as_completed(futures):
             yield future.result()
@@ -208,8 +208,8 @@ def rows(
 ) -> list[dict[str, Any]]:
     """One row per load and policy, in the order given.
 
-    speedup: over `off`; of tokens per second in a closed loop, of the median time between tokens under open arrivals,
-    whose tokens per second are what arrives. None without `off`.
+    speedup: over `off`; in tokens per second in a closed loop, in median inter-token latency under open arrivals, where
+    the arrivals set the tokens per second. None without `off`.
     met: share of the finished requests that met the objectives. None without objectives.
     """
     found = {(result.load, result.policy): measure(result.window) for result in results}
@@ -255,7 +255,7 @@ def share_met(window: Window, objectives: ObjectivesConfig) -> float | None:
 
 
 def _run(loop: Loop) -> Window:
-    """A loop that need not wait for anybody."""
+    """Run a loop to its end, without turns."""
     while True:
         try:
             next(loop)
@@ -272,8 +272,7 @@ def _config(scenario: Scenario, slots: int) -> Config:
         limits=limits,
         planner=PlannerConfig(objectives=scenario.objectives),
         verifier=VerifierConfig(kv_cache_tokens=room, kv_block_tokens=BLOCK_TOKENS),
-        # What the draft model gets is made by hand; the kind only says that nothing is looked up: fake texts do not
-        # repeat themselves.
+        # The draft model is built by hand. The kind only turns prompt lookup off: fake texts do not repeat themselves.
         drafter=DrafterConfig(kind="head", max_sessions=2 * slots, kv_cache_tokens=2 * room),
     )
 
@@ -286,7 +285,7 @@ def _plain_step_s(scenario: Scenario, streams: int) -> float:
 
 
 def _plain_requests_per_s(scenario: Scenario) -> float:
-    """What plain decoding serves with all slots full, prompts included."""
+    """Requests per second of plain decoding with all slots full, prefill included."""
     chunk, cost = VerifierConfig().prefill_chunk_tokens, CostModel(scenario.device.profile.verify)
     prompt_s = (pass_s(cost, 1, 0, chunk) - pass_s(cost, 1, 0, 1)) * scenario.prompt_tokens / chunk
     return 1 / (_plain_step_s(scenario, OPEN_SLOTS) * scenario.output_tokens / OPEN_SLOTS + prompt_s)

@@ -3,9 +3,9 @@
 The fakes stand in for `LanguageModel` alone. Engine, scheduler, drafter, growth, walk, rule, gate and planner are the
 real ones, on the virtual clock.
 
-The text: the first KEY_TOKENS tokens of a prompt name it (its key). What the target says after a token depends on key,
-token and position: `hash(key, token, position)`. So does the kind of the place (how sure the drafter is there) and its
-fate (the rank under which the drafter proposes what the target will say, or none). Every policy meets the same text.
+The text: the first KEY_TOKENS tokens of a prompt are its key. The target's next token follows from
+`hash(key, token, position)`. So does the kind of the position (how sure the drafter is there) and its fate (the rank at
+which the drafter proposes the target's token, or none). Every policy meets the same text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from treeline.forest import ROOT
 from treeline.plan import DEPTHS, CostModel
 
 VOCAB = 128
-"""Small, for logits are made for every node; large beside the ranks that a drafter proposes."""
+"""Small, since every node gets logits; large compared with the ranks that a drafter proposes."""
 KEY_TOKENS = 4
 MAX_CONTEXT_TOKENS = 1 << 16
 NOISE = 0.02
@@ -37,7 +37,7 @@ _SALTS = np.asarray([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB]
 
 
 class VirtualClock:
-    """Seconds that pass only when something is said to take time. Call it to read it."""
+    """Seconds that pass only by `advance`. Call it to read it."""
 
     def __init__(self) -> None:
         self._now_s = 0.0
@@ -50,7 +50,7 @@ class VirtualClock:
 
 
 class FakeText:
-    """What is drafted and said after a token, for every key and position.
+    """What draft model and target produce after a token, for every key and position.
 
     Attributes:
         guessable: whether drafts are right as often as the law says, or never; may be changed at any time.
@@ -98,7 +98,7 @@ def _mixed(values: NDArray[np.uint64], salt: int) -> NDArray[np.uint64]:
 
 
 class FakeModel:
-    """A `LanguageModel` without weights: what its passes cost and what they say is left to subclasses."""
+    """A `LanguageModel` without weights: subclasses define the cost and the logits of its passes."""
 
     name = "fake"
     vocab_size = VOCAB
@@ -108,7 +108,7 @@ class FakeModel:
 
     def __init__(self, text: FakeText, clock: VirtualClock) -> None:
         self._text, self._clock = text, clock
-        self.passes = Passes({None}, self.device)  # whose limits the engine asks for; none is run
+        self.passes = Passes({None}, self.device)  # the engine reads their limits; none is run
         self._keys: WeakKeyDictionary[SequenceCache, int] = WeakKeyDictionary()
         vocabulary = {f"w{token}": token for token in range(VOCAB)}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
@@ -151,7 +151,7 @@ class FakeModel:
             keys.append(self._keys[cache])
             counts.append(len(wanted))
             tokens += wanted
-            # A causal run is one place after the other; in a tree it is the depth that counts.
+            # Positions of a causal run are consecutive; in a tree they follow from the depth.
             firsts.append(cache.length + (len(new) - len(wanted) if sequence.parents is None else 0))
             depths.append(
                 np.arange(len(wanted)) if sequence.parents is None else _depths(sequence.parents)[-len(new) :]
@@ -168,7 +168,7 @@ class FakeModel:
 
 
 class FakeTarget(FakeModel):
-    """Says the text, one-hot.
+    """Emits the text, as one-hot logits.
 
     Attributes:
         slowdown: passes take this many times as long as the curves say; the planner has to find out.
@@ -192,7 +192,7 @@ class FakeTarget(FakeModel):
 
 
 class FakeDraftModel(FakeModel):
-    """Proposes as the law says: log-probabilities, so that a softmax gives what it claims.
+    """Proposes by the law. Its logits are log-probabilities, so that a softmax gives the claimed ones.
 
     Args:
         layer_s, node_s: seconds of a pass, and of each token in it.
@@ -214,7 +214,7 @@ class FakeDraftModel(FakeModel):
 
 
 def _key(tokens: list[int], start: int) -> int:
-    """What these tokens, from place `start` of a prompt on, add to the number that its first tokens spell."""
+    """What these tokens, from index `start` of a prompt on, add to its key."""
     return sum(token * VOCAB**place for place, token in enumerate(tokens[: KEY_TOKENS - start], start))
 
 

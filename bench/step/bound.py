@@ -1,4 +1,4 @@
-"""An answer that a grammar binds, for passes whose rows all get a mask; apart, as it needs what only a service has."""
+"""An answer bound by a grammar, for passes whose rows all get a mask. Apart, since it imports parts of the service."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from verifier_svc.service.server import served
 
 
 class Bound(NamedTuple):
-    """An answer amid a text in JSON, where most tokens may follow, and one of them."""
+    """An answer in the middle of a JSON string, where most tokens may follow, and one such token."""
 
     state: GrammarState
     token: int

@@ -1,4 +1,4 @@
-"""What the machine allows, measured there and then, and the least time that a pass over a model can take."""
+"""The machine's limits, measured on the spot, and the least time that a model's pass can take."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ModelSize:
     """What a pass has to read and to compute.
 
     Attributes:
-        weight_bytes: of all weights that every pass reads, as they are held: all but tables of which it takes rows.
+        weight_bytes: of all weights that every pass reads, as stored: all but embedding tables, of which it reads rows.
         token_flops: of the linear layers, for one token.
         entry_bytes: of one token's keys and values.
         entry_flops: of attention, for one token looking at one other.
@@ -45,7 +45,7 @@ class ModelSize:
 
     @classmethod
     def of(cls, hf: PreTrainedModel, ours: LanguageModel) -> ModelSize:
-        """The size of a model: what our runtime holds of its weights, computed with as transformers' `hf` has them."""
+        """The size of a model: weight bytes as our runtime stores them, FLOPs as transformers' `hf` computes."""
         output = hf.get_output_embeddings()
         tables = {id(module.weight) for module in hf.modules() if isinstance(module, nn.Embedding)}
         tables -= {id(output.weight)} if output is not None else set()
@@ -80,7 +80,7 @@ class MachineLimit:
 
 @torch.inference_mode()
 def measure_limit(dtype: torch.dtype, device: torch.device, read_bytes: int = READ_BYTES) -> MachineLimit:
-    """The best of several runs: whatever else the machine does only makes them slower."""
+    """The best of several runs: other work on the machine only makes them slower."""
     rows = torch.ones(read_bytes // 4 // 1024, 1024, device=device)
     vector = torch.ones(1024, device=device)
     size = GEMM_SIZE[device.type]

@@ -78,7 +78,7 @@ def head_subject(head: DraftHead, max_context_tokens: int) -> Subject:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`rows`: one a subject and point; medians of the repeats in milliseconds, with extremes."""
+    """`rows`: one per subject and point; medians of the repeats in milliseconds, with extremes."""
 
     limit: MachineLimit
     rows: list[Row]
@@ -95,7 +95,7 @@ def run_step(
     repeats: int,
     on_progress: Callable[[str], None] = lambda what: None,
 ) -> StepResult:
-    """Measure the machine, for the target's type of weights, then every subject at every point its context allows.
+    """Measure the machine in the target's dtype, then every subject at every point its context allows.
 
     Args:
         subjects: the target first.

@@ -1,4 +1,4 @@
-"""One verification pass as a thing that can be run again and again: over our runtime, and over transformers' own."""
+"""A verification pass that can be repeated: on our runtime, and on transformers' own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bench.step.bound import Bound
 
 BLOCK_TOKENS = 128
-"""Whole blocks of every device."""
+"""Divisible into whole blocks on every device."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Pass:
     """A forward pass and what is done with its logits.
 
     Attributes:
-        forward: gives logits [rows, vocab], one row a new token.
-        choose: takes them to token ids on the host.
+        forward: gives logits [rows, vocab], one row per new token.
+        choose: turns them into token ids on the host.
         reset: forgets the pass, so that the next one finds the same context.
-        choose_bound: `choose` with every row bound by a grammar, its mask made anew; None where nothing is bound.
+        choose_bound: `choose` with every row bound by a grammar, masks computed anew; None where nothing is bound.
     """
 
     forward: Callable[[], Tensor]
@@ -52,7 +52,7 @@ PassMaker = Callable[[Point], Pass]
 
 
 def load_transformers(spec: str, like: LanguageModel) -> PreTrainedModel:
-    """The same model as transformers runs it: its own modules and sdpa attention, in the same type and place."""
+    """The same model as transformers runs it: its own modules and sdpa attention, same dtype and device."""
     with no_progress_bars():
         hf: Any = AutoModelForCausalLM.from_pretrained(
             resolve_model(spec), dtype=like.dtype, attn_implementation="sdpa", local_files_only=True

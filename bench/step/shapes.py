@@ -1,4 +1,4 @@
-"""Models of well-known shapes with random weights: what a pass costs does not depend on what the weights say."""
+"""Models of well-known shapes with random weights: the cost of a pass does not depend on the weights' values."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ HEAD_VOCAB_SIZE = 32_000
 
 @torch.inference_mode()
 def random_model(shape: str, config: ModelConfig) -> LanguageModel:
-    """A model of this shape on the device and in the type that `config` says, made there.
+    """A model of this shape, made on the device and in the dtype that `config` names.
 
     Raises:
         ConfigError: there is no such shape, or no such device.

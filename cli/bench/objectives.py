@@ -11,7 +11,7 @@ from cli.serve import check_startable
 from treeline.config_file import load_config
 
 ACCEPTANCE = "0.72,0.12,0.05,0.03"
-"""Of `treeline simulate` (EAGLE3_LIKE): trees then pay at 4 streams. Those of the default drafter hardly do."""
+"""As in `treeline simulate` (EAGLE3_LIKE): trees then pay at 4 streams. With the default drafter they hardly do."""
 
 
 def objectives(

@@ -94,7 +94,7 @@ def sweep(
     loaded = load_prompts(prompts, limit)
     described = {**asdict(settings), "prompts": len(loaded), "acceptance": acceptance}
     described |= {"json_schema": grammar.json_schema} if grammar else {}
-    from bench.systems import RemoteSystem, start_local  # seconds, which bad input need not wait for
+    from bench.systems import RemoteSystem, start_local  # takes seconds to import: check the input first
 
     streams = max(settings.concurrency)
     start: Callable[[], Swept]
@@ -121,7 +121,7 @@ def _grammar(schema: Path) -> pb.Grammar:
 
 
 def _run(settings: Settings, prompts: list[Prompt], start: Callable[[], Swept]) -> tuple[list[Result], bool]:
-    """All results until the end or Ctrl-C, and whether it was the end."""
+    """All results until the end or Ctrl-C, and whether the sweep is complete."""
     from bench.sweep import closed_blocks, open_blocks, run_sweep
     from cli.terminal import Counted
 

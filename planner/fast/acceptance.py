@@ -12,13 +12,13 @@ DECAY = 0.99
 """Share of the counts kept per step: their half-life is 70 steps, 2 to 4 s of decoding on a CPU. With it the expected
 calibration error of the shipped head is 0.04 to 0.05."""
 LASTING_NODES = 32.0
-"""Weight, in nodes, to which old counts fall while no node is verified: few enough for a closed gate's probes to
-outweigh them. After 5 s of text that cannot be guessed, 32 and 64 streams of a simulated H100 have 0.95 of their
-goodput back after 2.3 and 4.4 s; with counts that fall only in steps that verify nodes, after 12.8 and more than 15 s.
+"""Weight, in nodes, to which old counts decay while no node is verified: low enough for a closed gate's probes to
+outweigh them. After 5 s of text that cannot be guessed, 32 and 64 streams of a simulated H100 regain 0.95 of their
+goodput in 2.3 and 4.4 s; with counts that decay only in steps that verify nodes, in 12.8 and more than 15 s.
 """
 PRIOR_NODES = 4.0
-"""Weight, in nodes, of the estimate that a cell falls back on: all depths together, and these on the prior. A cell in
-use sees a few nodes per step, so its own counts dominate within seconds."""
+"""Weight, in nodes, of the estimate that counts are shrunk to: a cell to all depths pooled, these to the prior. A cell
+in use sees a few nodes per step, so its own counts dominate within seconds."""
 KAPPA_PRIOR = 0.6
 """P(a reached node has an accepted child) before any was seen: a guess, outweighed after PRIOR_NODES nodes."""
 # Strides of the flattened acceptance table [source, sampled, depth, bin].
@@ -59,7 +59,7 @@ def prior() -> Calibration:
 
 
 class Calibrator:
-    """Decayed counts per (source, sampled, depth, bin), shrunk to all depths together, and these to the prior."""
+    """Decayed counts per (source, sampled, depth, bin), shrunk to all depths pooled, and these to the prior."""
 
     def __init__(self) -> None:
         self._nodes = np.zeros((2, SOURCES, 2, DEPTHS, PROB_BINS))  # seen, accepted

@@ -13,8 +13,8 @@ NODES_AHEAD = 64
 """Tokens that `cheapest_slopes_s` looks ahead: one tile of a GPU's matrix product, the widest step of a curve."""
 STEPS_AHEAD = np.arange(1, NODES_AHEAD + 1)
 ORDINARY_CATCH_UP_TOKENS = 4
-"""Committed tokens per request that a drafter runs in an ordinary step: the end of the accepted path and the nodes of
-prompt lookup in it. Accepted lengths are 1.3 to 2.5 (bench/REPORT.md): more than 4 are a prompt, or an absence."""
+"""Committed tokens per request that a drafter runs in an ordinary step: the end of the accepted path and its
+prompt-lookup nodes. Accepted lengths are 1.3 to 2.5 (bench/REPORT.md): more than 4 means a prompt, or a gap."""
 
 
 def verify_seconds(cost: CostModel, sequences: int, context_tokens: int, max_tokens: int) -> NDArray[np.float64]:

@@ -13,10 +13,10 @@ from planner.fast.step_prices import StepPrices
 
 WINDOW_REQUESTS = 32
 """Trees that the gate remembers: 2 steps of 16 streams, or 16 probes. With fewer it follows single texts; with more it
-notices late that texts have become easier to draft."""
+is slow to notice that texts have become easier to draft."""
 START_MARGIN = 0.02
 """Gain, as a share of plain decoding's tokens, at which a closed gate opens. A judgement: the gate must not flap over
-less than sweeps can measure, and their rounds differ by more (0.95 to 1.03 times `off` at 16 streams, README.md)."""
+gains too small to measure, and rounds of sweeps differ by more (0.95 to 1.03 times `off` at 16 streams, README.md)."""
 PROBE_SHARE = 0.01
 """Largest share of the working time that probes take while the gate is closed: half of START_MARGIN."""
 PROBE_REQUESTS = 2
@@ -96,7 +96,7 @@ class DraftGate:
         Args:
             draft_s: seconds that it took.
             catching_up: the drafter ran many committed tokens first. A probe then continues with the next draft, whose
-                seconds show what drafting costs. Else 4 streams, simulated on curves of 2 cores, are 10 % slower.
+                seconds show what drafting costs. Without this, 4 streams simulated on 2 cores' curves are 10 % slower.
         """
         self.lates = 0
         self._offers.append(offer)

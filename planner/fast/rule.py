@@ -170,7 +170,7 @@ def path_acceptance(forest: Forest, sampled: NDArray[np.bool_], calibration: Cal
 
 
 def _best(values: NDArray[np.float32], ranked: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
-    """bool [n]: the `count` largest of `values`, the earlier of equals; `ranked` is `values` in falling order."""
+    """bool [n]: the `count` largest of `values`, ties to the earlier; `ranked` is `values` in descending order."""
     if not count:
         return np.zeros(len(values), np.bool_)
     least = ranked[count - 1]

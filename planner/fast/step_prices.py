@@ -25,7 +25,7 @@ class StepPrices:
         sequences: B, the requests that decode.
         prompt_tokens: prompt tokens of the step, as decoded tokens of the same cost.
         startable: Q, requests that could start when the step ends.
-        wait_cost: what these and the prompts of the step lose while it runs, in decoding requests; Q by default.
+        wait_cost: cost of delaying these and the step's own prompts, in decoding requests; Q by default.
         cost: the plan's.
         seconds: float64 [n]; of a pass over 0 .. n - 1 tokens, roots, nodes and prompt tokens alike.
         budget_s: longest step that draft nodes may make.
@@ -54,7 +54,7 @@ class StepPrices:
         Args:
             context_tokens: mean committed tokens per sequence.
             max_nodes: most draft nodes of the whole step.
-            prompt_tokens: prompt tokens of the step, as they are counted.
+            prompt_tokens: prompt tokens of the step, not yet converted.
             prompts: requests that these belong to.
         """
         prompt_tokens = as_decoded(plan.cost, prompt_tokens)
@@ -98,14 +98,14 @@ class StepPrices:
         return max(goodput, self.sequences / self.plain_s) * (1 + self.wait_cost / self.sequences)
 
     def nodes_within_budget(self, draft_s: float, base_tokens: int) -> int:
-        """Most draft nodes beyond `base_tokens` with which the step, after `draft_s` of drafting, keeps its budget."""
+        """Most draft nodes beyond `base_tokens` that fit the step budget after `draft_s` of drafting."""
         left_s = self.budget_s - draft_s - self.overhead_s
         return max(0, int(self.seconds[base_tokens:].searchsorted(left_s, side="right")) - 1)
 
     @cached_property
     def layers_within_budget(self) -> int:
-        """Most draft layers, at least one, with which the step keeps its budget while it verifies a node of each layer
-        for each sequence: deeper drafts take the seconds that their nodes would need."""
+        """Most draft layers, at least one, that fit the step budget together with verifying one node per layer and
+        sequence: deeper drafts take the seconds that their nodes would need."""
         if self.budget_s == math.inf:
             return MAX_TREE_DEPTH
         cost, layers = self.cost, np.arange(1, MAX_TREE_DEPTH + 1)
@@ -130,9 +130,9 @@ class StepPrices:
 
 
 def waiting_cost(wait_factor: float, startable: int, prompts: int) -> float:
-    """What waiting requests lose while a step runs, in decoding requests.
+    """Cost of one step's delay to requests without a first token, in decoding requests.
 
-    Ordinarily each of `startable` counts as one, and the running `prompts` as none: their step is under way. A factor
-    above 1 says that first tokens come too late, and then both count.
+    At factor 1 each of `startable` counts as one, and the running `prompts` as none: their step is under way. A factor
+    above 1 means that first tokens come too late; then both count.
     """
     return wait_factor * (startable + prompts) - prompts

@@ -90,7 +90,7 @@ class Policy(ABC):
 
 
 def places_by_score(scores: NDArray[np.float32], tree_of: NDArray[np.intp]) -> NDArray[np.intp]:
-    """intp [n]: each node's place within its tree by falling score; of equals the earlier first, so parents first.
+    """intp [n]: each node's place within its tree by descending score; ties go to the earlier, so parents come first.
 
     Scores [.5, .9, .7, .2] of trees [0, 0, 1, 0] have places [1, 0, 0, 2].
     """

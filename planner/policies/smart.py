@@ -16,8 +16,8 @@ CHILDREN = 6
 """Most children proposed under a node. Of the shipped head's accepted children 64, 21, 10 and 5 % were its first to
 fourth choice (`eval-drafter`); two more are for drafters that are less sure."""
 SPARE = 0.5
-"""Share of the verifier's last threshold down to which nodes are offered. The verifier must have some to leave out, or
-it never learns what the next one would bring. Simulated H100, 64 streams, two seeds: with 1 smart is 2 to 3 % slower,
+"""The drafter offers nodes down to this share of the verifier's last threshold. The verifier must leave some out, or it
+never learns what the next one would gain. Simulated H100, 64 streams, two seeds: with 1 smart is 2 to 3 % slower,
 with 0 up to 2 % (3 % at 32 streams)."""
 PAPER_ALPHA = 0.8
 """Alpha of the paper: the best of its ablation."""

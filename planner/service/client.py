@@ -1,4 +1,4 @@
-"""The verifier's side of planning: the plan in force, and the step reports. Neither makes a step wait."""
+"""The verifier's side of planning: the plan in force, and the step reports. Neither blocks a step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RETRY_S = 0.5
 REPORT_INTERVAL_S = 0.1
 """Between messages: two or three per plan at the default `planner.interval_s` of 0.25 s."""
 MAX_UNSENT_STEPS = 2048
-"""Records kept for a planner that is away: 10 s at 5 ms per step. Older ones say nothing of the present."""
+"""Records kept while the planner is away: 10 s at 5 ms per step. Older ones are stale."""
 MAX_STEPS_PER_MESSAGE = 256
 MAX_MESSAGE_BYTES = 16 << 20
 """256 records of 64 requests with trees of 64 nodes, at 8 bytes per outcome, take 8 MB."""

@@ -37,7 +37,7 @@ QUERIES = {
 PROMETHEUS, STEPS = "prometheus", "steps"
 
 Readings = dict[str, tuple[float, float]]
-"""Of each signal the value, and when it was measured."""
+"""Each signal's value, and when it was measured."""
 
 
 def of_class(name: str, priority: int | None) -> str:
@@ -67,7 +67,7 @@ class Latency:
         self._readings[source].update(readings)
 
     def newest(self, name: str, now_s: float, max_age_s: float) -> Reading:
-        """Prometheus' value, or the newest of any source if that is late; no value if the newest is too old."""
+        """Prometheus' value, or the newest of any source if Prometheus is late; no value if that is too old."""
         found = []
         for source, readings in self._readings.items():
             value, at_s = readings.get(name, (math.nan, -math.inf))
@@ -182,7 +182,7 @@ async def _query(session: aiohttp.ClientSession, url: str, query: str) -> Iterab
         async for chunk in response.content.iter_any():
             body += chunk
             if len(body) > MAX_ANSWER_BYTES:
-                raise PrometheusError(f"{url} does not end its answer")
+                raise PrometheusError(f"{url} sends too long an answer")
         if response.status != 200:
             raise PrometheusError(f"{url} answers {response.status}")
     try:

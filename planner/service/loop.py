@@ -58,12 +58,12 @@ class VerifierState:
                 self._work.append(record)
 
     def measure(self, priorities: Iterable[int]) -> None:
-        """Update the latency with the quantiles of recent step records, also of the requests of these priorities."""
+        """Update the latency with the quantiles of recent step records, of all requests and of each of `priorities`."""
         self.latency.update("steps", self._steps.quantiles(self.clock(), priorities))
 
     @property
     def busy(self) -> bool:
-        """Whether tokens have come for so long that Prometheus must have seen them."""
+        """Whether tokens have flowed long enough that Prometheus must have seen them."""
         return self._steps.busy(self.clock())
 
     def goodput(self) -> float:
@@ -76,9 +76,9 @@ class VerifierState:
     def node_s(self, cost: CostModel) -> float:
         """The recent threshold of a node, in seconds at the price.
 
-        It is the gain of the best node that the verifier left out. Where the verifier left none out, it would have
-        taken more, at the cost of the cheapest way to grow the pass. With that cost alone smart is 3, 5 and 10 % slower
-        at 8, 32 and 64 streams of a simulated H100.
+        It is the gain of the best node that the verifier left out. A step that left none out would have taken more: it
+        counts the cheapest cost of growing its pass. With that cost for all steps, smart is 3, 5 and 10 % slower at 8,
+        32 and 64 streams of a simulated H100.
         """
         records, weights = self._recent()
         if not records:
@@ -104,7 +104,7 @@ class VerifierState:
 
 
 class PlanMaker:
-    """Makes plans; versions grow over all verifiers."""
+    """Makes plans; one version counter serves all verifiers."""
 
     def __init__(self, limits: LimitsConfig, config: PlannerConfig) -> None:
         self._limits, self._config = limits, config
@@ -157,7 +157,7 @@ class PlanMaker:
 
     def _regulate(self, state: VerifierState, signals: tuple[Signal, ...], plain_s: float, delayed: int) -> Control:
         now_s, max_age_s = state.clock(), self._config.signal_max_age_s
-        # After a pause of the planner the controls still move by one second's change.
+        # After a pause of the planner the controls move by at most one second's change.
         elapsed_s, state.planned_s = min(1.0, now_s - state.planned_s), now_s
         values, controls = {signal.name: signal.value_s for signal in signals}, []
         for priority, objectives in classes(self._config):

@@ -23,19 +23,19 @@ INTER_TOKEN, FIRST_TOKEN = "inter_token_p95", "time_to_first_token_p95"
 AIM = 0.95
 """Share of the objective to aim at: quantiles of 5 s scatter by about 5 %."""
 SHRINK, RELAX = 2.0, 1.1
-"""Most change of the budget in a second, as ratios. A missed objective is felt, so the budget may halve in a second; a
-relaxed one should be measured for a window of 5 s before it has grown by half again (1.1^5 = 1.6)."""
+"""Fastest change of the budget per second, as ratios. Users feel a miss, so the budget may halve in a second; a
+relaxed budget should be measured for a window of 5 s before it has grown by half (1.1^5 = 1.6)."""
 FLOOR_S = 10.0
 """Plain decoding for this long, with the objective still missed, shows that it cannot be reached: two windows of 5 s,
 so that no step with a tree is in the second one."""
 RETURN, REACH_RELAX = 0.95, 1.002
-"""What was out of reach is tried again once a plain step is 5 % shorter than one that missed, or a little later each
-second (12 % a minute), in case a busy neighbour has gone."""
+"""An unreachable objective is tried again once a plain step is 5 % shorter than the one that missed. That limit rises
+by 0.2 % a second (12 % a minute), in case a busy neighbour has gone."""
 WAIT_GAIN, WAIT_RATIO = 0.1, 2.0
-"""A first token that is r times its objective late raises the price of waiting by r^0.1 a second, r up to 2. Seen
+"""A time to first token of r times its objective multiplies the price of waiting by r^0.1 a second, r up to 2. Seen
 through a window of 5 s and scrapes of 1 s, an integral gain of 0.1 / s keeps a phase margin of 50 degrees."""
 MAX_WAIT = 4.0
-"""Beyond this, a step with prompts would take nine plain ones (2.25 times 4), and streams would seem to halt."""
+"""Beyond this, a step with prompts would take as long as nine plain ones (2.25 times 4), and streams seem to stall."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Seen:
         itl_p95_s, ttft_p95_s: measured; None if nothing fresh was.
         step_p95_s: what its steps took over the same seconds, weighted by their tokens; None without steps.
         plain_s: predicted seconds of a step that decodes the present batch plainly.
-        delayed: requests without a first token: in the queue, or their prompts under way.
+        delayed: requests without a first token: queued, or in prefill.
     """
 
     itl_p95_s: float | None
@@ -64,7 +64,7 @@ class Control:
         step_budget_s: longest step that trees and prompt chunks may make; infinite: none.
         wait_factor: how many times its ordinary price a waiting request costs, 1 to MAX_WAIT.
         unreachable: names of objectives that cannot be reached.
-        free_s: what steps took when the budget was set; a budget of as much is none.
+        free_s: step seconds when the budget was first set; a budget that grows this long is lifted.
         reach_s: plain steps longer than this miss the objective.
         floor_s: for how long plain decoding has missed it.
     """
@@ -104,7 +104,7 @@ def tightest(controls: Collection[Control]) -> Control:
 
 
 def _budget(objective_ms: float | None, seen: Seen, before: Control, elapsed_s: float) -> Control:
-    """`before` with the next step budget, and no word on time to first token."""
+    """`before` with the next step budget; `_waiting` then judges time to first token."""
     if objective_ms is None or seen.itl_p95_s is None or seen.step_p95_s is None:
         return Control(wait_factor=before.wait_factor, reach_s=before.reach_s)
     objective_s = objective_ms / 1000

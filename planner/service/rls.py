@@ -9,17 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 SPREAD_STEPS = 15
-"""Recent innovations (observed minus predicted) whose median is the ordinary one. Once eight are large, the change is
-taken to last."""
+"""Recent innovations (observed minus predicted) whose median is the ordinary size. Once eight are large, the change
+counts as lasting."""
 MAX_SPREADS = 3.0
-"""An innovation beyond this many medians is an outlier: 4 % of normal noise is, and is damped a little."""
+"""An innovation beyond this many medians counts as an outlier. So does 4 % of Gaussian noise, damped a little."""
 
 
 class RecursiveLeastSquares:
-    """Tracks theta in y = x . theta + noise, theta drifting slowly and, unobserved, back to where it began.
+    """Tracks theta in y = x . theta + noise; theta drifts slowly, and back to its prior mean while unobserved.
 
     The Kalman filter of an Ornstein-Uhlenbeck prior, which is recursive least squares with forgetting whose covariance
-    cannot grow without bound. An innovation beyond MAX_SPREADS ordinary ones counts as an observation of more noise.
+    cannot grow without bound. An innovation beyond MAX_SPREADS ordinary ones counts as a noisier observation.
 
     Args:
         mean: float64 [k]; prior mean of theta.
@@ -46,7 +46,7 @@ class RecursiveLeastSquares:
         """Learn from one observation. `innovation`: observed minus predicted, x being the prediction's gradient."""
         self._innovations.append(abs(innovation))
         spread = max(self._noise, median(self._innovations))
-        # An outlier counts as an observation of more noise: it moves theta less, and the variance stays larger.
+        # An outlier counts as a noisier observation: it moves theta less, and the variance stays larger.
         damping = max(1.0, abs(innovation) / (MAX_SPREADS * spread))
         covariance = self._memory**2 * self._covariance
         covariance += self._regained

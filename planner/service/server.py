@@ -35,8 +35,8 @@ SERVICE = pb.DESCRIPTOR.services_by_name["PlanningService"].full_name
 LATENCY_INTERVAL_S = 1.0
 """Between queries of Prometheus: the scrape interval of deploy/prometheus."""
 PROBLEM_S = 30.0
-"""A problem of Prometheus is logged once it has lasted so long beside a verifier (metrics show it at once): `treeline
-serve` starts it last."""
+"""A problem of Prometheus is logged once it has lasted this long with a verifier present (metrics show it at once):
+`treeline serve` starts Prometheus last."""
 MAX_VERIFIERS, MAX_ID_CHARS = 1024, 256
 """Each verifier costs memory and a few plans per second. Ids label metrics; a verifier's own has 32 characters."""
 FORGET_S = 30.0
@@ -194,7 +194,7 @@ class PlanningServicer(pb_grpc.PlanningServiceServicer):
         if request.HasField("profile"):
             profile = profile_from_proto(request.profile)
             if verifier_id not in self._states:
-                urllib.parse.urlsplit(request.metrics_url)  # asked again at every round
+                urllib.parse.urlsplit(request.metrics_url)  # a malformed one fails here, not in every round
                 if len(verifier_id) > MAX_ID_CHARS or len(self._states) >= MAX_VERIFIERS:
                     raise ValueError("the id is too long, or there are too many verifiers")
                 self._states[verifier_id] = VerifierState(profile, request.metrics_url)

@@ -19,12 +19,12 @@ from treeline.plan import CostCurve, CostModel, PaperFit, VerifierProfile
 from treeline.step_record import StepRecord
 
 OVERHEAD_STEPS = 15
-"""Steps of a kind whose median is its overhead: up to seven pauses among them do not move it."""
+"""Steps of each kind whose median is the overhead: up to seven pauses among them do not move it."""
 PLAIN, LOOKED_UP, DRAFTED = range(3)
 """Kinds of steps: without trees, with trees of prompt lookup alone, and drafted for. Walking and committing trees takes
 time beside the pass: on one Xeon core, lookups for 7 streams took 1.5 ms more than a step of 18 ms without."""
 LOOKUP_S = 5e-4
-"""Prior of what lookups add, before the first: the least that was measured."""
+"""Prior of the overhead that prompt lookup adds: the least that was measured."""
 ERROR_STEPS = 200
 """Steps whose prediction errors are reported: the 95th percentile then rests on ten of them."""
 NOISE, MEMORY = 0.05, 0.9995
@@ -42,7 +42,7 @@ SCALE, CONTEXT, PROMPTS, POINTS = range(4)
 DRAFT_COSTS_S = (1e-3, 3e-4, 3e-3, 2e-4)
 """Prior means of r, s, d0 and d1: guesses for a drafter on the same machine. It measures d0 and d1 itself if it can."""
 DRAFT_COMMON_DEVIATION, DRAFT_OWN_DEVIATIONS = 0.5, (1.0, 0.7, 0.3, 0.5)
-"""Prior standard deviations, in logarithms, common to the four and of each alone: least where the drafter measures."""
+"""Prior standard deviations, in logarithms: shared by all four, and of each alone, least where the drafter measures."""
 DRAFT_NOISE, DRAFT_MEMORY = 0.15, 0.999
 """NOISE and MEMORY of drafting: a second process must wake up, so the scatter is three times that of passes."""
 

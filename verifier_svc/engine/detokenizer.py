@@ -10,22 +10,22 @@ from os.path import commonprefix
 from tokenizers import Tokenizer
 
 UNKNOWN = "\ufffd"
-"""What invalid UTF-8 decodes to, and a character whose last bytes have not come."""
+"""Stands for invalid UTF-8, and for a character whose last bytes have not arrived."""
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 """A token of a byte-fallback vocabulary. One invalid byte turns every byte of an unbroken run into U+FFFD."""
 CONTEXT_TOKENS = 5
-"""Tokens of the prompt that decoding depends on: one for spaces, up to 3 bytes of a split character, one spare."""
+"""Prompt tokens that the answer's text depends on: one for spaces, up to 3 bytes of a split character, one spare."""
 
 
 class Detokenizer:
     """The text of one answer, piece by piece. Feed every token once, in order.
 
-    The pieces together are the decoded text of prompt and answer, less that of the prompt, up to a stop string.
+    The pieces add up to the text of prompt and answer without that of the prompt, up to a stop string.
 
     Args:
         include_stop: keep the stop string that ends the text.
         skip_special: leave special tokens out of the text.
-        min_tokens: stop strings are ignored in the text of this many tokens.
+        min_tokens: stop strings are ignored in the text of this many first tokens.
     """
 
     def __init__(

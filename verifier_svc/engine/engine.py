@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class Advance(NamedTuple):
-    """What one step brought one sequence. `place`: of its walk among those of the pass."""
+    """One sequence's tokens from one step. `place`: index of its walk in the pass."""
 
     sequence: Sequence
     place: int
@@ -67,7 +67,7 @@ class Engine:
         chunk_tokens = min(verifier.prefill_chunk_tokens, model.passes.most_tokens)
         self.scheduler = Scheduler(self.cache, config.limits, chunk_tokens, verifier.prefix_caching, clock)
         hidden_states = HiddenStates(model)
-        # A drafter's features are part of captured passes: if it is known now, they are captured once.
+        # Captured passes include the drafter's features: knowing it now avoids a second capture.
         hidden_states.follow(link.features if link else None)
         model.capture(self.cache)
         looks_up = link is not None and config.drafter.looks_up
@@ -230,7 +230,7 @@ class Engine:
         return outputs + [self._finish(sequence) for sequence in ended]
 
     def _draft_anew(self, sequence: Sequence) -> None:
-        """To the drafter, what is computed again is another request."""
+        """Give a preempted sequence a new draft session: it is recomputed from its tokens."""
         self.speculator.forget(sequence)
         sequence.session_id, sequence.drafter_tokens = next(self._session_ids), 0
 
@@ -248,12 +248,12 @@ def _confined(sequence: Sequence) -> Iterator[None]:
         yield
     except Exception:
         fields = {"request_id": sequence.request.public_id, "client": sequence.request.client}
-        logger.exception("the request ends: processing it failed", extra=fields)
+        logger.exception("request failed: processing it raised", extra=fields)
         sequence.finish_reason = FinishReason.FAILED
 
 
 def _walked_rows(batch: Batch, forest: Forest, logits: torch.Tensor) -> list[int]:
-    """The rows of `logits` that are walked: of a prompt only the last. What else its rows tell is noted."""
+    """The rows of `logits` to walk: of a prompt only the last. Notes prompt log-probabilities on the way."""
     first = len(batch.decoding) + len(forest.token_ids)
     walked = list(range(first))
     for sequence, tokens in batch.prefilling:

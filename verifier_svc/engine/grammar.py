@@ -38,7 +38,7 @@ class GrammarState:
 
     @property
     def forced(self) -> list[int]:
-        """Tokens of the text that must come next; the model may spell that text in other tokens."""
+        """Tokens of the text that must come next; the model may tokenise that text differently."""
         if self._forced is None:
             self._forced = self._matcher.compute_ff_tokens()
         return self._forced
@@ -51,7 +51,7 @@ class GrammarState:
         """
         self._forced = None
         if not self._matcher.consume_token(token_id):
-            raise ValueError(f"the grammar ends: {self._matcher.get_error().splitlines()[0]}")
+            raise ValueError(f"the grammar failed: {self._matcher.get_error().splitlines()[0]}")
 
     @property
     def ended(self) -> bool:

@@ -16,7 +16,7 @@ class GenerationRequest:
     """A checked, tokenised request.
 
     Attributes:
-        max_tokens: output tokens at most, 0 to compute the prompt alone; prompt and output together fit the context.
+        max_tokens: most output tokens, 0 to run prefill alone; prompt and output together fit the context.
         stop: the text ends before the first of these, or after it with `include_stop`.
         min_tokens: until this many tokens, no token ends the answer and stop strings are ignored.
         include_stop: keep the stop string or stop token that ends the text.
@@ -32,7 +32,7 @@ class GenerationRequest:
         delivered_token_ids: tokens of the answer that another verifier has delivered.
         elapsed_s: seconds since the first arrival of a resumed request.
         time_to_first_token_s: from that arrival to its first token.
-        client, client_weight: whose request it is, and what the client's share weighs among those of others.
+        client, client_weight: whose request it is, and the weight of that client's fair share.
     """
 
     request_id: str
@@ -172,7 +172,7 @@ class SpeculationTotals:
 
     @property
     def mean_price(self) -> float:
-        """Tokens per second of its cost that a node had to bring; steps without drafts count as 0."""
+        """Tokens that a node had to gain per second of its cost; steps without drafts count as 0."""
         return self.price_sum / self.steps if self.steps else 0.0
 
 
@@ -184,7 +184,7 @@ class Completion:
         matched_stop: the stop token id or stop string that ended the request, if any.
         target_met: whether the mean time per output token met the target; None without a target, or for one token.
         cached_tokens: prompt tokens taken from the prefix cache.
-        preemptions: how often it lost its blocks to other requests and was computed again.
+        preemptions: how often it was preempted and recomputed.
     """
 
     finish_reason: FinishReason
@@ -202,7 +202,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Load:
-    """The load of an engine. Rates are over the last seconds; the problem is `AcceptanceAlarm`'s."""
+    """The load of an engine. Rates are over the last seconds; `drafter_problem` is `AcceptanceAlarm.problem`."""
 
     num_requests_running: int
     num_requests_waiting: int

@@ -17,12 +17,12 @@ from verifier_svc.engine.sequence import Sequence
 
 MAX_STRETCH = 2.25
 """A pass with prompt chunks may take this many times as long as one without: the decoding requests wait for it. Their
-gaps are to stay below three usual ones, and single passes take up to a third longer than the curve says. Where
-more prompts wait than requests decode, the pass may be longer in proportion."""
+inter-token gaps should stay below three usual ones, and single passes take up to a third longer than predicted. If
+more prompts are in prefill than requests decode, the limit grows in proportion."""
 AGEING_S = 5.0
-"""A request rises by one priority each time it has waited this long, up to the highest of those who wait: after
-8 * 5 = 40 s it comes next in its client's turn, whatever the priorities (-4 to 4). Ten times the usual start of an
-answer, so that priorities keep their use."""
+"""A queued request gains one priority level per this many seconds, up to the highest level queued: after
+8 * 5 = 40 s it is next in its client's turn, whatever the priorities (-4 to 4). Ten times the usual time to first
+token, so that priorities still matter."""
 LEAST_CHUNK_TOKENS = 8
 """A prompt advances by at least this many tokens a step, however much they cost: on a CPU a pass over 8 tokens takes
 little longer than over 1 (bench step)."""
@@ -37,7 +37,7 @@ class Batch:
         decoding: sequences whose root is to be verified, with a tree or without.
         prefilling: (sequence, tokens) chunks of prompts.
         finished_prompts: sequences of `prefilling` whose prompt ends with this chunk; they get their first token.
-        preempted: sequences that lost their blocks to others and wait again.
+        preempted: sequences that lost their blocks to others and are queued again.
         prices: what this step costs.
         context_tokens: committed tokens of all sequences together.
         running, waiting: requests that run and that wait.
@@ -65,10 +65,10 @@ class Batch:
 class Scheduler:
     """The one registry of the engine's open sequences, waiting and running; owns the reservation of KV blocks.
 
-    A request holds the blocks of its tokens; free blocks are room for trees. When blocks run out, the trees give theirs
-    back, then the latest request of the lowest priority is preempted: it waits, and is computed again later. The first
-    request of all is never preempted, so the batch always progresses. With prefix caching, tokens whose KV earlier
-    prompts and answers left in the cache are not computed again.
+    A request holds the blocks of its tokens; free blocks are room for trees. When blocks run out, trees give theirs
+    back first. Then the latest request of the lowest priority is preempted: it returns to the queue and is recomputed
+    later. The first request of all is never preempted, so the batch always progresses. With prefix caching, tokens
+    whose KV earlier prompts and answers left in the cache are not recomputed.
     """
 
     def __init__(
@@ -239,9 +239,9 @@ class Scheduler:
             self.running.append(sequence)
 
     def _next(self) -> Sequence:
-        """Of the highest aged priority: preempted requests, then the client whose turn it is, resumed streams first.
+        """The request to admit: by aged priority, then preempted ones, then by the client's turn, then resumed streams.
 
-        No request ages above the highest waiting priority, so that waiting long does not outweigh a client's share.
+        No request ages above the highest queued priority, so that a long wait does not outweigh a client's share.
         """
         now, highest = self._clock(), max(s.request.priority for s in self.waiting)
 

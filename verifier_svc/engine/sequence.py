@@ -21,9 +21,9 @@ from verifier_svc.engine.request import (
 )
 
 TOKENS_PER_DOUBLING = 4.0
-"""Tokens behind the target at which a request's tokens count double: one drafted step can make up for about as many."""
+"""Tokens behind the latency target that double a request's weight: one drafted step makes up for about as many."""
 MAX_URGENCY = 8.0
-"""Largest factor: more than 12 tokens behind, more nodes hardly help, and the other requests must go on."""
+"""Largest factor, at 12 tokens behind: beyond it more nodes hardly help, and the other requests must progress."""
 
 
 @dataclass
@@ -37,9 +37,9 @@ class Sequence:
         grammar: the answer's position in its grammar.
         cache: None while waiting.
         cached_tokens: prompt tokens taken from the prefix cache; no pass ran them, so their hidden states are unknown.
-        admitted_tokens: how many of `token_ids` it had when it was admitted last, all of which run like a prompt.
-        preemptions: how often it lost its blocks to others and had to begin again with what it had.
-        is_remembered: what it was admitted with is in the prefix cache.
+        admitted_tokens: length of `token_ids` when it was last admitted; all of these are prefilled.
+        preemptions: how often it was preempted, and its tokens recomputed.
+        is_remembered: the tokens it was admitted with are in the prefix cache.
         drafter_tokens: how many of `token_ids` the drafter is believed to hold.
     """
 
@@ -124,10 +124,10 @@ class Sequence:
             self.accept(list(delivered))
 
     def receive(self, now_s: float) -> tuple[float, bool]:
-        """Note that tokens come now.
+        """Note that tokens arrive now.
 
         Returns:
-            Seconds since the last ones, or since the arrival; whether these are the first.
+            Seconds since the previous tokens, or since the request's arrival; whether these are the first.
         """
         first = self.first_token_s is None
         waited_s = now_s - (self.last_token_s or self.arrived_s)
@@ -205,7 +205,7 @@ class Sequence:
 
     @property
     def forced(self) -> list[int]:
-        """Tokens that its grammar leaves no choice about."""
+        """The next tokens, as far as its grammar forces them."""
         return self.grammar.forced if self.grammar is not None else []
 
     @property
@@ -232,7 +232,7 @@ class Output:
 
 
 def weights_of(sequences: list[Sequence], now_s: float) -> list[float]:
-    """What a token of each request is worth. 1 on average: weights shift nodes, and leave goodput as it is."""
+    """Value of a token of each request, 1 on average: weights shift nodes without inflating goodput."""
     weights = [sequence.weight(now_s) for sequence in sequences]
     total = sum(weights)
     return [weight * len(sequences) / total for weight in weights]

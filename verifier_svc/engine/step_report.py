@@ -63,7 +63,7 @@ def step_record(
 
 
 def explanation(sequence: Sequence, place: int, drafts: Drafts, walk: Walk, record: StepRecord) -> StepExplanation:
-    """Why this step's tokens came as they did. `place`: of the sequence and its `walk` in the pass."""
+    """Explains this step's tokens. `place`: index of the sequence and its `walk` in the pass."""
     drafted, kept = drafts.sizes(place)
     return StepExplanation(
         drafted_nodes=drafted,
@@ -84,7 +84,7 @@ def explanation(sequence: Sequence, place: int, drafts: Drafts, walk: Walk, reco
 def _explained_nodes(drafts: Drafts, place: int, walk: Walk) -> tuple[ExplainedNode, ...]:
     """All drafted nodes of the decoding request at `place`, with their fates.
 
-    The walk counts kept nodes only: if nodes 0 and 2 are kept, its node 1 is node 2.
+    The walk indexes kept nodes only: if nodes 0 and 2 are kept, its node 1 is the tree's node 2.
     """
     assert drafts.pruning is not None
     tree, first = drafts.forest.tree(place), drafts.forest.starts.item(place)
@@ -101,13 +101,13 @@ def _explained_nodes(drafts: Drafts, place: int, walk: Walk) -> tuple[ExplainedN
 def _reason(sequence: Sequence, drafts: Drafts) -> str:
     if len(sequence.token_ids) <= 1 + sequence.admitted_tokens:
         if sequence.preemptions:
-            return "its blocks went to others meanwhile; prompt and answer were computed again"
+            return "preempted: prompt and answer were recomputed"
         return "first token, from the prompt's own pass"
     if sequence.policy.max_depth == 0:
         return "policy off"
     if drafts.pruning is not None and sequence.session_id in drafts.sessions:
         return drafts.pruning.reason + _target(sequence)
-    return drafts.refusal or "only the last token is left to come"
+    return drafts.refusal or "only the last token is left"
 
 
 def _target(sequence: Sequence) -> str:
@@ -132,7 +132,7 @@ def token_logprobs(
 
 
 def note_prompt_logprobs(sequence: Sequence, logits: torch.Tensor) -> None:
-    """Note those of the prompt's tokens that the next rows of the prompt's pass, `logits`, predict."""
+    """Note the log-probabilities of the prompt tokens predicted by `logits`, the next rows of its pass."""
     start, top = sequence.kv.length, sequence.request.prompt_logprobs
     assert top is not None
     if start == 0:  # Also after a preemption.
@@ -142,7 +142,7 @@ def note_prompt_logprobs(sequence: Sequence, logits: torch.Tensor) -> None:
 
 
 def _logprobs(logits: torch.Tensor, tokens: list[int], top: int) -> list[TokenLogprobs]:
-    """Of each row's token, and of the `top` most likely ones."""
+    """Log-probabilities of each row's token, and of its `top` most likely ones."""
     chosen, top_ids, top_values = logprobs(logits, tokens, top)
     return [
         TokenLogprobs(token, value, tuple(zip(ids, values, strict=True)))

@@ -74,7 +74,7 @@ def target_walks(forest: Forest, own_tokens: list[int]) -> list[Walk]:
 
 
 def observed(forest: Forest, chosen: NDArray[np.bool_], walks: list[Walk], sampled: list[bool]) -> NodeOutcomes:
-    """The outcomes that the walks show: those of every chosen child of every node reached.
+    """The outcomes of the walks: one for every verified child of every node reached.
 
     Args:
         chosen: bool [n]; the nodes of the forest that were verified.

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 RATE_WINDOW_S = 5.0
 """Window of the rates in `Load`: as long as Prometheus' quantiles (deploy/prometheus)."""
 IDLE_WAIT_S = 0.5
-"""Longest sleep without work: a reconnected drafter is then told of ended requests."""
+"""Longest sleep without work; after it, a reconnected drafter is told of ended requests."""
 
 
 class Occupancy(NamedTuple):
@@ -48,8 +48,8 @@ class _Stream:
 
     Attributes:
         request: what was asked for.
-        items: what the engine brought; an error ends the stream.
-        begun: some of the answer has come.
+        items: the engine's outputs; an error ends the stream.
+        begun: part of the answer has arrived.
         refused: another client has taken its place in the queue; the engine has yet to drop it.
     """
 
@@ -126,7 +126,7 @@ class AsyncEngine:
 
     @property
     def queued(self) -> int:
-        """Requests that the last step had no slot or blocks for: not those that came since."""
+        """Requests for which the last step had no slot or blocks; later arrivals are not counted."""
         return self._occupancy.queued
 
     def load(self) -> Load:
@@ -182,7 +182,7 @@ class AsyncEngine:
             self._make_place(request)
 
     def _make_place(self, request: GenerationRequest) -> None:
-        """Refuse the newest waiting request of the client with the most requests for its weight.
+        """Refuse the newest waiting request of the client with the most requests per weight.
 
         Raises QueueFullError if that client would then have less than the one that sends `request`.
         """

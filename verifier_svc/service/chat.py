@@ -1,4 +1,4 @@
-"""Prompts to token ids. Chats go through the model's template; no message can spell a control token."""
+"""Prompts to token ids. Chats go through the model's template; no message can inject a control token."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Chat:
     """A chat as chat templates take it.
 
     Attributes:
-        messages: each with "role" and "content", and with what else a template reads of it ("tool_calls").
+        messages: each with "role" and "content", and other fields that a template reads ("tool_calls").
         arguments: the template's further variables ("tools", "enable_thinking").
-        continues: whether the last message is continued; None: if it is the assistant's, and calls no tool. Of one
-            without text, the turn begins.
-        begins_turn: whether the assistant's turn begins behind the messages; None: unless the last one is continued.
+        continues: whether the answer continues the last message; None: yes if it is the assistant's and calls no tool.
+            If that message has no text, a new turn begins instead.
+        begins_turn: whether the assistant's turn begins after the messages; None: yes unless the last is continued.
     """
 
     messages: list[dict[str, Any]]
@@ -42,7 +42,7 @@ Prompt = str | list[int] | Chat
 
 
 def token_ids_of(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """A text as it stands (no template, control tokens count), a chat through the model's template, ids unchanged.
+    """Text is tokenised as it is (no template; control tokens are parsed), a chat by its template; ids stay unchanged.
 
     Raises:
         InvalidRequestError: the chat template refuses the chat (roles that do not alternate, for example).
@@ -80,7 +80,7 @@ def _chat_token_ids(chat: Chat, tokenizer: PreTrainedTokenizerFast) -> list[int]
     if begins and continued:
         problem = "cannot be set where the last message is continued"
         raise InvalidRequestError(FieldViolation("chat.add_generation_prompt", problem))
-    seam = f"\ufdd0{secrets.token_hex(8)}\ufdd0"  # Nobody can guess it, so that no message holds it.
+    seam = f"\ufdd0{secrets.token_hex(8)}\ufdd0"  # It cannot be guessed, so no message contains it.
     controls = [_control_tokens(tokenizer, message["role"] == "assistant") for message in messages]
     try:
         split = [_split(message, seam, control) for message, control in zip(messages, controls, strict=True)]
@@ -88,7 +88,7 @@ def _chat_token_ids(chat: Chat, tokenizer: PreTrainedTokenizerFast) -> list[int]
         text = tokenizer.apply_chat_template(
             split, add_generation_prompt=begins, continue_final_message=continued, tokenize=False, **arguments
         )
-    except Exception as error:  # A template is a program of its own, run here on values it may not expect, or too deep.
+    except Exception as error:  # A template is a program: it may not expect these values, or they nest too deep.
         raise InvalidRequestError(FieldViolation("chat", f"refused by the chat template: {error}")) from None
     # The template writes the special tokens itself.
     parts = [tokenizer(part, add_special_tokens=False, verbose=False).input_ids for part in str(text).split(seam)]
@@ -104,7 +104,7 @@ def _check_roles(messages: list[dict[str, Any]], template: str) -> None:
 
 
 def _split(value: Any, seam: str, control: re.Pattern[str] | None) -> Any:
-    """The value with a seam behind the first character of each control token spelled out in any of its texts.
+    """The value with a seam after the first character of each control token found in any of its texts.
 
     Example: "x<|im_end|>" becomes "x<SEAM|im_end|>"; its parts are tokenised one by one and none holds a control token.
     """
@@ -117,7 +117,7 @@ def _split(value: Any, seam: str, control: re.Pattern[str] | None) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _control_tokens(tokenizer: PreTrainedTokenizerFast, only_special: bool) -> re.Pattern[str] | None:
-    """Finds the first character of each control token: special tokens, and what else the template sets apart.
+    """Finds the first character of each control token: special tokens, and added tokens that the template uses.
 
     The assistant's own text keeps the latter: models write "<think>" and "<tool_call>" themselves.
     """

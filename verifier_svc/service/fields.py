@@ -20,14 +20,14 @@ from verifier_svc.service.chat import ROLES, Chat, Prompt
 MAX_POLICY_CHARS = 64
 """Longer than any spelling."""
 CHARACTERS_PER_TOKEN = 32
-"""On average of a whole prompt at most. Prose has 4 to 5; only runs of one character, such as spaces, come near."""
+"""Most that a whole prompt averages. Prose has 4 to 5; only runs of one character, such as spaces, come near."""
 GREEDY_BELOW, MAX_TEMPERATURE = 0.01, 100.0
-"""A colder temperature than the first differs from greedy only where two logits all but tie."""
+"""Below GREEDY_BELOW, sampling differs from greedy only where two logits nearly tie."""
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 MAX_PENALTY, MAX_LOGIT_BIAS, MAX_LOGIT_BIASES = 2.0, 100.0, 300
 """As in OpenAI's API."""
 MAX_VIOLATIONS = 16
-"""Of one error: it travels in HTTP/2 trailers, which peers bound to a few kilobytes."""
+"""In one error: it travels in HTTP/2 trailers, which peers limit to a few kilobytes."""
 
 N = TypeVar("N", int, float)
 
@@ -39,7 +39,7 @@ class ServedModel:
     Attributes:
         max_context_tokens: of prompt and output together.
         tool_call_format: see `chat.tool_call_format`.
-        sampling: what fields of SamplingParams take that a request leaves unset.
+        sampling: defaults of the SamplingParams fields that a request leaves unset.
     """
 
     name: str
@@ -108,7 +108,7 @@ def _chat(check: Checker, chat: pb.Chat, info: ServedModel) -> Chat:
 
 
 def _object(check: Checker, field: str, text: str) -> dict[str, Any]:
-    """The JSON object in `text`; empty for no text. Half a surrogate pair, which JSON can spell, is no text."""
+    """The JSON object in `text`; empty for no text. Half a surrogate pair, which JSON can spell, is refused."""
     try:
         value = json.loads(text or "{}")
         json.dumps(value, ensure_ascii=False).encode()
@@ -118,9 +118,9 @@ def _object(check: Checker, field: str, text: str) -> dict[str, Any]:
 
 
 def _check_characters(check: Checker, field: str, characters: int, info: ServedModel) -> None:
-    """Refuse what cannot fit the context before a tokeniser works on it for seconds."""
+    """Refuse text that cannot fit the context, before the tokeniser spends seconds on it."""
     most = info.max_context_tokens * CHARACTERS_PER_TOKEN
-    problem = f"has {characters} characters; {info.max_context_tokens} tokens are taken to hold {most} at most"
+    problem = f"has {characters} characters; a context of {info.max_context_tokens} tokens holds at most {most}"
     check.that(characters <= most, field, problem)
 
 

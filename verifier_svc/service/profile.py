@@ -25,11 +25,11 @@ REGIONS = ((1, 64), (8, 64), (32, 64), (1, 768))
 """(sequences, context tokens) of each curve: the batch sizes between which the cost model interpolates, and one long
 context, from which it learns what context adds."""
 ROUNDS = 4
-"""Passes per count, of which the fastest counts: other processes only add time."""
+"""Passes per token count. The fastest is used: other processes only add time."""
 REFINEMENTS = 4
-"""Most further counts per region, each in the middle of the steepest interval, to locate the steps of the curve."""
+"""Most extra token counts per region, each in the middle of the steepest interval, to locate the curve's steps."""
 BUDGET_S = 12.0
-"""Longest profile, since it delays the first start on a device; the result is stored (`profile_cache.py`)."""
+"""Time limit of a profile: it delays the first start on a device. The result is stored (`profile_cache.py`)."""
 WARM_UP_TOKENS = (1, 8, 32)
 """Passes for one token, a tree and a prompt chunk: first calls of each take many times as long."""
 
@@ -95,7 +95,7 @@ def _sizes(model: LanguageModel) -> tuple[int, ...]:
 
 
 def _first_of_each(seconds: dict[int, float]) -> dict[int, float]:
-    """Padded passes take the time of their bucket: each bucket's fewest tokens, from its measured most."""
+    """A padded pass takes its bucket's time: each bucket's smallest token count gets the seconds of its largest."""
     return {low + 1: seconds[high] for low, high in pairwise(sorted(seconds)) if high - low > 1}
 
 
@@ -107,7 +107,7 @@ def _steepest(seconds: dict[int, float]) -> int | None:
 
 
 def timed_pass_s(model: LanguageModel, cache: KVCache, sequences: int, context_tokens: int, tokens: int) -> float:
-    """Seconds of one pass over `batch_at`, its tokens chosen."""
+    """Seconds of one pass over `batch_at`, choosing tokens included."""
     packed = batch_at(cache, sequences, context_tokens, tokens)
     started_s = time.perf_counter()
     logits = model.forward(packed, cache)
@@ -121,7 +121,7 @@ def timed_pass_s(model: LanguageModel, cache: KVCache, sequences: int, context_t
 
 
 def batch_at(cache: KVCache, sequences: int, context_tokens: int, tokens: int) -> list[PackedSequence]:
-    """Sequences behind a context that is anything, the tokens spread evenly, each one's nodes hanging from its root.
+    """Sequences with an arbitrary context and the tokens spread evenly; a sequence's nodes are children of its root.
 
     Raises:
         RuntimeError: `cache` is too small, or not idle.

@@ -51,7 +51,7 @@ def stored_profiles() -> dict[str, str]:
 
 
 def keep_profiles(profiles: dict[str, str]) -> None:
-    """Store what `stored_profiles` of another node gave, unless it is here already. They say what they are of."""
+    """Store another node's `stored_profiles`, unless they are here already. Each names what was measured."""
     for name, text in profiles.items():
         path = _folder() / Path(name).name
         if not path.exists():
@@ -98,7 +98,7 @@ def _load(path: Path, identity: dict[str, Any]) -> tuple[CostCurve, ...] | None:
     try:
         stored = json.loads(path.read_text())
         if stored["identity"] != identity:
-            raise ValueError("it has another identity")
+            raise ValueError("its identity differs")
         curves = [CostCurve(c["sequences"], c["context_tokens"], *_points(c)) for c in stored["curves"]]
     except FileNotFoundError:
         return None
@@ -124,7 +124,7 @@ def _folder() -> Path:
 
 
 def _write(path: Path, text: str) -> None:
-    """Aside and moved into place, so that nobody ever reads half a file."""
+    """Write a temporary file and rename it, so that nobody ever reads half a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".profile-", delete=False) as file:

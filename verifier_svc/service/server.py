@@ -48,8 +48,8 @@ DRAFTER_WAIT_S = 3.0
 LOAD_INTERVAL_S = 0.5
 """Between updates of the load's gauges: twice per scrape of 1 s."""
 LOADER = "loader"
-"""The thread that loads and measures, and then ends. Every thread that computes keeps OpenMP threads of its own; once
-there are more of them than cores, idle ones included, OpenMP lets all of them sleep at every barrier of a pass."""
+"""The thread that loads and measures, and then ends. Every computing thread keeps an OpenMP pool of its own; once the
+pools' threads, idle ones included, outnumber the cores, OpenMP lets all of them sleep at every barrier of a pass."""
 
 
 class VerifierServer:
@@ -92,7 +92,7 @@ class VerifierServer:
             watcher = PlanWatcher(planner, verifier_id, config.limits, config.internal, metrics.refused_plans.inc)
             link = RemoteLink(drafter, config, model.vocab_size, vocabulary_sha256(model.tokenizer))
             if model.passes.padded:
-                await wait_for_info(link, DRAFTER_WAIT_S)  # What it reads is captured with the passes.
+                await wait_for_info(link, DRAFTER_WAIT_S)  # Its features are captured with the passes.
             core = await loop.run_in_executor(loader, Engine, model, link, lambda: watcher.plan, config)
             curves = await loop.run_in_executor(loader, verification_profile, model, core.cache)
             await loop.run_in_executor(loader, warm_up, model, core.cache)
@@ -127,7 +127,7 @@ class VerifierServer:
         health_servicer = await add_standard_services(server, SERVICE)
         endpoint = bind(server, config.internal)
         await server.start()
-        keep_freed_memory()  # Not before: loading would leave holes.
+        keep_freed_memory()  # After loading, which would otherwise leave holes.
         load_task = asyncio.create_task(_show_load(engine, metrics), name="verifier-load")
         logger.info("verifier of %s at %s, metrics at %s", model.name, endpoint, metrics_url)
         return cls(endpoint, metrics_port, server, health_servicer, engine, link, watcher, reporter, load_task)

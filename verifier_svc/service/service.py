@@ -123,7 +123,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                         yield pb.GenerateResponse(complete=completion_to_proto(output, seeded, index))
 
     async def _traced(self, request: GenerationRequest, span: tracing.Span) -> AsyncIterator[Chunk | Completion]:
-        """What the engine brings, and where its time went as parts of `span`."""
+        """The engine's outputs; the completion's timings become parts of `span`."""
         span.note({"request_id": request.public_id, "policy": request.policy})
         async with aclosing(self._engine.generate(request)) as outputs:  # type: ignore[type-var]
             async for output in outputs:
@@ -173,7 +173,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         return pb.DetokenizeResponse(text=str(self._tokenizer.decode(parse_detokenize(request, self._info))))
 
     async def _spelled(self, chunk: Chunk, index: int) -> pb.GenerateChunk:
-        """The chunk's message. The text of all a prompt's tokens takes long, and must not hold up other streams."""
+        """The chunk's message. Detokenising a whole prompt takes long, and must not hold up other streams."""
         if not chunk.prompt_logprobs:
             return chunk_to_proto(chunk, self._tokenizer, index)
         loop = asyncio.get_running_loop()
@@ -206,7 +206,7 @@ def _add_parts(span: tracing.Span, completion: Completion) -> None:
 
 
 def _owner(context: grpc.aio.ServicerContext) -> tuple[str, float]:
-    """The client that the front door names, and its weight; nobody's name and 1 where none is named."""
+    """The client that the front door names, and its weight; an empty name and 1 if it names none."""
     metadata = dict(context.invocation_metadata() or ())
     try:
         weight = float(metadata.get(WEIGHT, 1.0))

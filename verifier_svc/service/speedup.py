@@ -1,4 +1,4 @@
-"""What speculation brings now: the time of recent steps beside the time that plain decoding would have taken."""
+"""The speed-up of speculation now: recent steps against the time that plain decoding would have taken."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Speedup:
 
     def __init__(self) -> None:
         self._steps: deque[tuple[float, NDArray[np.float64]]] = deque()  # (Unix time, `_seconds`) of each
-        self._sums = np.zeros(5)  # of them all: a step costs the same, however many the window holds
+        self._sums = np.zeros(5)  # running sums: a step costs the same, however many the window holds
 
     def observe(self, record: StepRecord, cost: CostModel) -> float:
         """The ratio with this step; 1 while nothing is drafted.
 
-        A step that gave its B sequences e tokens behind their first ones stands for k = e / B plain steps. The first
-        of them would have run the same prompt tokens. The plan's curve says how much smaller their passes are; how
-        fast the device is now, neighbours included, is measured. 3 sequences got 6 tokens; the curve has 27 ms for
-        the pass with its nodes and 18 ms without; measured were 54 ms, 4 ms around it, 10 ms of drafting. Plain:
-        2 x (18 x 54 / 27 + 4) = 80 ms; speed-up: 80 / 68.
+        A step that emits e tokens for B sequences, first tokens aside, replaces k = e / B plain steps, of which the
+        first would have run the same prompt tokens. The plan's curve gives the ratio of pass times; the device's
+        present speed, neighbours included, is measured. Example: 3 sequences got 6 tokens. The curve predicts 27 ms
+        for the pass with its nodes and 18 ms without. Measured: 54 ms for the pass, 4 ms around it, 10 ms of
+        drafting. Plain: 2 x (18 x 54 / 27 + 4) = 80 ms; speed-up: 80 / 68.
         """
         seconds = _seconds(record, cost)
         self._steps.append((record.unix_s, seconds))
@@ -41,7 +41,7 @@ class Speedup:
 
 
 def _seconds(record: StepRecord, cost: CostModel) -> NDArray[np.float64]:
-    """Predicted: k plain passes, the pass with its nodes. Measured: that pass, k times what is around it, the step."""
+    """Predicted: k plain passes; the pass with its nodes. Measured: that pass; k times the time around it; the step."""
     prompt, context_tokens = as_decoded(cost, record.prefill_tokens), record.context_tokens // max(1, record.running)
 
     def predicted_s(tokens: int) -> float:

@@ -25,7 +25,7 @@ from verifier_svc.service.fields import (
 )
 
 DEFAULT_MAX_TOKENS = 256
-"""Of an answer whose request names no limit, unless `min_tokens` asks for more."""
+"""For a request that names no limit, unless its `min_tokens` is higher."""
 UNSET = -1
 """The `max_tokens` of such a request until its prompt is known."""
 MAX_STOP_TOKEN_IDS = 256
@@ -144,9 +144,9 @@ def answer_id(request_id: str, index: int) -> str:
 
 
 def split(request: GenerationRequest, asked: pb.GenerateRequest) -> list[tuple[int, GenerationRequest]]:
-    """What each of the answers that are `asked` for needs of the engine, with its index. Complete ones need nothing.
+    """One engine request, with its index, per answer that is `asked` for and not complete yet.
 
-    Answer i is drawn with seed + i, as if it had been asked for alone.
+    Answer i is drawn with seed + i, as if it had been requested alone.
     """
     n = asked.n or 1
     if n == 1:

@@ -1,4 +1,4 @@
-"""Alarm for a drafter that was loaded wrong: it drafts, and the target hardly ever agrees."""
+"""Alarm for a misconfigured drafter: it drafts, and the target hardly ever accepts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from treeline.step_record import NodeOutcomes
 logger = logging.getLogger(__name__)
 
 MIN_NODES = 100.0
-"""First choices that must be verified first. At a true rate of 0.3, fewer than 5 of 100 are accepted once in 10^10
-times."""
+"""First choices to verify before the alarm can be raised. At a true rate of 0.3, fewer than 5 of 100 are accepted once
+in 10^10 times."""
 DECAY = 0.998
 """Share of the counts kept per first choice: their half-life is 350."""
 LOW_ACCEPTANCE, FAR_BELOW = 0.05, 0.25
-"""Rates of acceptance that raise the alarm: this one, or this share of the drafter's confidence. Of heads with a wrong
-layer or flag the target accepts 1 to 10 %, while their confidence is as high as ever."""
+"""The alarm is raised below this acceptance rate, or below this share of the drafter's confidence. Of heads with a
+wrong layer or flag the target accepts 1 to 10 %, while their confidence stays high."""
 
 
 class AcceptanceAlarm:

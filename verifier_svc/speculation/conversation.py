@@ -1,4 +1,4 @@
-"""Requests and answers on one connection to a drafter: one pending at most, none waited for without end."""
+"""Requests and answers on one connection to a drafter: one pending at most, and every wait has a limit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class GrpcTransport:
         return message
 
     async def run(self) -> None:
-        """Hand over what comes, until the stream ends. Raises grpc.aio.AioRpcError if it broke."""
+        """Queue received messages until the stream ends. Raises grpc.aio.AioRpcError if it broke."""
         try:
             async for message in self._stream:
                 self._received.put(message)
@@ -69,7 +69,7 @@ class Conversation:
     """The engine's thread owns its state and calls its methods; other threads may read its attributes.
 
     Attributes:
-        features: what the drafter reads of the target's passes.
+        features: the target's features that the drafter reads.
         pending: the request without an answer yet.
         refused: malformed trees so far.
         problem: why it has ended; empty until then.
@@ -123,7 +123,7 @@ class Conversation:
         return reply
 
     def take(self, timeout_s: float = 0.0) -> DraftReply | None:
-        """Wait for the pending request's answer. Without a time: take a late one if it has come."""
+        """Wait for the pending request's answer. By default, only take a late one that has arrived."""
         if self.pending is None or self.problem:
             return None
         try:

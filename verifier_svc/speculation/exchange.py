@@ -24,7 +24,7 @@ class Exchange:
         self.hidden_states = hidden_states
         self._link = link
         self._timeout_s = timeout_s
-        self._told: set[int] = set()  # sessions that the drafter may hold; after a late answer nobody knows
+        self._told: set[int] = set()  # sessions that the drafter may hold; uncertain after a late answer
         self._unreleased: list[int] = []
         self._step_id = 0
 
@@ -42,7 +42,7 @@ class Exchange:
         return bool(self._unreleased) and self.ready
 
     def follow_drafter(self) -> None:
-        """Take a late answer, and keep the features that the present drafter reads from the next pass on."""
+        """Take a late answer; from the next pass on, keep the features that the present drafter reads."""
         if self._link is not None:
             self._link.refresh()
         self.hidden_states.follow(self._link.features if self._link else None)

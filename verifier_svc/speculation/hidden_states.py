@@ -25,10 +25,10 @@ from verifier_svc.engine.walk import Walk
 logger = logging.getLogger(__name__)
 
 WINDOW_TOKENS = 256
-"""Most feature rows kept per request: the context with which a head starts after a long prompt or an absence. They take
-1.2 MB per request to the default target (4.5 KiB a row), 6.3 MB to an 8B one (24 KiB a row)."""
+"""Most feature rows kept per request: the context with which a head starts after a long prompt or a gap. They take
+1.2 MB per request for the default target (4.5 KiB a row), 6.3 MB for an 8B one (24 KiB a row)."""
 UNREAD_TOKENS = 256
-"""Tokens of passes that are copied together while nothing is drafted: 16 steps of 16 streams."""
+"""Tokens whose features are copied together while nothing is drafted: 16 steps of 16 streams."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Unread:
     Attributes:
         passes: for each pass its features by layer, each [tokens, hidden].
         tokens: sum over the passes.
-        wanted: (session, rows counted over all passes), in the order of the rows.
+        wanted: (session, row indices over all passes), in the order of the rows.
     """
 
     passes: list[list[Tensor]] = field(default_factory=list)

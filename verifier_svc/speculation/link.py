@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 RECONNECT_S = 0.5
 """Between attempts to connect: requests decode plainly meanwhile."""
 BALANCE_S = 10.0
-"""Between looks at how many verifiers other drafters have: as often as the autoscaler learns of the load."""
+"""Between checks of how many verifiers other drafters serve: as often as the autoscaler learns of the load."""
 INFO_TIMEOUT_S = 5.0
 """For GetDrafterInfo: a drafter answers it at once, unless its machine is overloaded."""
 
@@ -55,11 +55,11 @@ class LocalLink:
 class RemoteLink:
     """A drafter in another process. A background task keeps a connection to the least loaded drafter until it breaks.
 
-    The event loop opens and closes connections. The engine's thread talks on them, and at most one request is pending:
-    until its late answer has come, steps go on without drafts.
+    The event loop opens and closes connections. The engine's thread uses them, with at most one request pending: until
+    a late answer arrives, steps go on without drafts.
 
     Attributes:
-        info: GetDrafterInfo's answer of the drafter connected last.
+        info: GetDrafterInfo's answer from the drafter connected last.
     """
 
     def __init__(self, discover: Discover, config: Config, vocab_size: int, vocabulary_sha256: str) -> None:
@@ -131,7 +131,7 @@ class RemoteLink:
         return min(loads, key=loads.__getitem__, default=endpoints[0])
 
     async def _wait_until_crowded(self, endpoint: str) -> None:
-        """Until another drafter has two verifiers fewer, as one that has started since has."""
+        """Wait until another drafter has two verifiers fewer, as a newly started one does."""
         while True:
             await asyncio.sleep(BALANCE_S * random.uniform(0.5, 1.5))  # not all verifiers of a drafter at once
             with contextlib.suppress(Exception):  # discovery asks another system; the next look will tell
@@ -141,7 +141,7 @@ class RemoteLink:
                     return
 
     async def _infos(self, endpoints: list[str]) -> dict[str, pb.GetDrafterInfoResponse]:
-        """What each drafter that answers says of itself."""
+        """GetDrafterInfo's answer from each drafter that answers."""
         infos = await asyncio.gather(*map(self._ask_info, endpoints), return_exceptions=True)
         return {e: info for e, info in zip(endpoints, infos, strict=True) if not isinstance(info, BaseException)}
 

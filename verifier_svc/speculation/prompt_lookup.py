@@ -1,7 +1,7 @@
 """Prompt lookup: where a text repeats an earlier part of itself, draft the earlier continuation.
 
-The continuations are grafted into the draft model's trees: below the root, and below every node whose path ends as an
-earlier part of the text did. What a grammar forces is drafted in the same way.
+The continuations are grafted into the draft model's trees: below the root, and below every node whose path ends in an
+n-gram seen earlier in the text. Tokens that a grammar forces are drafted in the same way.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from treeline.plan import DEPTHS, Calibration
 GRAM = 2
 """Tokens that must repeat: after one repeated token alone the continuation is right at odds of 1 : 4 only (`_ODDS`)."""
 MAX_AGREED = 16
-"""Repeated tokens that count: the odds are 16 : 1 by then."""
+"""Most repeated tokens that are counted: the odds are 16 : 1 by then."""
 _ODDS = np.minimum(np.arange(MAX_AGREED + 1), MAX_AGREED) ** 1.5 / 4
 PROBS: list[float] = (_ODDS / (1 + _ODDS)).tolist()
 """P(a text continues as before), by the number of repeated tokens m: odds m^1.5 / 4, measured (docs/decisions.md)."""
@@ -42,9 +42,9 @@ class PromptLookup:
         self._accepts: list[list[list[float]]] = []
 
     def read(self, session_id: int, token_ids: list[int], forced: list[int] | None = None) -> float:
-        """P(`token_ids` continue as before, or as a grammar forces them to); 0 if their end is new.
+        """Read the new tokens. Returns P(the text continues as before, or as a grammar forces it); 0 if its end is new.
 
-        They may only have grown since the last call.
+        `token_ids` may only have grown since the last call.
         """
         text = self._texts.setdefault(session_id, _Text())
         text.read(token_ids)
@@ -106,7 +106,7 @@ class _Text:
         newest: for each n-gram, the index of the token after its last occurrence.
         follows: index of the token after the earlier occurrence of the text's end; None if the end is new.
         agreed: how many tokens before it are repeated.
-        forced: tokens that a grammar puts behind the text.
+        forced: tokens that a grammar forces after the text.
     """
 
     def __init__(self) -> None:

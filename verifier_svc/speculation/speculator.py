@@ -1,4 +1,4 @@
-"""The drafting half of a step: does drafting pay, what do drafter and prompt lookup offer, which nodes pay."""
+"""The drafting half of a step: decide whether to draft, get trees from drafter and prompt lookup, choose the nodes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from verifier_svc.speculation.exchange import Exchange
 from verifier_svc.speculation.prompt_lookup import Allowance, PromptLookup
 
 PATIENCE, PATIENCE_FLOOR_S = 4.0, 0.01
-"""The wait for a draft: four times the predicted seconds, and 10 ms for waking processes. Predictions scatter by 15 %
+"""Longest wait for a draft: four times the predicted seconds, plus 10 ms to wake processes. Predictions scatter by 15 %
 (the cost tracker's DRAFT_NOISE), so only a stuck drafter exceeds it."""
 
 
@@ -34,7 +34,7 @@ class Drafts:
         kept: the trees to verify, one per decoding request.
         forest: the trees before pruning.
         pruning: None if nothing was drafted.
-        predicted_verify_s: seconds of the pass to come, by the plan.
+        predicted_verify_s: seconds of the coming pass, predicted by the plan.
         sessions: requests that were drafted for, perhaps with an empty tree.
         stats: the drafter's; empty if it was not asked.
         draft_s: seconds that drafting took: messages, waiting for the drafter, pruning. 0 for prompt lookup alone.
@@ -99,7 +99,7 @@ class Speculator:
             (self._nodes(s, plan), min(depths[place], layers) if s.policy.priced else depths[place])
             for place, s in zip(places, asked, strict=True)
         ]
-        # A token to catch up with costs about as much as a draft node.
+        # Catching up on a token costs about as much as a draft node.
         behind_s = plan.cost.draft_node_s * sum([sequence.behind_tokens for sequence in asked])
         expected_s = decision.expected_s + behind_s
         wait_s = PATIENCE_FLOOR_S + PATIENCE * 2**self.gate.lates * expected_s
@@ -142,7 +142,7 @@ class Speculator:
         return [place for place in wanting if place not in left_out], decision
 
     def _depth(self, sequence: Sequence, batch: Batch) -> int:
-        """The deepest tree that may be of use. The last token to come needs no draft: it is the bonus token."""
+        """The deepest useful tree. The last remaining token needs no draft: it is the bonus token."""
         request, policy, plan = sequence.request, sequence.policy, batch.plan
         if not self._scheduler.tree_nodes(sequence):
             return 0
@@ -171,7 +171,7 @@ class Speculator:
         self.gate.drafted(Offer(asked, gains, stats.layer_nodes), min(drafts.draft_s, expected_s), catching_up)
 
     def _grafted(self, batch: Batch, forest: Forest, depths: list[int]) -> Forest:
-        """The forest with continuations from the requests' own texts, and with what their grammars force.
+        """The forest with the tokens of prompt lookup, and those that grammars force, grafted in.
 
         The rule weighs them against the drafter's nodes. A fixed policy gets them only if it has no tree.
         """
@@ -186,7 +186,7 @@ class Speculator:
         return self._lookup.graft(forest, allowances, batch.plan.calibration)
 
     def _looked_up(self, batch: Batch, requests: Requests, depths: list[int], refusal: str) -> Drafts:
-        """Continuations from the requests' own texts and grammars alone, if they pay."""
+        """Trees of prompt lookup and grammars alone, if they pay."""
         prices, decoding = batch.prices, batch.decoding
         empty = Forest.empty(len(decoding))
         none = Drafts(empty, empty, None, prices.undrafted_s, refusal=refusal)
