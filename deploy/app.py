@@ -4,7 +4,7 @@ Serve hosts, places, checks, scales and replaces the replicas, and its handles t
 never travel through Serve: every replica runs its own gRPC server.
 
 `build` makes one application of the four. `planner`, `drafter`, `verifier` and `front_door` make one each: Serve
-restarts whole applications when their arguments change, so that a changed setting concerns those alone that take it.
+restarts a whole application when its arguments change, so a changed setting restarts only the services that take it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _front_door(config: Config, services: Mapping[str, Found]) -> serve.Applicat
 def _deployment(
     replica: type[Replica], name: str, resources: ResourcesConfig, replicas: int | ReplicaRange = 1
 ) -> serve.Deployment:
-    # No `runtime_env`: with one, no process that Ray has started ahead would do.
+    # No `runtime_env`: with one, Ray could not use a process that it has started ahead.
     actor_options: dict[str, Any] = {
         "num_cpus": resources.num_cpus,
         "num_gpus": resources.num_gpus,

@@ -16,17 +16,17 @@ QUEUED = 0.5
 """Mean number of requests without a slot: fewer are short bursts."""
 LATE, IN_TIME = 0.5, 0.1
 """Share of the time that an objective is missed: above the first, the planner alone cannot hold it; below the second,
-one verifier fewer may."""
+one verifier fewer may hold it."""
 ROOMY = 0.6
-"""Share of the slots that would be taken with one verifier fewer: the rest is for the growth during a start."""
+"""Share of the slots that would be taken with one verifier fewer: the rest is for growth while one starts."""
 CROWDED, ALONE = 0.1, 0.01
-"""Share of their time that verifiers wait while their drafter drafts for others: a tenth of a step is what trees bring
-at high load; a hundredth is nothing."""
+"""Share of their time that verifiers wait while their drafter drafts for others: a tenth of a step is what trees gain
+at high load; a hundredth is negligible."""
 IDLE = 0.5
 """Share of the time that the remaining drafters would draft."""
 
 Stats = Mapping[str, Mapping[Any, float]]
-"""Of each statistic the mean by replica."""
+"""For each statistic, the mean by replica."""
 
 
 def scaling(range_: ReplicaRange, policy: str) -> AutoscalingConfig:
@@ -53,7 +53,7 @@ def verifiers_wanted(stats: Stats, replicas: int) -> int:
     """By requests and slots; one more while an objective is missed or requests wait, one fewer at a time.
 
     Args:
-        stats: of each verifier "running" and "waiting" requests, its "slots", and "late", the share of the time in
+        stats: for each verifier "running" and "waiting" requests, its "slots", and "late", the share of the time in
             which an objective was missed.
         replicas: that run now.
     """
@@ -70,10 +70,10 @@ def verifiers_wanted(stats: Stats, replicas: int) -> int:
 
 
 def drafters_wanted(stats: Stats, replicas: int) -> int:
-    """By the share of their time that verifiers wait for a drafter that drafts for others; one at a time.
+    """By the share of their time that verifiers wait for a drafter busy with others; one at a time.
 
     Args:
-        stats: of each drafter the verifiers ("streams") that it drafts for, how many of them wait for their turn
+        stats: for each drafter the verifiers ("streams") that it drafts for, how many of them wait for their turn
             ("queued", a mean), and the share of the time that it drafts ("busy").
         replicas: that run now.
     """

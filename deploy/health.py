@@ -13,7 +13,7 @@ TIMEOUT_S = 3.0
 
 def serves(port: int = 8000) -> bool:
     """Whether /health of the HTTP port answers 200, with or without TLS."""
-    anybody = ssl._create_unverified_context()  # the certificate names this machine otherwise than 127.0.0.1
+    anybody = ssl._create_unverified_context()  # the certificate is not for 127.0.0.1
     for scheme in ("http", "https"):
         url = f"{scheme}://127.0.0.1:{port}/health"
         with (

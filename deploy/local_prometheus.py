@@ -21,14 +21,14 @@ from treeline.rpc.tokens import read_tokens
 
 SHIPPED = Path(__file__).parent / "prometheus"
 STOP_S = 3.0
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # here: a forked child had better load nothing
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # here: a forked child should load nothing
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 RETENTION = "1d"
-"""The planner reads the last seconds, a person the last hours; what is older is of no use to either."""
+"""The planner reads the last seconds, a person the last hours; neither needs older data."""
 
 
 class LocalPrometheus:
-    """`url`: of its query API, from now on. It listens once it is started."""
+    """`url`: of its query API, which listens once it is started."""
 
     def __init__(self, program: str) -> None:
         self._program = program
@@ -57,9 +57,9 @@ class LocalPrometheus:
         self.restart()
 
     def restart(self) -> None:
-        """Run again what `start` ran and `stop` ended, with the data that it kept."""
+        """Start it again after `stop`, with the data that it kept."""
         with self._log.open("a") as log:
-            # In a group of its own: Ctrl-C is for the service, which measures while its requests end.
+            # In its own process group: Ctrl-C is for the service, which still measures while it drains.
             self._process = subprocess.Popen(
                 self._command, stdout=log, stderr=log, process_group=0, preexec_fn=partial(_end_with, os.getpid())
             )
@@ -73,13 +73,13 @@ class LocalPrometheus:
 
 
 def _end_with(parent: int) -> None:
-    """Let this process end when its parent does, however that ends. On Linux alone: others have no such call.
+    """End this process when its parent ends, for any reason. Only on Linux: others have no such call.
 
-    Strictly, it ends with the thread that made it: `serve` makes it in its main one.
+    Strictly, it ends with the thread that started it: `serve` uses its main one.
     """
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # that ended before the call
+        if os.getppid() != parent:  # it ended before the call
             os._exit(1)
 
 

@@ -1,4 +1,4 @@
-"""The processes of the Ray that this process starts: which there are, whether they live, and their end."""
+"""The Ray processes that this process starts: lists, watches and ends them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import ray
 from ray._private import ray_constants
 
 VITAL = ("gcs_server", "raylet")
-"""Without either of them no replica is replaced any more."""
+"""If one of them ends, replicas are no longer replaced."""
 KILL_TIMEOUT_S = 3.0
 NO_DASHBOARD = "127.0.0.1:8265"
 
 
 class _LeanNode(ray._private.node.Node):  # type: ignore[name-defined, misc]
-    """Ray without the processes that nobody here asks for anything."""
+    """Ray without the processes that nothing here uses."""
 
     def start_monitor(self) -> None:
         """It starts and stops nodes, of which there is one."""
@@ -26,8 +26,8 @@ class _LeanNode(ray._private.node.Node):  # type: ignore[name-defined, misc]
         """It sends the lines of all logs to this process, which shows none."""
 
     def start_api_server(self, **_: Any) -> None:
-        """Ray starts it without its dashboard too, to report usage, which is switched off. Its agent of this node asks
-        where it listens until there is an answer: what an API server without dashboard gives, where nothing does."""
+        """Ray starts it even without a dashboard, to report usage, which is switched off. This node's agent asks for
+        its address until it gets one: that of an API server without dashboard, where nothing listens."""
         self._webui_url = NO_DASHBOARD
         address = (ray_constants.DASHBOARD_ADDRESS.encode(), NO_DASHBOARD.encode())
         self.get_gcs_client().internal_kv_put(*address, True, ray_constants.KV_NAMESPACE_DASHBOARD)
@@ -35,7 +35,7 @@ class _LeanNode(ray._private.node.Node):  # type: ignore[name-defined, misc]
 
 @contextlib.contextmanager
 def lean_ray() -> Iterator[None]:
-    """`ray.init` starts a lean Ray meanwhile; it takes no options for that."""
+    """Within it, `ray.init` starts a lean Ray; it has no option for that."""
     node: Any = ray._private.node  # type: ignore[attr-defined]
     whole, node.Node = node.Node, _LeanNode
     try:
@@ -66,7 +66,7 @@ class RayProcesses:
     def kill(self) -> None:
         """End all of them, at once."""
         self.look()
-        for _, process in self._parts:  # first, as the raylet would replace its workers
+        for _, process in self._parts:  # first, or the raylet would replace its workers
             process.kill()
         for one in list(self._seen):
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -48,7 +48,7 @@ class Replica:
     def configured(self, config: dict[str, Any]) -> Config:
         """The checked configuration. Call it before anything imports torch, which then reads OpenMP's settings.
 
-        Sets the log up; servers on all interfaces name Ray's address of this node.
+        Sets up logging. Servers on all interfaces announce Ray's address of this node.
         """
         os.environ.setdefault(OWN_ADDRESS, ray.util.get_node_ip_address())
         checked = Config.model_validate(config)
@@ -60,7 +60,7 @@ class Replica:
         return checked
 
     async def endpoint(self, asked_from: str) -> str:
-        """ "host:port" of this replica's gRPC server. `asked_from`: Ray's address of the node that wants to know."""
+        """ "host:port" of this replica's gRPC server. `asked_from`: Ray's address of the asking node."""
         self._asked_from = asked_from
         return self.server.endpoint
 
@@ -69,7 +69,7 @@ class Replica:
         return f"{reachable_host(self.metrics_host)}:{self.server.metrics_port}"
 
     async def process_id(self) -> int:
-        """Of the process that this replica runs in, on its node."""
+        """Id of this replica's process, on its node."""
         return os.getpid()
 
     async def check_health(self) -> None:
@@ -121,7 +121,7 @@ class VerifierReplica(Replica):
         freeze_started()
 
     async def profiles(self) -> dict[str, str]:
-        """The device profiles of this node, by file name: they save a new verifier on an equal device measuring."""
+        """The device profiles of this node, by file name: a new verifier on an equal device need not measure."""
         from verifier_svc.service.profile_cache import stored_profiles
 
         return stored_profiles()
@@ -157,8 +157,8 @@ class FrontDoorReplica(Replica):
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Collect no garbage while modules are imported, and never look at them again: there is none to find, and a
-    collection takes the longer, the more is loaded."""
+    """Pause garbage collection while modules are imported, and exempt them from it: there is no garbage to find, and a
+    collection takes longer the more is loaded."""
     gc.disable()
     try:
         yield
@@ -168,14 +168,14 @@ def importing() -> Iterator[None]:
 
 
 def openmp(service: str, config: Config) -> dict[str, str]:
-    """OpenMP's settings in the environment of a replica. Ray's own are one thread for less than one CPU."""
+    """OpenMP's settings in the environment of a replica. Ray's default is one thread for less than one CPU."""
     model = {"verifier": config.verifier.target, "drafter": config.drafter.model}.get(service)
     threads = 1 if model is None else model.threads or os.cpu_count() or 1
     return {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPIN_COUNT)}
 
 
 async def known_profiles(verifiers: DeploymentHandle) -> list[dict[str, str]]:
-    """What verifiers that run have measured of their devices. Without an answer in time a device is measured again."""
+    """Device profiles that running verifiers have measured. Without an answer in time a device is measured again."""
     try:
         found, silent = await _ask_all(verifiers, "profiles")
     except TimeoutError:
@@ -208,7 +208,7 @@ def drafters(config: Config, handle: DeploymentHandle) -> Discover:
 
 
 def unreachable(endpoint: str, asked_from: str, own_address: str) -> str:
-    """Why a peer that asked from another node cannot reach `endpoint`; empty if it can, for all that is known."""
+    """Why a peer that asked from another node cannot reach `endpoint`; empty if it can, as far as is known."""
     if not asked_from or asked_from == own_address or endpoint.rpartition(":")[0].strip("[]") not in LOOPBACK:
         return ""
     return f"{endpoint} cannot be reached from {asked_from}: set internal.host to 0.0.0.0 or an address of this network"
@@ -221,8 +221,7 @@ def _equals() -> DeploymentHandle:
 
 
 async def _ask_all(handle: DeploymentHandle, method: str, *arguments: str) -> tuple[list[Any], int]:
-    """The answers of all replicas that run, and how many gave none within DISCOVERY_TIMEOUT_S. Those that fail are left
-    out.
+    """The answers of all running replicas, and how many gave none within DISCOVERY_TIMEOUT_S. Failures are left out.
 
     Raises:
         TimeoutError: Serve did not say which replicas there are.

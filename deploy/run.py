@@ -18,14 +18,14 @@ from typing import Any, cast
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
 os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# A thread that asks Ray something while Ray stops would start another one.
+# A thread that calls Ray while Ray stops would start another one.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-# Ray's node connects to its object store before that listens, and by default waits a second before it tries again.
+# Ray's node connects to its object store before the store listens, and by default waits a second to retry.
 os.environ.setdefault("RAY_raylet_client_connect_timeout_milliseconds", "20")
 os.environ.setdefault("RAY_raylet_client_num_connect_attempts", "500")
 # Ray gives its workers the priority of batch jobs (nice 15): beside a busy process, a token took seconds.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# A new replica's first answer may take longer than 0.1 s, of which Serve's router would warn.
+# A new replica's first answer may take longer than 0.1 s, and Serve's router would warn.
 os.environ.setdefault("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "1")
 
 import ray
@@ -167,7 +167,7 @@ def _until_running(report: Callable[[str], None]) -> None:
     """Wait until every service runs, and report each change of its state.
 
     Raises:
-        ConfigError: a replica failed to start. Ray would try again, but the cause is rarely one that passes.
+        ConfigError: a replica failed to start. Ray would retry, but the cause is rarely transient.
     """
     phases: dict[str, str] = {}
     while True:

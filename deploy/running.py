@@ -1,4 +1,4 @@
-"""The application while it runs: watched, and ended."""
+"""Watches the running application, and ends it."""
 
 from __future__ import annotations
 
@@ -26,17 +26,16 @@ from deploy.replicas import DISCOVERY_TIMEOUT_S, SHUTDOWN_GRACE_S
 
 JOIN_INTERVAL_S = 0.2
 CHECK_INTERVAL_S = 2.0
-"""Between looks at Ray and the application while they serve: each costs the controller a call."""
+"""Pause between checks of Ray and the application: each costs the controller a call."""
 SILENCE_S, FAILING_S = 20.0, 20.0
-"""Ray Serve not answering, or a service without a replica whose new ones fail to start, for so long: it won't recover.
+"""If Ray Serve does not answer, or a service has no replica and new ones fail to start, for so long, it won't recover.
 The controller's own restart takes a few seconds."""
 STOP_S, LOST_STOP_S = SHUTDOWN_GRACE_S + 15, 5.0
-"""What a stop may take: the grace of running requests, the replicas' own end, and Ray's; and where there is nothing
-left to drain."""
+"""Limit of a stop: draining requests, then ending the replicas and Ray; and of one with nothing left to drain."""
 
 
 class RunningApp:
-    """The application, started. `endpoint`: "host:port" of the clients' port; `prometheus`: its own, if it has one."""
+    """The started application. `endpoint`: "host:port" of the clients' port; `prometheus`: its own, if it has one."""
 
     def __init__(self, endpoint: str, secret: Path | None = None, prometheus: LocalPrometheus | None = None) -> None:
         """`secret`: the file of this run's own secret, if it has one."""
@@ -53,7 +52,7 @@ class RunningApp:
             signal.signal(number, self._on_signal)
 
     def wait(self) -> str:
-        """Until a signal, or until the application can't come back by itself: returns why, else nothing."""
+        """Wait for a signal, or until the application can't recover by itself. Returns why, else nothing."""
         while not self._stopping.wait(CHECK_INTERVAL_S):
             self._silent_checks += 1
             if ended := self._ray.ended():
@@ -94,7 +93,7 @@ class RunningApp:
             self._secret.unlink(missing_ok=True)
 
     def _keep_status(self) -> None:
-        """Keep `wait` told of the application; a Ray that is gone leaves this thread waiting."""
+        """Keep `wait` informed of the application. If Ray is gone, this thread hangs."""
         failing_since_s: float | None = None
         while not self._stopping.wait(CHECK_INTERVAL_S):
             self._ray.look()
@@ -113,7 +112,7 @@ def _end_application() -> None:
 
 
 def statuses() -> tuple[ApplicationStatusInfo, list[DeploymentStatusInfo]]:
-    """Of the application and its deployments. `serve.status()` spends 0.1 s of CPU on their whole configuration."""
+    """Status of the app and its deployments. `serve.status()` spends 0.1 s of CPU on their whole configuration."""
     overview = cast(ServeControllerClient, _get_global_client()).get_serve_status(APP)
     return overview.app_status, overview.deployment_statuses
 

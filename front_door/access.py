@@ -1,4 +1,4 @@
-"""The access log: one line per call at the clients' ports, with what explains how the call went."""
+"""The access log: one line per call at the clients' ports, with fields that explain its outcome."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from treeline.v1 import generation_pb2 as pb
 logger = logging.getLogger(__name__)
 
 MAX_PROMPT_CHARS = 4096
-"""Of a prompt in a line, where prompts are asked for."""
+"""Limit of a prompt in a line, if prompts are logged."""
 MAX_ERROR_CHARS = 300
-"""Of what a refused client was told: one mistake with its field takes 100."""
+"""Limit of the error in a line: one mistake with its field takes 100."""
 REFUSED = ("UNAUTHENTICATED", "401", "RESOURCE_EXHAUSTED", "429")
 MAX_REFUSALS_PER_S = 10
-"""Lines about calls without a valid token, which anybody can make, or that there is no room for: a log of 320 MiB holds
-two days of them, and a line took a third of the time of a refusal."""
+"""Limits lines about calls without a valid token, which anybody can make, or without room: a log of 320 MiB holds two
+days of them, and a line took a third of the time of a refusal."""
 Fields = dict[str, Any]
 _answers: ContextVar[list[Fields] | None] = ContextVar("answers", default=None)
 """The answers that the call of this context has asked for. Tasks of one call share the list."""
@@ -38,7 +38,7 @@ _COMBINED: dict[type, Callable[[Any, Any], Any]] = {
 
 
 class AccessLog:
-    """Writes the lines; a `CallObserver`. A call that went well without generating anything is a line for debugging."""
+    """Writes the lines; a `CallObserver`. A call that succeeded without generating anything is logged at DEBUG."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._refusals, self._refusals_since_s = clock, 0, -math.inf
@@ -50,7 +50,7 @@ class AccessLog:
     def handled(
         self, method: str, code: str, seconds: float, error: str = "", quiet: bool = False, **known: str
     ) -> None:
-        """`quiet`: this call is for debugging even if it failed. `error`, `known`: fields that its answers may lack."""
+        """`quiet`: log this call at DEBUG even if it failed. `error`, `known`: fields that its answers may lack."""
         answers = _answers.get() or []
         matters = not quiet and (answers or code not in ("OK", "200"))
         fields = {"method": method, "code": code, "seconds": seconds}
@@ -63,7 +63,7 @@ class AccessLog:
         logger.log(logging.INFO if matters else logging.DEBUG, "%s %s", method, code, extra=_brief(fields))
 
     def _left_out(self) -> int | None:
-        """How many refusals had no line before this one. None: this one has none either."""
+        """How many refusals before this one were not logged. None: nor is this one."""
         now, left_out = self._clock(), max(0, self._refusals - MAX_REFUSALS_PER_S)
         if now - self._refusals_since_s >= 1:
             self._refusals, self._refusals_since_s = 1, now
@@ -74,7 +74,7 @@ class AccessLog:
 
 @contextmanager
 def answering(request: pb.GenerateRequest, client: Client, address: str, prompts: bool) -> Iterator[Fields]:
-    """The fields of one answer, which its call's line will have. They may be added to until the answer ends."""
+    """The fields of one answer, for the line of its call. More may be added until the answer ends."""
     fields: Fields = {"request_id": request.request_id, "client": client.name, "address": address}
     if prompts:
         asked = request.WhichOneof("input")
@@ -96,7 +96,7 @@ def answering(request: pb.GenerateRequest, client: Client, address: str, prompts
 
 
 def completed(complete: pb.GenerateComplete) -> Fields:
-    """What the end of an answer says of it. `queue_s`, `prefill_s` and `decode_s` add up to its whole time."""
+    """Fields from the end of an answer. `queue_s`, `prefill_s` and `decode_s` add up to its whole time."""
     times, speculation, usage = complete.timings, complete.speculation, complete.usage
     return {
         "policy": complete.policy,
@@ -116,7 +116,7 @@ def completed(complete: pb.GenerateComplete) -> Fields:
 
 
 def combined(answers: list[Fields]) -> Fields:
-    """The fields of several answers to one call (OpenAI's `n`): counts add up, of times and means the largest."""
+    """The fields of several answers to one call (OpenAI's `n`): counts are summed, times and means take the largest."""
     together: Fields = {}
     for answer in answers:
         for name, value in answer.items():

@@ -1,4 +1,4 @@
-"""Who calls, by token or address, and how much each may ask for."""
+"""Identifies clients by token or address, and enforces their quotas."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from treeline.rpc.tokens import Client, TokenFile, authorization
 from treeline.v1 import generation_pb2 as pb
 
 FULL_S = 0.5
-"""How long a verifier's full queue is believed, unless an answer ends sooner: as long as a report of its load, since a
-front door cannot see answers end that came through another one. Its queue keeps it busy meanwhile."""
+"""How long a verifier's queue counts as full, unless an answer ends sooner: as long as a load report, since a front
+door cannot see answers end that came through another one. The verifier's queue keeps it busy meanwhile."""
 
 
 class Call(Protocol):
-    """What a call's context is asked: a grpc.aio.ServicerContext knows it, and so does an HTTP call."""
+    """What is used of a call's context: a grpc.aio.ServicerContext has it, and so does an HTTP call."""
 
     def time_remaining(self) -> float | None: ...
 
@@ -40,21 +40,21 @@ def address_of(call: Call) -> str:
 
 
 class Clients:
-    """Names the client of each call and keeps its quotas. Without tokens, all calls of one address are one client."""
+    """Identifies the client of each call and enforces its quotas. Without tokens, each address is a client."""
 
     def __init__(self, tokens: TokenFile | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._tokens, self._clock = tokens, clock
         self._open: Counter[str] = Counter()
         self._allowed: dict[str, tuple[float, float]] = {}
-        """Per client with a rate: how many requests it might send at once, and when that was so."""
+        """Per client with a rate: how many requests it could send at once, and as of when."""
         self._full_until_s: dict[str, float] = {}
-        """Per client for whom a verifier had no room: until when it need not be asked again."""
+        """Per client that a verifier had no room for: until when to refuse without asking."""
 
     def of(self, call: Call) -> Client:
-        """Whose call this is."""
+        """The client of a call."""
         if self._tokens is None:
             return Client(address_of(call))
-        # It was accepted when the call came in, and may have expired since.
+        # The token was valid when the call came in, and may have expired since.
         return self._tokens.client(authorization(call.invocation_metadata())) or Client(address_of(call))
 
     @contextmanager
@@ -63,7 +63,7 @@ class Clients:
 
         Raises:
             QuotaExceededError: the client has too many requests open, or sent too many lately.
-            QueueFullError: a verifier has just said so to this client, and no answer has ended since.
+            QueueFullError: a verifier's full queue just refused this client, and no answer has ended since.
             InvalidRequestError: its priority is higher than the client may ask for.
         """
         if request.priority > client.priority:
@@ -72,7 +72,7 @@ class Clients:
         answers = answers_of(request)
         if self._open[client.name] + answers > client.concurrent:
             raise QuotaExceededError(f"{client.concurrent} requests of this token are open, as many as it may have")
-        if not request.HasField("resume"):  # It counted when it began, perhaps elsewhere.
+        if not request.HasField("resume"):  # A resumed one counted when it began, perhaps elsewhere.
             self._take_turn(client)
             if self._clock() < self._full_until_s.get(client.name, 0.0):
                 raise QueueFullError("the queue is full")

@@ -1,4 +1,4 @@
-"""Which verifier a request goes to: the least loaded one that is alive."""
+"""Routes each request to the least loaded live verifier."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.5
 LOST_POLL_INTERVAL_S = 0.1
-"""Of a verifier that does not serve, and between looks for others where none serves: streams may wait for one."""
+"""For a verifier that does not serve, and for discovery while none serves: streams may wait for one."""
 POLL_TIMEOUT_S = 2.0
 MAX_FAILED_POLLS = 3
-"""A verifier that answers late, or that it has too many calls, may only be busy; one that is gone refuses at once."""
+"""A verifier that answers late, or reports too many calls, may only be busy; one that is gone refuses at once."""
 MOST_LOAD: Bounds = dict.fromkeys(
     ("num_requests_running", "num_requests_waiting", "max_requests_running", "max_requests_waiting"), (0, 1 << 20)
 )
-"""Counts of requests in a load report: those of a thousand verifiers still add up to 32 bits."""
+"""Bounds of request counts in a load report: the sum over a thousand verifiers still fits 32 bits."""
 
 OnPoll = Callable[[int], None]
-"""Told after each poll how many verifiers serve."""
+"""Called after each poll with the number of serving verifiers."""
 
 
 @dataclass(eq=False)
@@ -41,12 +41,12 @@ class Verifier:
     """One verifier as this front door knows it.
 
     Attributes:
-        serving: said that it serves when it last answered, and did not fail too many polls since.
+        serving: reported SERVING when it last answered, and has not failed too many polls since.
         failed_polls: polls in a row without an answer.
         in_flight: answers that this front door has open there now.
         calls: all calls for clients that this front door has open there now.
-        others: requests there that came by other ways, as of the last poll.
-        following: the task that polls; `polled`: it has done so once.
+        others: requests there from elsewhere, as of the last poll.
+        following: the polling task; `polled`: set after its first poll.
     """
 
     endpoint: str
@@ -71,7 +71,7 @@ class Verifier:
 
     @contextmanager
     def calling(self, answers: int = 0) -> Iterator[pb_grpc.GenerationServiceStub]:
-        """For one call that asks for `answers`: the channel stays open meanwhile."""
+        """Keep the channel open for one call that asks for `answers`."""
         self.calls += 1
         self.in_flight += answers
         try:
@@ -83,7 +83,7 @@ class Verifier:
     async def poll(self) -> None:
         """Bring everything but `in_flight` and `calls` up to date, within POLL_TIMEOUT_S."""
         health, in_flight = health_pb2_grpc.HealthStub(self.channel), self.in_flight
-        # As results, since grpc.aio at times cancels a call by itself, which must not end the task.
+        # Exceptions as results: grpc.aio at times cancels a call by itself, which must not end the task.
         answers: tuple[Any, ...] = await asyncio.gather(
             health.Check(health_pb2.HealthCheckRequest(), timeout=POLL_TIMEOUT_S),
             self.stub.GetLoad(pb.GetLoadRequest(), timeout=POLL_TIMEOUT_S),
@@ -101,7 +101,7 @@ class Verifier:
         try:
             check_numbers(load, MOST_LOAD)
         except ValueError as error:
-            self._set_serving(False, f"a load report that makes no sense: {error}")
+            self._set_serving(False, f"invalid load report: {error}")
             return
         self.failed_polls, self.load = 0, load
         self.others = max(0, self.load.num_requests_running + self.load.num_requests_waiting - in_flight)
@@ -123,8 +123,8 @@ class Verifier:
 
 
 class VerifierPool:
-    """Follows discovery in one background task, and each verifier's health and load in one of its own: a verifier that
-    hangs delays no news of the others."""
+    """Follows discovery in one background task, and each verifier's health and load in one of its own: a hanging
+    verifier does not delay polls of the others."""
 
     def __init__(self, config: Config, discover: Discover, on_poll: OnPoll) -> None:
         self._config, self._discover, self._on_poll = config, discover, on_poll
@@ -134,7 +134,7 @@ class VerifierPool:
 
     @classmethod
     async def start(cls, config: Config, discover: Discover, on_poll: OnPoll) -> VerifierPool:
-        """A pool that has looked around once, and polled whoever answers."""
+        """A pool that has run discovery once and polled each verifier it found."""
         pool = cls(config, discover, on_poll)
         await pool._look()
         await asyncio.gather(*(verifier.polled.wait() for verifier in pool._verifiers.values()))
@@ -182,13 +182,13 @@ class VerifierPool:
             await asyncio.sleep(POLL_INTERVAL_S if verifier.serving else LOST_POLL_INTERVAL_S)
 
     async def _look(self) -> None:
-        """Ask discovery, follow whoever is new, and forget whoever is gone and has no call open."""
+        """Run discovery, follow new verifiers, and drop those that are gone and have no call open."""
         try:
             found = set(await self._discover())
             self._discovery_fails = False
         except Exception as error:  # discovery asks another system, which may fail in its own ways
             if not self._discovery_fails:
-                logger.warning("could not look for verifiers, the known ones stay: %r", error)
+                logger.warning("discovery failed, the known verifiers stay: %r", error)
             self._discovery_fails = True
             found = set(self._verifiers)
         for endpoint in found - self._verifiers.keys():

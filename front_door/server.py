@@ -32,13 +32,13 @@ EXTRA_RPCS = 256
 """Calls allowed in addition to open generation requests: health checks, load, aborts."""
 SERVING_CHECK_INTERVAL_S = 0.1
 HEALTH_TIMEOUT_S = 1.0
-"""For telling those who watch health of a stop: one of them may not read."""
+"""Limit for telling health watchers of a stop: one of them may not read."""
 QUIET_TURNS, QUIET_TURN_S = 10, 0.01
-"""Some round trips without a call. gRPC's core ends calls that reach a stopping server with CANCELLED, which clients
-need not retry: first, those who still call are told UNAVAILABLE. In turns, as a busy machine may stop this process for
-longer than all of them, and calls pile up meanwhile."""
+"""Quiet round trips to wait for before a stop. gRPC's core ends calls that reach a stopping server with CANCELLED,
+which clients need not retry, so late callers get UNAVAILABLE first. The wait is split into turns, as a busy machine may
+halt this process for longer than all of them while calls pile up."""
 NOTICE_S = 1.0
-"""Longest time for that: there may always be one who calls."""
+"""Longest such wait: there may always be another call."""
 
 
 async def no_pages() -> dict[str, list[str]]:
@@ -108,7 +108,7 @@ class FrontDoorServer:
                 await health_servicer.set(service, status.SERVING if pool.serving else status.NOT_SERVING)
 
         async def keep_health_shown() -> None:
-            """Apart from the polls: a client that watches health and does not read makes `set` wait."""
+            """Runs apart from the polls: a health watcher that does not read makes `set` wait."""
             while True:
                 await polled.wait()
                 polled.clear()
@@ -143,7 +143,7 @@ class FrontDoorServer:
             await asyncio.sleep(SERVING_CHECK_INTERVAL_S)
 
     async def check(self) -> None:
-        """Raise RuntimeError if this front door can no longer forward. Having no verifier is no such reason."""
+        """Raise RuntimeError if this front door can no longer forward. Having no verifier does not count."""
         self._door.pool.check()
 
     async def stop(self, grace_s: float = 5) -> None:

@@ -1,4 +1,4 @@
-"""The generation service by forwarding: each call goes to the least loaded verifier. Requests are checked there."""
+"""The generation service: forwards each call to the least loaded verifier, which checks the request."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from treeline.v1 import generation_pb2_grpc as pb_grpc
 ABORT_TIMEOUT_S = 5.0
 PLAN_TIMEOUT_S = 2.0
 ASKED_AT_MOST = 2
-"""Verifiers that one call for tokens may lose: a request that kills whoever has it must not take all of them down."""
+"""Verifiers that one tokenizer call may lose: a request that kills its verifier must not take all of them down."""
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
         self.draining = False
         self.turned_away = 0  # requests refused while draining
         self._open: set[tuple[str, str]] = set()
-        """Client and request id: what one client chooses is nobody else's business."""
+        """Client and request id: two clients may choose the same id."""
 
     async def Generate(self, request: pb.GenerateRequest, context: Call) -> AsyncIterator[pb.GenerateResponse]:
         if self.draining:
@@ -73,7 +73,7 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
     async def Abort(self, request: pb.AbortRequest, context: Call) -> pb.AbortResponse:
         """Asks every verifier: the request may have come through another front door.
 
-        Raises UnknownRequestError if none of them is an open request of the caller's.
+        Raises UnknownRequestError if the caller has none of these requests open.
         """
         metadata = _metadata(self._clients.of(context))
         calls = [v.stub.Abort(request, timeout=ABORT_TIMEOUT_S, metadata=metadata) for v in self.pool.serving]
@@ -88,7 +88,7 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
         return total_load([verifier.load for verifier in self.pool.serving])
 
     async def GetPlan(self, request: pb.GetPlanRequest, context: Call) -> pb.GetPlanResponse:
-        """Of every verifier that answers, in the order of their addresses."""
+        """The plan of each verifier that answers, ordered by address."""
         self._model_info()
         serving = sorted(self.pool.serving, key=lambda verifier: verifier.endpoint)
         calls = [verifier.stub.GetPlan(request, timeout=PLAN_TIMEOUT_S) for verifier in serving]
@@ -105,7 +105,7 @@ class FrontDoor(pb_grpc.GenerationServiceServicer):
         return await self._asked(lambda stub: stub.Detokenize(request, timeout=context.time_remaining()))
 
     async def _asked(self, ask: Callable[[pb_grpc.GenerationServiceStub], Awaitable[T]]) -> T:
-        """The answer of the least loaded verifier; if that is lost meanwhile, of another one where there is one."""
+        """The answer of the least loaded verifier; if it is lost meanwhile, of another one if there is one."""
         lost, problem = None, "no verifier can be reached"
         for _ in range(ASKED_AT_MOST):
             verifier = self.pool.least_loaded(rather_not=lost)

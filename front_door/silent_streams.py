@@ -1,4 +1,4 @@
-"""Streams that ask for nothing are bounded apart, so that they shut out nobody who asks for something."""
+"""Limits idle streams separately, so that they cannot shut out real requests."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import grpc
 from treeline.rpc.interceptors import SERVICE, write_all
 
 MAX_SILENT = 256
-"""Calls whose message has not come yet. For each one more the oldest gives way: an honest client's message comes with
-its call, within milliseconds."""
+"""Open calls whose message has not arrived. One more evicts the oldest: an honest client's message arrives with its
+call, within milliseconds."""
 MESSAGE_TIMEOUT_S = 10.0
 MAX_WATCHES = 64
-"""Streams of other services, health watches and reflection: a few per orchestrator. More are refused."""
+"""Open streams of other services (health, reflection): a few per orchestrator. More are refused."""
 
 
 class StreamLimits(grpc.aio.ServerInterceptor):
@@ -51,7 +51,7 @@ class StreamLimits(grpc.aio.ServerInterceptor):
 
     async def _message(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
         reading = asyncio.ensure_future(_first(requests))
-        reading.add_done_callback(lambda read: read.cancelled() or read.exception())  # nobody may be there to see it
+        reading.add_done_callback(lambda read: read.cancelled() or read.exception())  # nobody else may retrieve it
         self._silent[reading] = gives_way = asyncio.get_running_loop().create_future()
         if len(self._silent) > MAX_SILENT:
             self._silent.pop(next(iter(self._silent))).set_result(None)

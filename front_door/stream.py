@@ -21,16 +21,16 @@ from treeline.v1 import generation_pb2 as pb
 logger = logging.getLogger(__name__)
 
 MAX_FUTILE_RUNS = 3
-"""Verifiers that may be lost in a row after they took a stream and before they gave it a token. A request that kills
-whoever runs it must not take all of them down."""
+"""Verifiers that may be lost in a row between taking a stream and giving it a token. A request that kills its verifier
+must not take all of them down."""
 RETRY_S = 0.05
-"""Between looks for a verifier: small beside the restart of a replica (seconds), and nearly free."""
+"""Pause between looks for a verifier: short beside a replica's restart (seconds), and nearly free."""
 FUTILE = ("", "ENGINE_FAILED")
 """Reasons of a lost call that the request itself may have caused: a process that died without a word, or its engine."""
 
 
 class ResumableStream:
-    """Runs `request`, whose id and seed are set, on one verifier after the other until it is complete.
+    """Runs `request`, whose id and seed are set, on one verifier after another until it is complete.
 
     A stream that loses its verifier, or whose verifier drains, is sent again with the tokens delivered so far.
     Sampling is keyed by seed and position, so the text is the same as without the interruption.
@@ -38,10 +38,10 @@ class ResumableStream:
     Args:
         metadata: names the client to the verifier.
         wait_s: how long the stream may be without a verifier before it ends with UNAVAILABLE.
-        draining: whether this front door shuts down, so that a client had better resume through another one.
+        draining: whether this front door is shutting down, so that clients should resume through another one.
 
     Attributes:
-        losses: how many verifiers it has lost that had taken it.
+        losses: how many verifiers it has lost after they took it.
         endpoint: of the verifier that had it last.
     """
 
@@ -70,8 +70,8 @@ class ResumableStream:
         """The answer's messages, each token once.
 
         Raises:
-            StreamLostError, UnavailableError: no verifier has taken it over, or taken it at all, in time.
-            DrainingError: this front door shuts down.
+            StreamLostError, UnavailableError: no verifier has taken the stream over, or taken it at all, in time.
+            DrainingError: this front door is shutting down.
             grpc.aio.AioRpcError: a verifier's own refusal or failure.
         """
         verifier = self._pool.least_loaded()
@@ -102,13 +102,13 @@ class ResumableStream:
             verifier = await self._next(verifier, problem)
 
     def _note(self, response: pb.GenerateResponse) -> None:
-        """Remember what the client has by now."""
+        """Record what the client has received."""
         self._futile_runs, self._lost_s = 0, None
         note(self._request, response, time.monotonic() - self._arrived_s)
 
     def _is_passing(self, error: grpc.aio.AioRpcError) -> bool:
-        """Whether another verifier, or the same one a little later, may do better."""
-        # The verifier that was lost to us may not have noticed yet, and still have the request open.
+        """Whether another verifier, or the same one a little later, may succeed."""
+        # The verifier that we lost may not have noticed yet, and may still have the request open.
         return is_lost(error) or (self._is_resumed and error.code() is grpc.StatusCode.ALREADY_EXISTS)
 
     async def _next(self, lost: Verifier, problem: str) -> Verifier:

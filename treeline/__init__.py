@@ -1,4 +1,4 @@
-"""What every Treeline service speaks: the draft tree, the plan, requests, configuration, contracts, the clients.
+"""What all Treeline services share: draft trees, plans, requests, configuration, contracts and clients.
 
 Nothing here imports torch or ray, so a client installs just this package, as treeline-client.
 """
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncClient", "Client", "__version__"]
 __version__ = "0.1.0"
-"""Of both distributions, treeline-client and treeline-serve."""
+"""Version of both distributions, treeline-client and treeline-serve."""
 
 
 def __getattr__(name: str) -> Any:
-    """The clients, once somebody asks for them: the planner's fast path does without grpc."""
+    """Import the clients on first use: the planner's fast path needs no grpc."""
     if name not in __all__:
         raise AttributeError(f"module 'treeline' has no attribute {name!r}")
     import treeline.client

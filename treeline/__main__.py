@@ -1,4 +1,4 @@
-"""The `treeline` command: the whole of it where treeline-serve is installed, else what a client needs."""
+"""The `treeline` command: all of it where treeline-serve is installed, else the client's part."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def main() -> None:
     for whole_command in entry_points(group="treeline.command"):
         whole_command.load()()
         return
-    from treeline.client.command import client_command  # not before: `cli` sets what grpc reads when it is loaded
+    from treeline.client.command import client_command  # late: `cli` first sets what grpc reads on import
 
     sys.exit(client_command(sys.argv[1:]))
 

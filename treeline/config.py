@@ -17,11 +17,11 @@ from treeline.sampling import SamplingParams
 DEFAULT_MODEL = "default"
 """Stands for the embedded default model (see `lm/store.py`)."""
 SPIN_COUNT = "30000"
-"""`GOMP_SPINCOUNT` of every process that runs a model, unless the environment has one: how long idle OpenMP threads
-keep their core. About a millisecond: from one matrix product to the next, but not while another process works."""
+"""`GOMP_SPINCOUNT` of every process that runs a model, unless the environment sets one: how long idle OpenMP threads
+keep their core. About a millisecond bridges two matrix products, but does not starve another process."""
 
 MAX_RUNNING_REQUESTS, MAX_TREE_NODES, MAX_TREE_DEPTH = 1024, 256, 32
-"""What `limits` may be set to. They bound the numbers of messages between services, and the sizes of arrays."""
+"""Upper bounds of `limits`. They also bound the numbers in messages between services, and array sizes."""
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -138,7 +138,7 @@ class SamplingDefaults(Section):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
 
     def over(self, model: SamplingParams) -> SamplingParams:
-        """The defaults in force, where `model` are the model's."""
+        """The model's defaults, overridden by these."""
         return replace(model, **self.model_dump(exclude_none=True))
 
 
@@ -188,7 +188,7 @@ class DrafterConfig(Section):
 
     @property
     def looks_up(self) -> bool:
-        """Whether texts that repeat themselves are continued without a model."""
+        """Whether prompt lookup drafts for texts that repeat themselves."""
         return self.kind == "auto" or "ngram" in self.kind
 
     @model_validator(mode="after")
@@ -251,7 +251,7 @@ class ServerConfig(Section):
 
     @property
     def page(self) -> str:
-        """Address of the page for browsers; empty without HTTP, or on a port that is chosen at the start."""
+        """URL of the page for browsers; empty without HTTP, or if the port is chosen at the start."""
         if not (self.http.enabled and self.http.port):
             return ""
         return f"http{'s' if self.tls else ''}://{self.host}:{self.http.port}"
@@ -319,7 +319,7 @@ class Config(Section):
     internal: InternalConfig = InternalConfig()
 
     def with_absolute_paths(self) -> Config:
-        """The same configuration for a process in another folder: files and models that exist here named in full."""
+        """The same configuration for a process in another folder: existing files and models get absolute paths."""
         return Config.model_validate(_absolute(self.model_dump()))
 
 

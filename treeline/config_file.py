@@ -18,9 +18,9 @@ ENVIRONMENT = "TREELINE_"
 
 
 def load_config(path: Path | None, settings: Mapping[str, Any] | None = None) -> Config:
-    """The configuration in `path` (else the defaults), what the environment changes, and then what `settings` do.
+    """The configuration in `path` (else the defaults), overridden by the environment and then by `settings`.
 
-    A setting is named as in "server.port". The environment's names are like TREELINE_SERVER__PORT, and its values YAML.
+    Settings have names like "server.port". Environment variables have names like TREELINE_SERVER__PORT and YAML values.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or a field is unknown or wrong; the message is one line.
@@ -34,7 +34,7 @@ def load_config(path: Path | None, settings: Mapping[str, Any] | None = None) ->
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except ConfigError:
         raise
-    except Exception as error:  # the reader raises anything for what looks like a date or a number, or nests deeply
+    except Exception as error:  # the YAML reader raises anything on malformed dates and numbers, or deep nesting
         raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
     if data is not None and not isinstance(data, dict):
         raise ConfigError(f"{source}: expected sections such as 'server:' at the top")
@@ -52,7 +52,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _changed(section: Any, path: list[str], value: Any) -> Any:
-    """`section` with another value at `path`. What is no section stays, and is refused later."""
+    """`section` with another value at `path`. A non-section stays as it is, and is refused later."""
     if not isinstance(section, dict):
         return section
     name, *below = path
@@ -60,7 +60,7 @@ def _changed(section: Any, path: list[str], value: Any) -> Any:
 
 
 def _meant(error: Any) -> str:
-    """Which field an unknown one may stand for."""
+    """The field that an unknown one may mean."""
     known = {name for section in Section.__subclasses__() for name in section.model_fields}
     close = difflib.get_close_matches(str(error["loc"][-1]), known, 1) if error["type"] == "extra_forbidden" else []
     return f"; did you mean {close[0]}?" if close else ""

@@ -23,11 +23,11 @@ from treeline.v1 import drafting_pb2 as pb
 _EXPONENT = np.uint16(0x7F80)
 """Exponent bits of bfloat16; all ones mean infinity or NaN."""
 MAX_SCALE = 1e6
-"""Of sampling parameters and weights, far beyond what a request may ask for (0.01 to 100): products of two, and a count
-times one, stay finite in float32."""
+"""Largest sampling parameter or weight, far beyond what a request may ask for (0.01 to 100). A product of two, or of
+one and a count, stays finite in float32."""
 MAX_DRAFT_MESSAGE_BYTES = 32 << 20
-"""Half of it are features: of 9 tokens a step (the deepest default tree, and the bonus token) of 64 requests to an 8B
-target, which has 24 KiB a token (3 layers of 4,096 values in bfloat16), or of 32 requests to a 70B one."""
+"""Half of it holds features: 9 tokens a step (the deepest default tree and the bonus token) for 64 requests to an 8B
+target at 24 KiB a token (3 layers of 4,096 values in bfloat16), or for 32 requests to a 70B one."""
 NO_FEATURES = np.zeros((0, 0), np.uint16)
 
 
@@ -85,7 +85,7 @@ class DraftRequest:
     """One batched draft step.
 
     Attributes:
-        plan: the verifier's plan, by whose prices and calibration the trees grow. A stream carries it only when it has
+        plan: the verifier's plan. Trees grow by its prices and calibration. A stream carries it only when it has
             changed.
         released: sessions whose state the drafter may drop.
     """
@@ -149,11 +149,11 @@ class DraftLink(Protocol):
     """The verifier's link to its drafter: in this process, or in another one. Used from the engine's thread."""
 
     def refresh(self) -> None:
-        """Take a late answer if it has come meanwhile. Called once per step."""
+        """Take a late reply if it has arrived. Called once per step."""
         ...
 
     def draft(self, request: DraftRequest, timeout_s: float) -> DraftReply | None:
-        """The reply to `request`, or None if there is none in time: the step then goes on without drafts."""
+        """The reply to `request`, or None if none arrives in time: the step then goes on without drafts."""
         ...
 
     @property
@@ -163,7 +163,7 @@ class DraftLink(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether it is connected and owes no answer: else nothing is sent to it."""
+        """Whether it is connected and owes no reply. Otherwise nothing is sent to it."""
         ...
 
     @property
@@ -185,7 +185,7 @@ def request_to_proto(request: DraftRequest, sent: Plan | None = None) -> pb.Draf
 
 
 def request_from_proto(message: pb.DraftRequest, plan: Plan | None = None) -> DraftRequest:
-    """The request in `message`. `plan`: of the stream's previous request, in force until another one comes.
+    """The request in `message`. `plan`: from the stream's previous request, in force until a new one arrives.
 
     Raises:
         ValueError: there is no plan, a session occurs twice, a sequence has no tokens, or sampling parameters or
@@ -271,7 +271,7 @@ def _features_from_proto(message: pb.DraftSequence) -> NDArray[np.uint16]:
     if not rows:
         return NO_FEATURES
     width, left_over = divmod(len(message.features), 2 * rows)
-    # The sequence's first token has none before it.
+    # The sequence's first token has no token before it.
     if left_over or not width or rows >= message.start + len(message.token_ids):
         raise ValueError(
             f"session {message.session_id}: {len(message.features)} bytes are not features of {rows} tokens"

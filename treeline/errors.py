@@ -30,7 +30,7 @@ class QueueFullError(TreelineError):
 
 
 class QuotaExceededError(TreelineError):
-    """RESOURCE_EXHAUSTED: this client has asked for more than it may; try again after `retry_s` seconds."""
+    """RESOURCE_EXHAUSTED: this client exceeded its quota; try again after `retry_s` seconds."""
 
     def __init__(self, message: str, retry_s: float = 1.0) -> None:
         self.retry_s = retry_s

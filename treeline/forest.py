@@ -50,7 +50,7 @@ class Forest:
     sources: NDArray[np.uint8]
 
     def __len__(self) -> int:
-        """Nodes."""
+        """Number of nodes."""
         return len(self.token_ids)
 
     @staticmethod
@@ -122,7 +122,7 @@ class Forest:
         return Forest(self.sizes[index : index + 1], *(getattr(self, name)[nodes] for name in COLUMNS))
 
     def spread(self, places: Sequence[int], trees: int) -> Forest:
-        """A forest of `trees` trees with these at the increasing indices `places`, and the others empty."""
+        """A forest of `trees` trees: these at the increasing indices `places`, the others empty."""
         if trees == len(self.sizes):
             return self
         sizes = np.zeros(trees, np.intp)
@@ -144,14 +144,14 @@ class Forest:
         if np.count_nonzero(rooted[above]) < len(kept):
             raise ValueError("a kept node's parent was dropped")
         sizes = np.bincount(tree_of, minlength=len(self.sizes))
-        # Kept nodes and the root up to the parent, less the trees before: 2 + its new index; 1 at most for a root.
+        # The root and kept nodes up to the parent, less earlier trees' nodes: 2 + its new index; at most 1 for a root.
         places = rooted.cumsum()[above] - (sizes.cumsum() - sizes)[tree_of]
         parents = np.maximum(places - 2, ROOT).astype(np.int32)
         columns = (getattr(self, name)[kept] for name in ("draft_probs", "sources"))
         return Forest(sizes, self.token_ids[kept], parents, *columns)
 
     def without(self, bad: NDArray[np.bool_]) -> tuple[Forest, int]:
-        """The forest with every tree emptied that has a `bad` [n] node, and the number of these trees."""
+        """The forest with each tree that has a `bad` [n] node emptied, and the number of these trees."""
         trees = np.zeros(len(self.sizes), np.bool_)
         trees[self.tree_of[bad]] = True
         good = ~trees[self.tree_of]
@@ -173,7 +173,7 @@ def forest_to_proto(forest: Forest) -> pb.Forest:
 
 
 def forest_from_proto(message: pb.Forest) -> Forest:
-    """The forest in `message`; `checked` it before use.
+    """The forest in `message`, not yet `checked`.
 
     Raises:
         ValueError: columns differ in length.
@@ -190,7 +190,7 @@ def forest_from_proto(message: pb.Forest) -> Forest:
 def checked(
     forest: Forest, max_nodes: NDArray[np.intp], max_depths: NDArray[np.intp], vocab_size: int
 ) -> tuple[Forest, int]:
-    """A forest from another process with every malformed or too large tree emptied, and the number of these trees.
+    """A forest from another process with malformed and oversized trees emptied, and the number of these trees.
 
     Args:
         max_nodes, max_depths: [trees]; the limits of each tree.

@@ -16,7 +16,7 @@ Bounds = Mapping[str, tuple[float, float]]
 MAX_SECONDS = 1e6
 """Eleven days: a process may have been stopped for that long; a longer time means a broken clock."""
 MAX_RATE = 1e9
-"""Tokens per second, and any other real number: beyond every machine, and products of two stay finite."""
+"""Largest rate in tokens per second, or other real number: beyond every machine, and a product of two is finite."""
 MAX_COUNT = 2**31 - 1
 """Largest signed 32-bit integer: numpy's default integer holds it on every platform."""
 _REAL = (FieldDescriptor.CPPTYPE_DOUBLE, FieldDescriptor.CPPTYPE_FLOAT)
@@ -71,7 +71,7 @@ class _Form(Enum):
 
 
 _SHARED: dict[tuple[Any, type[Message]], list[tuple[str, _Form]]] = {}
-"""For each dataclass and message type: the fields that both have. Every step copies the same few types."""
+"""The fields that a dataclass and a message type share. Cached: every step copies the same few types."""
 
 
 def _shared(kind: Any, message: type[Message]) -> list[tuple[str, _Form]]:

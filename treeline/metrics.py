@@ -1,6 +1,6 @@
 """Every metric of every service: names, labels, buckets. vLLM's stems and definitions under our prefix.
 
-Each process has a registry of its own and its own page; nothing is shared between processes.
+Each process has its own registry and page; nothing is shared between processes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ PREFIX = "treeline"
 
 _TTFT_BUCKETS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _ITL_BUCKETS = tuple(round(0.002 * 1.15**i, 4) for i in range(50))
-"""2 ms to 1.9 s, 15 % apart: the planner controls the 95th percentile, which it reads from these, to a few per cent."""
+"""2 ms to 1.9 s, 15 % apart: the planner reads the 95th percentile from these and controls it to a few per cent."""
 _E2E_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 3, 5, 8, 12, 20, 30, 60, 120, 300)
 _PHASE_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2)
 _LENGTH_BUCKETS = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 8)
@@ -231,7 +231,7 @@ class PlannerMetrics:
 
 
 class FrontDoorMetrics:
-    """Calls at the clients' port, in the shapes of the gRPC ecosystem."""
+    """Calls at the clients' port, under the gRPC ecosystem's usual names."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._started = Counter("grpc_server_started", "Calls begun", ("grpc_method",), registry=registry)

@@ -1,4 +1,4 @@
-"""The plan: all that the fast path needs to price a node, published by the planner and good for a limited time."""
+"""The plan: all that the fast path needs to price a node, published by the planner and valid for a limited time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from treeline.v1 import generation_pb2
 from treeline.v1 import planning_pb2 as pb
 
 SOURCES, DEPTHS, PROB_BINS = 2, 8, 16
-"""Axes of the calibration: `treeline.forest.Source`; depth, the last one for all deeper ones, `limits.max_tree_depth`
-being 8 by default; bin of the draft probability. With them a cell in use sees a few nodes per step."""
+"""Axes of the calibration: `treeline.forest.Source`; depth (the last one holds all deeper; `limits.max_tree_depth` is 8
+by default); bin of the draft probability. At this size a cell in use sees a few nodes per step."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class PaperFit:
 
 
 CurveReading = tuple[int, NDArray[np.float64], NDArray[np.float64]]
-"""(shortest context, float64 [n], float64 [n]): seconds of passes over 0 .. n - 1 tokens at that context, and those
-that each further context token per sequence adds."""
+"""(shortest context, float64 [n], float64 [n]): seconds of passes over 0 .. n - 1 tokens at that context, and
+the seconds that each further context token per sequence adds."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class CostModel:
         draft_layer_s: d0, per tree layer.
         draft_node_s: d1, per node of a layer.
         step_overhead_s: C_step, the part of a step without trees that is not verification.
-        lookup_s: what trees of prompt lookup alone add to it.
-        node_s: recent threshold of a verified node: the gain of the best one left out, in seconds at the price.
+        lookup_s: what trees from prompt lookup alone add to it.
+        node_s: recent threshold for verifying a node: the gain of the best one left out, in seconds at the price.
         prompt_ratio: cost of a prompt token over that of a decoded one, which needs logits.
         paper: the fit of the `smart-paper` policy, if there is one.
     """
@@ -135,7 +135,7 @@ class Signal:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one verifier, and its drafter, decide by.
+    """The basis of decisions of one verifier and its drafter.
 
     Attributes:
         version: grows by one with each plan of a planner.
@@ -145,7 +145,7 @@ class Plan:
         max_nodes: most draft nodes per request.
         max_depth: deepest draft layer.
         reason: one line for people: why the plan is as it is.
-        step_budget_s: longest step that trees and prompt chunks may make; plain decoding is always allowed.
+        step_budget_s: longest step that trees and prompt chunks may cause; plain decoding is always allowed.
         wait_factor: factor on the cost of a waiting request; at least 1.
         signals: the measurements behind budget and factor.
     """
@@ -181,16 +181,16 @@ class VerifierProfile:
 MAX_PASS_TOKENS = 2 * MAX_RUNNING_REQUESTS * MAX_TREE_NODES
 """Tokens of one pass: twice the largest batch with the largest trees. It sizes the arrays that curves are read into."""
 MIN_SECONDS = 1e-7
-"""Anything measured faster was not measured: its logarithm would be far off."""
+"""A shorter time is a failed measurement: its logarithm would be far off."""
 MAX_CURVE_POINTS = 1024
 """Points of all curves of a profile together: the tracker's covariance of them takes 8 MB. A real profile has 60."""
 _MAX_PROMPT_RATIO = 32.0
 """A prompt token and a decoded one differ by less: 0.6 to 1.0 was measured (docs/decisions.md)."""
 _BOUNDS: Bounds = {
     "created_unix_s": (0, 1e11),
-    "lifetime_s": (0, math.inf),  # the built-in plan has no end
+    "lifetime_s": (0, math.inf),  # the built-in plan never expires
     "step_budget_s": (0, math.inf),  # there may be none
-    "age_s": (0, math.inf),  # of what was never measured
+    "age_s": (0, math.inf),  # infinite if never measured
     "seconds": (MIN_SECONDS, 1e6),
     "verify_scale": (0.01, 100),
     "prompt_ratio": (1 / _MAX_PROMPT_RATIO, _MAX_PROMPT_RATIO),
@@ -203,7 +203,7 @@ _BOUNDS: Bounds = {
     "max_nodes": (0, MAX_TREE_NODES),
     "max_depth": (0, MAX_TREE_DEPTH),
 }
-"""Bounds of every number that sizes an array, divides, or whose logarithm is taken."""
+"""Bounds of every number that sizes an array, is a divisor, or has its logarithm taken."""
 
 
 def plan_to_proto(plan: Plan) -> pb.Plan:

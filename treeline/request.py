@@ -22,7 +22,7 @@ REQUEST_ID, SEED = "treeline-request-id", "treeline-seed"
 """Initial metadata of a stream. With the token ids it has received, a client can resume the stream."""
 
 CLIENT, WEIGHT = "treeline-client", "treeline-client-weight"
-"""Metadata from front door to verifier: whose request this is, and what its share weighs among others'."""
+"""Metadata from front door to verifier: the client of a request, and the weight of its share."""
 
 
 _PARTS: dict[str, Any] = {
@@ -68,11 +68,11 @@ class GenerateOptions(TypedDict, total=False):
 
 
 def generate_request(**fields: Any) -> pb.GenerateRequest:
-    """A request with its input and `GenerateOptions`, each in the message that has it.
+    """A request with its input and `GenerateOptions`, each in the message that has that field.
 
     Raises:
         ValueError: no message has such a field, or a value does not fit its field.
-        TypeError: a value is of another type than its field.
+        TypeError: a value's type does not fit its field.
     """
     parts = {
         part: kind(**{name: fields.pop(name) for name in kind.DESCRIPTOR.fields_by_name if name in fields})
@@ -97,12 +97,12 @@ def identify(request: pb.GenerateRequest) -> None:
 
 
 def answers_of(request: pb.GenerateRequest) -> int:
-    """How many answers are asked for. A number that the verifier refuses counts as the nearest that it does not."""
+    """How many answers are asked for. A number that the verifier refuses counts as the nearest valid one."""
     return min(max(request.n, 1), MAX_ANSWERS)
 
 
 def note(request: pb.GenerateRequest, response: pb.GenerateResponse, elapsed_s: float) -> None:
-    """Add to `request.resume` what `response` brings, `elapsed_s` after the request was first sent."""
+    """Record `response` in `request.resume`, `elapsed_s` after the request was first sent."""
     resume, answers = request.resume, answers_of(request)
     if not delivered_tokens(request):
         resume.time_to_first_token_s = elapsed_s
@@ -122,12 +122,12 @@ def delivered_tokens(request: pb.GenerateRequest) -> int:
 
 
 def index_of(response: pb.GenerateResponse) -> int:
-    """Which answer it belongs to."""
+    """Index of the answer that it belongs to."""
     return response.chunk.index or response.complete.index
 
 
 def ends_all(request: pb.GenerateRequest, response: pb.GenerateResponse) -> bool:
-    """Whether nothing follows `response`, which was noted in `request`."""
+    """Whether `response`, already recorded in `request`, is the last one."""
     return response.HasField("complete") and all(answer.complete for answer in request.resume.answers)
 
 

@@ -19,8 +19,8 @@ class SamplingParams:
         repetition_penalty: > 0; 1 is none (as in CTRL: positive logits are divided by it, negative ones multiplied,
             for each token of the prompt and the output so far).
         seed: 64-bit key of the position-keyed noise.
-        presence_penalty, frequency_penalty: subtracted from the logits of the answer's tokens so far, once each, and
-            once for each time they occur; 0 is none.
+        presence_penalty, frequency_penalty: subtracted from the logits of the answer's tokens so far, once per token,
+            and once per occurrence; 0 is none.
         min_p: drop tokens less likely than this times the most likely one; 0 drops none.
         logit_bias: added to the logits of these token ids.
     """

@@ -52,7 +52,7 @@ class StepRecord:
         context_tokens: committed tokens of all sequences together.
         drafted_nodes, verified_nodes, accepted_nodes: draft nodes at each stage, over the batch.
         emitted_tokens: tokens given to requests.
-        running: requests with a slot: those that decode, and those whose prompts are not complete.
+        running: requests with a slot: those that decode, and those still in prefill.
         waiting: requests without a slot.
         startable: requests whose prompts found no room in this step and could start in the next.
         draft_s: seconds of drafting: messages, waiting for the drafter, pruning.
@@ -70,8 +70,8 @@ class StepRecord:
             "packed" (without padding), or "native" (on a CPU).
         gaps: (seconds since its last tokens, tokens) for each request that received further tokens.
         first_token_s: seconds from its arrival for each request that received its first token.
-        gap_priority, first_token_priority: of the same requests; empty if all are 0.
-        preempted: requests that gave their KV blocks to others, and wait to be computed again.
+        gap_priority, first_token_priority: priorities of these requests; empty if all are 0.
+        preempted: requests that lost their KV blocks to others, and wait to be recomputed.
     """
 
     step_id: int
@@ -124,7 +124,7 @@ _BOUNDS: Bounds = {
     "gap_priority": (-MAX_PRIORITY, MAX_PRIORITY),
     "first_token_priority": (-MAX_PRIORITY, MAX_PRIORITY),
 }
-"""Bounds of every number that sizes an array, divides, or whose logarithm is taken."""
+"""Bounds of every number that sizes an array, is a divisor, or has its logarithm taken."""
 
 
 def step_to_proto(record: StepRecord) -> pb.StepRecord:

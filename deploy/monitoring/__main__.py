@@ -1,4 +1,4 @@
-"""Writes what is generated: `python -m deploy.monitoring` after a change of rows or rules."""
+"""Writes the generated files: `python -m deploy.monitoring` after a change of rows or rules."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from deploy.monitoring.panels import SOURCE
 from deploy.monitoring.rows import rows
 
 CHANGE = "30s"
-"""A replica that was not there so long ago has started."""
+"""A replica that was absent this long ago has started."""
 ANNOTATIONS = {
     "Replica started": (
         "green",
@@ -28,7 +28,7 @@ ANNOTATIONS = {
     "Built-in plan": ("purple", "treeline_plan_version == 0", "{{instance}} has no plan of a planner"),
     "Alert": ("red", 'ALERTS{alertname=~"Treeline.*", alertstate="firing"}', "{{alertname}} {{instance}}"),
 }
-"""Colour, query and text of each. A plan is made several times a second: what is marked is that there is none."""
+"""Colour, query and text of each. Plans are made several times a second: only their absence is marked."""
 
 
 def dashboard() -> str:

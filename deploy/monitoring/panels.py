@@ -1,4 +1,4 @@
-"""Queries and panels of the dashboard, in short words over Grafana's builders."""
+"""Queries and panels of the dashboard: shorthand for Grafana's builders."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def total(series: str, labels: str = ON, by: str = "") -> str:
 
 
 def mean(series: str, by: str = "") -> str:
-    """Of a histogram."""
+    """Mean of a histogram."""
     return f"{total(f'{series}_sum', by=by)} / {total(f'{series}_count', by=by)}"
 
 
@@ -54,7 +54,7 @@ def stacked(panel: timeseries.Panel) -> timeseries.Panel:
 
 
 def marked(panel: timeseries.Panel, *values: float) -> timeseries.Panel:
-    """The same panel with a dashed line at each value from which something is amiss."""
+    """The same panel with a dashed line at each warning threshold."""
     style = common.GraphThresholdsStyleConfig().mode(enums.GraphThresholdsStyleMode.DASHED)
     return panel.thresholds(_thresholds(("green", "orange", "red"), values)).thresholds_style(style)
 

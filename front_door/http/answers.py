@@ -23,7 +23,7 @@ from treeline.rpc.status import code_of, from_rpc_error
 from treeline.v1 import generation_pb2 as pb
 
 DISCONNECT_POLL_S = 0.1
-"""How often a client that waits for a whole answer is looked for: a dropped connection ends its request this soon."""
+"""How often to check for a client that waits for a whole answer: a dropped connection ends its request this soon."""
 
 
 class HttpCall:
@@ -60,7 +60,7 @@ async def answer(door: FrontDoor, dialect: Dialect, body: ChatBody | CompletionB
         answers = await _unless_gone(call, asyncio.ensure_future(_collected(door, requests, context)))
         return JSONResponse(reply.whole(answers), headers=headers)
     responses = _merged(door, requests, context)
-    first = await anext(responses)  # what is refused at once is refused with its own status
+    first = await anext(responses)  # an immediate refusal gets its own status
     include_usage = body.stream_options is not None and body.stream_options.include_usage
     events = _events(reply, first, responses, include_usage)
     return StreamingResponse(events, media_type="text/event-stream", headers=headers | {"Cache-Control": "no-cache"})

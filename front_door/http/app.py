@@ -39,7 +39,7 @@ def create_app(
     pages: DiscoverPages,
     access: AccessLog,
 ) -> FastAPI:
-    """The HTTP application. With `tokens`, all but `OPEN_PATHS` ask for one of them as a bearer token."""
+    """The HTTP application. With `tokens`, all but `OPEN_PATHS` need one of them as a bearer token."""
     app = FastAPI(title="Treeline", docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
     app.add_middleware(Guard, tokens=tokens, max_body_bytes=max_body_bytes, access=access)
     app.mount("/page", StaticFiles(directory=PAGE))
@@ -108,7 +108,7 @@ def _serve_operators(app: FastAPI, door: FrontDoor, registry: CollectorRegistry,
 
     @app.get("/targets")
     async def targets() -> list[dict[str, Any]]:
-        """Of Prometheus' HTTP service discovery: the metrics pages of all replicas, which move."""
+        """For Prometheus' HTTP service discovery: the metrics pages of all replicas, which move."""
         found = await pages()
         return [{"targets": sorted(found[service]), "labels": {"service": service}} for service in found]
 
@@ -141,4 +141,4 @@ HANDLERS: dict[Any, Any] = {
     HTTPException: _http_error,
     RequestValidationError: _malformed,
 }
-"""What answers a call that ended with such an error."""
+"""Handlers by the error that ended the call."""

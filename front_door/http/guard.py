@@ -1,4 +1,4 @@
-"""What every HTTP call passes first: the token, the bound of the body, the access log."""
+"""What every HTTP call passes first: token check, body limit, access log."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from front_door.http.errors import ErrorResponse
 from treeline.rpc.tokens import TOKEN_NEEDED, TokenFile
 
 OPEN_PATHS = ("/", "/health")
-"""Need no token, and nor do the page's files: the page asks its reader for one, and orchestrators ask for health."""
+"""They need no token, nor do the page's files: the page asks its reader for one, and orchestrators check health."""
 CLIENT_GONE = "499"
-"""In the log, the status of a call whose client hung up before the answer, as nginx has it."""
+"""Logged status of a call whose client hung up before the answer, as in nginx."""
 JSON = "application/json"
 MAX_LOGGED_CHARS = 200
-"""Of method and path in the log: anybody may send paths of 64 KiB."""
+"""Limit of method and path in the log: anybody may send paths of 64 KiB."""
 
 
 class Guard:
-    """Asks for a bearer token and bounds the body, before anything is parsed. Names and logs every call."""
+    """Checks the bearer token and limits the body before anything is parsed. Gives every call an id and a log line."""
 
     def __init__(self, app: ASGIApp, tokens: TokenFile | None, max_body_bytes: int, access: AccessLog) -> None:
         self._app, self._tokens, self._max_body_bytes, self._access = app, tokens, max_body_bytes, access
@@ -80,8 +80,8 @@ class Guard:
 def _take_as_json(scope: Scope) -> str:
     """Have the body of a POST read as JSON, whatever its content type: curl calls it a form unless told otherwise.
 
-    A browser's page must call it JSON. Browsers send forms and plain text to any site, with the page's `Origin`, and do
-    not ask that site first: a page could make its readers' services work.
+    A browser's page must declare JSON. Browsers send forms and plain text to any site, with the page's `Origin`,
+    without asking that site first: any page could use its readers' services.
 
     Returns:
         What is wrong with the content type; empty if nothing is.

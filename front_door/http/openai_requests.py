@@ -1,4 +1,4 @@
-"""OpenAI's request bodies, and the generation requests that they mean. The verifier checks the values."""
+"""OpenAI's request bodies, and the generation requests they become. The verifier checks the values."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 MAX_NAMED, MAX_NAME_CHARS = 16, 64
-"""Of the ignored fields that a response header names: clients bound their headers."""
+"""Limits of the ignored fields that a response header names: clients limit headers."""
 ALIKE = 0.8
-"""Of difflib's ratio: `max_new_tokens` is like `max_tokens` (0.83), OpenAI's `store` is not like `stop` (0.67)."""
+"""Least difflib ratio: `max_new_tokens` is like `max_tokens` (0.83), OpenAI's `store` is not like `stop` (0.67)."""
 
 
 class StreamOptions(BaseModel):
@@ -83,7 +83,7 @@ class Body(Input):
 
     @property
     def ignored(self) -> list[str]:
-        """Names of given fields that have no effect, each with the field that may be meant, fit for a header."""
+        """Names of given fields without effect, each with the field that may be meant, safe for a header."""
         given = [name[:MAX_NAME_CHARS] for name in sorted(self.model_extra or ())[:MAX_NAMED]]
         known = type(self).model_fields
         meant = [difflib.get_close_matches(name, known, 1, ALIKE) for name in given]
@@ -112,7 +112,7 @@ class Body(Input):
         return pb.Grammar(json_schema=json.dumps(SPACING | wanted.json_schema.definition))
 
     def common(self, request_id: str, index: int, grammar: pb.Grammar | None) -> pb.GenerateRequest:
-        """Everything but the input, for the prompt number `index`: `n` answers."""
+        """The request for `n` answers to prompt number `index`, without its input."""
         shared = {name: getattr(self, name) for name in GenerateOptions.__optional_keys__ & Body.model_fields.keys()}
         own = {
             "request_id": f"{request_id}-{index}" if index else request_id,
@@ -140,7 +140,7 @@ class ChatBody(Body, ChatInput):
         """The generation request.
 
         Raises:
-            InvalidRequestError: tools and an answer's format exclude each other, or a tool is chosen that is not there.
+            InvalidRequestError: tools are combined with an answer format, or a chosen tool does not exist.
         """
         chat, grammar, binding = self.chat(tool_call_format), self.grammar, self.binding(tool_call_format)
         finder = self.finder(tool_call_format)
@@ -154,7 +154,7 @@ class ChatBody(Body, ChatInput):
         if self.logprobs:
             request.output.logprobs = self.top_logprobs or 0
         if isinstance(finder, FreeCalls):
-            request.output.skip_special_tokens = False  # the marks of a call may be such
+            request.output.skip_special_tokens = False  # a call's marks may be special
         return [request]
 
     def finders(self, tool_call_format: str) -> list[Finder]:

@@ -19,7 +19,7 @@ CALL_ID_CHARS = 9
 
 
 class Dialect:
-    """How one endpoint spells what it answers. Chat and text completions differ in names only."""
+    """How one endpoint spells its answers. Chat and text completions differ in names only."""
 
     prefix: str
     whole_object: str
@@ -28,7 +28,7 @@ class Dialect:
     def choice(self, found: Found, logprobs: list[pb.PositionLogprobs], start: int) -> dict[str, Any]:
         """The answer's text, calls and log-probabilities as part of a whole answer's choice.
 
-        `start`: where the token of the first of `logprobs` begins in the choice's text, in characters.
+        `start`: where the first token of `logprobs` begins in the choice's text, in characters.
         """
         raise NotImplementedError
 
@@ -79,7 +79,7 @@ class Reply:
         self._frame = {"id": f"{dialect.prefix}-{request_id}", "created": int(time.time()), "model": model}
 
     def whole(self, answers: Iterable[list[pb.GenerateResponse]]) -> dict[str, Any]:
-        """One finished answer a choice, each as its stream of responses."""
+        """One choice per finished answer, each given as its stream of responses."""
         choices, completes = [], []
         for index, responses in enumerate(answers):
             complete = responses[-1].complete
@@ -109,7 +109,7 @@ class Reply:
         return self._framed([choice]) | extra
 
     def usage_chunk(self, completes: list[pb.GenerateComplete]) -> dict[str, Any]:
-        """What comes last if `stream_options.include_usage` is set."""
+        """The last chunk if `stream_options.include_usage` is set."""
         return self._framed([]) | {"usage": usage(completes)}
 
     def _found(self, index: int, response: pb.GenerateResponse) -> Found:
@@ -122,7 +122,7 @@ class Reply:
     def _positions(self, index: int, *responses: pb.GenerateResponse) -> tuple[list[pb.PositionLogprobs], int]:
         """The log-probabilities of `responses`, and where the first one's token begins in the choice's text.
 
-        Tokens of the prompt lie before the end of what is echoed: special ones in front of it are no part of it.
+        Prompt tokens lie before the end of the echoed text. Special tokens in front of it are not part of it.
         """
         prompt = [position for response in responses for position in response.chunk.prompt_logprobs]
         answer = [position for response in responses for position in response.chunk.logprobs]
@@ -156,7 +156,7 @@ def usage(completes: list[pb.GenerateComplete]) -> dict[str, Any]:
 
 
 def _joined(pieces: Iterable[CallPiece]) -> list[CallPiece]:
-    """One piece a call."""
+    """One piece per call."""
     joined: dict[int, CallPiece] = {}
     for piece in pieces:
         before = joined.get(piece.number)

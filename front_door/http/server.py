@@ -22,7 +22,7 @@ START_TIMEOUT_S = 10.0
 
 
 class HttpServer:
-    """The HTTP port, listening. `port`: where."""
+    """The listening HTTP server. `port`: its port."""
 
     def __init__(self, server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
         self._server, self._serving = server, serving
@@ -50,7 +50,7 @@ class HttpServer:
             ssl_keyfile=config.tls.private_key if config.tls else None,
         )
         server = _Server(settings)
-        # Opened here: where uvicorn can't listen it exits, which would leave a replica without its event loop.
+        # Opened here: if uvicorn can't listen it exits, which would leave a replica without its event loop.
         try:
             listening = socket.create_server((config.host, config.http.port), family=family_of(config.host))
             serving = asyncio.create_task(server.serve([listening]), name="http")

@@ -1,4 +1,4 @@
-"""Tool calls in the text of an answer, found as it comes. However the text is cut, the calls are the same."""
+"""Finds tool calls in an answer's text as it streams. However the text is split, the calls are the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 
 class CallPiece(NamedTuple):
-    """More of one call: its function's name comes with the first piece, and only there."""
+    """A piece of one call. Only the first piece has the function's name."""
 
     number: int
     name: str | None
@@ -17,7 +17,7 @@ class CallPiece(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a piece of text has brought: plain content, and pieces of calls in order."""
+    """What a piece of text contains: plain content, and pieces of calls in order."""
 
     pieces: list[str]
     calls: list[CallPiece]
@@ -36,7 +36,7 @@ class Finder(Protocol):
 
 
 class Spelling(NamedTuple):
-    """How a model spells calls: JSON between two marks. `bare`: where an answer begins, none is needed to open one."""
+    """How a model spells calls: JSON between two marks. `bare`: an answer may start with unmarked JSON."""
 
     opening: str
     closing: str = ""
@@ -63,8 +63,8 @@ class PlainText:
 
 
 class FreeCalls:
-    """Calls of a model that spells them on its own. Each comes out whole, so that one that proves malformed, or names
-    no function of `names`, is plain content as it stands. White space around a call is no content."""
+    """Calls in a model's own spelling. Each comes out whole, so that a malformed one, or one that names no function of
+    `names`, stays plain content. White space around a call is dropped."""
 
     def __init__(self, spelling: Spelling, names: Collection[str], parallel: bool = True) -> None:
         """`parallel`: whether more than the first call counts."""
@@ -91,7 +91,7 @@ class FreeCalls:
         return found
 
     def _begins(self, found: Found) -> bool:
-        """Look for a call, and let go of all that belongs to none. Whether one begins."""
+        """Look for a call, and release all text outside of one. Whether one begins."""
         held, mark = self._held, self._spelling.opening
         at = held.find(mark)
         space = len(held) - len(held.lstrip(SEPARATORS if self._calls else None))
@@ -111,7 +111,7 @@ class FreeCalls:
         return True
 
     def _ends(self, found: Found, scan: _JsonEnd) -> bool:
-        """Go on with the call that has begun. Whether it has ended, or proved malformed."""
+        """Continue the call that has begun. Whether it has ended, or proved malformed."""
         closing, held = self._spelling.closing, self._held
         if not scan.broken and (end := scan.look(held)) is not None:
             rest = held[end:].lstrip() if closing else held[end:]
@@ -127,7 +127,7 @@ class FreeCalls:
         return True
 
     def _take(self, text: str, found: Found) -> bool:
-        """Whether `text` is a call, or a list of calls; they are then found."""
+        """Whether `text` is a call, or a list of calls, which `found` then gets."""
         calls = _parsed(text, self._names)
         pieces = [CallPiece(self._calls + place, *call) for place, call in enumerate(calls)]
         found.calls.extend(piece for piece in pieces if self._parallel or piece.number == 0)
@@ -146,8 +146,8 @@ class FreeCalls:
 
 
 class BoundCalls:
-    """Calls of a model that a grammar binds to `HEAD`, arguments and "}", one a line. They are streamed as they come;
-    text that does not begin with a call is plain content, as is the head of one that is cut off."""
+    """Calls that a grammar binds to `HEAD`, arguments and "}", one a line. They are streamed as they arrive. Text that
+    does not begin with a call is plain content, and so is the head of a truncated call."""
 
     HEAD = re.compile(r'(?:}\n)?{"name": "([^"]+)", "arguments": ')
 
@@ -190,12 +190,12 @@ class BoundCalls:
 
 
 class _JsonEnd:
-    """Looks for the end of the JSON object or array that a text begins with, each character once.
+    """Finds the end of the JSON object or array that a text begins with. Reads each character once.
 
     Attributes:
         at: where to go on in the text.
-        found: index behind the end, once it has come.
-        broken: no JSON can go on like this.
+        found: index after the end, once it is reached.
+        broken: the text so far cannot be JSON.
     """
 
     def __init__(self) -> None:
@@ -228,7 +228,7 @@ class _JsonEnd:
 
 
 def _parsed(text: str, names: Collection[str]) -> list[tuple[str, str]]:
-    """Name and arguments, as JSON, of the call or the calls in `text`; nothing if any of them is malformed."""
+    """Name and arguments, as JSON, of each call in `text`; nothing if any of them is malformed."""
     try:
         value = json.loads(text)
         calls = [(call["name"], call.get("arguments", call.get("parameters"))) for call in _listed(value)]
@@ -243,5 +243,5 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _overlap(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that `mark` begins with."""
+    """Length of the longest suffix of `text` that is a prefix of `mark`."""
     return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)

@@ -1,4 +1,4 @@
-"""The tools of a chat: what a model is told of them, what binds it to them, and how its calls are found."""
+"""The tools of a chat: how a model is told of them and bound to them, and how its calls are found."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from treeline.v1 import generation_pb2 as pb
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 SPACING = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
-"""llguidance's. Models that may write white space between values can lose themselves in it."""
+"""An llguidance option. Models that may write white space between values can get lost in it."""
 INSTRUCTION = """\
 You can call these functions:
 {functions}
@@ -24,11 +24,11 @@ To call one, answer with its name and arguments as JSON and nothing else, one ca
 
 T = TypeVar("T")
 Many = Annotated[list[T], Field(fail_fast=True)]
-"""A list that is refused at its first wrong element: a body has room for a million of them."""
+"""A list that is refused at its first invalid element: a body has room for a million of them."""
 
 
 class Input(BaseModel):
-    """A body. Its texts are Unicode: half a surrogate pair, which JSON can spell, is no text."""
+    """A body. Its texts are Unicode: half a surrogate pair, which JSON can spell, is refused."""
 
     @model_validator(mode="before")
     @classmethod
@@ -82,7 +82,7 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """A message of a chat. The chat template gets its further fields as they are."""
+    """A message of a chat. Its other fields go to the chat template unchanged."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -111,7 +111,7 @@ class ChatInput(Input):
     continue_final_message: bool | None = None
 
     def chat(self, tool_call_format: str) -> pb.Chat:
-        """The chat for a model that spells calls like this; for any other one, tools become a part of the text."""
+        """The chat for a model with this format of tool calls. For an unknown one, tools become part of the text."""
         known, arguments = tool_call_format in SPELLINGS, dict(self.chat_template_kwargs)
         if known and self._offered:
             arguments["tools"] = [tool.model_dump(exclude_unset=True) for tool in self._offered]
@@ -162,10 +162,10 @@ class ChatInput(Input):
 
     @property
     def _callable(self) -> Sequence[Tool]:
-        """Those that the answer may call.
+        """Tools that the answer may call.
 
         Raises:
-            InvalidRequestError: there is none, or one whose arguments are no object.
+            InvalidRequestError: there is none, or the arguments of one are not an object.
         """
         tools, choice = self.tools, self.tool_choice
         if isinstance(choice, NamedTool):

@@ -4,7 +4,7 @@
 const byId = (id) => document.getElementById(id);
 const KEPT_STEPS = 60; // trees drawn per answer; older ones are removed so that long answers stay quick
 const LOAD_INTERVAL_MS = 1000;
-const EXAMPLES = { "chain:": "chain:4", "static:": "static:4-2-1", "eagle2:": "eagle2:5,4,16" }; // where any parameters may stand
+const EXAMPLES = { "chain:": "chain:4", "static:": "static:4-2-1", "eagle2:": "eagle2:5,4,16" }; // for policies with parameters
 const LAYER = 92, ROW = 22, NODE = 84; // pixels: from layer to layer, from leaf to leaf, the width of a certain node
 let running = null; // the AbortController of the answers on show
 let background = null; // the AbortController of the background streams

@@ -1,4 +1,4 @@
-"""What becomes of a request whose calls fail. Decides only: the clients make the calls and wait."""
+"""Decides whether a failed call is retried, resumed or given up. The clients make the calls and wait."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from treeline.rpc.status import from_rpc_error, is_lost, retry_delay_s
 from treeline.v1 import generation_pb2 as pb
 
 RETRY_S = 0.2
-"""Between rounds over all servers while a broken stream looks for one."""
+"""Pause between rounds over all servers while a broken stream seeks one."""
 MOST_JITTER = 1.5
-"""A delay that the server named is stretched by up to this factor: clients refused together come back one by one."""
+"""A retry delay from the server is stretched by up to this factor, so that clients refused together spread out."""
 
 
 class Servers:
-    """The addresses of a client, of which one at a time is in use.
+    """The addresses of a client. One at a time is in use.
 
     Attributes:
         closed: the client itself has ended its calls.
@@ -37,7 +37,7 @@ class Servers:
         self.current = (self.current + 1) % len(self.targets)
 
     def error(self, error: Any) -> TreelineError:
-        """The TreelineError behind a call to the server in use that failed."""
+        """The TreelineError for a failed call to the server in use."""
         if self.closed:
             return RequestFailedError("CANCELLED", "the client was closed")
         if error.code() is grpc.StatusCode.UNAVAILABLE and not error.trailing_metadata():
@@ -51,10 +51,10 @@ class Attempts:
     """The calls of one request, one after the other.
 
     Attributes:
-        ended: the last message has come. Whatever becomes of the call behind it, the request has succeeded.
+        ended: the last message has arrived. The request has succeeded, however the call ends.
 
     Args:
-        request: what is streamed; gathers what a server needs to resume it. None for a call with one response.
+        request: the streamed request; collects what a server needs to resume it. None for a unary call.
         timeout_s: for all calls together.
     """
 
@@ -70,16 +70,16 @@ class Attempts:
         self._servers, self._request = servers, request
         self._timeout_s, self._resume_wait_s, self._retries_left = timeout_s, resume_wait_s, max_retries
         self._started_s = time.monotonic()
-        self._lost_s: float | None = None  # since the last message: when the stream broke, and failed calls
+        self._lost_s: float | None = None  # when the stream broke, and failed calls, since the last message
         self._failures = 0
 
     @property
     def left_s(self) -> float | None:
-        """What the next call may take."""
+        """Seconds that the next call may take."""
         return None if self._timeout_s is None else max(0.0, self._started_s + self._timeout_s - time.monotonic())
 
     def message(self, response: pb.GenerateResponse) -> pb.GenerateChunk | pb.GenerateComplete:
-        """What `response` brings, noted so that the stream can be resumed behind it."""
+        """The message in `response`, recorded so that the stream can resume after it."""
         assert self._request is not None
         self._lost_s, self._failures = None, 0
         note(self._request, response, time.monotonic() - self._started_s)
@@ -116,7 +116,7 @@ class Attempts:
         return RETRY_S if self._failures >= len(self._servers.targets) else 0.0
 
     def _until_retried(self, error: Any, lost: bool) -> float | None:
-        """Before the first token: the other servers at once, then as the server says."""
+        """Before the first token: the other servers at once, then after the server's delay."""
         told_s = retry_delay_s(error)
         if lost:
             self._servers.use_next()

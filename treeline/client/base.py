@@ -31,23 +31,23 @@ ChatMessages = Sequence[Mapping[str, Any]]
 class BaseClient(ABC, Generic[AnswerT]):
     """Talks to front doors, or to a verifier directly. Failed calls raise TreelineErrors.
 
-    A stream whose front door goes away resumes through the same or another one; each token comes once.
+    A stream whose front door goes away resumes through the same or another one; each token is delivered once.
 
     Args:
         targets: one or several "host:port"; one at a time is used.
         token: bearer token, if the server asks for one.
         tls_ca: certificate file to trust; without it the connection is not encrypted.
         resume_wait_s: how long a broken stream looks for a server that resumes it.
-        max_retries: how often a call that failed before its first token is sent again, after the time that the server
-            named. A server that cannot be reached names none.
-        allow_plaintext_token: send the token over connections that leave this machine without encryption.
+        max_retries: how often a call that failed before its first token is retried, after the delay that the server
+            named. An unreachable server names none.
+        allow_plaintext_token: send the token over unencrypted connections that leave this machine.
 
     Raises:
         ConfigError: the certificate cannot be read, or the token would leave this machine in plain text.
     """
 
     _transport: ClassVar[Any]
-    """What makes channels: grpc or grpc.aio."""
+    """The module that makes channels: grpc or grpc.aio."""
 
     def __init__(
         self,
@@ -92,14 +92,14 @@ class BaseClient(ABC, Generic[AnswerT]):
     ) -> AnswerT:
         """Stream an answer: chunks as they are produced, then one GenerateComplete. `.text()` gives the whole text.
 
-        With `n`, the messages of that many answers come side by side, each with its index; `.texts()` gives all texts.
+        With `n`, the messages of that many answers are interleaved, each with its index; `.texts()` gives all texts.
 
-        Exactly one of `prompt`, `messages` ({"role", "content"} each, and what else the chat template reads) and
-        `token_ids` is needed; the other arguments are `GenerateOptions`. Closing the answer (or leaving its loop)
+        Give exactly one of `prompt`, `messages` ({"role", "content"} each, plus what else the chat template reads) and
+        `token_ids`; the other arguments are `GenerateOptions`. Closing the answer (or leaving its loop)
         aborts the request.
 
         Raises:
-            TypeError: there is no such option, or a value is of another type than its field.
+            TypeError: an option is unknown, or a value's type does not fit its field.
             ValueError: none or several inputs are given, or a value does not fit its field.
             InvalidRequestError, QueueFullError, UnknownModelError, DuplicateRequestError, UnavailableError: as named.
             RequestFailedError: any other failure; `.code` is "DEADLINE_EXCEEDED", "CANCELLED", "UNAUTHENTICATED", ...
@@ -129,7 +129,7 @@ class BaseClient(ABC, Generic[AnswerT]):
 
     @property
     def _channel(self) -> Any:
-        """The one in use."""
+        """The channel in use."""
         return self._channels[self._servers.current]
 
     def _attempts(self, request: pb.GenerateRequest | None, timeout_s: float | None) -> Attempts:
@@ -142,7 +142,7 @@ def chat_of(
     continue_final_message: bool | None = None,
     add_generation_prompt: bool | None = None,
 ) -> pb.Chat | None:
-    """A chat as the contract has it: what a message holds besides role and content is JSON."""
+    """A chat in the contract's form: message fields other than role and content become JSON."""
     if messages is None:
         return None
     turn: dict[str, Any] = {
@@ -172,7 +172,7 @@ def _json(fields: Mapping[str, Any], known: set[str] = frozenset()) -> str:  # t
 
 
 def _is_local(target: str) -> bool:
-    """Whether what is sent to `target` stays on this machine."""
+    """Whether `target` is on this machine."""
     host = target.rpartition(":")[0].strip("[]")
     try:
         return target.startswith("unix:") or host == "localhost" or ipaddress.ip_address(host).is_loopback

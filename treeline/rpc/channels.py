@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 Discover = Callable[[], Awaitable[list[str]]]
 """Finds the live "host:port" endpoints of a service; called again whenever they may have changed."""
 Refused = Callable[[str, grpc.aio.ServicerContext], None]
-"""Hears of a call that is refused: its method ("Generate") and its context."""
+"""Called for each refused call, with its method ("Generate") and context."""
 DiscoverPages = Callable[[], Awaitable[dict[str, list[str]]]]
 """Finds the "host:port" of the metrics pages of all replicas, by service."""
 OWN_ADDRESS = "TREELINE_ADDRESS"
-"""Environment variable: under which address other nodes reach this one, where a server listens on all interfaces."""
+"""Environment variable: the address at which other nodes reach this one, if a server listens on all interfaces."""
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
 """Health checks need no token, so that orchestrators can make them."""
 
 MAX_INTERNAL_RPCS = 1024
 INTERNAL_BACKOFF_MS = 250
-"""Most between attempts to reach a service that is gone: streams may wait for it, and an attempt costs a refused
+"""Longest pause between attempts to reach a lost service: streams may wait for it, and an attempt costs a refused
 connection."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -80,8 +80,8 @@ def new_server(
 ) -> grpc.aio.Server:
     """A server that asks for `access`'s token (if any) before `interceptors` see the call. Not yet listening.
 
-    Calls beyond `max_concurrent_rpcs` get RESOURCE_EXHAUSTED. `refused` hears of each call of the generation service
-    without a valid token.
+    Calls beyond `max_concurrent_rpcs` get RESOURCE_EXHAUSTED. `refused` is called for each call of the generation
+    service without a valid token.
 
     Raises:
         ConfigError: the token file cannot be read or holds no token.
@@ -134,28 +134,28 @@ async def add_standard_services(server: grpc.aio.Server, service: str) -> health
 
 
 def freeze_started() -> None:
-    """Exempt every object that lives now from garbage collection. Call it once, when the server has started.
+    """Exempt all live objects from garbage collection. Call it once, when the server has started.
 
-    Python otherwise looks through old objects only once new ones are a quarter of them, which takes a good part of a
-    second; until then a process keeps tens of MiB of ended calls. After the freeze a look takes 2 ms, so that every
-    second turn may be one instead of every tenth: in a loop that leaves 400,000 small cycles, 14,000 objects waited at
-    most, where it was 107,000, for less time in all.
+    Otherwise Python runs a full collection only once new objects are a quarter of the old ones. It takes a good part of
+    a second, and until then a process keeps tens of MiB of ended calls. After the freeze it takes 2 ms, so every second
+    turn may be one instead of every tenth: in a loop that leaves 400,000 small cycles, at most 14,000 objects waited,
+    not 107,000, for less time in all.
     """
     gc.collect()
     gc.freeze()
-    gc.collect()  # It counts the old objects, of which a quarter is taken, anew.
+    gc.collect()  # Recounts the old objects, of which a quarter is the limit.
     gc.set_threshold(*gc.get_threshold()[:2], 1)
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep up to 64 MiB of freed memory, for messages of megabytes. Any other C library stays as it is.
+    """Let glibc keep up to 64 MiB of freed memory, for messages of megabytes. Other C libraries are left alone.
 
-    It gives such pieces back, and the system clears their pages at every use. Packing 4.7 MB of features, those of four
-    new prompts, took 11 ms that way and takes 3, while the engine waits.
+    By default it returns such blocks, and the system clears their pages at every use. Packing 4.7 MB of features, of
+    four new prompts, took 11 ms that way and now takes 3, while the engine waits.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that it accepts
         mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
@@ -178,7 +178,7 @@ def reachable_host(host: str) -> str:
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls without one of the accepted bearer tokens (UNAUTHENTICATED), health checks excepted.
+    """Refuses calls without a valid bearer token (UNAUTHENTICATED), except health checks.
 
     It comes first, and refuses without reading a message, so that a call without a token costs next to nothing.
     """
@@ -201,7 +201,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 
 
 class _Bearer:
-    """Shows the first valid token of a file on every call of a channel."""
+    """Sends the first valid token of a file with every call of a channel."""
 
     def __init__(self, tokens: TokenFile) -> None:
         self._tokens = tokens

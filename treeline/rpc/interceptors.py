@@ -21,7 +21,7 @@ from treeline.v1 import generation_pb2 as pb
 logger = logging.getLogger(__name__)
 
 DEADLINE_SLACK_S = 0.02
-"""A call that is cancelled this shortly before its deadline has exceeded it: timers fire a little early."""
+"""A call cancelled this close to its deadline counts as having exceeded it: timers fire a little early."""
 _GENERATION = pb.DESCRIPTOR.services_by_name["GenerationService"]
 SERVICE = _GENERATION.full_name
 METHODS = frozenset(f"/{SERVICE}/{method}" for method in _GENERATION.methods_by_name)
@@ -31,9 +31,9 @@ _PREFIX = f"/{SERVICE}/"
 
 
 class MessageGuard(grpc.aio.ServerInterceptor):
-    """A message that protobuf cannot parse ends its call with INVALID_ARGUMENT, where grpc has UNKNOWN.
+    """Ends a call whose message protobuf cannot parse with INVALID_ARGUMENT, where grpc has UNKNOWN.
 
-    Calls of the generation service pass: CallInterceptor counts them, and gives the status its details.
+    Calls of the generation service pass: CallInterceptor counts them and adds the status details.
     """
 
     async def intercept_service(self, continuation: Callable, handler_call_details: grpc.HandlerCallDetails) -> Any:
@@ -65,7 +65,7 @@ class MessageGuard(grpc.aio.ServerInterceptor):
 
 
 def parsed_or_error(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """`parse`, but a DecodeError is returned: what is raised there grpc turns into a status of its own."""
+    """`parse`, but returning a DecodeError: grpc turns one raised there into a status of its own."""
 
     def guarded_parse(data: bytes) -> Any:
         try:
@@ -77,7 +77,7 @@ def parsed_or_error(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 
 async def write_all(answer: Any, context: grpc.aio.ServicerContext) -> None:
-    """`answer`: a handler's coroutine, which writes by itself, or its generator, which is closed."""
+    """`answer`: a handler's coroutine, which writes by itself, or its generator, written here and closed."""
     if not inspect.isasyncgen(answer):
         await answer
         return
@@ -87,8 +87,8 @@ async def write_all(answer: Any, context: grpc.aio.ServicerContext) -> None:
 
 
 class CallObserver(Protocol):
-    """Hears of each call: at its start the method ("Generate"), at its end also the gRPC code's name ("OK"), the
-    seconds, and what a client was told whose call failed."""
+    """Is told of each call: at its start the method ("Generate"), at its end also the gRPC code's name ("OK"), the
+    seconds, and the message to the client if it failed."""
 
     def started(self, method: str) -> None: ...
 
@@ -96,11 +96,11 @@ class CallObserver(Protocol):
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Gives every call of the generation service its right status.
+    """Gives every call of the generation service the right status.
 
     - A message that protobuf cannot parse (for example text that is not UTF-8) becomes INVALID_ARGUMENT.
     - A TreelineError becomes its own status with details. The status of a failed upstream call passes unchanged.
-    - Any other exception becomes INTERNAL. It is logged here under an id, and the client sees the id alone.
+    - Any other exception becomes INTERNAL. It is logged here under an id, and the client sees only the id.
 
     Handlers must be unary-unary coroutines or unary-stream async generators, which are closed when the call ends.
     """
@@ -142,7 +142,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except asyncio.CancelledError:
             code = _ended_early(context)
             raise
-        except grpc.aio.InternalError:  # Something was to be written, and the call has ended meanwhile.
+        except grpc.aio.InternalError:  # The call ended before a message was written.
             code = _ended_early(context)
         except TreelineError as error:
             code, told = code_of(error), str(error)

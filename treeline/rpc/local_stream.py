@@ -1,6 +1,6 @@
 """Messages between processes of one machine and one user over a Unix socket, which wakes fewer threads than gRPC.
 
-The socket lies in a folder that only this user may enter, which stands for the token and certificate of a port.
+The socket lies in a folder that only this user may enter, which replaces a port's token and certificate.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from google.protobuf.message import DecodeError, Message
 logger = logging.getLogger(__name__)
 Incoming = TypeVar("Incoming", bound=Message)
 LENGTH_BYTES = 4
-"""Of the little-endian number before each message."""
+"""Size of the little-endian length before each message."""
 CHUNK_BYTES = 1 << 16
 CONNECT_S = 1.0
-"""A server that runs accepts at once; one that is stopped, with a full queue, would hold the caller's event loop."""
+"""A running server accepts at once; a stopped one with a full queue would block the caller's event loop."""
 
 
 class LocalStream(Generic[Incoming]):
     """One connection, for one thread."""
 
     def __init__(self, sock: socket.socket, incoming: type[Incoming], max_bytes: int) -> None:
-        """`max_bytes`: of a message that comes in."""
+        """`max_bytes`: limit of an incoming message."""
         self._socket, self._incoming, self._max_bytes = sock, incoming, max_bytes
         self._buffer = bytearray()
 
@@ -46,7 +46,7 @@ class LocalStream(Generic[Incoming]):
         """The next message, or None if it has not come within `timeout_s`.
 
         Raises:
-            OSError: the connection has ended, or what came is no message or too long a one.
+            OSError: the connection has ended, or a message is malformed or too long.
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         while (message := self._whole()) is None:
@@ -61,13 +61,13 @@ class LocalStream(Generic[Incoming]):
         return message
 
     def close(self) -> None:
-        """End the connection; may be called from any thread, and wakes the one that waits."""
+        """End the connection; may be called from any thread, and wakes a waiting one."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def _whole(self) -> Incoming | None:
-        """The message at the front of the buffer, taken out, if all of it is there."""
+        """Take the message at the front of the buffer, if it is complete."""
         if len(self._buffer) < LENGTH_BYTES:
             return None
         end = LENGTH_BYTES + int.from_bytes(self._buffer[:LENGTH_BYTES], "little")
@@ -133,7 +133,7 @@ class LocalServer(socketserver.ThreadingUnixStreamServer, Generic[Incoming]):
             self._open.discard(stream)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        logger.exception("a local connection ended")
+        logger.exception("a local connection failed")
 
     def close(self) -> None:
         """End all connections. Takes up to half a second."""

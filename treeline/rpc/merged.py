@@ -1,4 +1,4 @@
-"""Several streams read side by side."""
+"""Reads several streams concurrently."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ T = TypeVar("T")
 
 
 async def merged(streams: Sequence[AsyncIterator[T]], first_alone: bool = False) -> AsyncGenerator[tuple[int, T], None]:
-    """The items of all streams as they come, each with its stream's place.
+    """The items of all streams as they arrive, each with its stream's index.
 
-    They are async generators. One that raises ends all of them with its exception; closing this closes them all.
+    Streams are async generators. If one raises, all end with its exception; closing this closes them all.
 
     Args:
-        first_alone: the others begin when the first one has brought something, or has ended.
+        first_alone: the others begin when the first one has yielded an item or ended.
     """
     if len(streams) == 1:
         async with aclosing(streams[0]) as items:  # type: ignore[type-var]

@@ -1,4 +1,4 @@
-"""Reading a streamed call that may be given up at any time."""
+"""Reads a streamed call that may be cancelled at any time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import grpc
 async def messages_of(call: Any) -> AsyncGenerator[Any, None]:
     """The messages of `call`, a grpc.aio.UnaryStreamCall, which is cancelled when this is closed.
 
-    grpc.aio never frees a read that is cancelled (200 to 500 bytes, measured with grpcio 1.85). So no read is: whoever
-    waits for it is cancelled alone, and it ends with its call.
+    grpc.aio never frees a cancelled read (200 to 500 bytes, measured with grpcio 1.85). So no read is cancelled: only
+    its waiter is, and the read ends with its call.
 
     Raises:
         grpc.aio.AioRpcError: the call has failed.
@@ -28,5 +28,5 @@ async def messages_of(call: Any) -> AsyncGenerator[Any, None]:
             yield message
     finally:
         call.cancel()
-        if reading is not None:  # Nobody else may see how it ends.
+        if reading is not None:  # Nobody else may retrieve its exception.
             reading.add_done_callback(lambda ended: ended.cancelled() or ended.exception())

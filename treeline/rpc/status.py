@@ -36,7 +36,7 @@ DELIVERED = "delivered_tokens"
 QUEUE_FULL = "QUEUE_FULL"
 PUSHBACK = "grpc-retry-pushback-ms"
 MAX_MESSAGE_CHARS = 1_000
-"""A status travels in HTTP/2 trailers, which peers bound to a few kilobytes."""
+"""A status travels in HTTP/2 trailers, which peers limit to a few kilobytes."""
 
 D = TypeVar("D", bound=Message)
 _Code = grpc.StatusCode
@@ -66,7 +66,7 @@ def code_of(error: TreelineError) -> grpc.StatusCode:
 
 
 def retry_s(error: TreelineError) -> float:
-    """After how many seconds a call that failed with RESOURCE_EXHAUSTED or UNAVAILABLE may do better."""
+    """Seconds after which to retry a call that failed with RESOURCE_EXHAUSTED or UNAVAILABLE."""
     return error.retry_s if isinstance(error, QuotaExceededError) else RETRY_DELAY_S
 
 
@@ -96,15 +96,15 @@ async def abort_with(context: grpc.aio.ServicerContext, error: TreelineError) ->
 
 
 async def abort_as(context: grpc.aio.ServicerContext, error: grpc.aio.AioRpcError) -> None:
-    """End a call exactly as an upstream call ended: same code, message and details. Returns, as `abort_with`."""
+    """End a call exactly as an upstream call ended: same code, message and details. Returns, like `abort_with`."""
     status = _status_of(error)
     trailers = rpc_status.to_status(status).trailing_metadata if status else ()
     await _abort(context, error.code(), error.details() or "", (*trailers, *_pushback(retry_delay_s(error))))
 
 
 async def _abort(context: grpc.aio.ServicerContext, code: grpc.StatusCode, details: str, trailers: tuple) -> None:
-    """grpc keeps the error that `context.abort` raises in the call. With a traceback, whose frames hold the call, that
-    is a cycle: requests that were refused, of megabytes perhaps, would stay until a collection, minutes later.
+    """grpc keeps, in the call, the error that `context.abort` raises. Its traceback's frames hold the call, which makes
+    a cycle: refused requests, perhaps of megabytes, would stay until a collection, minutes later.
     """
     try:
         await context.abort(code, details, trailers)
@@ -113,7 +113,7 @@ async def _abort(context: grpc.aio.ServicerContext, code: grpc.StatusCode, detai
 
 
 def from_rpc_error(error: Any) -> TreelineError:
-    """The TreelineError behind a call (a grpc.RpcError) that failed and was not cancelled from here.
+    """The TreelineError behind a failed call (a grpc.RpcError) that was not cancelled from here.
 
     RequestFailedError if it is not one of ours.
     """
@@ -139,21 +139,21 @@ def reason_of(error: Any) -> str:
 
 
 def retry_delay_s(error: Any) -> float | None:
-    """After how many seconds the server of a failed call invites another one, if it does."""
+    """Seconds after which the server of a failed call invites a retry, if it does."""
     info = _detail(error, RetryInfo())
     return info.retry_delay.ToTimedelta().total_seconds() if info.HasField("retry_delay") else None
 
 
 def is_lost(error: Any) -> bool:
-    """Whether a call failed because its server or the way there went away, so that another server may take it over."""
+    """Whether a call failed because its server or connection was lost, so that another server may take it over."""
     code = error.code()
-    # A server that is killed or taken away resets its streams, which is INTERNAL or CANCELLED. Our own INTERNAL errors
-    # carry details, and whoever cancels a call himself must not ask.
+    # A server that is killed or removed resets its streams, which gives INTERNAL or CANCELLED. Our own INTERNAL errors
+    # carry details. Do not ask about a call that this side cancelled.
     return code in _GONE or (code is _Code.INTERNAL and _status_of(error) is None)
 
 
 def _pushback(delay_s: float | None) -> tuple[tuple[str, str], ...]:
-    """The trailer that says the same as RetryInfo to gRPC's own retries (examples/retries.json)."""
+    """The trailer that tells gRPC's own retries (examples/retries.json) the same as RetryInfo."""
     return () if delay_s is None else ((PUSHBACK, str(round(1000 * delay_s))),)
 
 

@@ -25,7 +25,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 @dataclass(frozen=True)
 class Client:
-    """Who calls. Tokens of one name are one client.
+    """A caller. Tokens of the same name are one client.
 
     Attributes:
         name: how verifiers and logs know the client; never the token.
@@ -33,7 +33,7 @@ class Client:
         rate: requests per second; one second's worth may come at once.
         concurrent: requests open at a time, through one front door.
         priority: the highest it may ask for.
-        expires_unix_s: from then on the token counts for nothing.
+        expires_unix_s: from then on the token is invalid.
     """
 
     name: str
@@ -53,8 +53,8 @@ def authorization(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
 def read_clients(path: Path) -> dict[str, Client]:
     """The client of each token in a file. A line is a token, then `option=value` pairs, separated by spaces.
 
-    Options: name, weight, rate, concurrent, priority, expires (a date or time of ISO 8601, UTC unless it says
-    otherwise). Empty lines and lines that begin with # do not count.
+    Options: name, weight, rate, concurrent, priority, expires (an ISO 8601 date or time, UTC unless it says
+    otherwise). Empty lines and lines that begin with # are ignored.
 
     Raises:
         ConfigError: the file cannot be read, holds no token, or a line has a wrong option.
@@ -99,7 +99,7 @@ class TokenFile:
 
     @property
     def token(self) -> str:
-        """The first one that has not expired: what is shown to others. The first of all if none is left."""
+        """The first token that has not expired, to send to others. The first of all if every one has expired."""
         clients, now = self._current(), self._clock()
         return next((token for token, client in clients.items() if now < client.expires_unix_s), next(iter(clients)))
 
@@ -118,7 +118,7 @@ class TokenFile:
             try:
                 self._clients = read_clients(self._path)
             except ConfigError as error:
-                logger.warning("the last tokens hold: %s", error)
+                logger.warning("keeping the last tokens: %s", error)
         return self._clients
 
     def _seen(self) -> tuple[int, int, int] | None:
@@ -142,7 +142,7 @@ _OPTIONS: dict[str, tuple[Callable[[str], Any], Callable[[Any], object]]] = {
     "priority": (int, lambda value: abs(value) <= MAX_PRIORITY),
     "expires": (_unix_s, lambda value: True),
 }
-"""How each option is read, and whether it may be so."""
+"""How each option is parsed and checked."""
 
 
 def _client(token: str, options: list[str]) -> Client:

@@ -1,4 +1,4 @@
-"""The log of every service: one form, set up in one place. What one searches for is in fields, not in prose.
+"""The log of every service: one format, set up in one place. Searchable values are fields, not prose.
 
 A line gets its fields from `extra` and from the context: `bind_contextvars(request_id=...)` names the request in all
 lines of its task.
@@ -17,14 +17,14 @@ from structlog.typing import EventDict, WrappedLogger
 from treeline.config import LoggingConfig
 
 PACKAGES = ("drafter_svc", "front_door", "lm", "planner", "treeline", "verifier_svc")
-"""Whose lines `logging.level` is about. Other packages are heard from WARNING on."""
+"""Packages that `logging.level` applies to. Others log from WARNING on."""
 MAX_BYTES, BACKUPS = 64 << 20, 4
-"""Of a log file, 320 MiB in all: some 600,000 access lines of 500 bytes."""
+"""Log rotation: 320 MiB in all, some 600,000 access lines of 500 bytes."""
 _HANDLER = "treeline"
 
 
 def configure(config: LoggingConfig, service: str, folder: Path | None = None) -> None:
-    """Log what this process says as `service`: to a file in `folder` that rotates, else to standard error.
+    """Log this process's lines as `service`: to a rotating file in `folder`, else to standard error.
 
     Calling it again replaces what it set up before.
     """

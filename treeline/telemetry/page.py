@@ -1,4 +1,4 @@
-"""A process's page of metrics: /metrics for Prometheus, /healthz for probes, and nothing else."""
+"""A process's metrics page: /metrics for Prometheus, /healthz for probes, and nothing else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def new_registry() -> CollectorRegistry:
 
 
 def labelled(registry: CollectorRegistry, **labels: str) -> CollectorRegistry:
-    """The same series, each with `labels` too."""
+    """The same series, each with `labels` added."""
     page = CollectorRegistry()
     page.register(_Labelled(registry, labels))
     return page
@@ -67,7 +67,7 @@ def serve_metrics(registry: CollectorRegistry, config: MetricsConfig) -> int:
 
 
 def _routes(page: WSGIApplication, tokens: TokenFile | None) -> WSGIApplication:
-    """`page` at /metrics, for holders of a token if there are `tokens`. A probe needs none."""
+    """`page` at /metrics, which needs a token if there are `tokens`. A probe needs none."""
 
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         def say(status: str, text: bytes, *headers: tuple[str, str]) -> Iterable[bytes]:

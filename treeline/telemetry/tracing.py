@@ -69,7 +69,7 @@ class Span:
             self._span.set_attributes({f"treeline.{name}": value for name, value in fields.items()})
 
     def part(self, name: str, start_s: float, end_s: float, **fields: Any) -> None:
-        """Add a child from `start_s` to `end_s` (Unix time), as far as it is within this span."""
+        """Add a child from `start_s` to `end_s` (Unix time), clipped to this span's start."""
         start_s = max(start_s, self._started_s)
         if self._span is None or end_s <= start_s:
             return
@@ -82,7 +82,7 @@ class Span:
 
 @contextmanager
 def span(name: str, headers: Mapping[str, str | bytes]) -> Iterator[Span]:
-    """A span, and child of the caller's if its `headers` name one. An exception becomes the span's status."""
+    """A span, a child of the caller's if `headers` name one. An exception becomes the span's status."""
     if _tracer is None:
         yield Span()
         return
