@@ -20,10 +20,10 @@ HELD_OUT_EVERY = 50
 
 @dataclass(frozen=True)
 class Sample:
-    """Where one text is.
+    """The place of one text.
 
     Attributes:
-        start, length: its tokens' place in the shard.
+        start, length: its tokens' range in the shard.
         turn_start: its first token that the target chose.
     """
 
@@ -40,12 +40,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """Texts side by side, padded behind.
+    """Texts as rows, padded at the end.
 
     Attributes:
         token_ids: int64 [texts, tokens].
         features: [texts, tokens, width] of the target at these tokens.
-        counts: bool [texts, tokens]: the target chose what follows this token, so that it is worth learning.
+        counts: bool [texts, tokens]: the target chose the next token, so it is trained on.
     """
 
     token_ids: Tensor
@@ -57,7 +57,7 @@ class TrainingBatch:
 
 
 class Corpus:
-    """The texts of a folder, without those whose user's turn another one has already; features stay on disk."""
+    """The texts of a folder, without those that repeat another one's user turn; features stay on disk."""
 
     def __init__(self, folder: Path) -> None:
         samples = sorted(_samples(folder), key=lambda sample: sample.index)
@@ -73,7 +73,7 @@ class Corpus:
         self._files: dict[Path, Any] = {}
 
     def frequent_tokens(self, count: int, vocab_size: int) -> Tensor:
-        """int64 [count], increasing: the tokens the target wrote most; of those it never wrote, the lowest."""
+        """int64 [count], increasing: the tokens the target wrote most, then the lowest it never wrote."""
         written = Counter[int]()
         for sample in self.training:
             written.update(sample.token_ids[sample.turn_start :].tolist())
@@ -81,7 +81,7 @@ class Corpus:
         return torch.tensor(sorted(ranked[:count]))
 
     def epoch(self, number: int, seed: int, batch_tokens: int) -> list[list[Sample]]:
-        """All training texts once, in an order of this epoch's own, those of like length together."""
+        """All training texts once, in this epoch's own order, those of similar length together."""
         rng = random.Random(f"{seed} {number}")
         order = sorted(self.training, key=lambda sample: (sample.length // 16, rng.random()))
         batches = list(_grouped(order, batch_tokens))

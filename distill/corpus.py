@@ -1,4 +1,4 @@
-"""What the target has written, on disk: shards of whole texts with their features, each written whole or not at all."""
+"""Texts that the target wrote, on disk: shards of whole texts with their features, each shard written atomically."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ META = "corpus.json"
 
 @dataclass(frozen=True)
 class CorpusMeta:
-    """What must be the same for texts to belong together."""
+    """Settings that all texts of a corpus share."""
 
     target: str
     vocabulary_sha256: str
@@ -31,15 +31,15 @@ class CorpusMeta:
 
 
 class CorpusWriter:
-    """Appends texts to a folder. Those that were not in a whole shard when the process was killed are written again.
+    """Appends texts to a folder. Those not yet in a whole shard when the process is killed are written again.
 
     Attributes:
         done: indices of the texts on disk.
-        tokens: on disk.
+        tokens: how many are on disk.
     """
 
     def __init__(self, folder: Path, meta: CorpusMeta) -> None:
-        """Raises ConfigError if the folder holds texts of another kind."""
+        """Raises ConfigError if the folder's texts have other settings."""
         folder.mkdir(parents=True, exist_ok=True)
         described = json.dumps(asdict(meta), indent=2) + "\n"
         path = folder / META
@@ -80,10 +80,10 @@ class CorpusWriter:
 
 @dataclass(frozen=True)
 class Shard:
-    """Some texts one behind the other.
+    """Some texts, concatenated.
 
     Attributes:
-        indices, lengths, turn_starts: one of each a text.
+        indices, lengths, turn_starts: one per text.
         token_ids: int32 [tokens].
     """
 

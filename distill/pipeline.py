@@ -1,4 +1,4 @@
-"""From a target to its draft head: write, train, save. Each part goes on from what is on disk."""
+"""From a target to its draft head: write, train, save. Each step resumes from what is on disk."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from treeline.errors import ConfigError
 
 TEXT_FOLDER, CHECKPOINT = "text", "checkpoint.pt"
 INITIAL_SCALE = 0.3
-"""Of what does not hand the final states through."""
+"""Of fc's initial weights, besides the identity for the final states."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides what comes out.
+    """All settings of a head.
 
     Attributes:
         feature_layers: 0-based target layers whose output the head reads, besides that of the last one.
@@ -50,7 +50,7 @@ class Recipe:
 
 
 def default_feature_layers(model: LanguageModel) -> tuple[int, ...]:
-    """A low one, and those behind a third and two thirds of the target's depth (as EAGLE-3, section 3.1)."""
+    """A low layer, and those after one and two thirds of the target's depth (as EAGLE-3, section 3.1)."""
     depth = len(model.layers)
     return (1, depth // 3 - 1, 2 * depth // 3 - 1) if depth >= 9 else ()
 
@@ -62,14 +62,14 @@ def write_texts(
     folder: Path,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    """Let the target write what is missing in `folder`/text.
+    """Let the target write the texts missing in `folder`/text.
 
     Args:
-        prompts: users' turns that are answered first, before the target makes up its own.
-        on_progress: told (texts, tokens) on disk or about to be.
+        prompts: user turns that are answered first, before the target makes up its own.
+        on_progress: called with (texts, tokens) on disk or about to be.
 
     Raises:
-        ConfigError: the folder holds texts written otherwise, or the model's chat template cannot be used.
+        ConfigError: the folder's texts have other settings, or the model's chat template cannot be used.
     """
     meta = CorpusMeta(
         target=model.name,
@@ -101,7 +101,7 @@ def train_head(
     folder: Path,
     on_progress: Callable[[Progress], None],
 ) -> HeldOut:
-    """Train on `folder`/text, write the head into `folder`, and say how it does on held-out texts.
+    """Train on `folder`/text, write the head into `folder`, and measure it on held-out texts.
 
     Raises:
         ConfigError: there are too few texts to train on.
@@ -152,21 +152,21 @@ def head_config(
 
 @torch.no_grad()
 def final_norm_of(hf: PreTrainedModel) -> Tensor:
-    """What the target's final norm multiplies by [hidden].
+    """Factors [hidden] of the target's final norm.
 
     Raises:
         ConfigError: it has no such norm, or it does more than multiply.
     """
     norm: Any = getattr(hf.base_model, "norm", None)
     if norm is None or getattr(norm, "bias", None) is not None:
-        raise ConfigError(f"no head can be made for {type(hf).__name__}: its final norm is no RMSNorm")
+        raise ConfigError(f"no head can be made for {type(hf).__name__}: its final norm is not an RMSNorm")
     ones = torch.ones(hf.config.get_text_config().hidden_size, device=hf.device, dtype=norm.weight.dtype)
     return norm(ones)
 
 
 @torch.no_grad()
 def initial_module(config: HeadConfig, final_norm: Tensor) -> HeadModule:
-    """A head that at first hands the final states through: its layer adds nothing yet, its norm is the target's own."""
+    """A head that at first passes the final states on: its layer adds nothing yet, its norm is the target's own."""
     module = HeadModule(config).to(final_norm.device)
     layer: Any = module.layers[0]
     layer.self_attn.o_proj.weight.zero_()

@@ -1,4 +1,4 @@
-"""Trains a draft head on a corpus: same corpus, same settings, same head, however often it was interrupted."""
+"""Trains a draft head on a corpus. The same corpus and settings give the same head, despite interruptions."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ WARM_UP_STEPS, LEAST_RATE, WEIGHT_DECAY, CLIP_NORM = 50, 0.02, 0.01, 1.0
 SAVE_INTERVAL_S, MEASURE_INTERVAL_S = 60.0, 300.0
 """A kill costs a minute of training; measuring the held-out texts takes seconds."""
 UNROLLED_FROM = 0.7
-"""Share of the steps with one round alone: steps of three cost 2.5 times as much, and refine what these have taught."""
+"""Share of the steps with a single round: steps of three cost 2.5 times as much, and refine what these taught."""
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How long and how.
+    """Training settings.
 
     Attributes:
         epochs: passes over the corpus.
@@ -46,10 +46,10 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How a head does on texts it was not trained on.
+    """Accuracy of a head on held-out texts.
 
     Attributes:
-        top1, top4: per draft depth, share of tokens whose most likely successor it has first, or among four.
+        top1, top4: per draft depth, share of tokens whose most likely successor it ranks first, or in the first four.
     """
 
     top1: tuple[float, ...]
@@ -61,10 +61,10 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the training is.
+    """Progress of the training.
 
     Attributes:
-        tokens, total_tokens: of texts, each as often as it is passed over.
+        tokens, total_tokens: of texts, each counted once per epoch.
         held_out: as last measured.
     """
 
@@ -75,14 +75,14 @@ class Progress:
 
 
 class Trainer:
-    """One training.
+    """One training run.
 
     Args:
         module: initialised; trained in place.
         embedding: the target's [vocab, hidden].
         output: the target's output rows of the draft vocabulary.
-        final_norm: what the target's final norm multiplies by [hidden].
-        checkpoint: where the state is kept; an existing one is gone on from.
+        final_norm: factors [hidden] of the target's final norm.
+        checkpoint: file of the state; training resumes from an existing one.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""What the head is trained on: guesses from the target's features, and from its own output as it will be when drafting.
+"""Training loss of the head: guesses from the target's features, and from its own output as when drafting.
 
-Unrolled `depth` times (training-time test, EAGLE-3, arXiv 2503.01840, section 3.2): in round s every token is seen as
-the s-th draft token of a tree, whose ancestors took the head's output of the rounds before in place of features.
+Unrolled `depth` times (training-time test, EAGLE-3, arXiv 2503.01840, section 3.2): in round s every token is treated
+as the s-th draft token of a tree, whose ancestors used the head's output of earlier rounds instead of features.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from lm.attention import AttentionOptions
 from lm.draft_head import HeadModule
 
 DEPTH_DISCOUNT = 0.8
-"""Weight of a round's loss over that of the round before, as in EAGLE-3's training code."""
+"""Weight of a round's loss relative to the previous round's, as in EAGLE-3's training code."""
 HARD_WEIGHT = 0.3
-"""Weight of the target's first choice beside its distribution: greedy decoding asks for no more. The shipped head was
-trained with it."""
+"""Loss weight of the target's first choice beside its distribution: greedy decoding needs only that. The shipped head
+was trained with it."""
 CHUNK_ROWS = 256
 """Rows of logits at a time: 8 MB for 8,192 tokens, which a processor's cache holds."""
 
@@ -30,8 +30,8 @@ CHUNK_ROWS = 256
 class UnrolledAttention:
     """Causal attention of a padded batch, round by round.
 
-    In round s the token at position j sees round 0 up to position j - s, and of each later round i the one ancestor
-    that is its draft token i, at position j - s + i.
+    In round s the token at position j sees round 0 up to position j - s, and in each later round i its one ancestor,
+    draft token i, at position j - s + i.
     """
 
     def __init__(self, texts: int, tokens: int) -> None:
@@ -64,11 +64,11 @@ def _visible(tokens: int, round_number: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Round:
-    """How one round went.
+    """Result of a round.
 
     Attributes:
         loss: mean over the tokens that count.
-        top1, top4: share of them whose most likely next token the head has first, or among its first four.
+        top1, top4: share of them whose most likely next token the head ranks first, or in its first four.
     """
 
     loss: Tensor
@@ -91,7 +91,7 @@ def unroll(
     Args:
         embedding: the target's [vocab, hidden].
         output: the target's output rows of the draft vocabulary [draft_vocab, hidden].
-        final_norm: what the target's final norm multiplies by [hidden].
+        final_norm: factors [hidden] of the target's final norm.
         measure: compute top1 and top4 (they are NaN otherwise).
     """
     size = module.config.hidden_size
@@ -104,7 +104,7 @@ def unroll(
     rows = counts.reshape(-1).nonzero()[:, 0]
     with torch.no_grad():
         wanted = F.linear(features[:, 1:, -size:].reshape(-1, size)[rows], output).float().softmax(dim=-1)
-    # The head reads the last layer's states before the final norm, up to a factor that its own norm takes away.
+    # The head reads the last layer's states before the final norm, up to a factor that its own norm removes.
     read = torch.cat((features[..., :-size], features[..., -size:] / final_norm), dim=-1)
     states = module.states(read[:, :-1]).reshape(1, texts * tokens, size)
     attention = UnrolledAttention(texts, tokens)
@@ -119,7 +119,7 @@ def unroll(
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy against the target's distribution, and, times HARD_WEIGHT, against its first choice.
+    """Mean cross-entropy against the target's distribution, plus HARD_WEIGHT times that against its first choice.
 
     The gradient with respect to logits is (1 + HARD_WEIGHT) * softmax(logits) - wanted - HARD_WEIGHT * one_hot(first).
     It is computed along with the loss, in chunks, so that no matrix of all logits is ever kept.

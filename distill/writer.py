@@ -1,7 +1,7 @@
-"""The target writes its own training text: a user's turn behind the chat template's bare prefix, then the answer.
+"""The target writes its own training text: a user's turn after the chat template's bare prefix, then the answer.
 
-Every step runs what is new of every text in one pass: all given tokens, or the one chosen last. Features of all tokens
-are at hand when a text ends, and nothing is run twice.
+Every step runs the new tokens of every text in one pass: all given tokens, or the one chosen last. When a text ends,
+it has features of all its tokens, and none was run twice.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ MAX_TURN_TOKENS = 96
 TURN_TEMPERATURE = 1.0
 TURN_TOP_K = 100
 ANSWER_TEMPERATURES = (0.0, 0.0, 0.8)
-"""Served text is greedy more often than not; what is sampled keeps the head from knowing one path alone."""
+"""Served text is mostly greedy; sampled answers keep the head from learning a single path only."""
 MAX_LOOP_TOKENS = 24
 LOOP_REPEATS = 3
 
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template taken apart: prefix, user's turn, infix, answer. The infix begins with what ends a turn."""
+    """A chat template taken apart: prefix, user's turn, infix, answer. The infix begins with the end-of-turn token."""
 
     prefix: list[int]
     infix: list[int]
@@ -46,7 +46,7 @@ class Template:
         text = str(model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
         before, found, after = text.partition(mark)
         if not found or not after:
-            raise ConfigError(f"the chat template of {model.name} does not show the user's turn as it is")
+            raise ConfigError(f"the chat template of {model.name} does not contain the user's turn verbatim")
         prefix, infix = (model.tokenizer(part, add_special_tokens=False).input_ids for part in (before, after))
         return cls(prefix, infix)
 
@@ -56,11 +56,11 @@ class Text:
     """One text as it grows.
 
     Attributes:
-        index: names the text; with the seed of the whole it decides every sampled token.
+        index: identifies the text; with the run's seed it decides every sampled token.
         cache: its keys and values.
-        given: tokens that come next whatever the target says.
-        token_ids: what has been run.
-        features: of these, [tokens, width] a pass.
+        given: tokens to run next, whatever the target predicts.
+        token_ids: those already run.
+        features: of these, [tokens, width] per pass.
     """
 
     index: int
@@ -77,7 +77,7 @@ class Text:
         return len(self.token_ids) - self.turn_start
 
     def loops(self) -> bool:
-        """It ends in a few tokens over and over."""
+        """Whether it ends in a repeated sequence."""
         tail = self.token_ids[-MAX_LOOP_TOKENS * LOOP_REPEATS :]
         return any(
             tail[-period * LOOP_REPEATS :] == tail[-period:] * LOOP_REPEATS
@@ -97,7 +97,7 @@ class Writer:
 
     @torch.inference_mode()
     def write(self, indices: Iterable[int], prompts: list[list[int]]) -> Iterator[Text]:
-        """Texts as they end. Those with an index below the number of `prompts` answer that prompt's turn."""
+        """Yield texts as they end. Those with an index below the number of `prompts` answer that prompt."""
         waiting, open_texts = deque(indices), list[Text]()
         while waiting or open_texts:
             while waiting and len(open_texts) < self._slots:
@@ -119,7 +119,7 @@ class Writer:
         return Text(index, cache, [*prefix], len(prefix))
 
     def _step(self, texts: list[Text]) -> None:
-        """Run the given tokens of every text, and find out its next."""
+        """Run the given tokens of every text, and choose the next."""
         given = [text.given[: self._max_tokens - len(text.token_ids)] for text in texts]
         packed = [PackedSequence(text.cache, new, None, "last") for text, new in zip(texts, given, strict=True)]
         logits = self._model.forward(packed, self._cache)

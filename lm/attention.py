@@ -1,8 +1,8 @@
 """Tree attention over the block KV cache, plugged into transformers' attention interface.
 
-Every decoder layer of transformers calls the registered function with its queries, keys and values; the context that
-the forward pass hands through as a keyword argument does the rest. Each sequence reads only its own live entries, as
-views of the storage. Query heads that share a key/value head are folded into the query length, so nothing is repeated.
+Every transformers decoder layer calls the registered function with its queries, keys and values. The context, a
+keyword argument of the forward pass, does the rest. Each sequence reads only its own live entries, as views of the
+storage. Query heads that share a key/value head are folded into the query length, so nothing is repeated.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ LANE_ENTRIES = 16
 MIN_ROWS = 6
 
 _BEYOND_PLAIN = ("s_aux", "position_bias", "head_mask")
-"""Keyword arguments by which layers ask for attention sinks, learned biases or head masks."""
+"""Keyword arguments for attention sinks, learned biases and head masks, which are not supported."""
 
 
 class AttentionContext(Protocol):
-    """What one forward pass gives each layer's attention."""
+    """Attention of one forward pass, as each layer calls it."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """query [tokens, heads, key_dim], key and value [tokens, kv_heads, dim] -> [tokens, heads, value_dim]."""
@@ -60,8 +60,8 @@ _current: ContextVar[tuple[AttentionContext, Tensor] | None] = ContextVar("atten
 
 @contextmanager
 def attending(context: AttentionContext, positions: Tensor) -> Iterator[None]:
-    """Also give the context to layers that drop keyword arguments on their way to attention (StableLM, Nemotron), and
-    the tokens' positions, int64 [tokens], to attention that depends on them (ALiBi)."""
+    """Set the context for layers that drop keyword arguments before attention (StableLM, Nemotron), and the tokens'
+    positions, int64 [tokens], for attention that needs them (ALiBi)."""
     token = _current.set((context, positions))
     try:
         yield
@@ -70,19 +70,19 @@ def attending(context: AttentionContext, positions: Tensor) -> Iterator[None]:
 
 
 def is_attending() -> bool:
-    """Whether a pass of ours is running."""
+    """Whether one of our passes is running."""
     return _current.get() is not None
 
 
 def positions_of_pass() -> Tensor:
-    """Positions int64 [tokens] of the tokens of the pass of ours that is running."""
+    """Positions int64 [tokens] of the tokens of our running pass."""
     current = _current.get()
     assert current is not None
     return current[1]
 
 
 class UnsupportedAttentionError(Exception):
-    """A layer asks for something that this attention does not do."""
+    """A layer needs a feature that this attention does not support."""
 
 
 def interface_attention(
@@ -100,7 +100,7 @@ def interface_attention(
     current = _current.get()
     context: AttentionContext | None = kwargs.get(CONTEXT) or (current and current[0])
     if context is None:
-        raise UnsupportedAttentionError("its modules do not hand keyword arguments through to attention")
+        raise UnsupportedAttentionError("its modules do not pass keyword arguments on to attention")
     beyond = [name for name in _BEYOND_PLAIN if kwargs.get(name) is not None]
     if beyond:
         raise UnsupportedAttentionError(f"its attention needs '{beyond[0]}'")
@@ -113,7 +113,7 @@ def interface_attention(
 
 
 class Probe:
-    """Learns from a forward pass what each layer stores."""
+    """Records each layer's KV shape and window in a forward pass."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
@@ -129,9 +129,9 @@ class Probe:
 
 @dataclass(frozen=True)
 class _View:
-    """What one sequence's new tokens read: slots, and an additive mask [n * group, entries] if need be.
+    """Slots that one sequence's new tokens read, and an additive mask [n * group, entries] if needed.
 
-    Consecutive slots are read in place. Others are gathered: that costs one copy, and rounds as if they were in place.
+    Consecutive slots are read in place. Others are gathered, which costs one copy; rounding is the same either way.
     """
 
     span: Span
@@ -181,8 +181,8 @@ def _view(span: Span, window: int | None, group: int, dtype: torch.dtype, device
     positions = length + span.depths[entries - new :]
     # Committed entries before the earliest token's window are not even read.
     first = 0 if window is None else min(length, max(0, int(positions.min()) - window + 1))
-    # Reading up to a whole lane of entries, the last ones hidden, makes a token's sums independent of its neighbours'
-    # number: the kernels treat what is left over after full lanes in another way, which rounds differently.
+    # Read whole lanes of entries, with the excess masked: the kernels round differently in the remainder after full
+    # lanes, which would make a token's sums depend on the number of its neighbours.
     end = min(span.cache.capacity, first + -(-(length + entries - first) // LANE_ENTRIES) * LANE_ENTRIES)
     runs = span.cache.runs(first, end)
     slots = runs[0] if len(runs) == 1 else torch.from_numpy(span.cache.slots(first, end)).to(device)

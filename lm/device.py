@@ -1,4 +1,4 @@
-"""Where a model runs and with which numbers: the only place that resolves "auto"."""
+"""Device and dtype of a model: the only place that resolves "auto"."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from treeline.errors import ConfigError
 
 
 def torch_device(name: str, rank: int | None = None) -> torch.device:
-    """`rank`: of several that share the machine, the first one's device being number 0.
+    """`rank`: of this process among those on the machine; rank 0 uses CUDA device 0.
 
     Raises:
-        ConfigError: CUDA is asked for and not there, or has too few devices.
+        ConfigError: CUDA is requested but unavailable, or has too few devices.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
@@ -37,12 +37,12 @@ def torch_device(name: str, rank: int | None = None) -> torch.device:
 
 
 def torch_dtype(config: ModelConfig, folder: Path | None = None) -> torch.dtype:
-    """The type of weights and states. "auto" is bfloat16 where the device multiplies it faster than float32, but for
-    weights on the CPU that our kernels read in fewer bytes: those are multiplied in float32 or in integers, where a
-    token's bits do not depend on what else is in the pass.
+    """The dtype of weights and states. "auto" is bfloat16 where the device multiplies it faster than float32, except
+    for CPU weights that our kernels read in fewer bytes. Those are multiplied in float32 or integers, where a token's
+    bits do not depend on the rest of the pass.
 
     Args:
-        folder: of the weights' files, where there are some.
+        folder: of the weight files, if there is one.
 
     Raises:
         ConfigError: as `torch_device`, or the weights cannot be quantised here.
@@ -82,7 +82,7 @@ def _check_fp8(config: ModelConfig) -> None:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """True if `device` multiplies few rows faster in bfloat16 than in float32, as reading weights takes the time."""
+    """True if `device` multiplies few rows faster in bfloat16 than in float32: reading the weights dominates."""
     return device.type == "cuda" or has_bfloat16_kernels()
 
 
@@ -100,9 +100,9 @@ def has_bfloat16_kernels() -> bool:
 
 
 def upload(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """`array` on `device`. On CUDA through pinned memory, and without waiting; on the CPU not even copied."""
+    """`array` on `device`: on CUDA copied asynchronously through pinned memory, on the CPU not copied."""
     tensor = torch.from_numpy(array)
-    # torch gives pinned memory back for reuse only when the copies that read it are done.
+    # torch reuses pinned memory only after the copies that read it are done.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
@@ -114,7 +114,7 @@ def upload_into(array: NDArray[np.generic], target: Tensor) -> None:
 
 
 def download(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
-    """`tensor` on the host, and what waits until it is there: on CUDA it comes through pinned memory meanwhile."""
+    """`tensor` on the host, and a function that waits for it: on CUDA the copy to pinned memory is asynchronous."""
     if tensor.device.type != "cuda":
         return tensor, lambda: None
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -125,7 +125,7 @@ def download(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
 
 
 def processor_name() -> str:
-    """This machine's processor, as it calls itself."""
+    """Model name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

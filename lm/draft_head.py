@@ -1,8 +1,8 @@
 """A draft head (EAGLE-3): a decoder layer that reads a target's hidden states and guesses the token after the next.
 
-At every token it sees the token's embedding and the target's features of the token *before* (EAGLE, arXiv 2401.15077;
-features of several layers: EAGLE-3, arXiv 2503.01840). Below the root there are no such features yet: a draft token
-takes the head's own state at its parent in their place.
+At every token it reads the token's embedding and the target's features of the token *before* (EAGLE, arXiv 2401.15077;
+features of several layers: EAGLE-3, arXiv 2503.01840). Below the root those features do not exist yet: a draft token
+uses the head's own state at its parent instead.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
 
 
 class HeadModule(nn.Module):
-    """The trained part, its tensors named as in the speculators packaging. Embedding and output rows are apart."""
+    """The trained layers; tensor names follow the speculators format. Embedding and output rows are kept separately."""
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class HeadModule(nn.Module):
         self.rotary_emb = rotary_of(config)
 
     def states(self, features: Tensor) -> Tensor:
-        """What stands for the head's own state where the target's features [n, width] are known: [n, hidden]."""
+        """States [n, hidden] made from the target's features [n, width], in place of the head's own states."""
         if self.input_norm is not None:
             features = normed(features, self.input_norm)
         if self.fc_norm is not None:
@@ -68,7 +68,7 @@ class HeadModule(nn.Module):
         """One draft step of tokens with these embeddings and states [1, n, hidden].
 
         Returns:
-            The states for their children, and what the output rows are multiplied by; both [1, n, hidden].
+            The states for their children, and the inputs of the output rows; both [1, n, hidden].
         """
         config = self.config
         layer: Any = self.layers[0]
@@ -80,7 +80,7 @@ class HeadModule(nn.Module):
         return final if config.norm_output else out, final
 
     def fuse(self, max_positions: int) -> None:
-        """Take the leaner layer, for inference at positions below `max_positions`."""
+        """Switch to the fused layer, for inference at positions below `max_positions`."""
         layer: Any = self.layers[0]
         self.layers[0] = FusedLayer(layer, None)
         self.layers[0].hidden_norm = layer.hidden_norm
@@ -91,9 +91,9 @@ class DraftHead:
     """A trained head, ready to draft for its target. Stateless between calls: all state is in the KV cache.
 
     Attributes:
-        name: of its folder.
-        draft_ids: int64 [draft_vocab_size]; the target's token of each column of logits.
-        passes: how its passes are run.
+        name: its folder's name.
+        draft_ids: int64 [draft_vocab_size]; the target's token id of each logits column.
+        passes: runs its passes.
     """
 
     def __init__(
@@ -114,19 +114,19 @@ class DraftHead:
         self.layers = [LayerShape(config.kv_heads, config.head_dim, config.head_dim)]
         states = torch.zeros(BUCKETS[-1], config.hidden_size, dtype=self.dtype, device=self.device)
         self.passes = Passes({None}, self.device, states, required)
-        # Looked for at the first pass: only then are the weights as they will stay.
+        # Created at the first pass: only then are the weights at their final address.
         self._native = functools.cache(lambda: native_head(module, embedding, output))
 
     @classmethod
     def load(cls, folder: Path, target: ModelConfig, feature_layers: tuple[int, ...] = ()) -> DraftHead:
-        """Read a head, and from its target the rows it lacks.
+        """Read a head, and the rows it lacks from its target.
 
         Args:
-            target: the head runs on its device, in its dtype, and captures its passes where the target has to.
-            feature_layers: take the place of those that the head's config.json names, if there are any.
+            target: the head uses its device and dtype, and must capture its passes if the target must.
+            feature_layers: replace those that the head's config.json names, unless empty.
 
         Raises:
-            ConfigError: one of them cannot be read, or they do not belong together.
+            ConfigError: head or target cannot be read, or they do not match.
         """
         model = resolve_model(target.model)
         try:
@@ -140,12 +140,12 @@ class DraftHead:
         return cls(folder.name, module, embedding, parts["output"], draft_ids, target.cuda_graphs == "require")
 
     def new_cache(self, num_tokens: int | Literal["auto"], block_tokens: int | Literal["auto"]) -> KVCache:
-        """An empty KV cache for this head; `KVCache.sized` says what "auto" is, and what it raises."""
+        """An empty KV cache for this head; see `KVCache.sized` for "auto" and errors."""
         return KVCache.sized(self.layers, num_tokens, block_tokens, self.dtype, self.device)
 
     @property
     def vocab_size(self) -> int:
-        """Of the target."""
+        """The target's vocabulary size."""
         return self._embedding.num_embeddings
 
     @torch.inference_mode()
@@ -204,7 +204,7 @@ class DraftHead:
 
 
 def load_plain(target: ModelConfig) -> PreTrainedModel:
-    """The target on the CPU, its layers as transformers makes them.
+    """The target on the CPU, with unmodified transformers layers.
 
     Raises:
         ConfigError, OSError, ValueError: it cannot be read.
@@ -232,7 +232,7 @@ def shared_layers(hf: PreTrainedModel, draft_ids: Tensor) -> tuple[nn.Embedding,
 def _read(
     folder: Path, model: Path, feature_layers: tuple[int, ...]
 ) -> tuple[HeadModule, nn.Embedding, Tensor, Tensor]:
-    """A head's trained part, embedding, output rows, and the target's token of each of these."""
+    """A head's trained layers, embedding, output rows, and the target token id of each row."""
     target = target_shape(model)
     config, tensors = read_config(folder, target.num_hidden_layers, feature_layers), read_tensors(folder)
     if (config.target_hidden_size, config.target_vocab_size) != (target.hidden_size, target.vocab_size):
@@ -256,7 +256,7 @@ def _read(
     module.load_state_dict(tensors)
     sha256 = config.vocabulary_sha256 or vocabulary_sha256(load_tokenizer(model))
     module.config = replace(config, vocabulary_sha256=sha256)
-    # A head drafts wherever its target decodes; its own limit is only how far it was trained.
+    # A head drafts at every position its target reaches; its own limit only says how far it was trained.
     module.fuse(target.max_position_embeddings)
     return module, embedding, output, draft_ids
 

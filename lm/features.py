@@ -1,4 +1,4 @@
-"""Hidden states of a target, read off while it runs: what a draft head sees of it."""
+"""Hidden states of a target, recorded while it runs: the input of a draft head."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 
 
 class FeatureTap:
-    """Keeps the hidden states of every pass at some boundaries between the target's layers.
+    """Keeps the hidden states of every pass at given boundaries between the target's layers.
 
-    Boundary k is behind the first k layers, k >= 1; one beyond the last of them is behind the final norm as well: what
-    the output head reads. Example: a target of 30 layers has boundaries 1 to 30, and 31 for the normed states.
+    Boundary k >= 1 comes after the first k layers. One more boundary comes after the final norm: the input of the
+    output head. Example: a target of 30 layers has boundaries 1 to 30, and 31 for the normed states.
 
     Attributes:
-        layers: the boundaries, in the order asked for.
-        width: features of one token: hidden size times boundaries.
+        layers: the boundaries, in the requested order.
+        width: features per token: hidden size times boundaries.
     """
 
     def __init__(self, hf: PreTrainedModel, layers: tuple[int, ...]) -> None:
-        """Raises ConfigError if this architecture does not name its layers as others do, or has no such boundary."""
+        """Raises ConfigError if this architecture does not expose its layers as `layers`, or has no such boundary."""
         body = hf.base_model
         blocks = getattr(body, "layers", None)
         if not isinstance(blocks, nn.ModuleList):
-            raise ConfigError(f"{type(hf).__name__} does not show its decoder layers; no head can read their features")
+            raise ConfigError(f"{type(hf).__name__} does not expose its decoder layers; no head can read features")
         if not all(1 <= layer <= len(blocks) + 1 for layer in layers):
-            raise ConfigError(f"a head wants features behind layers {[*layers]}; the target has {len(blocks)}")
+            raise ConfigError(f"a head needs features after layers {[*layers]}; the target has {len(blocks)}")
         self.layers = layers
         self.width = hf.config.get_text_config().hidden_size * len(layers)
         self._parts: dict[int, Tensor] = {}
@@ -45,12 +45,12 @@ class FeatureTap:
         return torch.cat(self.parts(), dim=-1)
 
     def parts(self) -> list[Tensor]:
-        """The same by boundary, each [tokens, hidden], which are then the caller's; empty once taken."""
+        """The same per boundary, each [tokens, hidden]. The caller then owns them; empty once taken."""
         parts, self._parts = self._parts, {}
         return [parts[layer] for layer in self.layers] if parts else []
 
     def put(self, parts: list[Tensor]) -> None:
-        """These are the last pass' parts: a captured pass runs without the modules that they are read off."""
+        """Set the last pass's parts, which a captured pass returns: it does not run the hooked modules."""
         self._parts = dict(zip(self.layers, parts, strict=False))
 
     @property
@@ -58,18 +58,18 @@ class FeatureTap:
         return self._readers > 0
 
     def shared(self) -> FeatureTap:
-        """This one, for a reader more, who takes the parts of its own passes at once."""
+        """This tap for one more reader, which must take the parts right after its passes."""
         self._readers += 1
         return self
 
     def close(self) -> None:
-        """One reader reads no more."""
+        """One reader stops reading."""
         self._readers -= 1
         if not self._readers:
             self.remove()
 
     def remove(self) -> None:
-        """None of them reads any more."""
+        """All readers stop reading."""
         self._readers = 0
         for hook in self._hooks:
             hook.remove()

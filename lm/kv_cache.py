@@ -1,8 +1,8 @@
-"""Block KV cache shared by many sequences. Storage never moves; a sequence owns a table of blocks.
+"""Block KV cache shared by many sequences. Storage never moves; a sequence owns a block table.
 
-A block is `block_tokens` consecutive slots of the storage. Blocks that follow each other form a run, which attention
-reads as one view; the allocator therefore hands out the tightest single run that fits, and several only if it must.
-Full blocks whose tokens are known may be shared, and stay readable after they were freed until their place is needed.
+A block is `block_tokens` consecutive slots of the storage. Consecutive blocks form a run, which attention reads as one
+view; so the allocator hands out the smallest single run that fits, and several only if it must. Full blocks whose
+tokens are known may be shared, and stay readable after they are freed until they are reused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from treeline.errors import ConfigError
 
 CPU_TOKENS = 16384
 CUDA_SHARE = 0.9
-"""Of the memory that is free once the weights are there."""
+"""Share of the memory left free after loading weights."""
 RESERVED_BYTES = 6 << 30
 """For captured passes (2 GiB), and logits and sampling of 512 rows of a vocabulary of 152,000 (4 GiB in float32)."""
 
@@ -43,15 +43,15 @@ class LayerShape:
 
 @dataclass(eq=False)
 class SequenceCache:
-    """One sequence's place in the cache.
+    """One sequence's blocks in the cache.
 
     Attributes:
         blocks: indices of its blocks, in token order; empty once freed.
         length: committed tokens.
-        scratch: entries behind them, from forward passes since the last commit.
-        shared_tokens: of the first blocks, which other sequences may read as well; never written.
-        table: int32, the same as `blocks`.
-        slots_address: of the slots of all entries, int64 [capacity].
+        scratch: entries after them, from forward passes since the last commit.
+        shared_tokens: in the first blocks, which other sequences may read too; never written.
+        table: `blocks` as int32.
+        slots_address: address of the slots of all entries, int64 [capacity].
     """
 
     blocks: list[int]
@@ -67,7 +67,7 @@ class SequenceCache:
         self.place(self.blocks)
 
     def place(self, blocks: list[int]) -> None:
-        """Lie in these blocks from now on; what is committed stays where it is."""
+        """Use these blocks from now on; committed entries stay where they are."""
         self.blocks = blocks
         self.table = np.asarray(blocks, np.int32)
         first_slots = self.table.astype(np.int64) * self.block_tokens
@@ -116,8 +116,8 @@ class KVCache:
 
     Attributes:
         keys, values: per layer [slots, kv_heads, head_dim], views of the storage.
-        trash_slot: behind all blocks; what is written there belongs to nobody.
-        announce: as `Passes`; is told of entries that move.
+        trash_slot: the slot after all blocks; what is written there is ignored.
+        announce: as in `Passes`; called when entries move.
     """
 
     def __init__(
@@ -151,13 +151,13 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> KVCache:
-        """A cache whose size and blocks suit the device where they are "auto".
+        """A cache; "auto" picks a size and block size that suit the device.
 
         Raises:
             ConfigError: the device has no room for it.
         """
         on_cuda = device.type == "cuda"
-        # A block that holds whole tiles is looked up once a tile, and the host sends an eighth of the indices.
+        # A block of whole tiles needs one lookup per tile, and the host sends an eighth of the indices.
         block_tokens = (128 if on_cuda else 16) if block_tokens == "auto" else block_tokens
         token_bytes = dtype.itemsize * sum(shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in layers)
         if num_tokens == "auto":
@@ -187,15 +187,15 @@ class KVCache:
         return -(-tokens // self.block_tokens)
 
     def allocate(self, tokens: int, prefix: list[int] | None = None, headroom: int = 0) -> SequenceCache | None:
-        """Reserve blocks for `tokens` entries; None if they are not free.
+        """Reserve blocks for `tokens` entries; None if too few are free.
 
         Args:
-            prefix: first tokens of the sequence; full blocks that hold them already are shared, and are committed.
-            headroom: blocks that must be free afterwards.
+            prefix: first tokens of the sequence; full blocks that already hold them are shared, as committed tokens.
+            headroom: blocks that must stay free.
         """
         shared = self._index.match(prefix or [])
         needed = self.blocks_for(tokens) - len(shared)
-        self._users[shared] += 1  # First, lest they be taken for something else.
+        self._users[shared] += 1  # First, so that they cannot be evicted.
         if needed + headroom > self.free_blocks:
             self._users[shared] -= 1
             return None
@@ -203,7 +203,7 @@ class KVCache:
         return SequenceCache(shared + self._take(needed), self.block_tokens, known, shared_tokens=known)
 
     def extend(self, sequence: SequenceCache, tokens: int) -> bool:
-        """Let `sequence` hold `tokens` entries; False, and nothing changes, if the blocks for them are not free."""
+        """Grow `sequence` to hold `tokens` entries; False, and nothing changes, if too few blocks are free."""
         needed = self.blocks_for(tokens) - len(sequence.blocks)
         if needed <= 0:
             return True
@@ -213,32 +213,32 @@ class KVCache:
         return True
 
     def shrink(self, sequence: SequenceCache, tokens: int) -> None:
-        """Give back the blocks behind the first `tokens` entries, which hold all that is committed; without scratch."""
+        """Free the blocks after the first `tokens` entries, except committed ones; there must be no scratch."""
         kept = self.blocks_for(max(tokens, sequence.length))
         spare = sequence.blocks[kept:]
-        if spare:  # Nobody shares them and no prefix is known by them: nothing is committed there.
+        if spare:  # Neither shared nor in the prefix index: nothing is committed there.
             self._users[spare] -= 1
             self._blank.add(spare)
             sequence.place(sequence.blocks[:kept])
 
     def remember(self, sequence: SequenceCache, token_ids: list[int]) -> None:
-        """Let others share the full blocks of these committed tokens, which are the sequence's first."""
+        """Let others share the full blocks of these tokens, the sequence's first committed ones."""
         known = token_ids[: sequence.length]
         self._index.add(known, sequence.blocks)
         sequence.shared_tokens = len(known) // self.block_tokens * self.block_tokens
 
     def free(self, sequence: SequenceCache) -> None:
-        """Give all blocks of `sequence` back; it can hold nothing afterwards. Freeing twice is harmless."""
+        """Free all blocks of `sequence`, which then has no capacity. Freeing twice is harmless."""
         self._users[sequence.blocks] -= 1
         self._blank.add([block for block in sequence.blocks if not self._users[block] and block not in self._index])
-        for block in reversed(sequence.blocks):  # The end of a text is forgotten before its beginning.
+        for block in reversed(sequence.blocks):  # The end of a text is evicted before its beginning.
             self._index.touch(block)
         sequence.__init__([], self.block_tokens)  # type: ignore[misc]
 
     def _take(self, needed: int, after: int = -1) -> list[int]:
-        """So many free blocks, the longest unused ones of what is remembered only if there are no others.
+        """Take `needed` free blocks. Known prefixes are evicted, oldest first, only if no others are left.
 
-        Those that follow block `after` come first: attention reads a run at once.
+        Blocks that follow block `after` come first: attention reads a run at once.
         """
         unused = (block for block in self._index.oldest_first() if not self._users[block])
         forgotten = list(islice(unused, max(0, needed - len(self._blank))))
@@ -251,7 +251,7 @@ class KVCache:
 
     @torch.inference_mode()
     def commit(self, moves: list[tuple[SequenceCache, list[int]]]) -> None:
-        """For each sequence keep these scratch entries (increasing), in order, behind its committed ones.
+        """For each sequence append these scratch entries (increasing), in order, to its committed ones.
 
         All other scratch is dropped. One gather and one scatter for all layers and sequences.
 
@@ -263,7 +263,7 @@ class KVCache:
             if kept and (kept[0] < 0 or kept[-1] >= sequence.scratch or any(b <= a for a, b in pairwise(kept))):
                 raise ValueError(f"not increasing indices into {sequence.scratch} scratch entries: {kept}")
             start, end = sequence.length, sequence.length + len(kept)
-            moved = [entry for place, entry in enumerate(kept) if entry != place]  # The last ones, as they increase.
+            moved = [entry for place, entry in enumerate(kept) if entry != place]  # The last ones, since they increase.
             if moved:
                 sources.append(sequence.slots(start, start + sequence.scratch)[moved])
                 targets.append(sequence.slots(end - len(moved), end))
@@ -277,7 +277,7 @@ class KVCache:
 
     @torch.inference_mode()
     def move(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
-        """Copy what lies in some slots to others."""
+        """Copy entries from some slots to others."""
         device = self._storages[0].device
         source, target = upload(sources, device), upload(targets, device)
         if device.type == "cuda":

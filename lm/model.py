@@ -1,4 +1,4 @@
-"""A decoder-only language model of transformers, run over our KV cache with our attention."""
+"""A decoder-only transformers language model, run over our KV cache with our attention."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from treeline.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-# No mask function is registered on purpose: for an unknown implementation transformers then builds no mask at all.
+# Deliberately no mask function is registered: transformers builds no mask for an unknown implementation.
 AttentionInterface.register(IMPLEMENTATION, interface_attention)
 
 
@@ -53,15 +53,15 @@ class LanguageModel:
     """Weights, tokenizer and the packed forward pass. Stateless between calls: all state is in the KV cache.
 
     Attributes:
-        name: under which it is served.
-        hf: the model of transformers.
+        name: the name it is served under.
+        hf: the transformers model.
         vocab_size: width of the logits; at least the tokenizer's size.
         max_context_tokens: longest sequence it can attend over.
         eos_token_ids: tokens that end a text.
-        sampling: how its generation_config.json samples; greedy if it does not say.
+        sampling: from its generation_config.json; greedy if that sets nothing.
         architecture: its class in transformers.
-        passes: how its passes are run.
-        arithmetic: how weights in groups are multiplied, for people; empty if there are none.
+        passes: runs its passes.
+        arithmetic: how weights in groups are multiplied, for display; empty if there are none.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class LanguageModel:
 
     @classmethod
     def load(cls, config: ModelConfig, shard: Shard | None = None) -> LanguageModel:
-        """Find, fetch if need be, and load a model; only a rank's shard of it, if one is given.
+        """Find, fetch if needed, and load a model, or only the given shard of it.
 
         Raises:
-            ConfigError: it cannot be found, read or run; one line that says why.
+            ConfigError: it cannot be found, read or run; one line with the reason.
         """
         device = torch_device(config.device, shard.rank if shard else None)
         folder = resolve_model(config.model)
@@ -126,7 +126,7 @@ class LanguageModel:
             model = cls(hf, tokenizer, config.name or model_name(config.model), config.cuda_graphs == "require")
         except ConfigError:
             raise
-        except Exception as error:  # The reader of damaged weights raises anything, and so does a pass over them.
+        except Exception as error:  # Reading damaged weights, or a pass over them, can raise anything.
             raise ConfigError(f"cannot load model '{config.model}': {one_line(error)}") from error
         if config.arithmetic == "int8" and "int8" not in model.arithmetic:
             raise ConfigError(f"arithmetic 'int8' needs weights in groups: set quantization for '{config.model}'")
@@ -142,11 +142,11 @@ class LanguageModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Of all weights that every pass reads, as they are held; a table of which a pass takes rows is none."""
+        """Stored bytes of all weights that every pass reads in full, so without embedding tables."""
         return read_bytes(self.hf)
 
     def new_cache(self, num_tokens: int | Literal["auto"], block_tokens: int | Literal["auto"]) -> KVCache:
-        """An empty KV cache for this model; `KVCache.sized` says what "auto" is, and what it raises."""
+        """An empty KV cache for this model; see `KVCache.sized` for "auto" and errors."""
         cache = KVCache.sized(self.layers, num_tokens, block_tokens, self.dtype, self.device)
         cache.announce = self.passes.announce
         return cache
@@ -173,7 +173,7 @@ class LanguageModel:
         self.passes.capture(self._run, cache)
 
     def tap(self, layers: tuple[int, ...]) -> FeatureTap:
-        """Read the features of these layers off every pass, until it is closed or one of other layers takes its place.
+        """Record these layers' features in every pass, until the tap is closed or one of other layers replaces it.
 
         Raises:
             ConfigError: as `FeatureTap`.
@@ -195,7 +195,7 @@ class LanguageModel:
         rows: Tensor | None,
         context: AttentionContext,
     ) -> Outputs:
-        """The `Body` of its passes: logits, then what the tap reads off."""
+        """The `Body` of its passes: logits, then the tap's features."""
         if self._tap is not None:
             self._tap.put([])
         with attending(context, positions):
@@ -211,7 +211,7 @@ class LanguageModel:
 
 @torch.inference_mode()
 def _probe(hf: PreTrainedModel) -> tuple[list[LayerShape], int, set[int | None]]:
-    """What each layer stores, the width of the logits, and the windows of attention, from a pass over two tokens.
+    """Each layer's KV shape, the width of the logits, and the attention windows, found by a pass over two tokens.
 
     Raises:
         ConfigError: this architecture's state is more than plain keys and values, or it is not decoder-only.
@@ -246,18 +246,18 @@ def _probe(hf: PreTrainedModel) -> tuple[list[LayerShape], int, set[int | None]]
     if sorted(probe.shapes) != list(range(config.num_hidden_layers)):
         raise refuse(f"{len(probe.shapes)} of its {config.num_hidden_layers} layers keep keys and values")
     if logits.shape[:2] != (1, 1):
-        raise refuse("it cannot give the logits of chosen tokens alone")
+        raise refuse("it cannot compute the logits of chosen tokens only")
     if any(
         kind == "sliding_attention" and probe.windows[layer] is None
         for layer, kind in enumerate(getattr(config, "layer_types", None) or ())
     ):
-        raise refuse("its sliding layers do not tell their window")
+        raise refuse("its sliding layers do not pass their window")
     shapes = [probe.shapes[layer] for layer in range(config.num_hidden_layers)]
     return shapes, logits.shape[2], set(probe.windows.values())
 
 
 def _let_go_of_files(hf: PreTrainedModel) -> None:
-    """Copy what was not packed: one weight that still lies in a mapped file keeps all of the file in memory."""
+    """Copy what was not packed: one weight left in a mapped file keeps the whole file in memory."""
     if hf.device.type == "cpu":
         for weight in hf.parameters():
             weight.data = weight.data.clone()
@@ -269,7 +269,7 @@ def _check_weights(hf: PreTrainedModel, missing: set[str]) -> None:
     Raises:
         ValueError: weights are missing or not finite.
     """
-    # torch cannot tell of numbers of 8 bits. A NaN is both the least and the greatest: one pass tells.
+    # torch cannot check 8-bit numbers. A NaN becomes both minimum and maximum, so one `aminmax` is enough.
     told = [name for name, w in hf.named_parameters() if w.is_floating_point() and w.itemsize > 1 and w.numel()]
     broken = [name for name in told if not torch.stack(hf.get_parameter(name).aminmax()).isfinite().all()]
     for names, fault in ((sorted(missing), "missing from the files"), (broken, "not finite")):
@@ -283,7 +283,7 @@ def _max_context_tokens(config: PretrainedConfig) -> int:
     if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
         original = rope.get("original_max_position_embeddings")
         return original or getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
-    # MPT names it otherwise. BLOOM's configurations may not tell: it was trained on 2,048 tokens (arXiv 2211.05100).
+    # MPT uses other names. BLOOM's configurations may omit it: it was trained on 2,048 tokens (arXiv 2211.05100).
     names = ("max_position_embeddings", "max_seq_len", "seq_length")
     return next((limit for name in names if (limit := getattr(config, name, None))), 2048)
 

@@ -1,4 +1,4 @@
-"""Position-keyed Gumbel noise: a pure function of (seed, position, token id), whatever is batched with it.
+"""Position-keyed Gumbel noise: a pure function of (seed, position, token id), independent of the batch.
 
 Counter-based: output i of SplitMix64 (Steele, Lea and Flood, 2014) started at a key mixed from seed and position. The
 integers are exact everywhere; the logarithms are taken in float64 and rounded once, so devices agree.
@@ -16,12 +16,12 @@ _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 def gumbel_noise(seed: int, position: int, vocab_size: int, device: torch.device | str) -> torch.Tensor:
     """Standard Gumbel noise float32 [vocab_size] on `device`.
 
-    g = -log(-log(1 - v)), v = (upper 32 bits + 1/2) / 2^32: v near 0 gives the largest g, with all 32 bits to tell
-    them apart.
+    g = -log(-log(1 - v)), v = (upper 32 bits + 1/2) / 2^32: v near 0 gives the largest g, resolved with all 32
+    bits.
 
     Args:
-        seed: any integer; its lower 64 bits count.
-        position: absolute index, in the whole sequence, of the token to be placed.
+        seed: any integer; its lower 64 bits are used.
+        position: absolute index in the sequence of the token to be chosen.
     """
     counters = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=device)
     state = counters * _signed(_GAMMA) + signed_key(seed, position)
@@ -32,7 +32,7 @@ def gumbel_noise(seed: int, position: int, vocab_size: int, device: torch.device
 
 
 def signed_key(seed: int, position: int) -> int:
-    """What the counters of this seed and position start from, as an int64."""
+    """Start of the counters of this seed and position, as an int64."""
     return _signed(_finalise(_finalise(seed & _MASK) + (position + 1) * _GAMMA & _MASK))
 
 

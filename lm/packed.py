@@ -20,8 +20,8 @@ class PackedSequence:
 
     Attributes:
         token_ids: the n >= 1 new tokens.
-        parents: None for a causal run, which needs an empty scratch. Otherwise int32 [scratch + n]: for every scratch
-            entry and each new token the index, in that same numbering, of its parent; -1 follows the committed context.
+        parents: None for a causal run, which needs an empty scratch. Otherwise int32 [scratch + n]: the parent's index
+            in this same array, of every scratch entry and then every new token; -1 is the last committed token.
         logits: which of the new tokens get a row of logits.
     """
 
@@ -32,11 +32,11 @@ class PackedSequence:
 
 
 class Ancestry:
-    """Who sees whom among m entries behind a context.
+    """Which of m entries after a context sees which.
 
     Attributes:
         depths: int64 [m], 0-based.
-        paths: of each entry; bit i is set if it sees the i-th one.
+        paths: a bit mask per entry; bit i is set if it sees entry i.
     """
 
     def __init__(self, depths: NDArray[np.int64], paths: list[int]) -> None:
@@ -49,7 +49,7 @@ class Ancestry:
 
     @functools.cached_property
     def addresses(self) -> tuple[int, int]:
-        """Of `depths` and `visible`."""
+        """Addresses of `depths` and `visible`."""
         return self.depths.ctypes.data, self.visible.ctypes.data
 
 
@@ -88,8 +88,8 @@ class PackedBatch:
     """All sequences' new tokens.
 
     Attributes:
-        shapes: int64 [sequences, 4]: of each, its first token's place, its new tokens, committed tokens, and scratch
-            entries and new tokens together.
+        shapes: int64 [sequences, 4]: index of its first token, number of its new tokens, of its committed tokens, and
+            of scratch entries plus new tokens.
         token_ids, positions, slots: int64 [tokens]; slots are where their KV goes.
         rows: int64 [rows]: indices of the tokens whose logits are wanted.
     """
@@ -103,7 +103,7 @@ class PackedBatch:
 
 
 def pack(sequences: list[PackedSequence]) -> PackedBatch:
-    """Lay the sequences' new tokens one behind the other.
+    """Concatenate the sequences' new tokens.
 
     Raises:
         ValueError: a sequence has no new token, no room for them, or parents that are not a tree.
@@ -150,7 +150,7 @@ def _span(sequence: PackedSequence, start: int) -> Span:
     return Span(start, start + new, sequence.cache, tree)
 
 
-@functools.lru_cache(maxsize=8)  # Most runs are one token long; of a prompt of 2,048 tokens it takes 4 MB.
+@functools.lru_cache(maxsize=8)  # Most runs are one token long; a prompt of 2,048 tokens takes 4 MB.
 def _causal(new: int) -> Ancestry:
     return Ancestry(np.arange(new), [(2 << token) - 1 for token in range(new)])
 
@@ -163,7 +163,7 @@ def _ancestry_of(parents: bytes) -> Ancestry:
 def ancestry(parents: NDArray[np.integer]) -> tuple[NDArray[np.int64], list[int]]:
     """Depths int64 [m], 0-based, and paths: bit i of a node's is set if node i is its ancestor or the node itself.
 
-    Bits of numbers, as arrays would take several operations a layer.
+    Paths are integers: arrays would take several operations per tree layer.
 
     Raises:
         ValueError: a parent does not come before its child.

@@ -1,7 +1,7 @@
-"""Tensor parallelism within one machine. Rank 0 schedules, samples and owns all state; the other ranks are processes
-of its own that hold their part of the weights and of the KV cache, and run each pass with it.
+"""Tensor parallelism within one machine. Rank 0 schedules, samples and owns all state. The other ranks are its child
+processes: each holds its part of the weights and of the KV cache, and runs passes with rank 0.
 
-A pass goes to them as one array of integers: what is new of each sequence, and its block table.
+A pass is sent to them as one array of integers: each sequence's new tokens and block table.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def load_model(config: ModelConfig) -> LanguageModel:
 
 
 class Followers:
-    """The other ranks, as rank 0 sees them. If one of them ends, so does this process: its work cannot go on."""
+    """The other ranks, as rank 0 sees them. If one exits, so does this process: it cannot go on without it."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._folder = TemporaryDirectory()
@@ -65,7 +65,7 @@ class Followers:
             shard = Shard(rank, config.tensor_parallel)
             process = spawn.Process(target=follow, args=(config, shard, self._meeting, theirs), daemon=True)
             process.start()
-            theirs.close()  # Or the follower's end would outlive it.
+            theirs.close()  # Else it stays open when the follower ends.
             self._pipes.append(own)
             self.processes.append(process)
         threading.Thread(target=self._watch, name="followers", daemon=True).start()
@@ -76,7 +76,7 @@ class Followers:
         return _joined(config, shard, self._meeting)
 
     def tell(self, order: str, *about: Any) -> None:
-        """Have all followers do what this process does next: see `follow`."""
+        """Tell all followers what this process does next: see `follow`."""
         told = (order, _packed(*about)) if order == "pass" else (order, *about)
         for pipe in self._pipes:
             pipe.send(told)
@@ -99,12 +99,12 @@ class Followers:
 
 
 def follow(config: ModelConfig, shard: Shard, meeting: Path, pipe: connection.Connection) -> None:
-    """What another rank than 0 does until that one is gone: its orders, in their order.
+    """Main loop of the other ranks: run rank 0's orders in sequence until it is gone.
 
     ("pass", array) runs a pass, ("move", sources, targets) moves KV entries, ("forget",) drops captured passes.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # Rank 0 gets them too, and has requests to end.
+        signal.signal(number, signal.SIG_IGN)  # Rank 0 gets them too, and finishes its requests.
     threading.Thread(target=_end_with_rank_0, daemon=True).start()
     model = _joined(config, shard, meeting)
     cache: KVCache | None = None
@@ -130,7 +130,7 @@ def _end_with_rank_0() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
-    os._exit(1)  # Not even a collective holds a device without rank 0.
+    os._exit(1)  # Even from a collective: no device stays held without rank 0.
 
 
 def _joined(config: ModelConfig, shard: Shard, meeting: Path) -> LanguageModel:
@@ -151,7 +151,7 @@ def _joined(config: ModelConfig, shard: Shard, meeting: Path) -> LanguageModel:
 
 
 def _packed(sequences: list[PackedSequence], cache: KVCache) -> NDArray[np.int32]:
-    """A pass as one array: slots and size of the cache's blocks, number of sequences, `FIELDS` of each; then each one's
+    """A pass as one array: the cache's slots and block size, number of sequences, `FIELDS` of each; then each one's
     blocks, new tokens and parents."""
     fields, columns = [], []
     for each in sequences:
@@ -165,7 +165,7 @@ def _packed(sequences: list[PackedSequence], cache: KVCache) -> NDArray[np.int32
 
 
 def _unpacked(array: NDArray[np.int32]) -> tuple[int, int, list[PackedSequence]]:
-    """What `_packed` was given: slots and size of the cache's blocks, and sequences that stand in its places."""
+    """Undoes `_packed`: the cache's slots and block size, and the sequences with stand-ins for their caches."""
     tokens, block_tokens, count = array[:3].tolist()
     sequences, place = [], 3 + count * FIELDS
     for blocks, length, scratch, new, parents, wanted in array[3:place].reshape(count, FIELDS).tolist():

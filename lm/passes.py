@@ -26,7 +26,7 @@ from treeline.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 CAPTURE_S = 120.0
-"""After so many seconds of a start no further pass is captured ahead of its first use."""
+"""After this many seconds of startup no further pass is captured before its first use."""
 
 
 class Passes:
@@ -34,14 +34,14 @@ class Passes:
 
     Attributes:
         padded: passes are padded to buckets of tokens, and captured on CUDA; the default there. Too many sequences run
-            as several passes. One with too many new tokens is packed, and so are all once the padded pass could not be
-            compiled.
-        required: a pass that can't be captured at the start is an error.
-        announce: is told ("pass", sequences, cache) before each pass, and ("forget",), which other processes do too.
-        in_lockstep: they do: a pass that fails is then an error, and not run in another way.
-        how: how the last pass ran; of one that was run as several, the slowest way.
+            as several passes. A sequence with too many new tokens runs packed, and so do all passes once the padded
+            pass failed to compile.
+        required: a pass that can't be captured at startup is an error.
+        announce: called with ("pass", sequences, cache) before each pass, and with ("forget",), for other ranks.
+        in_lockstep: other ranks follow, so a pass that fails is an error and has no fallback.
+        how: how the last pass ran; if it was split into several, the slowest way.
         largest: int64 [rows], the token of the largest logit of each row of the last pass; None if it was not padded.
-        counts: of all passes so far, by how they ran.
+        counts: number of passes so far, by how they ran.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Passes:
 
     @property
     def most_tokens(self) -> int:
-        """New tokens of one sequence in a pass, beyond which it runs in a slower way."""
+        """Most new tokens of one sequence before its pass runs in a slower way."""
         return BUCKETS[-1] if self.padded else sys.maxsize
 
     @property
@@ -69,7 +69,7 @@ class Passes:
         return self.counts["eager"] + self.counts["packed"]
 
     def run(self, body: Body, sequences: list[PackedSequence], cache: KVCache, states: Tensor | None = None) -> Outputs:
-        """One pass over all sequences' new tokens: the logits of the wanted ones, then what the body gives by token.
+        """One pass over all sequences' new tokens: logits of the wanted ones, then the body's outputs per token.
 
         Raises:
             ValueError: a sequence has no new token, no room for them, or parents that are not a tree.
@@ -90,7 +90,7 @@ class Passes:
         return parts[0] if len(parts) == 1 else tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
 
     def forget_captured(self) -> None:
-        """The body will give something else from now on."""
+        """Drop captured passes: the body's outputs change."""
         if self.announce is not None:
             self.announce("forget")
         if any(len(static.graphs) for static in self._static.values()):
@@ -99,9 +99,9 @@ class Passes:
 
     @torch.inference_mode()
     def capture(self, body: Body, cache: KVCache) -> None:
-        """Capture the passes of every size over an idle cache, so that none waits for it later.
+        """Capture the passes of every size over an idle cache, so that none waits for capture later.
 
-        Large ones come first: small ones then fit the memory that those took.
+        Large ones come first, so that small ones reuse their memory.
 
         Raises:
             ConfigError: captured passes are required, and one could not be captured.
@@ -157,7 +157,7 @@ class Passes:
         except Exception as error:
             if self._device.type != "cuda" or self.required or self.in_lockstep:
                 raise
-            # It failed uncaptured: kernels cannot be compiled, or they are wrong. The packed pass needs none of them.
+            # It failed without capture: kernels do not compile or are wrong. The packed pass needs none of them.
             logger.warning("CUDA graphs are off, all passes are packed: %s", one_line(error))
             self.padded = False
             self._static.clear()
@@ -165,7 +165,7 @@ class Passes:
 
 
 def _groups(sequences: list[PackedSequence]) -> list[list[PackedSequence]]:
-    """The sequences in order, as many at once as fit one padded pass."""
+    """The sequences in order, in groups that fit one padded pass."""
     groups: list[list[PackedSequence]] = [[]]
     tokens = 0
     for sequence in sequences:

@@ -17,9 +17,9 @@ from lm.noise import gumbel_noise
 from treeline.sampling import SamplingParams
 
 _NUCLEUS_TOKENS = 512
-"""Most nuclei are smaller than this, so sorting so many tokens usually finds them."""
+"""Most nuclei are smaller than this, so sorting this many tokens usually suffices."""
 _ROWS_AT_ONCE = 64
-"""Of a vocabulary of 152,000 they take 78 MB in float32, their copies included."""
+"""With a vocabulary of 152,000 they take 78 MB in float32, copies included."""
 _LEAST_PROB = torch.finfo(torch.float32).tiny
 
 
@@ -28,12 +28,11 @@ class Row:
     """How to choose the token that follows one row of logits.
 
     Attributes:
-        position: absolute index, in the whole sequence, of the token to be placed.
+        position: absolute index in the sequence of the token to be chosen.
         history: int64 [t], all tokens before it on this row's own path; only penalties read it.
-        prompt_tokens: how many of them, from the first, are the prompt's.
+        prompt_tokens: how many of them, from the start, belong to the prompt.
         barred: ids of tokens that may not follow.
-        allowed: int32 [vocab / 32, rounded up], a bit for each token that may follow, the first one's lowest; None for
-            all.
+        allowed: int32 [vocab / 32, rounded up], one bit per token, lowest first, set if it may follow; None for all.
     """
 
     params: SamplingParams
@@ -45,7 +44,7 @@ class Row:
 
     @property
     def is_argmax(self) -> bool:
-        """Whether the token is that of the largest logit as it is, of those `allowed`."""
+        """Whether the token is the argmax of the raw logits, among those `allowed`."""
         return self.params.is_argmax and not self.barred
 
 
@@ -69,7 +68,7 @@ def choose_tokens(logits: Tensor, rows: list[Row]) -> Tensor:
 def _choose(logits: Tensor, rows: list[Row]) -> Tensor:
     allowed = [row.allowed for row in rows if row.is_argmax and row.allowed is not None]
     if len(allowed) == len(rows) > 0:
-        return largest(logits.float(), np.stack(allowed))  # Without a copy of scores, which takes four times as long.
+        return largest(logits.float(), np.stack(allowed))  # Copying the scores first takes four times as long.
     return argmax(_scores(logits, rows))
 
 
@@ -84,7 +83,7 @@ def top_drafts(logits: Tensor, rows: list[Row], k: int) -> tuple[Tensor, Tensor]
 
     Returns:
         ids int64 [rows, k], and probs float32 [rows, k] in (0, 1]: the draft model's probability for greedy rows, the
-        softmax of the noise-perturbed scores for sampled ones. What top-k or top-p exclude has (almost) none.
+        softmax of the noise-perturbed scores for sampled ones. Tokens excluded by top-k or top-p have (almost) none.
     """
     return best(_scores(logits, rows), k, _LEAST_PROB)
 
@@ -133,7 +132,7 @@ def _scores(logits: Tensor, rows: list[Row]) -> Tensor:
 
 
 def _adjust(scores: Tensor, rows: list[Row]) -> None:
-    """Add biases, bar tokens and take penalties off: in place, all rows at once, without waiting for the device.
+    """Add biases, bar tokens and apply penalties: in place, all rows at once, without waiting for the device.
 
     The repetition penalty is CTRL's (Keskar et al., 2019), the other two are OpenAI's.
 
@@ -160,7 +159,7 @@ def _adjust(scores: Tensor, rows: list[Row]) -> None:
 
 
 class _Entries:
-    """A number for each of some entries (row, token id) of `scores` float32 [rows, vocab], which changes them."""
+    """Numbers for some entries (row, token id) of `scores` float32 [rows, vocab], to change those entries by."""
 
     def __init__(self, scores: Tensor) -> None:
         self._scores = scores
@@ -172,7 +171,7 @@ class _Entries:
             self._columns.append((np.full(known.sum(), row), ids[known], values[known].astype(np.float32)))
 
     def apply(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Set each entry to `change` of its score and its number."""
+        """Set each entry to `change(score, number)`."""
         if self._columns:
             columns = (np.concatenate(parts) for parts in zip(*self._columns, strict=True))
             rows, ids, values = (upload(column, self._scores.device) for column in columns)

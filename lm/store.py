@@ -49,7 +49,7 @@ def cached_models() -> list[Path]:
 def resolve_model(spec: str) -> Path:
     """A folder with config.json, safetensors and tokenizer files.
 
-    What has to be fetched or converted is kept in the cache, and done once even if several processes ask at a time.
+    Fetched or converted models are kept in the cache, and made once even if several processes ask at the same time.
 
     Args:
         spec: "default", a folder, a .gguf file, or a Hugging Face id.
@@ -71,7 +71,7 @@ def resolve_model(spec: str) -> Path:
 
 
 def resolve_head(spec: str) -> Path:
-    """The folder of a draft head: one of this machine, or that of a Hugging Face id, which is fetched once.
+    """The folder of a draft head: a local folder, or that of a Hugging Face id, which is fetched once.
 
     Raises:
         ConfigError: there is no such head, or it cannot be fetched; one line.
@@ -80,15 +80,15 @@ def resolve_head(spec: str) -> Path:
     if path.is_dir():
         return path
     if spec.startswith(("/", ".", "~")) or path.exists():
-        raise ConfigError(f"no draft head in {path}: it is no folder")
+        raise ConfigError(f"no draft head in {path}: not a folder")
     return _fetched(spec, "draft head")
 
 
 def resolve_gguf(spec: str) -> Path:
-    """The GGUF file behind a model, for other runtimes to read; the default model's is fetched and kept.
+    """The GGUF file of a model, for other runtimes to read; the default model's is fetched and kept.
 
     Raises:
-        ConfigError: the model comes from no such file, or it cannot be fetched; one line.
+        ConfigError: the model has no such file, or it cannot be fetched; one line.
     """
     if spec == DEFAULT_MODEL:
         return next(_cached(f"{DEFAULT_NAME}-gguf", _fetch_default).glob("*.gguf"))
@@ -134,7 +134,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the reader of a damaged config.json raises anything
+    except Exception as error:  # a damaged config.json can raise anything
         raise ConfigError(f"cannot load the tokenizer in {folder}: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(f"the tokenizer in {folder} has no fast form (tokenizer.json)")
@@ -142,8 +142,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def has_vocabulary(folder: Path, sha256: str) -> bool:
-    """Whether the tokenizer in `folder` has this digest. transformers, which may add tokens to those of tokenizer.json,
-    is asked if that file alone has another one."""
+    """Whether the tokenizer in `folder` has this digest. If tokenizer.json alone has another one, transformers, which
+    may add tokens to it, is asked."""
     file = folder / "tokenizer.json"
     if file.is_file() and vocabulary_sha256(Tokenizer.from_file(str(file))) == sha256:
         return True
@@ -151,7 +151,7 @@ def has_vocabulary(folder: Path, sha256: str) -> bool:
 
 
 def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase | Tokenizer) -> str:
-    """Hex digest over all (id, token) pairs: equal for tokenizers whose ids mean the same."""
+    """Hex digest over all (id, token) pairs: equal if all ids mean the same tokens."""
     digest = hashlib.sha256()
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0])):
         digest.update(f"{index}\0{token}\0".encode())
@@ -160,7 +160,7 @@ def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase | Tokenizer) -> str:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Hide transformers' own progress bars meanwhile."""
+    """Hide transformers' progress bars within the block."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
@@ -204,7 +204,7 @@ def _plain(folder: Path) -> Path:
 
 
 def _quantization_of(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint's config.json says of its quantisation.
+    """The `quantization_config` of a checkpoint's config.json.
 
     Raises:
         ConfigError: it cannot be read.
@@ -217,7 +217,7 @@ def _quantization_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _cached(name: str, build: Callable[[Path], object]) -> Path:
-    """The cache folder `name`, built in a temporary place and moved there whole."""
+    """The cache folder `name`, built in a temporary place and moved there when complete."""
     cache = cache_folder() / "models"
     target = cache / name
     if target.is_dir():
@@ -225,7 +225,7 @@ def _cached(name: str, build: Callable[[Path], object]) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f".{name}.lock"):
-            # Of a process that was killed: the lock is ours.
+            # Left by a killed process: we hold the lock.
             for abandoned in cache.glob(f".{glob.escape(name)}.build-*"):
                 shutil.rmtree(abandoned)
             if not target.is_dir():
@@ -238,7 +238,7 @@ def _cached(name: str, build: Callable[[Path], object]) -> Path:
 
 
 def _key(path: Path, file: str = "") -> str:
-    """A name for what is made of `path`: another one once its `file` changes."""
+    """Cache name for what is built from `path`; changes when its `file` does."""
     stat = (path / file).stat()
     identity = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
     return f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
@@ -285,7 +285,7 @@ def _download_wheel(folder: Path) -> Path:
 
 
 def _pip_progress(pip_version: str) -> str:
-    """The progress style that can be read by a program, where pip knows it (24.1 and newer)."""
+    """pip's machine-readable progress style, where supported (24.1 and newer)."""
     major, minor = (int(part) for part in pip_version.split(".")[:2])
     return "raw" if (major, minor) >= (24, 1) else "off"
 
@@ -299,7 +299,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # The reader of a damaged file raises anything.
+    except Exception as error:  # A damaged file can raise anything.
         raise ConfigError(f"cannot read '{path}': {one_line(error)}") from error
     # The weights are plain floats by now; transformers still takes them for quantised and would refuse to save.
     model.hf_quantizer = None  # type: ignore[assignment]

@@ -6,7 +6,7 @@ import numpy as np
 
 
 class FreeRuns:
-    """One flag a block. Taking some of 100,000 blocks takes less than 0.1 ms."""
+    """One flag per block. Taking some of 100,000 blocks takes less than 0.1 ms."""
 
     def __init__(self, blocks: int) -> None:
         self._free = np.ones(blocks, np.bool_)
@@ -20,11 +20,11 @@ class FreeRuns:
         self._free[np.asarray(blocks, np.intp)] = True
 
     def take(self, needed: int, after: int = -1) -> list[int]:
-        """So many free blocks: first those that follow block `after`, then of the shortest run that holds them all,
-        else of the longest runs.
+        """Take `needed` free blocks: first those after block `after`, then the shortest run that holds the rest, else
+        the longest runs.
 
         Raises:
-            ValueError: there are not so many.
+            ValueError: too few are free.
         """
         if needed > len(self):
             raise ValueError(f"{needed} blocks are wanted, {len(self)} are free")

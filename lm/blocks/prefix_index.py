@@ -10,9 +10,9 @@ import numpy as np
 
 
 class PrefixIndex:
-    """Full blocks by what they hold: a hash chained over their tokens and all tokens before them.
+    """Full blocks by content: a hash chained over their tokens and all tokens before them.
 
-    Knows nothing of who uses a block; its owner says when one was used, and when it is to be forgotten.
+    Does not track who uses a block; the owner reports each use, and decides when to forget a block.
     """
 
     def __init__(self, block_tokens: int) -> None:
@@ -34,7 +34,7 @@ class PrefixIndex:
         return blocks
 
     def add(self, token_ids: list[int], blocks: list[int]) -> None:
-        """`blocks` hold these tokens, as many as are full. What is known under another block stays there."""
+        """Record that `blocks` hold these tokens, full blocks only. Content known in another block stays there."""
         for digest, block in zip(self._chain(token_ids), blocks, strict=False):
             if digest not in self._block_by_hash and block not in self._hash_by_block:
                 self._block_by_hash[digest] = block

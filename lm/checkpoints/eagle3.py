@@ -1,10 +1,10 @@
-"""EAGLE-3 and 3.1 draft heads on disk, in each packaging that people publish; ours are written as "speculators".
+"""EAGLE-3 and 3.1 draft heads on disk, in every published format; ours are written as "speculators".
 
-Flat (EAGLE's own trainer, SpecForge, NeMo): config.json like that of a Llama of one layer, tensors "midlayer.*".
+Flat (EAGLE's own trainer, SpecForge, NeMo): config.json like that of a one-layer Llama, tensors "midlayer.*".
 speculators: config.json with "speculators_model_type", tensors "layers.0.*". Either may prefix names with "model.".
-Whatever could be read in two ways is refused: a head read wrong drafts badly and says nothing.
+Anything ambiguous is refused: a head that is read wrong drafts badly without an error.
 
-torch is imported where tensors are: checking a head takes its config.json and the headers of its files.
+torch is imported only to read tensors: checking a head takes its config.json and the headers of its files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 IDS = "eagle_aux_hidden_state_layer_ids"
 EAGLE_ROPE_THETA = 10_000.0
-"""Of a head whose config.json has none, as in EAGLE's code. The target's own would be wrong."""
+"""For a head whose config.json has none, as in EAGLE's code. The target's would be wrong."""
 CONVERT = (
     "it holds .bin weights; convert them: python -c \"import torch, safetensors.torch as s; w = torch.load('{0}/"
     "pytorch_model.bin', weights_only=True); s.save_file({{k: v.contiguous() for k, v in w.items()}}, '{0}/{1}')\""
@@ -75,11 +75,11 @@ def read_config(folder: Path, target_layers: int, feature_layers: tuple[int, ...
     """The shape of the head in `folder`.
 
     Args:
-        target_layers: how many the target has.
-        feature_layers: take the place of what config.json says, if there are any.
+        target_layers: the target's number of layers.
+        feature_layers: replace those in config.json, unless empty.
 
     Raises:
-        ConfigError: config.json is not that of an EAGLE-3 head, or does not say all that must be known.
+        ConfigError: config.json is not that of an EAGLE-3 head, or lacks required settings.
     """
     try:
         top = json.loads((folder / CONFIG_FILE).read_text())
@@ -89,7 +89,7 @@ def read_config(folder: Path, target_layers: int, feature_layers: tuple[int, ...
     if kind not in (None, "eagle3"):
         raise ConfigError(f"the draft head {folder} is of kind '{kind}'; heads of kind eagle3 are supported")
     if kind is not None and "norm_before_residual" not in top:
-        # The speculators library takes false then, vLLM true.
+        # The speculators library defaults to false, vLLM to true.
         raise ConfigError(f"the draft head {folder} does not say norm_before_residual; set it in its {CONFIG_FILE}")
     layer, eagle, ours = (
         top.get("transformer_layer_config", top),
@@ -169,13 +169,13 @@ def check_tensors(folder: Path, tensors: dict[str, Tensor], wanted: dict[str, Te
 
 
 def pop_draft_ids(folder: Path, tensors: dict[str, Tensor], config: HeadConfig) -> Tensor:
-    """int64 [draft_vocab_size]: the target's token of each draft token; `d2t` and `t2d` are taken out of `tensors`.
+    """int64 [draft_vocab_size]: the target's token id of each draft token; removes `d2t` and `t2d` from `tensors`.
 
-    d2t holds offsets: draft token i is the target's token i + d2t[i], and t2d is true at just these.
-    Example: d2t [0, 1, 3] is tokens [0, 2, 5].
+    d2t holds offsets: draft token i is the target's token i + d2t[i], and t2d is true at exactly these.
+    Example: d2t [0, 1, 3] means tokens [0, 2, 5].
 
     Raises:
-        ConfigError: d2t and t2d are not there together, or do not fit each other.
+        ConfigError: d2t or t2d is missing, or they do not match.
     """
     import torch
 
@@ -256,9 +256,9 @@ def _rope(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _feature_layers(folder: Path, ids: list[int] | None, kind: str | None, layers: int) -> tuple[int, ...]:
-    """Ids as boundaries: k means behind k layers. Flat heads number the layer whose output is meant, so that 1 is 2.
+    """Ids as boundaries: k means after k layers. Flat heads give the 0-based index of the layer, so id 1 becomes 2.
 
-    A flat head with the id of a layer beyond the last one counts boundaries already.
+    A flat head with the id of a layer beyond the last one already counts boundaries.
     """
     if ids is None:
         ids = [2, layers // 2, layers - 3]

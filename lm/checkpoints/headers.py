@@ -1,4 +1,4 @@
-"""What a safetensors file tells without its tensors being read."""
+"""What the header of a safetensors file says; no tensor is read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """Of all tensors in a file, by name.
+    """Shapes of all tensors, by name.
 
     Raises:
         SafetensorError: it is damaged.

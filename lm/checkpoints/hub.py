@@ -11,15 +11,15 @@ from huggingface_hub.utils import get_session
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 ANSWER_S = 3.0
-"""For the hub's first answer. Its library waits without limit for a name or an address that does not answer."""
+"""Limit for the hub's first answer. Its library waits forever if DNS or the host does not answer."""
 
 
 def fetch(repository: str) -> Path:
-    """The folder of a repository's files, as the hub has them; those that are here already if it does not answer.
+    """The folder of a repository's files, as the hub has them; the local copy if the hub does not answer.
 
     Raises:
-        OSError: there is no such repository, or the hub does not answer and the files are not here.
-        ValueError: this is no name of a repository.
+        OSError: there is no such repository, or the hub does not answer and there is no local copy.
+        ValueError: this is not a repository name.
         RuntimeError: the library cannot fetch it.
     """
     problem = _problem()
@@ -30,14 +30,14 @@ def fetch(repository: str) -> Path:
 
 
 def _problem() -> str:
-    """Why the hub cannot be asked; empty if it can."""
+    """Why the hub is unreachable; empty if reachable."""
     found = [f"{constants.ENDPOINT} does not answer within {ANSWER_S:g} s"]
 
     def ask() -> None:
         try:
             get_session().head(constants.ENDPOINT, timeout=2 * ANSWER_S)  # the wait below ends first
             found[0] = ""
-        except Exception as error:  # of the name, the connection, its certificate, a proxy, or offline mode
+        except Exception as error:  # DNS, connection, certificate, proxy, or offline mode
             found[0] = f"{constants.ENDPOINT}: {error}"
 
     asking = threading.Thread(target=ask, name="ask-hub", daemon=True)

@@ -23,9 +23,9 @@ from treeline.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 4 << 30
-"""Of one file written; so much lies in memory."""
+"""Size of an output file, held in memory."""
 AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
-"""Where in a word the columns of AWQ lie."""
+"""Bit offsets of AWQ's columns in a word."""
 SUPPORTED = "awq of 4 bits, gptq of 2, 4 or 8, compressed-tensors (pack-quantized of 4 or 8, float-quantized), fp8"
 DROPPED = (".input_scale", ".k_scale", ".v_scale", ".k_proj.output_scale", ".v_proj.output_scale")
 """Scales of activations, which stay unrounded here."""
@@ -91,7 +91,7 @@ class _Files:
             yield from ((f"{module}.{part}", tensor) for part, tensor in parts.items())
 
     def fits_groups(self, unpack: Callable[[Parts], Tensor | None]) -> bool:
-        """Whether our groups hold all that is quantised, bit by bit."""
+        """Whether our groups hold all quantised weights exactly."""
         found = False
         for module in self._modules:
             weight = unpack(self._parts(module))
@@ -106,7 +106,7 @@ class _Files:
 
 
 def _unpacker(name: str, quantization: dict[str, Any]) -> Callable[[Parts], Tensor | None]:
-    """What makes a float32 weight [out, in] of a module's tensors, or None of a module that is not quantised.
+    """Function from a module's tensors to a float32 weight [out, in], or None if the module is not quantised.
 
     Raises:
         ConfigError: the format is not supported.
@@ -135,7 +135,7 @@ def _unpacker(name: str, quantization: dict[str, Any]) -> Callable[[Parts], Tens
 
 
 def _fields(words: Tensor, bits: int, dim: int, shifts: tuple[int, ...] | None = None) -> Tensor:
-    """int32 words as their fields of `bits`, lowest first, side by side along `dim`.
+    """Split int32 words into fields of `bits`, lowest first, adjacent along `dim`.
 
     Example: words [[0x21]], 4 bits, dim 1 -> [[1, 2, 0, 0, 0, 0, 0, 0]].
     """
@@ -153,7 +153,7 @@ def _awq(parts: Parts) -> Tensor | None:
 
 
 def _gptq(parts: Parts, bits: int, version: int) -> Tensor | None:
-    """Version 1 stores each zero less one, subtracted from whole words, where a zero of 0 borrows from the next one.
+    """Version 1 stores each zero minus one, subtracted from whole words: a zero of 0 borrows from the next field.
     Adding to whole words undoes that, as in GPTQModel's `convert_gptq_v1_to_v2_format_module`.
 
     Example: 4 bits, zeros 0, 3 -> word 0x30 - 0x11 = 0x1f; 0x1f + 0x11 = 0x30.
@@ -185,7 +185,7 @@ def _compressed(parts: Parts) -> Tensor | None:
 
 
 def _float8(parts: Parts, block: list[int] | None) -> Tensor | None:
-    scale = parts.get("weight_scale", parts.get("weight_scale_inv"))  # Both are multiplied by.
+    scale = parts.get("weight_scale", parts.get("weight_scale_inv"))  # Both are factors.
     if scale is None:
         return None
     weight, scale = parts["weight"].float(), scale.float()

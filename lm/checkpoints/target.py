@@ -1,5 +1,5 @@
-"""What a draft head takes from its target's files. transformers, which takes seconds to load, is asked only where the
-files do not say it plainly."""
+"""What a draft head takes from its target's files. transformers, which takes seconds to load, is used only where the
+files are not explicit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TargetShape:
 
 
 def target_shape(folder: Path) -> TargetShape:
-    """The shape of the model in `folder`. transformers knows what config.json leaves to defaults or names otherwise.
+    """The shape of the model in `folder`. transformers fills in what config.json omits or names differently.
 
     Raises:
         OSError, ValueError: config.json cannot be read.
@@ -57,8 +57,8 @@ def output_rows(folder: Path, shape: TargetShape) -> Tensor:
 
 
 def _plainly(folder: Path, name: str, shape: TargetShape, layer_of: Callable[[PreTrainedModel], Any]) -> Tensor:
-    """The one tensor that ends in `name` and has the right shape, else the weight of `layer_of`. The rest of the files
-    is not even read."""
+    """The only tensor whose name ends in `name` and whose shape fits, else the weight of `layer_of`. No other tensor
+    is read."""
     files = sorted(folder.glob("*.safetensors"))
     shapes = {(path, key): told for path in files for key, told in tensor_shapes(path).items()}
     wanted = [shape.vocab_size, shape.hidden_size]

@@ -35,8 +35,8 @@ def bar(scores: Tensor, rows: list[int], bits: NDArray[np.int32]) -> None:
 
     Args:
         scores: float32 [all rows, columns].
-        rows: of `scores`, one for each row of bits.
-        bits: [rows, words]; a word's lowest bit is of the first of its 32 columns.
+        rows: of `scores`, one per row of bits.
+        bits: [rows, words]; a word's lowest bit is for the first of its 32 columns.
     """
     places, columns, kernels = np.asarray(rows, np.int64), scores.shape[1], _kernels_for(scores)
     if kernels is None:

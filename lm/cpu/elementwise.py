@@ -1,6 +1,6 @@
-"""What a fused layer does besides its products and its attention: by our kernels (`lm/kernels/layer.c`), or by torch.
+"""Operations of a fused layer besides products and attention: by our kernels (`lm/kernels/layer.c`), or by torch.
 
-Both give a token the same bits whatever else is in the pass.
+With either, a token's bits do not depend on the rest of the pass.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ class Elementwise(Protocol):
     """Operations on rows [..., tokens, size]."""
 
     def norm(self, hidden: Tensor, norm: Any) -> Tensor:
-        """RMS norm of each row, with the weight and epsilon of such a layer of transformers."""
+        """RMS norm of each row, with the weight and epsilon of a transformers norm."""
 
     def add(self, hidden: Tensor, added: Tensor, post_norm: Any = None) -> Tensor:
-        """Their sum; what is added is normed before, if there is a norm for it."""
+        """Their sum; `post_norm`, if given, is applied to `added` first."""
 
     def add_norm(self, hidden: Tensor, added: Tensor, norm: Any, post_norm: Any = None) -> tuple[Tensor, Tensor]:
         """The same sum, and its norm."""
 
     def rotate(self, heads: Tensor, turned: int, turns: Tensor) -> Tensor:
-        """Turn the pairs that lie side by side in the first `turned` of the heads [tokens, heads, head_dim].
+        """Rotate the adjacent pairs in the first `turned` of the heads [tokens, heads, head_dim].
 
         `turns`: complex64 [tokens, 1, head_dim / 2]. May overwrite `heads`.
         """
@@ -106,7 +106,7 @@ class NativeElementwise(TorchElementwise):
 
 
 def is_silu(activation: object) -> bool:
-    """torch's, or transformers' `SiLUActivation`, told by its name: a drafter that runs a head does not load that."""
+    """torch's SiLU or transformers' `SiLUActivation`, by name: a drafter with a head does not load transformers."""
     return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
 
 
@@ -115,7 +115,7 @@ _native = functools.cache(NativeElementwise)
 
 
 def elementwise_for(hidden: Tensor) -> Elementwise:
-    """The kernels for such rows where there are any, else torch."""
+    """Our kernels if they support such rows, else torch."""
     fits = hidden.dtype == torch.float32 and hidden.is_cpu and hidden.shape[-1] % LANES == 0
     kernels = library() if fits else None
     return TORCH if kernels is None else _native(kernels)

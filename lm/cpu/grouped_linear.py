@@ -31,7 +31,7 @@ class Kernel(IntEnum):
 
     @property
     def instructions(self) -> str:
-        """For people."""
+        """For display."""
         return {Kernel.FLOAT32: "vectors of 8", Kernel.FLOAT32_WIDE: "vectors of 16"}.get(self, self.name.lower())
 
 
@@ -59,10 +59,10 @@ def kernel_for(arithmetic: Literal["auto", "float32", "int8"]) -> Kernel | None:
 
 
 class GroupedLinear(nn.Module):
-    """A frozen linear layer on the CPU, float32 in and out. Weights of 16 bits take a float32 kernel.
+    """A frozen linear layer on the CPU, float32 in and out. 16-bit weights need a float32 kernel.
 
-    With an int8 kernel, 32 neighbouring inputs of a token are rounded to 255 steps between plus and minus their largest
-    magnitude. A row's result does not depend on the others, and all int8 kernels give the same bits.
+    An int8 kernel rounds each 32 neighbouring inputs of a token to 255 steps between plus and minus their largest
+    magnitude. A row's result does not depend on other rows, and all int8 kernels give the same bits.
     """
 
     def __init__(self, weight: GroupedWeight | Bfloat16Weight, bias: Tensor | None, kernel: Kernel) -> None:
@@ -82,7 +82,7 @@ class GroupedLinear(nn.Module):
         )
 
     def move(self, memory: Tensor) -> None:
-        """Keep the weights in `memory`, uint8 of their size, from now on."""
+        """Move the weights into `memory`, uint8 of the same size."""
         self.tiles = memory.view_as(self.tiles).copy_(self.tiles)
         self.struct.tiles = self.tiles.data_ptr()
 

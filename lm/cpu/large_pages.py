@@ -1,4 +1,4 @@
-"""Memory in pages of 2 MiB: in pages of 4 KiB, finding out where weights lie takes about as long as reading them."""
+"""Memory in 2 MiB pages: with 4 KiB pages, translating the addresses of weights takes about as long as reading them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGE_BYTES = 2 << 20
 
 
 def zeros_in_large_pages(nbytes: int) -> Tensor:
-    """uint8 [nbytes], taken from the system as it is written; in large pages where Linux has them to give."""
+    """uint8 [nbytes], allocated by the system when first written; in large pages where Linux has them."""
     memory = mmap.mmap(-1, nbytes + PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # A kernel without large pages.

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 OPENMP_NAMES = ("libgomp", "libiomp", "libomp")
 LANES = 8
-"""Numbers in a vector of the kernels: sizes that they take are multiples of it, but for those of products."""
+"""Numbers in a vector of the kernels: all sizes are multiples of it, except those of products."""
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def typed(kernels: ctypes.CDLL, name: str, kinds: str) -> Any:
-    """The kernels' function `name`, told its arguments: n is int64, i is int, f is float, p is a pointer."""
+    """The kernels' function `name` with argument types declared: n is int64, i int, f float, p a pointer."""
     types = {"n": c_int64, "i": c_int, "f": c_float, "p": c_void_p}
     function = getattr(kernels, f"treeline_{name}")
     function.argtypes, function.restype = [types[kind] for kind in kinds], None
@@ -44,15 +44,15 @@ def typed(kernels: ctypes.CDLL, name: str, kinds: str) -> Any:
 
 @functools.cache
 def fingerprint() -> str:
-    """Hex digest of the compiled kernels; empty without any. What was measured with one may not hold for another."""
+    """Hex digest of the compiled kernels; empty without any. Measurements may not hold for another digest."""
     kernels = library()
     return "" if kernels is None else hashlib.sha256(Path(kernels._name).read_bytes()).hexdigest()
 
 
 def _share_openmp() -> None:
-    """Let the kernels find the OpenMP library that torch has loaded, under whatever name.
+    """Let the kernels find the OpenMP library that torch has loaded, whatever its name.
 
-    They are linked to none: threads of a second one would get in the way of torch's, which spin for a while.
+    They link to none: threads of a second library would compete with torch's, which spin for a while.
     """
     mapped = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
     for path in mapped:

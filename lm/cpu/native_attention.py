@@ -19,7 +19,7 @@ from lm.kv_cache import KVCache
 from lm.packed import PackedBatch
 
 WIDE_LANES = 16
-"""Numbers in the vectors of processors with AVX-512."""
+"""Numbers in an AVX-512 vector."""
 
 
 class _Batch(ctypes.Structure):
@@ -65,8 +65,8 @@ def _fits(cache: KVCache) -> bool:
 
 
 class NativeAttention:
-    """One packed forward pass. A token's bits depend only on what it sees: not on the rest of the pass, on siblings in
-    a tree, on where blocks lie, or on the number of threads.
+    """One packed forward pass. A token's bits depend only on what it sees: not on the rest of the pass, siblings in a
+    tree, the placement of blocks, or the number of threads.
 
     Attributes:
         batch: a reference to the kernels' description of the pass.
@@ -112,5 +112,5 @@ def _layer(kv_heads: int, group: int, key_dim: int, value_dim: int, options: Att
 
 
 def _dense_heads(tensor: Tensor) -> Tensor:
-    """[tokens, heads, dim] of which each token's heads lie side by side."""
+    """[tokens, heads, dim] with each token's heads contiguous."""
     return tensor if tensor.stride()[1:] == (tensor.shape[2], 1) else tensor.contiguous()

@@ -29,7 +29,7 @@ class _Head(ctypes.Structure):
 
 
 class NativeHead:
-    """A head whose weights are in place."""
+    """A head whose weights no longer move."""
 
     def __init__(self, module: Any, embedding: nn.Embedding, output: GroupedLinear) -> None:
         """`module`: a `HeadModule`."""
@@ -42,7 +42,7 @@ class NativeHead:
         self._run_states = typed(kernels, "head_states", "pnpfnppn")
 
     def states(self, features: Tensor) -> Tensor | None:
-        """`HeadModule.states` of bfloat16 features [n, feature_width], if the kernel can."""
+        """`HeadModule.states` of bfloat16 features [n, feature_width]; None if the kernel cannot."""
         fc = self._module.fc
         if self._norm_weights is None or features.dtype != torch.bfloat16 or not features.is_contiguous():
             return None
@@ -94,7 +94,7 @@ class NativeHead:
 
 
 def native_head(module: Any, embedding: nn.Embedding, output: nn.Module) -> NativeHead | None:
-    """A `HeadModule` as the kernel runs it, if it can: as `native_layers`, and with all other weights in groups."""
+    """A `HeadModule` for the kernel, if it can: as `native_layers`, and all other weights in groups."""
     grouped = isinstance(output, GroupedLinear) and isinstance(module.fc, GroupedLinear)
     if not grouped or not isinstance(module.layers[0], FusedLayer) or native_layers(module.layers) is None:
         return None

@@ -1,4 +1,4 @@
-"""Fused layers in a row as one call of a kernel (`lm/kernels/decoder.c`): what a layer costs is not Python's."""
+"""Consecutive fused layers as one kernel call (`lm/kernels/decoder.c`), without Python overhead per layer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LayerStruct(ctypes.Structure):
 
 
 class NativeLayers:
-    """Layers of one model, whose weights are in place. A layer's forward hooks see its output."""
+    """Layers of one model, whose weights no longer move. A layer's forward hooks see its output."""
 
     def __init__(self, layers: Sequence[FusedLayer]) -> None:
         self._layers = layers
@@ -51,7 +51,7 @@ class NativeLayers:
         self._run = typed(library(), "decoder_layers", "nppnnppp")  # type: ignore[arg-type]
 
     def forward(self, hidden: Tensor, turns: Tensor, context: NativeAttention) -> Tensor:
-        """float32 hidden states [1, tokens, hidden] -> the same behind the last layer; turns as `ComplexRotary`'s."""
+        """float32 hidden states [1, tokens, hidden] -> those after the last layer; `turns` from `ComplexRotary`."""
         table = self._tables.get(context.cache)
         if table is None:
             table = (LayerStruct * len(self._layers))(*(LayerStruct.of(layer, context.cache) for layer in self._layers))
@@ -64,7 +64,7 @@ class NativeLayers:
         return hidden
 
     def _runs(self) -> Iterator[tuple[int, int]]:
-        """Layers of which only the last one's output is to be seen: by a hook, or as the result."""
+        """Ranges of layers of which only the last output is needed: by a hook, or as the result."""
         start = 0
         for stop, layer in enumerate(self._layers, start=1):
             if layer._forward_hooks or stop == len(self._layers):
@@ -94,7 +94,7 @@ class NativeLayers:
 
 
 def native_layers(layers: nn.ModuleList) -> NativeLayers | None:
-    """These as the kernel runs them, if it can: layers of one shape, with weights in groups and SiLU between them."""
+    """The layers for the kernel, if it can run them: all of one shape, with weights in groups and SiLU."""
     fused: list[FusedLayer] = list(layers)  # type: ignore[arg-type]
     if library() is None or not all(map(_fits, fused)):
         return None

@@ -1,4 +1,4 @@
-"""Linear layers with weights laid out once for oneDNN, which plain torch would do at every call, if at all."""
+"""Linear layers with weights packed once for oneDNN; plain torch would pack them at every call, if at all."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ ROUNDING: dict[Quantization, Callable[[Tensor], GroupedWeight | Bfloat16Weight |
 
 
 ROW_STEP, MOST_ROW_STEP = 8, 32
-"""oneDNN compiles a kernel of half a MiB for each number of rows, in some ms, and `lm` bounds how many it keeps. From 8
-rows on they are padded to multiples of 8, from 128 on of 16, from 256 on of 32: few enough to keep. Five layers of 48
-columns and 1 to 300 rows at random: 5 ms a pass instead of 26. Four of 576 and 65 to 300 rows: as fast, in a quarter of
-the memory. Of 1 to 16 rows: 15 % slower than with all kernels kept."""
+"""oneDNN compiles a kernel of half a MiB for each number of rows, in some ms, and `lm` bounds how many it keeps. Rows
+are padded to multiples of 8 from 8 rows on, of 16 from 128, of 32 from 256: few enough kernels to keep. Five layers of
+48 columns with 1 to 300 random rows take 5 ms a pass instead of 26. Four of 576 with 65 to 300 rows are as fast, in a
+quarter of the memory. With 1 to 16 rows: 15 % slower than with all kernels kept."""
 
 
 def padded_rows(rows: int) -> int:
@@ -51,7 +51,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self._pairs_up and inputs.shape[-2] == 1:
-            # A single row would take another kernel that rounds differently; beside a second one it costs the same.
+            # A single row would select another kernel, which rounds differently; two rows cost the same.
             return self._multiply(inputs.expand(*inputs.shape[:-2], 2, -1))[..., :1, :]
         rows = inputs.shape[-2]
         padding = padded_rows(rows) - rows
@@ -62,7 +62,7 @@ class PackedLinear(nn.Module):
 
 
 def packed_dtypes() -> set[torch.dtype]:
-    """Which weights oneDNN can pack for this processor."""
+    """Weight dtypes that oneDNN can pack on this processor."""
     if not torch.backends.mkldnn.is_available():
         return set()
     return {torch.float32, torch.bfloat16} if has_bfloat16_kernels() else {torch.float32}
@@ -72,7 +72,7 @@ def packed_dtypes() -> set[torch.dtype]:
 def pack_linear_layers(model: nn.Module, quantization: Quantization = "auto", arithmetic: Arithmetic = "auto") -> None:
     """Replace the linear layers of `model` on the CPU by faster ones, where this processor has kernels for them.
 
-    Any other layer stays as it is. A weight that the embedding shares stays there as well.
+    Any other layer stays unchanged. A weight shared with the embedding stays there too.
 
     Args:
         quantization, arithmetic: as in `ModelConfig`; rounding needs a kernel, float32, and whole groups.
@@ -106,7 +106,7 @@ def gather_weights(model: nn.Module) -> None:
 
 
 def read_bytes(model: nn.Module) -> int:
-    """Bytes of the weights that every pass over `model` reads: not those of tables of which it takes single rows."""
+    """Bytes of the weights that every pass over `model` reads in full, so without embedding tables."""
     weights: dict[int, Tensor] = {}
     for module in model.modules():
         if isinstance(module, GroupedLinear):
@@ -119,6 +119,6 @@ def read_bytes(model: nn.Module) -> int:
 
 
 def arithmetic_of(model: nn.Module) -> str:
-    """How our kernels compute products, for people: "int8 by avx512_vnni"; empty if they compute none."""
+    """How our kernels compute products, for display: "int8 by avx512_vnni"; empty if they compute none."""
     kernels = {module.kernel for module in model.modules() if isinstance(module, GroupedLinear)}
     return ", ".join(f"{kernel.arithmetic} by {kernel.instructions}" for kernel in sorted(kernels))

@@ -1,8 +1,8 @@
-"""Weights in fewer bytes than float32: in bfloat16, or in groups of 32 neighbours that share a scale, with 4 or 8 bits
-each, as GGUF files hold them.
+"""Weights in fewer bytes than float32: bfloat16, or as in GGUF files 4 or 8 bits in groups of 32 neighbours that share
+a scale.
 
-Formats of groups go by their names in GGUF: Q4_0, Q4_1 and Q8_0, whose scales take 2 bytes. Any other (Q5_0, Q4_K,
-Q5_K, Q6_K) has scales and minima of 4 bytes here.
+Group formats have their GGUF names: Q4_0, Q4_1 and Q8_0, whose scales take 2 bytes. Any other (Q5_0, Q4_K, Q5_K, Q6_K)
+has scales and minima of 4 bytes here.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 
 GROUP = 32
 UNIT = 2.0**-48
-"""Of which values are multiples: scales of float16 are of 2^-24, those of bfloat16 down to 2^-41."""
+"""All values are multiples of it: float16 scales of 2^-24, bfloat16 scales down to 2^-41."""
 CACHED_NUMBERS = 1 << 17
-"""Of a matrix, whose groups are found at a time: what is computed meanwhile stays in the processor's cache. The default
-model's groups are found in 1.1 s on one core; 2.0 s for whole matrices at a time."""
+"""Numbers of a matrix searched for groups at a time, so that intermediate results stay in the processor's cache. The
+default model takes 1.1 s on one core; 2.0 s with whole matrices at a time."""
 STEP_ROWS = 1024
-"""For which steps are found at a time: it takes 50 bytes a weight meanwhile."""
+"""Rows searched for steps at a time, which takes 50 bytes a weight."""
 TILE_ROWS = 32
-"""Of the kernel's layout (`lm/kernels/linear.c`)."""
+"""As in the kernel's layout (`lm/kernels/linear.c`)."""
 
 Bits = Literal[4, 8, 16]
 
@@ -39,8 +39,8 @@ class GroupedWeight:
 
     Attributes:
         codes: uint8 [rows, groups, 32], or int32 with 16 bits; below 2^bits.
-        scale: float16 [rows, groups], or float32, as which the sum is exact.
-        minimum: like the scale; with 8 bits and float16 it is -128 scales, and is not kept.
+        scale: float16 [rows, groups], or float32, with which the sum is exact.
+        minimum: like the scale; None for 8 bits and float16, where it is -128 * scale.
     """
 
     bits: Bits
@@ -96,17 +96,17 @@ class Bfloat16Weight:
         return self.values.shape[0], self.values.shape[1]
 
     def tiles(self) -> Tensor:
-        """uint8 [tiles, groups, bytes]: as `GroupedWeight.tiles`; of two neighbours in a word the first is lowest."""
+        """uint8 [tiles, groups, bytes]: as `GroupedWeight.tiles`; a word has two neighbours, the first one lowest."""
         return _tiled(self.values.view(torch.int32).unflatten(1, (-1, GROUP // 2)))
 
 
 def find_smaller(weight: Tensor) -> GroupedWeight | Bfloat16Weight | None:
-    """A float32 matrix [rows, columns] in groups or in bfloat16, such that not one bit of it is lost; else None."""
+    """A float32 matrix [rows, columns] in groups or in bfloat16, without the loss of a single bit; else None."""
     return find_groups(weight) or find_bfloat16(weight) or find_steps(weight)
 
 
 def find_bfloat16(weight: Tensor) -> Bfloat16Weight | None:
-    """The bfloat16 numbers that a float32 matrix [rows, columns] was made of, if it was; else None."""
+    """The bfloat16 numbers that a float32 matrix [rows, columns] was made from, if any; else None."""
     if weight.dtype != torch.float32 or weight.shape[1] % GROUP:
         return None
     values = weight[:1].bfloat16()
@@ -117,15 +117,15 @@ def find_bfloat16(weight: Tensor) -> Bfloat16Weight | None:
 
 
 def find_steps(weight: Tensor) -> GroupedWeight | None:
-    """Groups with scales of float32 that hold a float32 matrix [rows, columns] without loss; None if there are none.
+    """Groups with float32 scales that hold a float32 matrix [rows, columns] without loss; None if there are none.
 
-    A group's scale is the greatest common divisor of how far its values lie above their least.
+    A group's scale is the greatest common divisor of its values less their minimum.
     Example: values 0.5, 1.25 and 2.0 -> minimum 0.5, scale 0.75, codes 0, 1 and 2.
     """
     if weight.dtype != torch.float32 or weight.shape[1] % GROUP:
         return None
     parts = []
-    for rows in (weight[:1], *weight[1:].split(STEP_ROWS)):  # The first row tells of nearly all others.
+    for rows in (weight[:1], *weight[1:].split(STEP_ROWS)):  # The first row settles nearly all cases.
         if (part := _steps(rows)) is None:
             return None
         parts.append(part)
@@ -152,7 +152,7 @@ def _steps(weight: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def find_groups(weight: Tensor) -> GroupedWeight | None:
-    """The groups that a float32 matrix [rows, columns] was made of, such that not one bit of it is lost; else None."""
+    """The groups that a float32 matrix [rows, columns] was made from, without the loss of a single bit; else None."""
     if weight.dtype != torch.float32 or weight.shape[1] % GROUP:
         return None
     return next(filter(None, (_exactly(weight, each) for each in (round_to_q4_1, round_to_q4_0, round_to_q8_0))), None)
@@ -162,7 +162,7 @@ def _exactly(weight: Tensor, round_to: Callable[[Tensor], GroupedWeight]) -> Gro
     """`round_to(weight)` if that loses nothing."""
     parts = []
     for rows in (weight[:1], *weight.split(-(-CACHED_NUMBERS // weight.shape[1]))):
-        part = round_to(rows)  # The first row tells of nearly all others.
+        part = round_to(rows)  # The first row settles nearly all cases.
         if not torch.equal(part.floats(), rows):
             return None
         parts.append(part)
@@ -174,8 +174,8 @@ def _exactly(weight: Tensor, round_to: Callable[[Tensor], GroupedWeight]) -> Gro
 
 
 def suits_kernels(folder: Path) -> bool:
-    """Whether our kernels read a folder's safetensors in fewer bytes than float32, told by the smallest matrix of the
-    first file. The weights of experts are no linear layers, and would stay in float32."""
+    """Whether our kernels read a folder's safetensors in fewer bytes than float32, judged by the smallest matrix of the
+    first file. Expert weights are not linear layers, and would stay in float32."""
     path = min(folder.glob("*.safetensors"), default=None)
     if path is None:
         return False
@@ -196,8 +196,8 @@ def round_to_q4_1(weight: Tensor) -> GroupedWeight:
 
 
 def round_to_q4_0(weight: Tensor) -> GroupedWeight:
-    """The same in 16 steps around 0. Each group's value farthest from it is the first of them, or, if only that loses
-    nothing, a later one: in a larger group whose scale it has, another value may lie farther."""
+    """The same in 16 steps around 0. Each group's value farthest from 0 is the first step, or a later one if only that
+    is lossless: the scale may come from a larger group, with a value farther away."""
     values = weight.unflatten(1, (-1, GROUP))
     farthest = values.gather(2, values.abs().argmax(2, keepdim=True))[..., 0]
     scale = first = (farthest / -8).half()
@@ -230,7 +230,7 @@ def _rounded(values: Tensor, bits: Bits, scale: Tensor, minimum: Tensor | None) 
 
 
 def _tiled(part: Tensor) -> Tensor:
-    """[rows, groups, n] -> uint8 [tiles, groups, bytes], the rows of a tile side by side."""
+    """[rows, groups, n] -> uint8 [tiles, groups, bytes], the rows of a tile innermost."""
     padded = F.pad(
         part.view(torch.int16) if part.dtype == torch.float16 else part, (0, 0, 0, 0, 0, -len(part) % TILE_ROWS)
     )

@@ -14,12 +14,12 @@ from lm.cpu.native import library, typed
 
 @contextmanager
 def own_cores(device: torch.device | None) -> Iterator[None]:
-    """Each thread of this thread's passes keeps to a core of its own, where there are as many threads as cores.
+    """Pin each thread of this thread's passes to a core of its own, if there are as many threads as cores.
 
-    What else this thread starts meanwhile would keep to its core as well.
+    Anything else this thread starts meanwhile is pinned to its core too.
 
-    A neighbour that takes half a core then makes passes twice as long. Free to move, two of the threads would now and
-    then meet on one core, where each spins before it lets the other go on: five times as slow again.
+    A neighbour that takes half a core then makes passes twice as long. Unpinned, two of the threads would now and then
+    share a core, where each spins before it yields: five times as slow again.
 
     Args:
         device: of the model; None if none runs here.

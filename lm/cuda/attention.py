@@ -1,4 +1,4 @@
-"""Tree attention of one padded pass: two launches a layer, whose grids only the padded number of tokens decides."""
+"""Tree attention of one padded pass: two launches per layer, with grids set by the padded number of tokens alone."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from lm.cuda.layout import QUERY_TOKENS, WORDS
 
 LEAST_ROWS = 16
 SPLITS = 16
-"""Most splits of a context: with 8 key/value heads they occupy the 132 multiprocessors of an H100 at one sequence."""
+"""Most splits of a context: for one sequence, with 8 key/value heads, they fill the 132 multiprocessors of an H100."""
 LEAST_TILES = 4
-"""Tiles of a split, at least: the second stage reads a result per split, which is to be little beside them."""
+"""Fewest tiles of a split: the second stage reads one result per split, which must be small in comparison."""
 TILE_BYTES = 16 << 10
-"""Of the keys of a tile."""
+"""Size of a tile's keys."""
 MANY_BYTES = 16 << 10
-"""Of a query block: with more, twice as many warps keep its sums in registers."""
+"""Larger query blocks use twice as many warps, to keep their sums in registers."""
 NO_WINDOW = 1 << 30
 
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """What attention has to know of a padded pass: int32 tensors on the device.
+    """Inputs of attention in a padded pass: int32 tensors on the device.
 
     Attributes:
         positions: [tokens].
         slots: int64 [tokens], where the new keys and values go.
         words: by window, [tokens, words]: bit i is set if the token sees entry `length + i` of its sequence.
-        sequences: [sequences, 2]: committed tokens, and the place of its first block in `table`.
-        table: the sequences' blocks, one sequence behind the other.
+        sequences: [sequences, 2]: committed tokens, and the index of its first block in `table`.
+        table: the sequences' block tables, concatenated.
         queries: [query blocks, 4]: first token, number of tokens, sequence, and entries that its last token may see (0
             for padding).
     """
@@ -53,14 +53,14 @@ class PaddedAttention:
     """The `AttentionContext` of one padded pass.
 
     Attributes:
-        batch: what the pass is about.
-        work: what fused layers do beside their products and their attention.
+        batch: the pass's inputs.
+        work: operations of fused layers besides products and attention.
     """
 
     work: ClassVar[TritonElementwise | None] = TritonElementwise()
 
     def __init__(self, batch: PaddedBatch, keys: list[Tensor], values: list[Tensor], block_tokens: int) -> None:
-        """`keys` and `values`: the store, by layer, each [slots, kv_heads, dim]."""
+        """`keys` and `values`: the KV cache, by layer, each [slots, kv_heads, dim]."""
         self.batch, self._keys, self._values, self._block_tokens = batch, keys, values, block_tokens
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
@@ -110,7 +110,7 @@ def attend(
 def kernel_constants(
     group: int, key_dim: int, value_dim: int, element_bytes: int, block_tokens: int, capped: bool
 ) -> dict[str, int]:
-    """What the kernels are compiled for, and how they are run."""
+    """Compile-time constants and launch options of the kernels."""
     rows, key_pad, value_pad = (
         max(LEAST_ROWS, triton.next_power_of_2(size)) for size in (QUERY_TOKENS * group, key_dim, value_dim)
     )
@@ -137,5 +137,5 @@ def kernel_constants(
 
 
 def _taken(kernel: Any, constants: dict[str, int]) -> dict[str, int]:
-    """What one of the kernels takes of them."""
+    """The constants that `kernel` takes."""
     return {name: value for name, value in constants.items() if name in kernel.arg_names or name.startswith("num_")}

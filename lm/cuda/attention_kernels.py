@@ -1,9 +1,9 @@
 """Tree attention over block tables, in Triton: every program attends for a few tokens of one sequence over one split of
-its context, and a second kernel adds up the splits (flash decoding, https://pytorch.org/blog/flash-decoding).
+its context, and a second kernel combines the splits (flash decoding, https://pytorch.org/blog/flash-decoding).
 
-A sequence's entries are its committed tokens and, behind them, its scratch and new ones (the tail). Tiles are counted
-in entries, not in slots, and splits depend on the sequence's own length alone. So a token's bits depend neither on
-where blocks lie nor on what else is in the pass.
+A sequence's entries are its committed tokens, then its scratch and new ones (the tail). Tiles are counted in entries,
+not in slots, and splits depend on the sequence's own length alone. So a token's bits depend neither on where blocks
+are stored nor on the rest of the pass.
 
     entries   0 ............ length | tail ....... end        length 150, end 153, tile 64:
     tiles     [ no mask ][ no mask ][ mask: bit words ]       tiles 0, 1 without a mask, tile 2 with one
@@ -24,8 +24,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _tiles_of(first, count, length, end, positions_ptr, window, GROUP, ROWS: tl.constexpr, TILE, SPLITS, LEAST_TILES):
-    """What a query block reads: its first tile, the tile behind its last one, tiles of a split, and the tile from which
-    on all of its tokens see the committed entries."""
+    """What a query block reads: its first tile, one past its last tile, tiles per split, and the first tile from which
+    all of its tokens see the committed entries."""
     rows = tl.arange(0, ROWS)
     live = rows < count * GROUP
     positions = tl.load(positions_ptr + first + rows // GROUP, mask=live, other=0)
@@ -44,7 +44,7 @@ def _add_tile(
     KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, WORDS: tl.constexpr,
     CAPPED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax: the sums so far and those over one more tile."""
+    """Online softmax: the running sums after one more tile."""
     entries = tile * TILE + tl.arange(0, TILE)
     if BLOCK_TOKENS % TILE == 0:
         block = tl.load(table_ptr + tile * TILE // BLOCK_TOKENS).to(tl.int64)
@@ -53,7 +53,7 @@ def _add_tile(
         blocks = tl.load(table_ptr + entries // BLOCK_TOKENS, mask=entries < end, other=0).to(tl.int64)
         slots = blocks * BLOCK_TOKENS + entries % BLOCK_TOKENS
     key_dims, value_dims = tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
-    readable = entries < end if MASKED else entries >= 0  # Beyond the end lies garbage, even NaN.
+    readable = entries < end if MASKED else entries >= 0  # Beyond the end is garbage, even NaN.
     keys = tl.load(
         keys_ptr + slots[None, :] * key_stride + head * KEY_DIM + key_dims[:, None],
         mask=readable[None, :] & (key_dims < KEY_DIM)[:, None],
@@ -97,7 +97,7 @@ def attend_split(
     """Grid [query blocks, kv heads, SPLITS]. A row of the products is one query head of one token.
 
     Writes float32 sums of one split: `mixed` [tokens, heads, SPLITS, VALUE_DIM] and `sums` [tokens, heads, SPLITS, 2],
-    the largest score (in powers of 2) and the sum of weights relative to it.
+    the largest score (in log2 units) and the sum of weights relative to it.
     """
     about = queries_ptr + tl.program_id(0) * QUERY_FIELDS
     head, split = tl.program_id(1), tl.program_id(2)

@@ -18,14 +18,14 @@ WARP_NUMBERS = 512
 
 
 class Rounded(NamedTuple):
-    """Rows as e4m3 numbers [..., size], and what each row is to be multiplied by: float32 [rows]."""
+    """Rows as e4m3 numbers [..., size], and the factor of each row: float32 [rows]."""
 
     numbers: Tensor
     scales: Tensor
 
 
 class TritonElementwise(TorchElementwise):
-    """One launch for each of them; what is not of Llama's kind is torch's."""
+    """One launch per operation; what is not Llama-like is left to torch."""
 
     def norm(self, hidden: Tensor, norm: Any) -> Any:
         """`Rounded` if the norm `rounds`."""
@@ -54,12 +54,12 @@ class TritonElementwise(TorchElementwise):
 def store_rotated(
     heads: Tensor, counts: list[int], turns: Tensor, slots: Tensor, keys: Tensor, values: Tensor, norms: Any = None
 ) -> None:
-    """Turn query heads in place, and write turned keys, and values, to their slots of the store.
+    """Rotate query heads in place; write rotated keys, and values, to their slots of the KV cache.
 
     Args:
         heads: [tokens, all heads, head_dim]: `counts` of queries, keys and values.
         turns: complex64 [tokens, 1, head_dim / 2].
-        norms: of query and key heads before they are turned, if they have any.
+        norms: of query and key heads before rotation, if they have any.
     """
     query_norm, key_norm = norms or (None, None)
     tokens, _, dim = heads.shape
@@ -73,10 +73,10 @@ def store_rotated(
 
 
 def move_entries(store: Tensor, sources: Tensor, targets: Tensor) -> None:
-    """Copy what lies in the slots `sources` int64 [n] of `store` [tensors, slots, heads, dim] to `targets`.
+    """Copy the entries in slots `sources` int64 [n] of `store` [tensors, slots, heads, dim] to `targets`.
 
-    Two launches: torch's indexing takes dozens where a store has more than 2^31 numbers. By way of a place aside, since
-    an entry may move to where another one was.
+    Two launches: torch's indexing takes dozens where a store has more than 2^31 numbers. They use a temporary buffer,
+    since an entry may move to where another one was.
     """
     count, size = len(sources), store[0, 0].numel()
     aside = store.new_empty(len(store), count, size)

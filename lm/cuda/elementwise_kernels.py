@@ -1,4 +1,4 @@
-"""What a decoder layer does besides its products and its attention, in Triton: one launch each, float32 inside.
+"""Operations of a decoder layer besides products and attention, in Triton: one launch each, float32 inside.
 
 They round where torch's separate operations round, so that both write the same numbers.
 """
@@ -20,7 +20,7 @@ def _normed(row, weight_ptr, places, inside, epsilon, SIZE):
 
 @triton.jit
 def _store_rounded(row, numbers, out_ptr, scales_ptr, places, inside):
-    """A row over its scale as e4m3 numbers, of which 448 is the largest."""
+    """Store a row over its scale as e4m3 numbers, whose largest is 448."""
     wide = numbers.to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(wide), 0), 1e-12) / 448.0
     tl.store(scales_ptr + row, scale)
@@ -32,8 +32,8 @@ def norm_rows(
     hidden_ptr, added_ptr, total_ptr, post_weight_ptr, weight_ptr, out_ptr, scales_ptr, epsilon, SIZE: tl.constexpr,
     PAD: tl.constexpr, ADDS: tl.constexpr, POST: tl.constexpr, NORMS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """Grid [rows]: RMS norm of each row (NORMS), or of its sum with another one (ADDS), which goes to `total`; that
-    other one may have a norm of its own before (POST). If ROUNDS, the norm is stored as `round_rows` would."""
+    """Grid [rows]: RMS norm of each row (NORMS), or of its sum with an added row (ADDS), which goes to `total`. The
+    added row may be normed first (POST). If ROUNDS, the norm is stored as by `round_rows`."""
     index, columns = tl.program_id(0), tl.arange(0, PAD)
     places, inside = index.to(tl.int64) * SIZE + columns, columns < SIZE
     row = tl.load(hidden_ptr + places, mask=inside, other=0.0)
@@ -53,13 +53,13 @@ def norm_rows(
 
 @triton.jit
 def gate_rows(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
-    """Grid [rows, blocks of a row]: silu, or GELU by its tanh, of the first half of each row, times the second."""
+    """Grid [rows, blocks of a row]: SiLU, or tanh GELU, of the first half of each row, times the second."""
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row, inside = tl.program_id(0).to(tl.int64), columns < SIZE
     gate = tl.load(gate_up_ptr + row * 2 * SIZE + columns, mask=inside, other=0.0)
     up = tl.load(gate_up_ptr + row * 2 * SIZE + SIZE + columns, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
-    # x / 2 * (1 + tanh(y)) is x * sigmoid(2 y): so GELU differs from silu by what goes into the sigmoid.
+    # x / 2 * (1 + tanh(y)) is x * sigmoid(2 y): GELU differs from SiLU only in the sigmoid's argument.
     bent = 1.5957691216057308 * (wide + 0.044715 * wide * wide * wide) if GELU else wide
     active = (wide / (1 + tl.exp(-bent))).to(gate.dtype)
     tl.store(out_ptr + row * SIZE + columns, (active.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=inside)
@@ -71,8 +71,8 @@ def rotate_and_store(
     key_stride, value_stride, QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr,
     NORMS: tl.constexpr,
 ):  # fmt: skip
-    """Grid [tokens, heads]: turn the adjacent pairs of query heads in place, those of key heads on their way into the
-    store, where value heads go as they are. Queries and keys have norms before, if NORMS."""
+    """Grid [tokens, heads]: rotate the adjacent pairs of query heads in place; write rotated key heads, and value
+    heads as they are, to the KV cache. If NORMS, queries and keys are normed first."""
     token, head = tl.program_id(0), tl.program_id(1)
     pairs = tl.arange(0, PAD)
     inside = pairs < DIM // 2
@@ -112,7 +112,7 @@ def round_rows(rows_ptr, out_ptr, scales_ptr, SIZE: tl.constexpr, PAD: tl.conste
 def copy_entries(
     store_ptr, aside_ptr, slots_ptr, count, tensor_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr
 ):  # fmt: skip
-    """Grid [count, tensors, blocks of an entry]: what lies in some slots of each tensor of the store to a place aside,
+    """Grid [count, tensors, blocks of an entry]: copy some slots of each tensor of the store to a temporary buffer
     [tensors, count, SIZE], or BACK from there."""
     index, tensor = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)

@@ -1,6 +1,6 @@
-"""Products of 8-bit floating-point numbers (e4m3): weights are rounded once, by output row, and a token's inputs as
-they come, by the kernel of the norm before them or by one of their own. torchao (0.18) launches about 15 operations a
-product for that unless it is compiled, which costs more than the smaller weights save.
+"""Products of 8-bit floating-point numbers (e4m3). Weights are rounded once, by output row. Inputs are rounded per
+token, by the kernel of the preceding norm or by one of their own. torchao (0.18) launches about 15 operations a product
+for that unless it is compiled, which costs more than the smaller weights save.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lm.layers.fused import FusedLayer
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 MULTIPLE = 16
-"""Of both sizes of a weight that torch multiplies so."""
+"""torch requires it of both sizes of a weight."""
 
 
 class Fp8Linear(nn.Module):
@@ -31,7 +31,7 @@ class Fp8Linear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, inputs: Tensor | Rounded) -> Tensor:
-        """[..., in] -> [..., out], in the type of the exact weights; sums in float32."""
+        """[..., in] -> [..., out], in the dtype of the original weights; sums in float32."""
         numbers, scales = inputs if isinstance(inputs, Rounded) else rounded_rows(inputs)
         out = torch._scaled_mm(
             numbers.reshape(-1, self.in_features), self.weight.t(), scales[:, None], self.scale[None], bias=self.bias,
@@ -41,7 +41,7 @@ class Fp8Linear(nn.Module):
 
 
 def rounded_rows(rows: Tensor) -> Rounded:
-    """`rows` [..., size], each by itself."""
+    """`rows` [..., size], one scale each."""
     rows, size = rows.contiguous(), rows.shape[-1]
     count, pad = rows.numel() // size, triton.next_power_of_2(size)
     out, scales = torch.empty_like(rows, dtype=torch.float8_e4m3fn), rows.new_empty(count, dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""CUDA graphs: a pass is recorded once for each shape and replayed afterwards, without Python and without launches.
+"""CUDA graphs: a pass is captured once for each shape and replayed afterwards, without Python or separate launches.
 
-As torch's documentation has it: a few runs on a stream of their own, the capture, then replays. The graphs share their
-memory, so whatever one of them gives is to be copied before another one is replayed.
+As torch's documentation advises: a few warm-up runs on a side stream, the capture, then replays. The graphs share
+their memory, so the outputs of one must be copied before another one is replayed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WARM_UP_RUNS = 2
 SPARE_BYTES = 1 << 30
 """Nothing is captured while less memory of the device is free: prompts and sampling need it."""
 RETRY_S = 60.0
-"""A size whose capture failed is captured at its first use after so many seconds."""
+"""A size whose capture failed is tried again at its first use after this time."""
 
 Outputs = tuple[Tensor, ...]
 How = Literal["replayed", "native", "eager", "packed"]
@@ -38,7 +38,7 @@ class Graphs:
     Attributes:
         strict: a capture that fails is an error.
         seconds: spent on capturing so far, compilation included.
-        bytes: of device memory taken by it.
+        bytes: device memory taken by it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -57,9 +57,9 @@ class Graphs:
         return len(self._captured)
 
     def run(self, key: Hashable, body: Callable[[], Outputs]) -> tuple[Outputs, How]:
-        """What `body` gives: replayed if it could be captured, now or earlier, else run as it is.
+        """Outputs of `body`: replayed if it could be captured, now or earlier, else run as it is.
 
-        `body` works on tensors that stay where they are, gives the same when it is run again, and never waits.
+        `body` works on tensors at fixed addresses, gives the same when run again, and never synchronises.
         """
         if key not in self._captured and self._device.type == "cuda":
             self._try_capture(key, body)
@@ -104,7 +104,7 @@ class Graphs:
         return graph, shared
 
     def _shared_for(self, outputs: Outputs) -> Outputs:
-        """Where all graphs put such outputs, so that those of small sizes take no memory beside those of large ones."""
+        """Output buffers shared by all graphs, so that small sizes take no memory besides that of large ones."""
         places = []
         for index, output in enumerate(outputs):
             key = (index, *output.shape[1:])

@@ -1,4 +1,4 @@
-"""What a padded pass looks like: to which sizes it is padded, and where its indices lie."""
+"""Layout of a padded pass: the sizes it is padded to, and where its indices are stored."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Numbers of tokens to which passes are padded."""
 MOST_SEQUENCES = 256
 QUERY_TOKENS = 4
-"""Tokens of a query block, all of one sequence. With a group of 4 they fill the 16 rows of the smallest product that a
-GPU's matrix units make."""
+"""Tokens of a query block, all of one sequence. With a group of 4 they fill the 16 rows of the smallest product of a
+GPU's tensor cores."""
 WORD_BITS = 32
 WORDS = BUCKETS[-1] // WORD_BITS
 """Enough for a token to see a whole pass of its own sequence."""
 FEW_ROWS = 64
-"""Up to so many logits of a larger pass are computed as if they were so many: weights are read once either way."""
+"""If a larger pass wants fewer rows of logits, it computes this many: weights are read once either way."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the indices of a pass over `size` tokens lie: shapes of the sections, one behind the other.
+    """Layout of the indices of a pass over `size` tokens: shapes of the consecutive sections.
 
     Attributes:
-        columns: of each token its id, position, slot; then the tokens whose logits are wanted, padded with 0.
-        words: by window and token; bit i is set if the token sees its sequence's i-th entry behind the committed ones.
-        sequences: of each, committed tokens and the place of its first block in the table.
+        columns: each token's id, position, slot; then the tokens whose logits are wanted, padded with 0.
+        words: by window and token; bit i is set if the token sees its sequence's i-th entry after the committed ones.
+        sequences: of each, committed tokens and the index of its first block in the table.
         queries: of each query block, first token, number of tokens, sequence, end of what its last token may see. The
-            table of blocks, one sequence's behind the other's, follows.
+            sequences' block tables, concatenated, follow.
     """
 
     columns: tuple[int, ...]
@@ -58,5 +58,5 @@ def bucket(tokens: int) -> int:
 
 
 def row_counts(size: int) -> tuple[int, ...]:
-    """The numbers of logits to which those of a pass over `size` tokens are padded."""
+    """Numbers of logits rows to which a pass over `size` tokens may be padded."""
     return (FEW_ROWS, size) if size > FEW_ROWS else (size,)

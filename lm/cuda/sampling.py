@@ -1,4 +1,4 @@
-"""Scores of sampled rows by Triton kernels: what `lm.sampling` computes by row, without a sort and without waiting."""
+"""Scores of sampled rows by Triton kernels: as `lm.sampling` computes them by row, without sorting or waiting."""
 
 from __future__ import annotations
 

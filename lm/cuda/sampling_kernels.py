@@ -1,7 +1,7 @@
 """Sampling from rows of logits without sorting them, in Triton.
 
-A cut is found by bisection over the bits of the numbers: as integers in the same order, so that it is exactly one of
-the row's own numbers. Shares of probability are added up as integers, whose sums depend on no order.
+A cut is found by bisection over the bits of the scores, read as integers in the same order, so that it is exactly one
+of the row's scores. Probabilities are summed as integers, so that the order does not matter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _ordered(numbers):
 
 @triton.jit
 def _scores(logits_ptr, columns, vocab_size, temperature):
-    """Logits over the temperature; none beyond the vocabulary."""
+    """Logits over the temperature; -inf beyond the vocabulary."""
     logits = tl.load(logits_ptr + columns, mask=columns < vocab_size, other=float("-inf"))
     return tl.div_rn(logits.to(tl.float32), temperature.to(tl.float32))
 
@@ -42,10 +42,10 @@ def _share(scores, peak):
 
 @triton.jit
 def _cut(logits_ptr, vocab_size, temperature, least, peak, wanted, SHARES: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest number of the row, as `_ordered`, from which upwards lies as much as is `wanted`: so many tokens, or
-    such a sum of weights exp(score - peak). Only numbers from `least` on count."""
+    """The row's largest score, as `_ordered`, such that scores from it upwards reach `wanted`: a number of tokens, or a
+    sum of weights exp(score - peak). Only scores from `least` upwards count."""
     lanes = tl.arange(0, BLOCK)
-    low, high = least.to(tl.int64), _ordered(peak).to(tl.int64) + 1  # Enough lies from low on, too little from high on.
+    low, high = least.to(tl.int64), _ordered(peak).to(tl.int64) + 1  # Enough from low upwards, too little from high.
     while low + 1 < high:
         middle = (low + high) >> 1
         found = tl.zeros([BLOCK], tl.int64)
@@ -61,7 +61,7 @@ def _cut(logits_ptr, vocab_size, temperature, least, peak, wanted, SHARES: tl.co
             above = tl.minimum(above, tl.where(reaches, keys, 0x7FFFFFFF))
             below = tl.maximum(below, tl.where(reaches, -0x80000000, keys))
         enough = tl.sum(found, 0) >= wanted
-        # The next number upwards or downwards is as good as the middle, and closer.
+        # The row's next score above or below is as good as the middle, and closer.
         low = tl.where(enough, tl.min(above, 0).to(tl.int64), low)
         high = tl.where(enough, high, tl.max(below, 0).to(tl.int64) + 1)
     return low.to(tl.int32)

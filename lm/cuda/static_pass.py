@@ -1,7 +1,7 @@
-"""Passes on tensors that stay where they are, padded to a few numbers of tokens, so that they can be captured.
+"""Passes on tensors at fixed addresses, padded to a few numbers of tokens, so that they can be captured.
 
-All indices of a pass lie in one array of int32, which goes to the device in one copy. A padding token writes its key
-and value into the store's trash slot and sees nothing: what it computes is finite and nobody reads it.
+All indices of a pass are in one int32 array, which goes to the device in one copy. A padding token writes its key and
+value to the cache's trash slot and sees nothing: its results are finite and never read.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lm.packed import PackedBatch
 
 Body = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, AttentionContext], Outputs]
 """A model's pass over tokens on the device: (token_ids [tokens], positions [tokens], states [tokens, width] if the
-model has such an input, rows, context). It gives the logits [rows, vocab] of the tokens `rows`, of all if it is None;
-then anything else by token."""
+model has such an input, rows, context). It returns the logits [rows, vocab] of the tokens `rows`, of all if that is
+None; then any other outputs per token."""
 
 
 class StaticPasses:
@@ -54,8 +54,8 @@ class StaticPasses:
         )
 
     def run(self, body: Body, batch: PackedBatch, states: Tensor | None = None) -> tuple[Outputs, Tensor, How]:
-        """What the body gives for `batch`, as tensors of their own: logits of its rows, the rest by token; and the
-        token of the largest logit of each row, int64 [rows], which is chosen within the captured pass."""
+        """The body's outputs for `batch`, copied: logits of its rows, the rest by token; and the token of the largest
+        logit of each row, int64 [rows], chosen within the captured pass."""
         tokens, wanted = len(batch.token_ids), len(batch.rows)
         size = bucket(tokens)
         rows = next(rows for rows in row_counts(size) if rows >= wanted)
@@ -118,7 +118,7 @@ class StaticPasses:
 
 
 def _query_blocks(starts: NDArray[np.int64], stops: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64 [query blocks, 4] of sequences with these tokens and entries in all, as `Layout.queries`.
+    """int64 [query blocks, 4] as `Layout.queries`, of sequences with these token ranges and total entries.
 
     Tokens 0 to 5 of a sequence with 100 committed ones: (0, 4, 0, 104) and (4, 2, 0, 106).
     """
@@ -132,7 +132,7 @@ def _query_blocks(starts: NDArray[np.int64], stops: NDArray[np.int64], ends: NDA
 
 def _words(batch: PackedBatch, window: int | None) -> NDArray[np.int32]:
     """int32 [tokens, WORDS]: the tree as bits."""
-    if window is None or window >= batch.shapes[:, 3].max():  # No token is as deep in its tree as there are entries.
+    if window is None or window >= batch.shapes[:, 3].max():  # A token's depth is below its number of entries.
         row_bytes = WORDS * WORD_BITS // 8
         rows = b"".join([path.to_bytes(row_bytes, "little") for span in batch.spans for path in span.paths])
         return np.frombuffer(rows, "<i4").reshape(-1, WORDS)

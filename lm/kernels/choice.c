@@ -1,15 +1,15 @@
-/* From scores to tokens: which of them may follow, and which a draft proposes. */
+/* From scores to tokens: which may follow, which is largest, which a draft proposes. */
 #include <math.h>
 
 #include "kernels.h"
 #include "vector_math.h"
 
 enum {
-    BLOCK = 8 * LANES,          /* columns of which only the largest is looked at, unless it is among the best so far */
+    BLOCK = 8 * LANES,          /* columns skipped at once, unless their largest score is among the best so far */
     PARALLEL_SCORES = 1 << 14   /* below it, waking threads costs more than they save */
 };
 
-/* The block of a row that begins at `from`, filled up to whole size in `room` if fewer are left. */
+/* The block of a row that begins at `from`; copied to `room` and padded if fewer columns are left. */
 static const float *block_of(const float *row, int64_t from, int64_t columns, float *room)
 {
     if (from + BLOCK <= columns)
@@ -19,7 +19,7 @@ static const float *block_of(const float *row, int64_t from, int64_t columns, fl
     return room;
 }
 
-/* Puts a column's score behind those of the `count` best so far that are not less, best first. */
+/* Inserts a column's score into the `count` best so far, best first, after those not less. */
 static void insert(int64_t count, int64_t *ids, float *best, int64_t column, float score)
 {
     int64_t place = count;
@@ -61,8 +61,8 @@ static float weight_of_row(int64_t columns, const float *row, float most)
     return sum;
 }
 
-/* The `most` best columns of each row of scores [count, columns], the first of equals first, and their probabilities under
-   a softmax over the row, `least` or more: ids and probs [count, most]. 1 <= most <= columns. */
+/* The `most` best columns of each row of scores [count, columns], the first of equals first, and their softmax
+   probabilities over the row, `least` or more: ids and probs [count, most]. 1 <= most <= columns. */
 void treeline_best(int64_t count, int64_t columns, const float *scores, int64_t most, float least, int64_t *ids,
                    float *probs, int threads)
 {
@@ -77,7 +77,7 @@ void treeline_best(int64_t count, int64_t columns, const float *scores, int64_t 
     }
 }
 
-/* The scores of up to 32 neighbouring columns, minus infinity where a bit is 0, the first column's being the lowest. */
+/* The scores of up to 32 neighbouring columns, minus infinity where a bit is 0; the first column's bit is lowest. */
 INLINE void may(const float *scores, uint32_t bits, int64_t columns, float *out)
 {
     const v8i first_bits = {1, 2, 4, 8, 16, 32, 64, 128};
@@ -91,8 +91,8 @@ INLINE void may(const float *scores, uint32_t bits, int64_t columns, float *out)
             out[i] = bits >> i & 1 ? scores[i] : -INFINITY;
 }
 
-/* Bars tokens in some rows of scores [, columns], each told by its index: bits [count, words], 0 for columns that may not
-   follow and become minus infinity. */
+/* Bars tokens in the `rows` [count] of scores [, columns]: columns whose bit in bits [count, words] is 0 become minus
+   infinity. */
 void treeline_bar(int64_t count, const int64_t *rows, int64_t words, const uint32_t *bits, int64_t columns,
                   float *scores, int threads)
 {
@@ -104,8 +104,8 @@ void treeline_bar(int64_t count, const int64_t *rows, int64_t words, const uint3
         }
 }
 
-/* The column of the largest score that may follow, the first of equals, of each row of scores [count, columns]; 0 if none
-   may. Bits as above; all may follow if there are none. */
+/* The column with the largest allowed score, the first of equals, in each row of scores [count, columns]; 0 if none is
+   allowed. Bits as above; without any, all are allowed. */
 void treeline_largest(int64_t count, int64_t words, const uint32_t *bits, int64_t columns, const float *scores,
                       int64_t *ids, int threads)
 {

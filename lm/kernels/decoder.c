@@ -1,5 +1,5 @@
-/* Whole decoder layers of Llama's kind, and the pass of a draft head around one: what they compute is in the other
-   kernels. One team of threads runs all of a pass. */
+/* Whole Llama-like decoder layers, and the pass of a draft head around one. The computation is in the other kernels.
+   One thread team runs all of a pass. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -13,8 +13,8 @@ typedef struct {
     float *keys, *values; /* of the cache */
 } DecoderLayer;
 
-/* A layer between the inputs and the output rows of a draft head. Its qkv takes rows of twice the size: a token's normed
-   embedding and its normed state. */
+/* A draft head: one layer between its inputs and its output rows. Its qkv takes rows of twice the size: a token's
+   normed embedding and its normed state. */
 typedef struct {
     DecoderLayer layer;
     Linear output;
@@ -23,7 +23,7 @@ typedef struct {
     int32_t norm_before_residual, norm_output; /* as lm/checkpoints/eagle3.py says */
 } DraftHead;
 
-/* What lies between the parts of a layer, for all tokens of a pass. */
+/* Intermediate buffers of a layer, for all tokens of a pass. */
 typedef struct {
     float *added, *normed, *qkv, *mixed, *gate_up, *gated;
     void *room; /* of products */
@@ -55,8 +55,8 @@ static void drop(Between b)
     free(b.added);
 }
 
-/* Attention over what is normed, and the feed-forward part. total [tokens, size] becomes the sum of residual and
-   attention; what the feed-forward part adds to it is left in `added`. */
+/* Attention over `normed`, and the feed-forward part. total [tokens, size] becomes the sum of residual and attention;
+   the output of the feed-forward part is left in `added`. */
 static void team_mix(const DecoderLayer *layer, const Batch *batch, int64_t tokens, int64_t size, const float *turns,
                      const float *residual, float *total, const Between *b)
 {
@@ -74,7 +74,7 @@ static void team_mix(const DecoderLayer *layer, const Batch *batch, int64_t toke
     treeline_team_linear(&layer->down, b->gated, b->added, tokens, b->room);
 }
 
-/* out [tokens, size] = what `count` layers, which are of one shape, make of hidden [tokens, size].
+/* out [tokens, size] = hidden [tokens, size] after `count` layers of one shape.
    turns [tokens, key_dim / 2] of (cos, sin). */
 void treeline_decoder_layers(int64_t count, const DecoderLayer *layers, const Batch *batch, int64_t tokens,
                              int64_t size, const float *turns, const float *hidden, float *out)
@@ -96,8 +96,8 @@ void treeline_decoder_layers(int64_t count, const DecoderLayer *layers, const Ba
     drop(b);
 }
 
-/* One draft step of tokens whose predecessors have `states` [tokens, size]: `next` [tokens, size], the states for their
-   children, and logits [count, output.features_out] of the tokens `rows` [count]. turns as above. */
+/* One draft step of tokens whose predecessors have `states` [tokens, size]. Writes `next` [tokens, size], the states
+   for their children, and logits [count, output.features_out] of the tokens `rows` [count]. turns as above. */
 void treeline_draft_head(const DraftHead *head, const Batch *batch, int64_t tokens, int64_t size,
                          const int64_t *token_ids, const float *turns, const float *states, int64_t count,
                          const int64_t *rows, float *next, float *logits)
@@ -126,7 +126,7 @@ void treeline_draft_head(const DraftHead *head, const Batch *batch, int64_t toke
 }
 
 /* The states [tokens, fc.features_out] of tokens whose predecessors have these features, bits of bfloat16 [tokens,
-   fc.features_in], of which each of `parts` is normed apart. */
+   fc.features_in]. Each of a row's `parts` is normed separately. */
 void treeline_head_states(const Linear *fc, int64_t parts, const float *norms, float epsilon, int64_t tokens,
                           const uint16_t *features, float *states, int64_t threads)
 {

@@ -1,9 +1,9 @@
-/* What the kernels call of one another. */
+/* Shared declarations of the kernels. */
 #pragma once
 #include <stdint.h>
 
-/* The new tokens of one sequence. `slots` are those of the cache for its `length` committed and `entries` other entries;
-   the last `tokens` of these are the new ones. */
+/* The new tokens of one sequence. `slots` are the cache slots of its `length` committed and `entries` other entries;
+   the last `tokens` of the latter are the new ones. */
 typedef struct {
     int64_t start, tokens, length, entries;
     const int64_t *slots, *depths; /* [length + entries], [entries] */
@@ -20,24 +20,24 @@ typedef struct {
     int64_t kv_heads, group, key_dim, value_dim;
     int64_t window; /* 0: none */
     float scale, softcap; /* 0: none */
-    int64_t wide;         /* by vectors of 16; values have whole ones */
+    int64_t wide;         /* with vectors of 16; value_dim is a multiple */
 } Attention;
 
 /* How a product is computed: in float32 by vectors of 8 or 16, or in integers by these instructions. */
 enum { FLOAT32, FLOAT32_WIDE, AVX2, AVX_VNNI, AVX512_VNNI, NEON };
 
-/* Whether the processor can. */
+/* Whether the processor can run it. */
 int treeline_runs(int kernel);
 
-/* How a group of a tile lies (tiles.h): scale [ROWS], minimum [ROWS], then words [GROUP * bits / 32][ROWS] of codes side by side,
-   the first input's lowest. Scales are float32, or float16, of which those with 8 bits have no minimum: it is -128 of
-   them. Without scales codes are bfloat16. */
+/* Layout of a group in a tile (tiles.h): scale [ROWS], minimum [ROWS], then words [GROUP * bits / 32][ROWS] of packed
+   codes, the first input's lowest. Scales are float32 or float16. With float16 and 8 bits there is no minimum: it is
+   -128 * scale. Without scales codes are bfloat16. */
 typedef struct {
     int32_t bits;  /* of a code: 4, 8 or 16 */
     int32_t scale; /* bytes of a scale: 4 or 2, or 0 with 16 bits; not 2 with 16 bits */
 } Format;
 
-/* Weights in tiles: per ROWS outputs features_in / GROUP groups; rows beyond features_out are padding. */
+/* Tiles of ROWS outputs, each of features_in / GROUP groups; rows beyond features_out are padding. */
 typedef struct {
     const uint8_t *tiles;
     const float *bias; /* or NULL */
@@ -45,11 +45,11 @@ typedef struct {
     int64_t features_in, features_out, kernel;
 } Linear;
 
-/* What follows, but for `treeline_norm_row`, is called by every thread of a team: they share the work, and go on
-   together. */
+/* Every thread of a team calls the functions below, except `treeline_norm_row`: they share the work and end at a
+   barrier. */
 
 /* outputs [tokens, features_out] = inputs [tokens, features_in] * weight^T + bias.
-   room [`treeline_room` bytes], for what is made of the inputs. */
+   room [`treeline_room` bytes]: memory for the rounded inputs. */
 typedef void Product(const Linear *linear, const float *inputs, float *outputs, int64_t tokens, void *room);
 
 Product treeline_team_linear, treeline_float_linear_narrow, treeline_float_linear_wide, treeline_integer_linear;

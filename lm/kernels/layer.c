@@ -1,5 +1,5 @@
-/* What a decoder layer does besides its products and its attention, for rows of float32. A row's bits depend on that
-   row alone. Sizes are multiples of 8. */
+/* Operations of a decoder layer besides products and attention, on rows of float32. A row's bits depend on that row
+   alone. Sizes are multiples of 8. */
 #include <math.h>
 
 #include "kernels.h"
@@ -7,8 +7,8 @@
 
 enum { PARALLEL_FLOATS = 1 << 16 }; /* below it, waking threads costs more than they save */
 
-/* total = hidden + added, if there is something to add; out = total / sqrt(mean of squares + epsilon) * weight. Each is a
-   row of `size` numbers; `out` may be `total`. */
+/* total = hidden + added, if `added` is given; out = total / sqrt(mean of squares + epsilon) * weight. Each is a row of
+   `size` numbers; `out` may be `total`. */
 void treeline_norm_row(int64_t size, const float *hidden, const float *added, float *total, const float *weight,
                        float epsilon, float *out)
 {
@@ -40,8 +40,8 @@ void treeline_team_rms_norm(int64_t tokens, int64_t size, const float *hidden, c
                           epsilon, out + first);
 }
 
-/* Turns the first `heads` heads of each row, in place: (x, y) -> (x cos - y sin, x sin + y cos) for pairs that lie side
-   by side. turns [tokens, head_dim / 2] of (cos, sin). */
+/* Rotates the first `heads` heads of each row, in place: (x, y) -> (x cos - y sin, x sin + y cos) for adjacent pairs.
+   turns [tokens, head_dim / 2] of (cos, sin). */
 void treeline_team_rotate(int64_t tokens, int64_t heads, int64_t head_dim, float *rows, int64_t stride,
                           const float *turns)
 {

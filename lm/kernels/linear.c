@@ -1,9 +1,9 @@
 /* Products with weights kept in groups of 4 or 8 bits, as GGUF files hold them, or in bfloat16.
  *
- * A weight is scale * code + minimum, in float32 and rounded once, so that products are those of the plain float32
- * weights; bfloat16 is the high half of a float32. Outputs are interleaved by ROWS, so that a vector holds neighbouring ones, and a sum over the inputs runs in
- * their order in one accumulator per output: a token's bits depend neither on what else is in the pass nor on how wide
- * vectors are. Compiled twice: see linear_wide.c. */
+ * A weight is scale * code + minimum, in float32 and rounded once, so products equal those of plain float32 weights;
+ * bfloat16 is the high half of a float32. Outputs are interleaved by ROWS, so a vector holds neighbouring ones. Sums
+ * over the inputs run in order, in one accumulator per output, so a token's bits depend neither on the rest of the pass
+ * nor on the vector width. Compiled twice: see linear_wide.c. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -13,8 +13,8 @@
 #ifdef WIDE
 #define SIZED(name) name##_wide
 #define LANES 16
-#define TOKENS 12 /* multiplied at a time: two vectors of sums each fill the registers */
-#define FEW_TOKENS 8 /* the same where a tile is decoded meanwhile */
+#define TOKENS 12 /* multiplied at a time: with two vectors of sums each, registers are full */
+#define FEW_TOKENS 8 /* the same if weights are decoded meanwhile */
 #else
 #define SIZED(name) name##_narrow
 #define LANES 8
@@ -22,7 +22,7 @@
 #define FEW_TOKENS 4
 #endif
 #define VECTORS (ROWS / LANES)
-#define TOKEN_BLOCK 96 /* tokens per decoding of a tile: their sums stay in the first cache */
+#define TOKEN_BLOCK 96 /* tokens per decoding of a tile: their sums stay in the L1 cache */
 #define FORMAT(bits, scale) ((bits) * 8 + (scale))
 #define INLINE static inline __attribute__((always_inline))
 
@@ -36,13 +36,13 @@ INLINE const uint32_t *words_of(const uint8_t *group, Format format, int word) {
 }
 
 INLINE vf from_half(const uint16_t *halves) {
-    /* Exact: the exponent's bias is mended by a product with a power of two, which serves subnormals as well. */
+    /* Exact: multiplying by a power of two corrects the exponent's bias, for subnormals too. */
     vi bits = __builtin_convertvector(*(const vh *)halves, vi);
     vf value = (vf)((bits & 0x7fff) << 13) * 0x1p112f;
     return (vf)((vi)value | (bits & 0x8000) << 16);
 }
 
-/* Codes stay where they are in the low half of their word, which makes them greater by a power of two; the scale of
+/* Codes are not shifted within the low half of their word, so they are too large by a power of two; the scale of
  * place j is smaller by the same. */
 INLINE void scales_of(const uint8_t *group, Format format, int vector, vf scales[4], vf *minimum) {
     const uint16_t *halves = (const uint16_t *)group + LANES * vector;
@@ -60,7 +60,7 @@ INLINE vf decode(vu word, Format format, int j, vf scale, vf minimum) {
     int bits = format.bits;
     if (format.scale == 0) return (vf)(word << 16);
     uint32_t mask = ((1u << bits) - 1) << bits * j;
-    /* The product is exact, or the compiler joins it with the sum, which is exact: what was read is rounded once. */
+    /* The product is exact, or the compiler fuses it with the sum: either way the weight is rounded once. */
     return __builtin_convertvector((vi)(word & mask), vf) * scale + minimum;
 }
 
@@ -78,8 +78,8 @@ INLINE void decode_group(const uint8_t *group, Format format, float weights[GROU
     }
 }
 
-/* sums[t] += weights^T inputs[t] over one group, for up to FEW_TOKENS and `count` vectors of outputs from the first
- * given one on, all known when compiled: no weight is written down in between. */
+/* sums[t] += weights^T inputs[t] over one group, for up to FEW_TOKENS and `count` vectors of outputs from vector
+ * `first` on, all compile-time constants: no weight is stored in between. */
 INLINE void multiply_few(
     const uint8_t *group, Format format, const float *inputs, int64_t stride, float (*sums)[ROWS], int tokens,
     int first, int count) {
@@ -90,7 +90,7 @@ INLINE void multiply_few(
     }
     for (int w = 0; w < GROUP * format.bits / 32; w++) {
         vu word[VECTORS];
-        if (format.bits == 16) for (int line = 0; line < 2; line++) /* the processor's own stops at the end of a page */
+        if (format.bits == 16) for (int line = 0; line < 2; line++) /* the hardware prefetcher stops at page ends */
             __builtin_prefetch(words_of(group, format, w) + 16 * line + 1024, 0, 2);
         for (int v = 0; v < count; v++) word[v] = *(const vu *)(words_of(group, format, w) + LANES * (first + v));
         for (int half = 0; half < 2; half++) {
@@ -106,7 +106,7 @@ INLINE void multiply_few(
         for (int v = 0; v < count; v++) *(vf *)(sums[t] + LANES * (first + v)) = sum[t][v];
 }
 
-/* sums[t] += weights^T inputs[t] over one group, for two vectors of outputs and `tokens`, known when compiled. */
+/* sums[t] += weights^T inputs[t] over one group, for two vectors of outputs; `tokens` is a compile-time constant. */
 INLINE void multiply(
     const float (*weights)[ROWS], const float *inputs, int64_t stride, float (*sums)[ROWS], int tokens) {
     vf left[TOKENS], right[TOKENS];

@@ -1,3 +1,3 @@
-/* The same products with vectors of 16, for processors that have such. */
+/* The same products with vectors of 16, for processors that have them. */
 #define WIDE
 #include "linear.c"

@@ -1,9 +1,9 @@
-/* On which cores the threads of a team run. */
+/* Pins the threads of a team to cores. */
 #define _GNU_SOURCE
 #include <omp.h>
 #include <sched.h>
 
-/* Each of the calling thread's `threads` gets the next `each` of `cores`. */
+/* Pins each of the caller's `threads` threads to the next `each` of `cores`. */
 void treeline_place_threads(const int *cores, int each, int threads)
 {
 #pragma omp parallel num_threads(threads)

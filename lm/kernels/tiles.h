@@ -1,4 +1,4 @@
-/* How weights lie in tiles. */
+/* Tile layout of weights. */
 #pragma once
 #include "kernels.h"
 

@@ -1,4 +1,4 @@
-/* Arithmetic on vectors of 8 floats that C does not spell out. */
+/* Arithmetic on vectors of 8 floats that C has no operators for. */
 #pragma once
 #include <string.h>
 
@@ -26,7 +26,7 @@ INLINE v8f max8(v8f a, v8f b) { return select8(a > b, a, b); }
 /* The largest of `count` numbers, which are whole vectors. */
 INLINE float largest8(const float *from, int64_t count)
 {
-    v8f even = load8(from), odd = even; /* two, as each waits for its last comparison */
+    v8f even = load8(from), odd = even; /* two, since each waits for its last comparison */
     int64_t i = LANES;
     for (; i + LANES < count; i += 2 * LANES) {
         odd = max8(odd, load8(from + i));
@@ -39,8 +39,8 @@ INLINE float largest8(const float *from, int64_t count)
     return most;
 }
 
-/* e^x within 2e-7 of it, for x of 88 at most; exactly 0 below -87.3. Cody and Waite's reduction, then the polynomial of
-   Cephes' expf. */
+/* e^x to within 2e-7, for x <= 88; exactly 0 below -87.3. Cody and Waite's reduction, then the polynomial of Cephes'
+   expf. */
 INLINE v8f exp8(v8f x)
 {
     const v8f round = splat8(12582912.0f); /* 1.5 * 2^23: a sum's last bits are the nearest integer */
@@ -56,7 +56,7 @@ INLINE v8f exp8(v8f x)
     y = y * rest + splat8(1.6666665459e-1f);
     y = y * rest + splat8(5.0000001201e-1f);
     y = y * (rest * rest) + rest + splat8(1.0f);
-    return (v8f)(~(v8u)vanishes & ((v8u)y + ((v8u)shifted << 23))); /* unsigned: what vanishes may wrap */
+    return (v8f)(~(v8u)vanishes & ((v8u)y + ((v8u)shifted << 23))); /* unsigned: vanishing lanes may wrap */
 }
 
 INLINE v8f tanh8(v8f x)

@@ -26,7 +26,7 @@ from lm.layers.fused import ComplexRotary, FusedLayer, Norm
 
 GEMMA = (GemmaDecoderLayer, Gemma2DecoderLayer, Gemma3DecoderLayer)
 FUSED = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, *GEMMA)
-"""Layers that `FusedLayer` can replace. Subclasses may compute something else, so only these exact types are."""
+"""Layers that `FusedLayer` can replace. Subclasses may compute something else, so types must match exactly."""
 
 
 def is_fusable(hf: PreTrainedModel) -> bool:
@@ -34,17 +34,17 @@ def is_fusable(hf: PreTrainedModel) -> bool:
     layers: Any = getattr(hf.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not all(type(layer) in FUSED for layer in layers):
         return False
-    # Products of quantised weights have scales beside them, which joining would lose.
+    # Quantised linear layers have separate scales, which joining would lose.
     plain = all(type(part) is nn.Linear for part in layers.modules() if isinstance(part, nn.Linear))
     return plain and all(getattr(layer.self_attn, "is_causal", False) for layer in layers)
 
 
 @torch.no_grad()
 def fuse_layers(hf: PreTrainedModel, finish: Callable[[nn.Module], object] = lambda layer: None) -> None:
-    """Put fused layers in place of those of `hf`, if it is of Llama's kind; any other model stays as it is.
+    """Replace the layers of `hf` by fused ones if it is Llama-like; any other model stays unchanged.
 
     Args:
-        finish: called with each layer once it is in place; meanwhile only one layer's weights are there twice.
+        finish: called with each layer once it is in place, so that only one layer's weights exist twice at a time.
     """
     if not is_fusable(hf):
         return
@@ -61,7 +61,7 @@ def fuse_layers(hf: PreTrainedModel, finish: Callable[[nn.Module], object] = lam
         {kind: ComplexRotary(rotary, longest, None if one else kind) for kind in sorted(kinds)}
     )
     body.norm = Norm(body.norm)
-    # Looked for at the first pass: only then are the weights as they will stay.
+    # Created at the first pass: only then are the weights at their final address.
     body.forward = functools.partial(_forward, body, functools.cache(lambda: native_layers(layers)))
 
 
@@ -73,7 +73,7 @@ def _forward(
     inputs_embeds: Tensor | None = None,
     **kwargs: Any,
 ) -> BaseModelOutputWithPast:
-    """What the body's own forward pass does around its layers, but for masks and a cache that are not ours."""
+    """The body's own forward pass, without its masks and cache, which are not ours."""
     hidden_states = body.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     turns = {kind: rotary(hidden_states, position_ids) for kind, rotary in body.rotary_emb.items()}
     context = kwargs[CONTEXT]
@@ -88,7 +88,7 @@ def _forward(
 
 
 def _fused(layer: Any) -> FusedLayer:
-    """In place of one of `FUSED`."""
+    """Replacement of a `FUSED` layer."""
     attention = layer.self_attn
     window = attention.config if isinstance(layer, MistralDecoderLayer) else attention
     softcap = attention.attn_logit_softcapping if isinstance(layer, Gemma2DecoderLayer) else None

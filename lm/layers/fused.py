@@ -17,19 +17,19 @@ from lm.cpu.elementwise import TORCH, Elementwise, elementwise_for
 from lm.cpu.native import LANES
 
 LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
-"""Kinds of rotary embedding that turn by other angles once a sequence of the batch is long."""
+"""Types of rotary embedding whose angles change once a sequence of the batch is long."""
 FIRST_POSITIONS = 1024
 SHIFTED_NORMS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
 """Classes of transformers, by name: a drafter that runs a head does not load it."""
 
 
 class FusedLayer(nn.Module):
-    """Computes what a decoder layer of Llama, Mistral, Qwen 2 and 3, or Gemma 1 to 3 does, in inference.
+    """A decoder layer of Llama, Mistral, Qwen 2 and 3, or Gemma 1 to 3, for inference.
 
     Attributes:
-        head_norms: of queries and of keys, before they are turned (Qwen3, Gemma 3).
-        post_norms: of what attention and the feed-forward part add (Gemma 2 and 3).
-        turned_by: which of the model's rotary embeddings turns its heads.
+        head_norms: of queries and of keys, before rotation (Qwen3, Gemma 3).
+        post_norms: of the outputs of attention and feed-forward part (Gemma 2 and 3).
+        turned_by: which of the model's rotary embeddings rotates its heads.
     """
 
     def __init__(self, layer: Any, window: int | None, softcap: float | None = None, turned_by: str = "all") -> None:
@@ -94,17 +94,17 @@ class FusedLayer(nn.Module):
 
 
 def _kernels(context: AttentionContext) -> Elementwise | None:
-    """Those of a padded pass on a GPU."""
+    """Kernels of a padded pass on a GPU."""
     return getattr(context, "work", None)
 
 
 class Norm(nn.Module):
-    """An RMS norm as the kernels read it: Gemma's multiply by one more than their weight, in float32.
+    """An RMS norm as the kernels read it: for Gemma, which multiplies by 1 + weight, the sum is kept in float32.
 
-    `order`: of the row's numbers, if another than the norm's own.
+    `order`: of the row's numbers, if not the norm's own.
 
     Attributes:
-        rounds: it feeds a product of 8-bit numbers, so that a kernel may give them at once.
+        rounds: it feeds an 8-bit product, so a kernel may output rounded numbers.
     """
 
     rounds = False
@@ -118,11 +118,11 @@ class Norm(nn.Module):
 
 
 class ComplexRotary(nn.Module):
-    """A rotary embedding's turns as complex numbers, made once for each position where no length changes them.
+    """A rotary embedding's rotations as complex numbers, computed once per position unless they depend on length.
 
     Args:
-        max_positions: that the model may have.
-        layer_type: of the layers that it turns, where the embedding has several.
+        max_positions: of the model.
+        layer_type: of the layers that it rotates, if the embedding has several.
     """
 
     def __init__(self, rotary: Any, max_positions: int, layer_type: str | None = None) -> None:
@@ -136,7 +136,7 @@ class ComplexRotary(nn.Module):
         """complex64 [tokens, 1, head_dim / 2]."""
         if self._rope_type in LENGTH_DEPENDENT_ROPE:
             return self._turns(hidden_states, position_ids)
-        # Asking a device for the largest position would wait for it: there are turns for all that the model may have.
+        # Reading the largest position from a device would wait for it, so all positions of the model are covered.
         needed = max(position_ids[0].tolist()) + 1 if hidden_states.is_cpu else self.max_positions
         if needed > len(self._turns_at):
             ahead = max(FIRST_POSITIONS, 2 * needed) if hidden_states.is_cpu else needed
@@ -150,7 +150,7 @@ class ComplexRotary(nn.Module):
 
 
 def _joined(projections: list[nn.Linear], order: Tensor | None = None) -> nn.Linear:
-    """One layer whose outputs are those of all `projections`, in this order of rows."""
+    """One layer with the outputs of all `projections`, rows in this order."""
     rows = slice(None) if order is None else order
     weight = torch.cat([projection.weight for projection in projections])[rows]
     joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")

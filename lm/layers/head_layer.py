@@ -1,5 +1,5 @@
-"""The decoder layer of a draft head, of Llama's kind or Qwen 3's. Its tensors are named as in transformers, which it
-does not need: a drafter that runs a head starts in half the time without.
+"""The decoder layer of a draft head, like Llama's or Qwen 3's. Tensor names follow transformers, which is not loaded:
+a drafter that runs a head starts in half the time without it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Turns = tuple[Tensor, Tensor]
 
 
 class HeadLayer(nn.Module):
-    """Attends over a token's embedding and a state side by side, in training too; `FusedLayer` can replace it."""
+    """Attends over a token's embedding joined with a state, also in training; `FusedLayer` can replace it."""
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
@@ -85,10 +85,10 @@ class RMSNorm(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotary embedding without scaling (RoFormer, arXiv 2104.09864): dimensions i and i + d/2 of a head turn by
+    """Rotary embedding without scaling (RoFormer, arXiv 2104.09864): dimensions i and i + d/2 of a head rotate by
     position / theta^(2i/d).
 
-    Its angles are float32 whatever the type of the weights.
+    Angles are float32 for any weight dtype.
     """
 
     rope_type = "default"
@@ -99,7 +99,7 @@ class Rotary(nn.Module):
 
     @torch.no_grad()
     def forward(self, hidden_states: Tensor, position_ids: Tensor) -> Turns:
-        """position_ids int64 [1, tokens]; the turns have the type of `hidden_states`."""
+        """position_ids int64 [1, tokens]; the result has the dtype of `hidden_states`."""
         steps = torch.arange(0, self._head_dim, 2, dtype=torch.float32, device=hidden_states.device)
         half = position_ids[..., None].float() * (1.0 / self._theta ** (steps / self._head_dim))
         angles = torch.cat((half, half), dim=-1)
@@ -128,7 +128,7 @@ def normed(hidden: Tensor, norm: nn.Module) -> Tensor:
 
 
 def _turned(heads: Tensor, turns: Turns) -> Tensor:
-    """heads [tokens, heads, head_dim] by their positions' angles."""
+    """Rotate heads [tokens, heads, head_dim] by their angles."""
     cos, sin = (part[0, :, None] for part in turns)
     first, second = heads.chunk(2, dim=-1)
     return heads * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,9 +1,9 @@
-"""Families whose attention does not go through transformers' attention interface: Falcon, GPT-J, GPT-Neo, CodeGen, and
-those with ALiBi biases (arXiv 2108.12409): MPT, BLOOM, old Falcon.
+"""Families whose attention bypasses transformers' attention interface: Falcon, GPT-J, GPT-Neo, CodeGen, and those with
+ALiBi biases (arXiv 2108.12409): MPT, BLOOM, old Falcon.
 
-ALiBi adds slope * (position of the key) to a score, up to a number by query that softmax ignores. This bias lies in the
-KV cache: `LANES` dimensions more of the key hold it, and the query has ones there. So all ways of attending and all
-trees serve it as they are, for 8 more dimensions of each key and value.
+ALiBi adds slope * (position of the key) to a score, up to a per-query constant that softmax ignores. This bias is kept
+in the KV cache: `LANES` extra key dimensions hold it, and the query has ones there. So every attention implementation
+and every tree works unchanged, at the cost of 8 more dimensions of each key and value.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ FAMILIES = {
     "gptj": ("GPTJPreTrainedModel", "GPTJAttention", "GPTJ_ATTENTION_CLASSES"),
     "mpt": ("MptPreTrainedModel", "MptAttention", None),
 }
-"""By model type: names in transformers of the model's base class, of its attention, and of a table of attentions."""
+"""By model type: transformers' names of the model's base class, its attention class, and its table of such classes."""
 BIASED = ("bloom", "mpt")
-"""Model types that know positions by their biases alone, and take none."""
+"""Model types that encode positions in biases alone, and take none."""
 BIAS_PARTS = 3
-"""Numbers in bfloat16, of 8 significant bits each, whose sum is one in float32."""
+"""bfloat16 numbers, of 8 significant bits each, whose sum is one float32."""
 MPT_OPTIONS: dict[str, tuple[Any, ...]] = {
     "alibi": (True,),
     "alibi_bias_max": (8,),
@@ -51,12 +51,12 @@ MPT_OPTIONS: dict[str, tuple[Any, ...]] = {
     "qk_ln": (False,),
     "rope": (False,),
 }
-"""What transformers' MPT computes, whatever its configuration says."""
+"""Options that transformers' MPT assumes, whatever the config says."""
 
 
 @functools.cache
 def lead_to_interface(model_type: str) -> None:
-    """Let the attention of such a family be ours during our passes; all else stays as it is."""
+    """Route the attention of such a family to ours during our passes; all else is unchanged."""
     if model_type not in FAMILIES:
         return
     module: Any = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
@@ -71,7 +71,7 @@ def lead_to_interface(model_type: str) -> None:
         _redirect(attention, "forward", _bloom)
     elif model_type == "mpt":
         _redirect(attention, "forward", _mpt)
-        # Neither is used, but it does not do without them.
+        # Neither is used, but MPT always builds them.
         _redirect(module, "create_causal_mask", lambda **_: torch.empty(0))
         _redirect(module.MptModel, "build_mpt_alibi_tensor", lambda *_, **__: None)
     else:
@@ -79,7 +79,7 @@ def lead_to_interface(model_type: str) -> None:
 
 
 def ignored_option(config: Any) -> str | None:
-    """An option of a model's configuration, and its value, that transformers takes no notice of; None if none is so."""
+    """A configuration option, with its value, that transformers ignores; None if there is none."""
     if config.model_type != "mpt":
         return None
     for name, computed in MPT_OPTIONS.items():
@@ -100,12 +100,12 @@ def _redirect(owner: Any, name: str, ours: Any) -> None:
 
 
 def _gpt(attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
-    """[1, heads, tokens, head_dim], as all four tensors."""
+    """All four tensors are [1, heads, tokens, head_dim]."""
     scale = window = None
     if hasattr(attention, "layer_id"):  # GPT-Neo
         attention.layer_idx, scale = attention.layer_id, 1.0
         window = attention.config.window_size if attention.attention_type == "local" else None
-    query, key = query.to(value.dtype), key.to(value.dtype)  # CodeGen turns them in float32.
+    query, key = query.to(value.dtype), key.to(value.dtype)  # CodeGen rotates in float32.
     mixed, _ = interface_attention(attention, query, key, value, None, scale, sliding_window=window)
     return mixed.transpose(1, 2), None
 
@@ -114,7 +114,7 @@ def _falcon(
     rotated: Any, attention: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
 ) -> tuple[Tensor, None]:
     query, key, value = attention._split_heads(attention.query_key_value(hidden_states))
-    # The newer ones repeat each key and value for the queries that share it.
+    # Newer Falcons repeat each key and value for the queries that share it.
     copies = key.shape[2] // attention.num_kv_heads
     query, key, value = (part.transpose(1, 2) for part in (query, key[:, :, ::copies], value[:, :, ::copies]))
     if attention.config.alibi:
@@ -147,7 +147,7 @@ def _mpt(attention: Any, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, 
 
 
 def _biases(heads: int, dtype: torch.dtype) -> Tensor:
-    """[heads, tokens] of the running pass, slopes and products rounded to `dtype`.
+    """Biases [heads, tokens] of the running pass, slopes and products rounded to `dtype`.
 
     Example: slopes of 4 heads are 1/4, 1/16, 1/64, 1/256; of 3 heads 1/16, 1/256, 1/4.
     """
@@ -160,8 +160,8 @@ def _biases(heads: int, dtype: torch.dtype) -> Tensor:
 
 
 def _attend_biased(attention: Any, query: Tensor, key: Tensor, value: Tensor, biases: Tensor, scale: float) -> Tensor:
-    """As `interface_attention`, with float32 `biases` [heads, tokens] that are added to products with these keys before
-    `scale`."""
+    """As `interface_attention`, with float32 `biases` [heads, tokens] added to the products with these keys before
+    scaling."""
     if key.shape[1] != query.shape[1]:
         raise UnsupportedAttentionError("heads of different ALiBi slopes share keys")
     rest, parts = biases, []

@@ -1,6 +1,6 @@
-"""A model's weights cut up for tensor parallelism (Megatron-LM, arXiv 1909.08053): each rank holds some heads, some of
-the feed-forward part and some rows of the output head. What attention and the feed-forward part add is summed over the
-ranks, so that hidden states, and logits, are whole on each.
+"""A model's weights split for tensor parallelism (Megatron-LM, arXiv 1909.08053): each rank holds some heads, some of
+the feed-forward part and some rows of the output head. The outputs of attention and feed-forward part are summed over
+the ranks, so that each rank has complete hidden states and logits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Shard:
     size: int = 1
 
     def of(self, count: int, what: str) -> slice:
-        """This rank's part. Raises ConfigError if they cannot all have as many."""
+        """This rank's part. Raises ConfigError if the parts would be unequal."""
         part, rest = divmod(count, self.size)
         if rest:
             raise ConfigError(f"tensor_parallel: {self.size} ranks cannot share {count} {what}")
@@ -34,7 +34,7 @@ class Shard:
 
 
 class SummedLinear(nn.Module):
-    """A linear layer of which each rank has some input columns."""
+    """A linear layer split by input columns over the ranks."""
 
     def __init__(self, linear: nn.Linear, columns: slice, size: int) -> None:
         super().__init__()
@@ -48,12 +48,12 @@ class SummedLinear(nn.Module):
         if self._size == 2:  # The sum of two is the same in any order.
             dist.all_reduce(partial)
             return partial
-        # A ring adds in an order that depends on where in the pass a token lies, which would change its bits.
+        # A ring adds in an order that depends on a token's place in the pass, which would change its bits.
         return functools.reduce(torch.add, gathered(partial, self._size))
 
 
 class GatheredLinear(nn.Module):
-    """A linear layer of which each rank has some output rows, as many as the others by padding."""
+    """A linear layer split by output rows over the ranks, padded to equal parts."""
 
     def __init__(self, linear: nn.Linear, shard: Shard) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class GatheredLinear(nn.Module):
 
 
 def gathered(own: Tensor, size: int) -> tuple[Tensor, ...]:
-    """What each rank has, in their order."""
+    """Each rank's tensor, in rank order."""
     parts = own.new_empty(size * len(own), *own.shape[1:])
     # torch 2.13 renamed it.
     getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(parts, own)
@@ -76,10 +76,10 @@ def gathered(own: Tensor, size: int) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def keep_shard(hf: PreTrainedModel, shard: Shard) -> None:
-    """Leave this rank's weights in a model whose layers are still those of transformers.
+    """Keep only this rank's weights in a model with unmodified transformers layers.
 
     Raises:
-        ConfigError: its layers are none that we fuse, or the ranks cannot share its heads.
+        ConfigError: its layers cannot be fused, or the ranks cannot share its heads.
     """
     if not is_fusable(hf):
         raise ConfigError(f"tensor_parallel: {type(hf).__name__} is not supported")
@@ -108,7 +108,7 @@ def _rows(linear: nn.Linear, rows: slice) -> nn.Linear:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Copies, which keep nothing of the whole weight in memory."""
+    """Copies, so that the whole weight can be freed."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
     if bias is not None:

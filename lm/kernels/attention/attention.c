@@ -1,26 +1,26 @@
 /* Tree attention over the paged KV cache, float32.
 
    The new tokens of a sequence are cut into tiles; a tile and a key/value head are one unit of work. Its rows are the
-   query heads of its tokens that share this head, so that they share the loads of keys and values, which are read where
-   they lie. Scores of all entries come first, then their softmax, then the sum of values.
+   query heads of its tokens that share this head, so that they share the loads of keys and values, which are read in
+   place. Scores of all entries come first, then their softmax, then the sum of values.
 
-   A token's bits depend on nothing but what it sees: a score's sum runs over dimensions in a fixed order, a row's sum of
-   values over its entries one by one, from the first, and its sum of weights is one of integers. An entry that a token
-   does not see has the weight 0 and changes neither. So the rest of the pass, tiles, threads, blocks, siblings in a tree
-   and the width of vectors leave no trace. */
+   A token's bits depend only on what it sees. A score is summed over dimensions in a fixed order, a row's values are
+   summed entry by entry from the first, and its weights are summed as integers. An entry that a token does not see has
+   weight 0 and changes neither sum. So the rest of the pass, tiles, threads, blocks, siblings in a tree and the width
+   of vectors make no difference. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "tile.h"
 
 enum {
-    TILE_ROWS = 48,         /* at most, if more than one token */
-    TILE_SCORES = 1 << 16,  /* at most, if more than one token: they stay in the second cache */
-    UNITS = 2,              /* of work for each thread, if there are so many tokens */
+    TILE_ROWS = 48,         /* most in a tile of several tokens */
+    TILE_SCORES = 1 << 16,  /* most in a tile of several tokens: they stay in the L2 cache */
+    UNITS = 2,              /* of work per thread, if there are enough tokens */
     PARALLEL_PRODUCTS = 1 << 18 /* below it, waking threads costs more than they save */
 };
 
-/* Tokens of a tile: few enough for all threads to have about the same to do.
+/* Tokens of a tile: few enough to balance the threads.
    16 tokens, 3 heads, 2 threads: 2 tiles of 8 tokens are 6 units, 3 for each thread; one of 16 would be 3 units. */
 static int64_t tile_tokens(const Batch *batch, const Span *span, const Attention *layer)
 {

@@ -1,4 +1,4 @@
-/* What a unit of work is computed by. Compiled twice: see tile_wide.c. */
+/* Computes one unit of work. Compiled twice: see tile_wide.c. */
 #include <math.h>
 #include <stdlib.h>
 
@@ -19,8 +19,8 @@ typedef uint64_t v4l __attribute__((vector_size(32)));
 #define ROWS 3
 #endif
 #define COLUMNS 4 /* vectors of sums of a row, at a time */
-#define ENTRIES 64 /* whose keys or values, of one head, stay in the first cache */
-#define BLOCK (WIDTH / LANES * COLUMNS) /* entries scored at a time: one a vector, or two */
+#define ENTRIES 64 /* entries whose keys or values, of one head, stay in the L1 cache */
+#define BLOCK (WIDTH / LANES * COLUMNS) /* entries scored at a time: one per vector, or two */
 
 typedef float vf __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
@@ -35,12 +35,12 @@ INLINE vf two(const float *first, const float *second)
     return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(first)), _mm256_loadu_ps(second), 1);
 }
 
-/* Entries 0 and 4, 1 and 5, ...: sums over low halves are then of entries 0 to 3, over high ones of 4 to 7. */
+/* Entries 0 and 4, 1 and 5, ...: low halves hold the sums of entries 0 to 3, high ones of 4 to 7. */
 INLINE vf key_of(const float **keys, int column, int64_t i) { return two(keys[column] + i, keys[column + COLUMNS] + i); }
 
 INLINE vf query_of(const float *query) { return (vf)_mm512_broadcast_f32x8(_mm256_loadu_ps(query)); }
 
-/* Writes the sums over the low halves of four vectors, then over the high ones, in the order that 8 lanes have. */
+/* Writes the sums over the low halves of four vectors, then over the high ones, added in the order of 8 lanes. */
 INLINE void write_sums(const vf *sums, float *to)
 {
     __m512 a = (__m512)sums[0], b = (__m512)sums[1], c = (__m512)sums[2], d = (__m512)sums[3];
@@ -57,7 +57,7 @@ INLINE vf key_of(const float **keys, int column, int64_t i) { return load(keys[c
 
 INLINE vf query_of(const float *query) { return load(query); }
 
-/* Writes each of four vectors' sum over its lanes, always in the same order. */
+/* Writes the lane sum of each of four vectors, always added in the same order. */
 INLINE void write_sums(const vf *sums, float *to)
 {
     v8f a = sums[0], b = sums[1], c = sums[2], d = sums[3];
@@ -123,7 +123,7 @@ INLINE void mix_all(int rows, const float *weights, int64_t stride, const float 
         mix(rows, 1, weights, stride, values, count, offset, output);
 }
 
-/* Calls what is compiled for each number of rows. */
+/* Calls the version compiled for this number of rows. */
 #ifdef WIDE
 #define FOR_ROWS(f, ...) switch (rows) { case 1: f(1, __VA_ARGS__); break; case 2: f(2, __VA_ARGS__); break; \
     case 3: f(3, __VA_ARGS__); break; case 4: f(4, __VA_ARGS__); break; case 5: f(5, __VA_ARGS__); break; \

@@ -1,4 +1,4 @@
-/* A unit of attention's work: a tile of new tokens of one sequence, and a key/value head. */
+/* A unit of attention work: a tile of new tokens of one sequence, and a key/value head. */
 #pragma once
 #include "../kernels.h"
 
@@ -15,7 +15,7 @@ typedef struct {
     int64_t first, end;    /* entries that any of them sees */
 } Tile;
 
-/* Scores of a row: entries in whole vectors of 8. */
+/* Scores per row: entries padded to vectors of 8. */
 static inline int64_t padded(int64_t entries) { return (entries + 7) / 8 * 8; }
 
 /* Position of a new token of the span. */

@@ -1,5 +1,5 @@
-/* 8 outputs a vector. Without VNNI, products of 8 bits are added in pairs of 16 bits: with weights of 4 bits a whole
-   group's fit (16 products of 15 * 127 = 30,480), with 8 bits two do (2 * 128 * 127 = 32,512). Compiled twice: see avx_vnni.c. */
+/* 8 outputs per vector. Without VNNI, 8-bit products are summed in 16 bits: with 4-bit weights a whole group's fit
+   (16 products of 15 * 127 = 30,480), with 8-bit ones two (2 * 128 * 127 = 32,512). Compiled twice: see avx_vnni.c. */
 #ifdef __x86_64__
 #ifdef VNNI
 #define SET avx_vnni
@@ -57,7 +57,7 @@ INLINE INTEGERS unpack(const uint8_t *codes, int bits, int half)
 }
 
 #ifdef VNNI
-#define LESS_128 0 /* whether dots with 8 bits are those of codes less 128 */
+#define LESS_128 0 /* whether 8-bit dots are of codes minus 128 */
 
 INLINE INTEGERS add_dot(int bits, INTEGERS sum, INTEGERS weights, INTEGERS four)
 {
@@ -77,7 +77,7 @@ INLINE INTEGERS add_dot(int bits, INTEGERS sum, INTEGERS weights, INTEGERS four)
         INTEGERS pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(less_128), _mm256_sign_epi8(four, less_128));
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
-    __asm__("" : "+x"(sum)); /* else products are computed ahead of their sums, and spilled */
+    __asm__("" : "+x"(sum)); /* else the compiler computes products ahead of sums, and spills them */
     return sum;
 }
 

@@ -1,4 +1,4 @@
-/* 16 outputs a vector, four products of integers a lane and instruction. */
+/* 16 outputs per vector, four integer products per lane and instruction. */
 #ifdef __x86_64__
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
@@ -14,7 +14,7 @@
 #define LANES 16
 #define VECTORS 2
 #define TOKENS 8
-#define LESS_128 0 /* whether dots with 8 bits are those of codes less 128 */
+#define LESS_128 0 /* whether 8-bit dots are of codes minus 128 */
 #define FLOATS __m512
 #define INTEGERS __m512i
 #define INLINE static inline __attribute__((always_inline))

@@ -1,3 +1,3 @@
-/* The same with products of four integers a lane and instruction. */
+/* The same with four integer products per lane and instruction. */
 #define VNNI
 #include "avx2.c"

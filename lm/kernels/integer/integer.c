@@ -1,4 +1,4 @@
-/* Rounds the inputs of a product to groups of 8 bits, and runs its tiles with the instructions asked for. */
+/* Rounds the inputs of a product to 8 bits in groups, and runs its tiles with the chosen instructions. */
 #include <math.h>
 #include <string.h>
 
@@ -11,7 +11,7 @@
 #pragma GCC target("avx2")
 #endif
 
-enum { TOKEN_BLOCK = 64 }; /* tokens per reading of a tile: their sums stay in the first cache */
+enum { TOKEN_BLOCK = 64 }; /* tokens per read of a tile: their sums stay in the L1 cache */
 
 static const float SMALLEST = 0x1p-100f; /* below it 127 / x overflows */
 
@@ -27,8 +27,8 @@ static IntegerTile *const TILES[] = {
 #endif
 };
 
-/* Codes are the nearest integers, even ones of two as near, to x * (127 / the largest |x|). Weights of 4 bits are unpacked
-   from the low halves of bytes, then from the high ones, so of every 8 inputs the even ones come first. */
+/* Codes are the nearest integers, ties to even, to x * (127 / the largest |x|). 4-bit weights are unpacked from the low
+   halves of bytes, then from the high ones, so of every 8 inputs the even ones come first. */
 #ifdef __x86_64__
 #include <immintrin.h>
 
@@ -45,7 +45,7 @@ static float largest_magnitude(const __m256 x[4])
 
 static RoundedGroup round_group(const float *inputs, int64_t bits)
 {
-    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* undoes what packing does to words */
+    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* undoes the word order of packing */
     const __m256i even_first =
         _mm256_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11,
                          13, 15);

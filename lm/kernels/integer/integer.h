@@ -1,15 +1,15 @@
-/* Products in integers: weights in groups as in linear.c, inputs rounded to 8 bits with a scale for each token and group. */
+/* Integer products: weights in groups as in linear.c, inputs rounded to 8 bits with a scale per token and group. */
 #pragma once
 #include "../tiles.h"
 
 enum {
-    MOST_TOKENS = 8 /* that a tile is multiplied by at a time */
+    MOST_TOKENS = 8 /* multiplied with a tile at a time */
 };
 
-/* 32 inputs of one token: scale * codes. Codes lie in the order in which the weights' codes are unpacked. */
+/* 32 inputs of one token: scale * codes. Codes are in the order in which the weights' codes are unpacked. */
 typedef struct {
     float scale, sum; /* `sum` of the codes */
-    int32_t start;    /* -128 * sum: what makes a product with codes of 8 bits one with codes less 128 */
+    int32_t start;    /* -128 * sum: turns a dot with 8-bit codes into one with codes minus 128 */
     int8_t codes[GROUP];
 } RoundedGroup;
 

@@ -1,4 +1,4 @@
-/* 4 outputs a vector, four products of signed integers a lane and instruction: ARM processors since 2018 or so. */
+/* 4 outputs per vector, four products of signed integers per lane and instruction: ARM processors since about 2018. */
 #ifdef __aarch64__
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
@@ -14,7 +14,7 @@
 #define LANES 4
 #define VECTORS 4
 #define TOKENS 4
-#define LESS_128 1 /* whether dots with 8 bits are those of codes less 128 */
+#define LESS_128 1 /* whether 8-bit dots are of codes minus 128 */
 #define FLOATS float32x4_t
 #define INTEGERS int32x4_t
 #define INLINE static inline __attribute__((always_inline))

@@ -1,20 +1,20 @@
-/* A tile's product for one set of instructions. Who includes this has defined SET, a name; FLOATS and INTEGERS, vectors
-   of LANES outputs; how many VECTORS x TOKENS sums fill the registers; and the operations on them.
+/* A tile's product for one instruction set. The including file defines SET, a name; FLOATS and INTEGERS, vectors of
+   LANES outputs; VECTORS x TOKENS, the sums that fill the registers; and the operations on them.
 
-   A group adds input scale * (weight scale * dot + minimum * input sum), with 8 bits and scales of float16 input scale *
-   weight scale * (dot - 128 * input sum). Sums of integers are exact, and floats are added group by group, each rounded at the same
-   places: bits are the same whatever the instructions and whatever other tokens are there. */
+   A group adds input scale * (weight scale * dot + minimum * input sum); with 8 bits and float16 scales, input scale *
+   weight scale * (dot - 128 * input sum). Integer sums are exact, and floats are added group by group, each rounded at
+   the same places: bits depend neither on the instruction set nor on other tokens. */
 #define UNROLLED _Pragma("GCC unroll 8") for
 #define JOINED(a, b) a##b
 #define NAMED(a, b) JOINED(a, b)
 
-/* sums [tokens, ROWS] of the outputs from `first` on; `format` and `tokens` are known when compiled. */
+/* sums [tokens, ROWS] of the outputs from `first` on; `format` and `tokens` are compile-time constants. */
 INLINE void multiply(const uint8_t *tile, Format format, int64_t groups, const RoundedGroup *inputs, int tokens, int first,
                      float (*sums)[ROWS])
 {
     const int bits = format.bits, halves = bits == 4 ? 2 : 1, words = bits == 4 ? 4 : 8;
     const int has_minimum = bits == 4 || format.scale == 4;
-    /* Whether dots are to be those of codes less 128, and whether something has to be added for that. */
+    /* Sign of the correction, if any, that turns dots of codes into those of codes minus 128, or back. */
     const int start = bits == 8 && has_minimum == LESS_128 ? (LESS_128 ? -1 : 1) : 0;
     FLOATS totals[TOKENS][VECTORS];
     UNROLLED (int t = 0; t < tokens; t++)
@@ -75,7 +75,7 @@ void NAMED(treeline_integer_tile_, SET)(const uint8_t *tile, Format format, int6
                                         int64_t tokens, float (*sums)[ROWS])
 {
     for (int64_t now; tokens; tokens -= now, inputs += now * groups, sums += now) {
-        now = tokens <= TOKENS ? tokens : tokens < 2 * TOKENS ? (tokens + 1) / 2 : TOKENS; /* one alone is dear */
+        now = tokens <= TOKENS ? tokens : tokens < 2 * TOKENS ? (tokens + 1) / 2 : TOKENS; /* one alone is slow */
         if (format.bits == 4 && format.scale == 2)
             multiply_some(tile, (Format){4, 2}, groups, inputs, now, sums);
         else if (format.bits == 4)
