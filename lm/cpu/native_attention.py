@@ -48,8 +48,8 @@ _fitting: WeakKeyDictionary[KVCache, bool] = WeakKeyDictionary()
 def attention_for(batch: PackedBatch, cache: KVCache) -> AttentionContext:
     """Attention of one packed forward pass: by the kernel where it can, else by torch."""
     kernels = library()
-    if cache not in _fitting:
-        _fitting[cache] = kernels is not None and _fits(cache)
+    if cache not in _fitting:  # It looks at all layers: once, not in every pass.
+        _fitting[cache] = _fits(cache)
     if kernels is None or not _fitting[cache]:
         return TreeAttention(batch, cache)
     return NativeAttention(kernels, batch, cache)

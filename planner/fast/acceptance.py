@@ -40,8 +40,7 @@ def accepts(
     """
     # One flat index is several times faster than four index columns. The strides are typed, because uint8 overflows.
     # Example: source 1, greedy, depth 2, bin 3 -> 1 * 256 + 0 * 128 + 2 * 16 + 3, less 16 as depths count from 1.
-    depths = min(depths, DEPTHS) if isinstance(depths, int) else np.minimum(depths, DEPTHS)
-    cells = prob_bins(draft_probs) + (sources * _PER_SOURCE + depths * _PER_DEPTH - PROB_BINS)
+    cells = prob_bins(draft_probs) + (sources * _PER_SOURCE + np.minimum(depths, DEPTHS) * _PER_DEPTH - PROB_BINS)
     cells += sampled * _PER_SAMPLED
     return calibration.acceptance.ravel()[cells]
 

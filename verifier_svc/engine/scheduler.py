@@ -281,5 +281,5 @@ def _standing(sequence: Sequence) -> float:
 
 def _startable(prompts: list[Sequence], budget: int) -> int:
     """How many of these prompts a step of `budget` prompt tokens starts."""
-    ends = accumulate((prompt.uncomputed_tokens for prompt in prompts), initial=0)
-    return sum(before < budget for before, _ in zip(ends, prompts, strict=False))
+    starts = accumulate((prompt.uncomputed_tokens for prompt in prompts), initial=0)
+    return sum(start < budget for start, _ in zip(starts, prompts, strict=False))

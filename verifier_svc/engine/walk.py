@@ -55,9 +55,9 @@ def target_walks(forest: Forest, own_tokens: list[int]) -> list[Walk]:
     # Trees of 2, 0 and 1 nodes have these rows: root 0, nodes 1 and 2; root 3; root 4, node 5.
     # first_rows is [0, 3, 4]; a node's parent has row first_row + 1 + parent, which is the root's for ROOT = -1.
     first_rows = forest.starts + np.arange(len(forest.sizes))
-    nodes_trees = forest.tree_of
-    parent_rows = (first_rows[nodes_trees] + 1 + forest.parents).tolist()
-    rows = (nodes_trees + np.arange(1, 1 + len(nodes_trees))).tolist()
+    tree_of = forest.tree_of
+    parent_rows = (first_rows[tree_of] + 1 + forest.parents).tolist()
+    rows = (tree_of + np.arange(1, 1 + len(tree_of))).tolist()  # A root comes before the nodes of its tree.
     child = dict(zip(zip(parent_rows, forest.token_ids.tolist(), strict=True), rows, strict=True))
     walks = []
     for first in first_rows.tolist():

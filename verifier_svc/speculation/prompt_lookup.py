@@ -92,8 +92,7 @@ class PromptLookup:
         """[sampled][depth][agreed]: calibrated acceptance of a looked-up node; the last depth is for deeper ones."""
         if calibration is not self._calibration:
             sampled, depths, probs = np.meshgrid([False, True], np.arange(DEPTHS + 1), PROBS, indexing="ij")
-            sources = np.full(probs.shape, Source.NGRAM, np.uint8)
-            worth = accepts(calibration, sources, np.maximum(depths, 1), probs.astype(np.float32), sampled)
+            worth = accepts(calibration, Source.NGRAM, np.maximum(depths, 1), probs.astype(np.float32), sampled)
             self._calibration, self._accepts = calibration, worth.tolist()
         return self._accepts
 

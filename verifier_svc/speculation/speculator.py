@@ -199,8 +199,7 @@ class Speculator:
             return none
         must_pay, margin = bool(requests.priced[wanting].all()), prices.second * prices.cost.lookup_s
         if must_pay:  # A cheap bound: most steps end here.
-            sources = np.full(len(decoding), Source.NGRAM, np.uint8)
-            first = accepts(batch.plan.calibration, sources, np.asarray(1), probs, requests.sampled) * (probs > 0)
+            first = accepts(batch.plan.calibration, Source.NGRAM, 1, probs, requests.sampled) * (probs > 0)
             if (first * requests.weights).max() < prices.least_gain(margin):
                 return none
         forest = self._grafted(batch, empty, depths)

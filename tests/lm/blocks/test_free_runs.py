@@ -40,6 +40,9 @@ def test_random_use_never_hands_a_block_out_twice() -> None:
         taken = [block for blocks in held for block in blocks]
         assert len(set(taken)) == len(taken)
         assert len(runs) + len(taken) == 200
+    for blocks in held:
+        runs.add(blocks)
+    assert runs.take(200) == list(range(200)), "neighbours are one run"
 
 
 @pytest.mark.parametrize("block_tokens", [16, 128])
