@@ -316,7 +316,8 @@ def test_a_head_may_bring_its_embedding_or_share_all_output_rows(target: ModelCo
     files = load_file(Path(target.model) / "model.safetensors")
     w = weights() | {"embed_tokens.weight": files["model.embed_tokens.weight"]}
     own = run(write(tmp_path / "own", speculators(), w), target)
-    np.testing.assert_array_equal(own, run(write(tmp_path / "head", speculators(), weights()), target))
+    shared = run(write(tmp_path / "head", speculators(), weights()), target)
+    np.testing.assert_allclose(own, shared, rtol=1e-5, atol=1e-5)  # torch's bits depend on where weights lie
     w = {name: tensor for name, tensor in weights().items() if name not in ("lm_head.weight", "d2t", "t2d")}
     head = DraftHead.load(write(tmp_path / "shared", flat(draft_vocab_size=None), flat_names(w)), target)
     assert len(head.draft_ids) == VT

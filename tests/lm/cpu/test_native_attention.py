@@ -216,7 +216,7 @@ def test_other_types_go_to_torch() -> None:
     assert isinstance(attention_for(pack([PackedSequence(sequence, [1])]), cache), TreeAttention)
 
 
-@pytest.mark.skipif(Kernel.FLOAT32_WIDE not in kernels(), reason="needs AVX-512")
+@pytest.mark.skipif(Kernel.FLOAT32_WIDE not in kernels(), reason="no vectors of 16")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("tokens", [1, 2, 5, 17])
 def test_the_width_of_vectors_leaves_no_trace(options, tokens, monkeypatch):
