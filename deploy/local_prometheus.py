@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,15 @@ from treeline.rpc.tokens import read_tokens
 
 SHIPPED = Path(__file__).parent / "prometheus"
 STOP_S = 3.0
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # here: a forked child should load nothing
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+TIED = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):  # else it ended before the call
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""A program with arguments PARENT COMMAND...: it becomes the command, which ends when the process PARENT ends, for any
+reason. Strictly, it ends with the thread that started it: `serve` uses its main one."""
 RETENTION = "1d"
 """The planner reads the last seconds, a person the last hours; neither needs older data."""
 
@@ -59,10 +63,10 @@ class LocalPrometheus:
     def restart(self) -> None:
         """Start it again after `stop`, with the data that it kept."""
         with self._log.open("a") as log:
+            # Only Linux can tie a process to its parent. Not in a preexec_fn, which is not safe beside threads.
+            tied = [sys.executable, "-IS", "-c", TIED, str(os.getpid())] if sys.platform == "linux" else []
             # In its own process group: Ctrl-C is for the service, which still measures while it drains.
-            self._process = subprocess.Popen(
-                self._command, stdout=log, stderr=log, process_group=0, preexec_fn=partial(_end_with, os.getpid())
-            )
+            self._process = subprocess.Popen([*tied, *self._command], stdout=log, stderr=log, process_group=0)
 
     def stop(self) -> None:
         if self._process is not None:
@@ -70,17 +74,6 @@ class LocalPrometheus:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_S)
             self._process.kill()
-
-
-def _end_with(parent: int) -> None:
-    """End this process when its parent ends, for any reason. Only on Linux: others have no such call.
-
-    Strictly, it ends with the thread that started it: `serve` uses its main one.
-    """
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it ended before the call
-            os._exit(1)
 
 
 def find(config: Config, joined: bool) -> tuple[LocalPrometheus | None, str]:
