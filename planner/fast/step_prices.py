@@ -119,14 +119,13 @@ class StepPrices:
         from_base = self.seconds[self.base_tokens :]
         return np.interp(nodes, np.arange(len(from_base)), from_base) - from_base[0]
 
-    def least_gain(self, margin: float) -> float:
-        """Tokens that the best node of any set must gain if the set is to pay, with `margin` tokens to spare.
+    def surplus(self, gains: list[float]) -> float:
+        """Most tokens that the first few nodes of these gains, best first, bring beyond the price of their seconds.
 
-        k nodes gain at most k times the best one's gain, so it must be (margin + price * added_s(k)) / k for some k.
+        The price is `second`: with drafts that pay it rises, and they bring less.
         """
-        added_s = self.seconds[self.base_tokens + 1 :] - self.undrafted_s
-        gains = (margin + self.second * added_s) / np.arange(1, len(added_s) + 1)
-        return float(gains.min(initial=np.inf))
+        added_s = self.seconds[self.base_tokens + 1 :][: len(gains)] - self.undrafted_s
+        return float((np.cumsum(gains[: len(added_s)]) - self.second * added_s).max(initial=0.0))
 
 
 def waiting_cost(wait_factor: float, startable: int, prompts: int) -> float:

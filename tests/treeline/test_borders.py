@@ -83,7 +83,7 @@ def use_plan(plan: Plan) -> None:
         policy = parse_policy(spec)
         policy.layers(plan, 2, True)
         prune([Drafted(random_tree(rng, 8), policy, 1.0, sampled) for sampled in (False, True)], plan, 0.01, 64, 1)
-    prices_of(plan, 1).least_gain(0.1)
+    prices_of(plan, 1).surplus([0.1])
     assert 0 <= plan.max_nodes <= 256
     assert 64 / 40 < 64 * plan.cost.prompt_ratio < 64 * 40
 

@@ -6,6 +6,8 @@ n-gram seen earlier in the text. Tokens that a grammar forces are drafted in the
 
 from __future__ import annotations
 
+from itertools import accumulate
+from operator import mul
 from typing import NamedTuple
 
 import numpy as np
@@ -41,20 +43,21 @@ class PromptLookup:
         self._calibration: Calibration | None = None
         self._accepts: list[list[list[float]]] = []
 
-    def read(self, session_id: int, token_ids: list[int], forced: list[int] | None = None) -> float:
-        """Read the new tokens. Returns P(the text continues as before, or as a grammar forces it); 0 if its end is new.
-
-        `token_ids` may only have grown since the last call.
-        """
+    def read(self, session_id: int, token_ids: list[int], forced: list[int] | None = None) -> None:
+        """Read the new tokens; `token_ids` may only have grown since the last call. A grammar forces `forced` next."""
         text = self._texts.setdefault(session_id, _Text())
         text.read(token_ids)
         text.forced = forced or []
-        if forced:
-            return PROBS[MAX_AGREED]
-        return PROBS[min(text.agreed, MAX_AGREED)] if text.follows is not None else 0.0
 
     def forget(self, session_id: int) -> None:
         self._texts.pop(session_id, None)
+
+    def worth(self, allowance: Allowance, calibration: Calibration) -> list[float]:
+        """At most the path acceptances of the nodes that `graft` would add to an empty tree, in a few microseconds."""
+        text, table = self._texts[allowance.session_id], self._table(calibration)[allowance.sampled]
+        most = min(allowance.nodes, allowance.max_depth)
+        worth = _chain_worth(table, MAX_AGREED, min(most, len(text.forced)))
+        return worth if text.follows is None else worth + _chain_worth(table, text.agreed, most)
 
     def graft(self, forest: Forest, allowances: list[Allowance], calibration: Calibration) -> Forest:
         """The forest with the continuations of the texts as they were read last. `allowances`: one per tree.
@@ -129,6 +132,12 @@ class _Text:
                 self.follows, self.agreed = self.newest[gram], GRAM
             self.newest[gram] = index + 1
         self._read, self.token_ids = len(token_ids), token_ids
+
+
+def _chain_worth(accepts: list[list[float]], agreed: int, nodes: int) -> list[float]:
+    """Path acceptances of a chain below the root of which `agreed` tokens are repeated before."""
+    rates = [accepts[min(1 + i, DEPTHS)][min(agreed + i, MAX_AGREED)] for i in range(nodes)]
+    return list(accumulate(rates, mul))
 
 
 class _Graft:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from planner.fast.acceptance import accepts
 from planner.fast.cost import is_catching_up
 from planner.fast.gate import Decision, DraftGate, Offer
 from planner.fast.rule import Pruning, Requests, prune_batch
@@ -109,7 +108,9 @@ class Speculator:
             self.gate.late(late_s, self._clock())
             drafts = self._looked_up(batch, requests, depths, "the drafter did not answer in time")
             return replace(drafts, draft_s=late_s)
-        forest = self._grafted(batch, reply.forest.spread(places, len(batch.decoding)), depths)
+        forest = reply.forest.spread(places, len(batch.decoding))
+        if self._lookup is not None:
+            forest = self._lookup.graft(forest, self._allowances(batch, forest, depths), plan.calibration)
         sessions = frozenset([sequence.session_id for sequence in asked])
         drafts = self._pruned(batch, forest, requests, self._clock() - started_s)
         drafts = replace(drafts, sessions=sessions, stats=reply.stats, draft_s=self._clock() - started_s)
@@ -170,39 +171,37 @@ class Speculator:
         catching_up = is_catching_up(stats.catch_up_tokens, len(drafts.sessions))
         self.gate.drafted(Offer(asked, gains, stats.layer_nodes), min(drafts.draft_s, expected_s), catching_up)
 
-    def _grafted(self, batch: Batch, forest: Forest, depths: list[int]) -> Forest:
-        """The forest with the tokens of prompt lookup, and those that grammars force, grafted in.
+    def _allowances(self, batch: Batch, forest: Forest, depths: list[int]) -> list[Allowance]:
+        """What prompt lookup may graft into each tree, having read the texts up to this step.
 
-        The rule weighs them against the drafter's nodes. A fixed policy gets them only if it has no tree.
+        The rule weighs its nodes against the drafter's. A fixed policy gets them only if it has no tree.
         """
-        if self._lookup is None:
-            return forest
+        assert self._lookup is not None
         allowances = []
         for sequence, size, depth in zip(batch.decoding, forest.sizes.tolist(), depths, strict=True):
             self._lookup.read(sequence.session_id, sequence.token_ids, sequence.forced)
             fits = sequence.policy.priced or not size
             nodes = self._scheduler.tree_nodes(sequence) - size if fits else 0
             allowances.append(Allowance(sequence.session_id, not sequence.request.sampling.greedy, nodes, depth))
-        return self._lookup.graft(forest, allowances, batch.plan.calibration)
+        return allowances
 
     def _looked_up(self, batch: Batch, requests: Requests, depths: list[int], refusal: str) -> Drafts:
         """Trees of prompt lookup and grammars alone, if they pay."""
-        prices, decoding = batch.prices, batch.decoding
+        prices, decoding, calibration = batch.prices, batch.decoding, batch.plan.calibration
         empty = Forest.empty(len(decoding))
         none = Drafts(empty, empty, None, prices.undrafted_s, refusal=refusal)
-        wanting = np.asarray(depths) > 0
-        if self._lookup is None or not np.count_nonzero(wanting):
+        if self._lookup is None or not any(depths):
             return none
-        read = [self._lookup.read(s.session_id, s.token_ids, s.forced) for s in decoding]
-        probs = np.asarray(read, np.float32) * wanting
-        if not np.count_nonzero(probs):
+        allowances = self._allowances(batch, empty, depths)
+        worth = [self._lookup.worth(allowance, calibration) for allowance in allowances]
+        gains = [
+            weight * each for weight, nodes in zip(requests.weights.tolist(), worth, strict=True) for each in nodes
+        ]
+        must_pay = all(s.policy.priced for s, depth in zip(decoding, depths, strict=True) if depth)
+        margin = prices.second * prices.cost.lookup_s
+        if not gains or (must_pay and prices.surplus(sorted(gains, reverse=True)) <= margin):  # Most steps end here.
             return none
-        must_pay, margin = bool(requests.priced[wanting].all()), prices.second * prices.cost.lookup_s
-        if must_pay:  # A cheap bound: most steps end here.
-            first = accepts(batch.plan.calibration, Source.NGRAM, 1, probs, requests.sampled) * (probs > 0)
-            if (first * requests.weights).max() < prices.least_gain(margin):
-                return none
-        forest = self._grafted(batch, empty, depths)
+        forest = self._lookup.graft(empty, allowances, calibration)
         drafts = self._pruned(batch, forest, requests, 0.0)
         assert drafts.pruning is not None
         gain = drafts.pruning.expected_tokens - len(decoding)

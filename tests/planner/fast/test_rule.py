@@ -177,8 +177,8 @@ def test_nodes_that_pay_are_never_refused_before_they_are_looked_at(shape):
         pruning = prune(candidates, plan, prompt_tokens=prompt_tokens, startable=waiting)
         prices, margin = prices_of(plan, 3, prompt_tokens, waiting), float(random.uniform(0, 0.2))
         brings = pruning.expected_tokens - 3 - pruning.price * (pruning.predicted_verify_s - prices.undrafted_s)
-        greatest = max((path_scores(one, plan).max() for one in candidates if len(one.tree)), default=0.0)
-        refuses = greatest < prices.least_gain(margin)
+        gains = sorted((score for one in candidates for score in path_scores(one, plan).tolist()), reverse=True)
+        refuses = prices.surplus(gains) <= margin
         assert not refuses or brings <= margin + 1e-6
         refused += refuses
     assert 0 < refused < instances

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from planner.fast.acceptance import prior
+from planner.fast.rule import path_acceptance
 from tests.trees import tree_of
 from treeline.forest import ROOT, Forest, Source, checked
 from verifier_svc.speculation.prompt_lookup import Allowance, PromptLookup
@@ -14,9 +15,10 @@ PRIOR = prior()
 
 
 def chain(lookup: PromptLookup, token_ids: list[int], nodes: int = 4, session_id: int = 1) -> Forest:
-    sure = lookup.read(session_id, token_ids)
-    tree = lookup.graft(Forest.empty(1), [Allowance(session_id, False, nodes, 32)], PRIOR)
-    assert tree.draft_probs[:1].tolist() == pytest.approx([sure] if sure and nodes else [])
+    lookup.read(session_id, token_ids)
+    allowance = Allowance(session_id, False, nodes, 32)
+    tree = lookup.graft(Forest.empty(1), [allowance], PRIOR)
+    assert path_acceptance(tree, np.zeros(1, np.bool_), PRIOR).tolist() == pytest.approx(lookup.worth(allowance, PRIOR))
     return tree
 
 
@@ -125,9 +127,11 @@ def test_every_tree_of_a_batch_gets_its_own_and_stays_within_its_allowance():
 
 def test_what_a_grammar_forces_is_proposed_within_the_allowance():
     lookup = PromptLookup()
-    assert lookup.read(0, [1, 2], [7, 8, 9]) > 0.9
+    lookup.read(0, [1, 2], [7, 8, 9])
     tree = lookup.graft(tree_of([7, 5], [ROOT, 0], [0.1, 0.1]), [Allowance(0, False, 1, 3)], PRIOR)
     assert paths(tree) == [(7,), (7, 5), (7, 8)]
     assert tree.draft_probs[[0, 2]].min() > 0.9, "it is surer of 7 than the model"
     assert lookup.graft(Forest.empty(1), [Allowance(0, True, 8, 2)], PRIOR).token_ids.tolist() == [7, 8]
-    assert lookup.read(0, [1, 2, 7]) == 0, "once taken, it is text"
+    assert len(lookup.worth(Allowance(0, True, 8, 2), PRIOR)) == 2
+    lookup.read(0, [1, 2, 7])
+    assert not lookup.worth(Allowance(0, True, 8, 2), PRIOR), "once taken, it is text"
