@@ -23,7 +23,7 @@ import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 if os.getppid() == int(sys.argv[1]):  # else it ended before the call
-    os.execv(sys.argv[2], sys.argv[2:])
+    os.execvp(sys.argv[2], sys.argv[2:])
 """
 """A program with arguments PARENT COMMAND...: it becomes the command, which ends when the process PARENT ends, for any
 reason. Strictly, it ends with the thread that started it: `serve` uses its main one."""

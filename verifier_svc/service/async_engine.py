@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 RATE_WINDOW_S = 5.0
 """Window of the rates in `Load`: as long as Prometheus' quantiles (deploy/prometheus)."""
 IDLE_WAIT_S = 0.5
-"""Longest sleep without work; after it, a reconnected drafter is told of ended requests."""
+"""Longest sleep without work; after it, a drafter that is back, or has answered at last, is told of ended requests."""
 
 
 class Occupancy(NamedTuple):
@@ -230,6 +230,7 @@ class AsyncEngine:
         with self._wake:
             while not (self._inbox or self._stopping or self.engine.has_work):
                 self._wake.wait(IDLE_WAIT_S)
+                self.engine.speculator.exchange.follow_drafter()  # A late answer keeps it from hearing of the end.
             inbox, self._inbox = self._inbox, []
             stopping = self._stopping
         for message in inbox:

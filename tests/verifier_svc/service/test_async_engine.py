@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from dataclasses import replace
 
 import pytest
 
-from tests.verifier_svc.engine.test_engine import engine_for
+from planner.fast.builtin_plan import builtin_plan
+from tests.verifier_svc.doubles import SilentLink
+from tests.verifier_svc.engine.test_engine import CONFIG, LIMITS
 from tests.verifier_svc.engine.test_engine import model as model  # a fixture
+from tests.verifier_svc.fake_engine import until
+from treeline.drafting import DraftRequest
 from treeline.errors import DrainingError, QueueFullError, UnavailableError
 from treeline.sampling import SamplingParams
 from treeline.step_record import StepRecord
+from verifier_svc.engine.engine import Engine
 from verifier_svc.engine.request import Completion, FinishReason, GenerationRequest
 from verifier_svc.service import async_engine
 from verifier_svc.service.async_engine import AsyncEngine
 
 
-def with_engine(model, scenario, max_running: int = 8, max_waiting: int = 8, **observers):
+def with_engine(model, scenario, max_running: int = 8, max_waiting: int = 8, link=None, **observers):
     async def run():
-        engine = AsyncEngine(engine_for(model, None), max_running, max_waiting, **observers)
+        own = Engine(model, link, lambda: builtin_plan(LIMITS), CONFIG)
+        engine = AsyncEngine(own, max_running, max_waiting, **observers)
         try:
             return await asyncio.wait_for(scenario(engine), 30)
         finally:
@@ -77,6 +84,34 @@ def test_a_dead_engine_tells_its_streams_to_go_elsewhere_and_shows_nothing_of_th
             engine.check()
 
     with_engine(model, scenario)
+
+
+class LateLink(SilentLink):
+    """A drafter whose answers come when `arrives` is set."""
+
+    def __init__(self) -> None:
+        self.arrives, self.released = threading.Event(), list[int]()
+        self.ready = True  # type: ignore[misc]
+
+    def refresh(self) -> None:
+        self.ready = self.ready or self.arrives.is_set()
+
+    def draft(self, request: DraftRequest, timeout_s: float) -> None:
+        self.released += request.released
+        self.ready = False
+
+
+def test_a_drafter_that_answers_when_nothing_runs_any_more_hears_of_the_end(model, monkeypatch):
+    monkeypatch.setattr(async_engine, "IDLE_WAIT_S", 0.01)
+    link = LateLink()
+
+    async def scenario(engine):
+        await answer(engine, replace(ask("a"), policy="chain:4"))
+        assert not link.released
+        link.arrives.set()
+        await until(lambda: link.released)
+
+    with_engine(model, scenario, link=link)
 
 
 def test_slots_and_queue_bound_what_is_open(model):
