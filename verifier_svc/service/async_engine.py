@@ -230,7 +230,7 @@ class AsyncEngine:
         with self._wake:
             while not (self._inbox or self._stopping or self.engine.has_work):
                 self._wake.wait(IDLE_WAIT_S)
-                self.engine.speculator.exchange.follow_drafter()  # A late answer keeps it from hearing of the end.
+                self.engine.speculator.exchange.follow_drafter()  # Until a late answer is taken, nothing can be sent.
             inbox, self._inbox = self._inbox, []
             stopping = self._stopping
         for message in inbox:
