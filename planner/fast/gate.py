@@ -63,7 +63,6 @@ class DraftGate:
         self._offers: deque[Offer] = deque()
         self._gains = np.zeros(1)  # cumulative, over all offers' nodes, best first
         self._requests = 0  # in all offers
-        self._mean_layers = self._mean_nodes = 0.0  # layers of an offer, drafted nodes of a request
         self._open = True
         self._probing = False
         self._credit_s = 0.0  # what probes may spend; negative: what working time must earn first
@@ -106,9 +105,6 @@ class DraftGate:
             self._requests -= self._offers.popleft().requests
         gains = np.sort(np.concatenate([each.gains for each in self._offers]))[::-1]
         self._gains = np.concatenate(([0.0], gains.cumsum(dtype=np.float64)))
-        layers = [each.layer_nodes for each in self._offers]
-        self._mean_layers = sum(map(len, layers)) / len(layers)
-        self._mean_nodes = sum(map(sum, layers)) / self._requests
         # A gate that closes waits for its first probe as if this draft had been one.
         owed_s = draft_s * min(1.0, PROBE_REQUESTS / offer.requests)
         self._credit_s = self._credit_s - owed_s if self._probing else -owed_s
@@ -126,6 +122,8 @@ class DraftGate:
     def _draft_s(self, requests: int, prices: StepPrices) -> float:
         """Predicted seconds of drafting for so many requests, with the recent mean width and depth, cut to the step's
         budget."""
-        cost, cut = prices.cost, min(1.0, prices.layers_within_budget / max(1.0, self._mean_layers))
-        own_s = (cost.draft_sequence_s + cost.draft_node_s * self._mean_nodes * cut) * requests
-        return cost.draft_round_trip_s + cost.draft_layer_s * self._mean_layers * cut + own_s
+        layers = sum(len(offer.layer_nodes) for offer in self._offers) / len(self._offers)
+        nodes = sum(sum(offer.layer_nodes) for offer in self._offers) / self._requests
+        cost, cut = prices.cost, min(1.0, prices.layers_within_budget / max(1.0, layers))
+        own_s = (cost.draft_sequence_s + cost.draft_node_s * nodes * cut) * requests
+        return cost.draft_round_trip_s + cost.draft_layer_s * layers * cut + own_s

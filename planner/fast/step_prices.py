@@ -120,9 +120,12 @@ class StepPrices:
         return np.interp(nodes, np.arange(len(from_base)), from_base) - from_base[0]
 
     def surplus(self, gains: list[float]) -> float:
-        """Most tokens that the first few nodes of these gains, best first, bring beyond the price of their seconds.
+        """The most tokens that any number of nodes bring beyond the price of the seconds that they add to the pass.
 
-        The price is `second`: with drafts that pay it rises, and they bring less.
+        The price is `second`. With drafts that pay it rises, so this is an upper bound.
+
+        Args:
+            gains: w a(u) of each node, in descending order.
         """
         added_s = self.seconds[self.base_tokens + 1 :][: len(gains)] - self.undrafted_s
         return float((np.cumsum(gains[: len(added_s)]) - self.second * added_s).max(initial=0.0))

@@ -138,7 +138,7 @@ def test_cancelling_reaches_the_verifier():
 def test_the_deadline_reaches_the_verifier():
     async def scenario(s):
         error = await failure(s.stub.Generate(request(max_tokens=1000), timeout=0.2))
-        await until(lambda: not s.engines[0].open)
+        await until(lambda: not s.engines[0].open, timeout_s=0.5)
         return error.code(), len(s.engines[0].requests)
 
     assert with_front_door(scenario, FakeEngine(step_s=0.02)) == (grpc.StatusCode.DEADLINE_EXCEEDED, 1)

@@ -53,7 +53,7 @@ class PromptLookup:
         self._texts.pop(session_id, None)
 
     def worth(self, allowance: Allowance, calibration: Calibration) -> list[float]:
-        """At most the path acceptances of the nodes that `graft` would add to an empty tree, in a few microseconds."""
+        """Upper bounds of the path acceptances of the nodes that `graft` would add to an empty tree."""
         text, table = self._texts[allowance.session_id], self._table(calibration)[allowance.sampled]
         most = min(allowance.nodes, allowance.max_depth)
         worth = _chain_worth(table, MAX_AGREED, min(most, len(text.forced)))
@@ -135,7 +135,7 @@ class _Text:
 
 
 def _chain_worth(accepts: list[list[float]], agreed: int, nodes: int) -> list[float]:
-    """Path acceptances of a chain below the root of which `agreed` tokens are repeated before."""
+    """Path acceptances of a chain below the root, where the last `agreed` tokens of the text repeat earlier ones."""
     rates = [accepts[min(1 + i, DEPTHS)][min(agreed + i, MAX_AGREED)] for i in range(nodes)]
     return list(accumulate(rates, mul))
 

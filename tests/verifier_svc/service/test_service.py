@@ -213,7 +213,7 @@ def test_a_deadline_frees_the_request():
     async def scenario(channel, engine):
         call = pb_grpc.GenerationServiceStub(channel).Generate(request(max_tokens=1000), timeout=0.15)
         error = await failure(call)
-        await until(lambda: not engine.open)
+        await until(lambda: not engine.open, timeout_s=0.5)
         return error.code(), len(engine.requests)
 
     assert with_verifier(scenario, FakeEngine(step_s=0.02)) == (grpc.StatusCode.DEADLINE_EXCEEDED, 1)
